@@ -8,5 +8,6 @@ pub mod device;
 pub mod fs;
 pub mod fuse;
 mod logging;
+pub mod server;
 pub mod service;
 pub mod sys;

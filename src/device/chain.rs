@@ -169,3 +169,133 @@ fn append(segments: &mut Vec<iovec>, base: *mut u8, len: usize) {
     }
     segments.push(iovec { iov_base: base.cast(), iov_len: len });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const RING: Layout = Layout { descriptors: 0x1000, available: 0, used: 0, size: 8 };
+
+    fn memory() -> GuestMemoryMmap {
+        // Two regions that meet at 0x10000, and a hole behind them.
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000), (GuestAddress(0x10000), 0x1000)]).unwrap()
+    }
+
+    fn put(memory: &GuestMemoryMmap, table: u64, index: u64, entry: (u64, u32, u16, u16)) {
+        let (address, len, flags, next) = entry;
+        let raw =
+            u128::from(address) | u128::from(len) << 64 | u128::from(flags) << 96 | u128::from(next) << 112;
+        memory.write_obj(raw.to_le_bytes(), GuestAddress(table + index * 16)).unwrap();
+    }
+
+    fn walk(memory: &GuestMemoryMmap, head: u16) -> Result<(usize, usize), ChainError> {
+        let mut buffers = ChainBuffers::default();
+        buffers.walk(memory, RING, head).map(|(reader, writer)| (reader.len(), writer.len()))
+    }
+
+    #[test]
+    fn splits_readable_from_writable() {
+        let memory = memory();
+        put(&memory, 0x1000, 3, (0x2000, 40, NEXT, 0));
+        put(&memory, 0x1000, 0, (0x5000, 8, NEXT, 7));
+        put(&memory, 0x1000, 7, (0x3000, 16, WRITE | NEXT, 1));
+        put(&memory, 0x1000, 1, (0x4000, 100, WRITE, 0));
+        assert_eq!(walk(&memory, 3), Ok((48, 116)));
+    }
+
+    #[test]
+    fn merges_neighbours_within_and_across_regions() {
+        let memory = memory();
+        put(&memory, 0x1000, 0, (0x2000, 0x1000, NEXT, 1));
+        put(&memory, 0x1000, 1, (0x3000, 0x800, NEXT, 2));
+        put(&memory, 0x1000, 2, (0x8000, 4, 0, 0));
+        let mut buffers = ChainBuffers::default();
+        buffers.walk(&memory, RING, 0).unwrap();
+        assert_eq!(buffers.readable.iter().map(|s| s.iov_len).collect::<Vec<_>>(), [0x1800, 4]);
+        put(&memory, 0x1000, 0, (0xff00, 0x200, WRITE, 0));
+        assert_eq!(walk(&memory, 0), Ok((0, 0x200)));
+    }
+
+    #[test]
+    fn follows_an_indirect_table() {
+        let memory = memory();
+        put(&memory, 0x1000, 0, (0x2000, 10, NEXT, 1));
+        put(&memory, 0x1000, 1, (0x6000, 32, INDIRECT, 0));
+        put(&memory, 0x6000, 0, (0x4000, 20, NEXT, 1));
+        put(&memory, 0x6000, 1, (0x5000, 30, WRITE, 0));
+        assert_eq!(walk(&memory, 0), Ok((30, 30)));
+    }
+
+    #[test]
+    fn refuses_what_the_specification_forbids() {
+        let memory = memory();
+        assert_eq!(walk(&memory, 8), Err(ChainError::Index(8)));
+        put(&memory, 0x1000, 0, (0x2000, 1, NEXT, 0));
+        assert_eq!(walk(&memory, 0), Err(ChainError::Loop));
+        put(&memory, 0x1000, 0, (0x2000, 1, NEXT, 9));
+        assert_eq!(walk(&memory, 0), Err(ChainError::Index(9)));
+        put(&memory, 0x1000, 0, (0x2000, 1, NEXT | WRITE, 1));
+        put(&memory, 0x1000, 1, (0x2000, 1, 0, 0));
+        assert_eq!(walk(&memory, 0), Err(ChainError::Order));
+        for (address, len) in [(0x11000, 1), (0x10fff, 2), (u64::MAX, 1), (u64::MAX, 2), (0, u32::MAX)] {
+            put(&memory, 0x1000, 0, (address, len, 0, 0));
+            assert_eq!(walk(&memory, 0), Err(ChainError::Memory { address, len }));
+        }
+        for (len, flags) in [(0, 0), (8, 0), (17, 0), (16, NEXT)] {
+            put(&memory, 0x1000, 0, (0x6000, len, INDIRECT | flags, 1));
+            assert_eq!(walk(&memory, 0), Err(ChainError::Indirect));
+        }
+        put(&memory, 0x1000, 0, (0x6000, 16, INDIRECT, 0));
+        put(&memory, 0x6000, 0, (0x6000, 16, INDIRECT, 0));
+        assert_eq!(walk(&memory, 0), Err(ChainError::Indirect));
+    }
+
+    proptest! {
+        /// Whatever stands in the table, a walk ends, and both ends lie in memory.
+        #[test]
+        fn any_table_is_walked(table: [[u8; 16]; 8], small in proptest::collection::vec(0u64..0x11000, 8), head: u16) {
+            let memory = memory();
+            for (i, (raw, address)) in table.iter().zip(small).enumerate() {
+                let mut raw = *raw;
+                if raw[15] < 200 {
+                    // Mostly plausible entries, or nearly all chains end at their first one.
+                    raw[..8].copy_from_slice(&address.to_le_bytes());
+                    raw[9..12].fill(0);
+                    raw[13..16].fill(0);
+                    raw[12] &= 3;
+                    raw[14] &= 7;
+                }
+                memory.write_slice(&raw, GuestAddress(0x1000 + 16 * i as u64)).unwrap();
+            }
+            if let Ok((readable, writable)) = walk(&memory, head % 10) {
+                prop_assert!(readable + writable <= 8 * 0x11000);
+            }
+        }
+
+        /// A request reads the same however it is cut into descriptors.
+        #[test]
+        fn any_split_reads_the_same(bytes in proptest::collection::vec(any::<u8>(), 1..200), cuts in proptest::collection::vec(1usize..60, 7)) {
+            let memory = memory();
+            let mut rest = bytes.as_slice();
+            let mut address = 0x3000;
+            for (i, cut) in (0u16..8).zip(cuts.iter().copied().chain([usize::MAX])) {
+                let (now, later) = rest.split_at(cut.min(rest.len()));
+                memory.write_slice(now, GuestAddress(address)).unwrap();
+                let flags = if later.is_empty() { 0 } else { NEXT };
+                put(&memory, 0x1000, u64::from(i), (address, u32::try_from(now.len()).unwrap(), flags, i + 1));
+                address += now.len() as u64 + u64::from(i % 2);
+                rest = later;
+                if rest.is_empty() {
+                    break;
+                }
+            }
+            let mut buffers = ChainBuffers::default();
+            let (mut reader, _) = buffers.walk(&memory, RING, 0).unwrap();
+            let mut read = vec![0; bytes.len() + 1];
+            prop_assert_eq!(reader.read(&mut read), bytes.len());
+            prop_assert_eq!(&read[..bytes.len()], bytes.as_slice());
+            prop_assert!(reader.is_empty());
+        }
+    }
+}

@@ -87,6 +87,6 @@ impl Watch {
     /// Whether any queue has a backlog.
     fn check_all(&self) -> bool {
         let crews = self.crews.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        crews.iter().filter_map(Weak::upgrade).fold(false, |any, crew| crew.check_progress() || any)
+        crews.iter().filter_map(Weak::upgrade).filter(|crew| crew.check_progress()).count() > 0
     }
 }
