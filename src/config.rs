@@ -1,0 +1,144 @@
+//! The daemon's settings as plain, checked types. Nothing below this line knows a command line.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Everything a start of the daemon is told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The directory that the guest mounts.
+    pub shared_dir: PathBuf,
+    /// Where front ends connect.
+    pub listen: Listen,
+    /// Group that may connect to a socket that the daemon makes.
+    pub socket_group: Option<String>,
+    /// Wait for the next front end after one has left, instead of exiting.
+    pub keep_listening: bool,
+    /// The device.
+    pub device: DeviceConfig,
+    /// The file system.
+    pub fs: FsConfig,
+    /// Refuse whatever changes the share.
+    pub readonly: bool,
+    /// What stands behind the files.
+    pub store: Store,
+    /// How the daemon confines itself.
+    pub sandbox: Sandbox,
+    /// RLIMIT_NOFILE to set; `None` for as many descriptors as the host allows.
+    pub rlimit_nofile: Option<u64>,
+    /// CPUs to run on; `None` for all.
+    pub cpus: Option<Vec<usize>>,
+    /// Most detailed messages that are printed.
+    pub log_level: log::LevelFilter,
+    /// Send messages to syslog instead of stderr.
+    pub syslog: bool,
+}
+
+/// Where front ends connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// A path at which the daemon makes a listening socket, and removes it at the end.
+    Path(PathBuf),
+    /// A listening socket that the daemon was started with.
+    Fd(RawFd),
+}
+
+/// Settings of the virtio device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceConfig {
+    /// Mount tag that the device's configuration space shows; without one there is no such space.
+    pub tag: Option<String>,
+    /// Request queues that are offered, 1 to 63; the guest uses as many as it likes.
+    pub request_queues: usize,
+    /// Most workers of one queue beside the queue's own thread; 0 serves in that thread alone.
+    pub thread_pool_size: usize,
+}
+
+/// What stands behind the files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// The share itself.
+    Host,
+    /// For benchmarks: names and opens are real, written data is dropped after a delay.
+    Null {
+        /// How long a read or write takes.
+        latency: Duration,
+    },
+}
+
+/// How the daemon confines itself before it serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sandbox {
+    /// Own mount, PID and network namespaces, with the share as the root.
+    Namespace,
+    /// chroot(2) into the share; needs root.
+    Chroot,
+    /// No walls but the checks on names.
+    None,
+}
+
+/// Settings of the passthrough file system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FsConfig {
+    /// What the guest may cache.
+    pub cache: CachePolicy,
+    /// Let the guest collect writes (WRITEBACK_CACHE).
+    pub writeback: bool,
+    /// With a cache policy that opens files in direct mode, allow shared mappings of them.
+    pub allow_mmap: bool,
+    /// Pass O_DIRECT of the guest's applications on to the host.
+    pub allow_direct_io: bool,
+    /// Offer READDIRPLUS.
+    pub readdirplus: bool,
+    /// Serve extended attributes.
+    pub xattr: bool,
+    /// Take POSIX locks on the host.
+    pub posix_lock: bool,
+    /// Take flock(2) locks on the host.
+    pub flock: bool,
+    /// Tell the guest where another file system is mounted inside the share.
+    pub announce_submounts: bool,
+    /// Which files are opened for parallel direct writes.
+    pub parallel_direct_writes: ParallelDirectWrites,
+}
+
+/// What the guest may cache (`--cache`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CachePolicy {
+    /// Nothing: timeouts are 0 and files are opened in direct mode.
+    Never,
+    /// Names and attributes, but no file data.
+    Metadata,
+    /// All, for a second; data is dropped when a file is opened and was changed meanwhile.
+    Auto,
+    /// All, for as long as the guest likes.
+    Always,
+}
+
+impl CachePolicy {
+    /// How long the guest may believe names and attributes.
+    pub fn timeout(self) -> Duration {
+        match self {
+            CachePolicy::Never => Duration::ZERO,
+            CachePolicy::Auto => Duration::from_secs(1),
+            CachePolicy::Metadata | CachePolicy::Always => Duration::from_secs(86_400),
+        }
+    }
+
+    /// Whether files are opened in direct mode, past the guest's page cache.
+    pub fn bypasses_page_cache(self) -> bool {
+        matches!(self, CachePolicy::Never | CachePolicy::Metadata)
+    }
+}
+
+/// Which files are opened for parallel direct writes (`--parallel-direct-writes`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParallelDirectWrites {
+    /// Files in direct mode: all that the cache policy opens so, or whose first opener asked for O_DIRECT.
+    Auto,
+    /// Every regular file.
+    Always,
+    /// None; the guest behaves as before the feature.
+    Never,
+}

@@ -1,0 +1,314 @@
+//! What a file system offers to a guest, whatever stands behind it.
+//!
+//! [`FileSystem`] has one method per FUSE operation; all take `&self`, since many workers call at
+//! once. A method that is not overridden answers ENOSYS.
+
+use std::ffi::CStr;
+
+use rustix::io::Errno;
+
+use crate::fuse::flags::{FsyncFlags, InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
+use crate::fuse::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
+use crate::fuse::init::Negotiated;
+use crate::fuse::name::{LookupName, Name};
+use crate::fuse::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
+use crate::fuse::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
+use crate::fuse::{abi, request};
+use crate::sys::guest_buffers::{GuestReader, GuestWriter};
+
+/// The errno that the guest gets, or a value.
+pub type Result<T> = std::result::Result<T, Errno>;
+
+/// Who asks.
+#[derive(Clone, Copy, Debug)]
+pub struct Context {
+    /// The guest's number for the request.
+    pub unique: Unique,
+    /// The caller's user.
+    pub uid: GuestUid,
+    /// The caller's group.
+    pub gid: GuestGid,
+    /// The caller's process in the guest.
+    pub pid: u32,
+    /// The one supplementary group that matters for creating calls.
+    pub supplementary_group: Option<GuestGid>,
+}
+
+impl From<&request::Header> for Context {
+    fn from(header: &request::Header) -> Context {
+        Context {
+            unique: header.unique,
+            uid: header.uid,
+            gid: header.gid,
+            pid: header.pid,
+            supplementary_group: header.supplementary_group,
+        }
+    }
+}
+
+/// A file that was opened: its handle and how the guest is to treat it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// The new handle.
+    pub handle: HandleId,
+    /// Flags of the reply.
+    pub flags: OpenReplyFlags,
+}
+
+/// An answer to GETXATTR or LISTXATTR.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum XattrReply {
+    /// The caller only asked how many bytes there are.
+    Size(u32),
+    /// The bytes.
+    Data(Vec<u8>),
+}
+
+/// The operations of a file system that is served to a guest.
+#[allow(unused_variables, reason = "defaults ignore their arguments")]
+pub trait FileSystem: Send + Sync {
+    /// The INIT flags that this file system can honour.
+    fn offered_flags(&self) -> InitFlags;
+
+    /// A session begins; `negotiated` holds what guest and daemon agreed on.
+    fn init(&self, negotiated: &Negotiated) {}
+
+    /// A session ends, by DESTROY, reset or disconnect: inodes, handles and locks are dropped.
+    fn destroy(&self) {}
+
+    /// Finds an entry; its inode's lookup count goes up by one.
+    fn lookup(&self, ctx: &Context, parent: NodeId, name: LookupName<'_>) -> Result<Entry> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Takes `count` off the lookup count of an inode.
+    fn forget(&self, node: NodeId, count: u64) {}
+
+    /// Attributes of an inode.
+    fn getattr(&self, ctx: &Context, node: NodeId, handle: Option<HandleId>) -> Result<Attributes> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Changes attributes and returns the new ones.
+    fn setattr(&self, ctx: &Context, node: NodeId, set: &Setattr) -> Result<Attributes> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Extended attributes of an inode as statx(2) has them.
+    fn statx(&self, ctx: &Context, node: NodeId, statx: &Statx) -> Result<StatxReply> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Target of a symbolic link.
+    fn readlink(&self, ctx: &Context, node: NodeId) -> Result<Vec<u8>> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Creates a symbolic link.
+    fn symlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>, target: &CStr) -> Result<Entry> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Creates a file of any type but directory and symbolic link.
+    fn mknod(
+        &self,
+        ctx: &Context,
+        parent: NodeId,
+        name: Name<'_>,
+        mode: u32,
+        rdev: u32,
+        umask: u32,
+    ) -> Result<Entry> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Creates a directory.
+    fn mkdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>, mode: u32, umask: u32) -> Result<Entry> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Removes a name that is no directory.
+    fn unlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Removes an empty directory.
+    fn rmdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Renames an entry of `parent`.
+    fn rename(&self, ctx: &Context, parent: NodeId, rename: &Rename<'_>) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Makes `node` known as `name` in `new_parent` too.
+    fn link(&self, ctx: &Context, node: NodeId, new_parent: NodeId, name: Name<'_>) -> Result<Entry> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Opens a regular file; `flags` are `O_*`.
+    fn open(&self, ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Creates (or opens, without O_EXCL) a regular file and opens it.
+    fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened)> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Creates and opens a file without a name.
+    fn tmpfile(&self, ctx: &Context, parent: NodeId, tmpfile: &Tmpfile) -> Result<(Entry, Opened)> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Reads into guest memory; returns the bytes read, fewer than asked for only at end of file.
+    /// `data` has room for exactly `read.size` bytes.
+    fn read(&self, ctx: &Context, node: NodeId, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Writes out of guest memory; `data` holds exactly `write.size` bytes. Returns the bytes
+    /// written: fewer only if an error came after the first byte.
+    fn write(&self, ctx: &Context, node: NodeId, write: &Write, data: &mut GuestReader<'_>) -> Result<usize> {
+        Err(Errno::NOSYS)
+    }
+
+    /// File system figures.
+    fn statfs(&self, ctx: &Context, node: NodeId) -> Result<abi::Kstatfs> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Closes a file handle.
+    fn release(
+        &self,
+        ctx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        flags: ReleaseFlags,
+        owner: LockOwner,
+    ) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Makes a file durable.
+    fn fsync(&self, ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// One descriptor of an open file was closed in the guest; drops the owner's POSIX locks.
+    fn flush(&self, ctx: &Context, node: NodeId, handle: HandleId, owner: LockOwner) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Opens a directory.
+    fn opendir(&self, ctx: &Context, node: NodeId, flags: u32) -> Result<Opened> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Lists a directory from `offset` on until `out` is full. With `out.plus()` each entry but
+    /// `.` and `..` counts as looked up once.
+    fn readdir(
+        &self,
+        ctx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        offset: u64,
+        out: &mut DirectoryWriter<'_>,
+    ) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Closes a directory handle.
+    fn releasedir(&self, ctx: &Context, node: NodeId, handle: HandleId) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Makes a directory durable.
+    fn fsyncdir(&self, ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// access(2) for the caller.
+    fn access(&self, ctx: &Context, node: NodeId, mask: u32) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// fallocate(2); `mode` are `FALLOC_FL_*`.
+    fn fallocate(
+        &self,
+        ctx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// lseek(2) for SEEK_DATA and SEEK_HOLE.
+    fn lseek(&self, ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {
+        Err(Errno::NOSYS)
+    }
+
+    /// copy_file_range(2); returns the bytes copied.
+    fn copy_file_range(&self, ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Makes the whole file system durable.
+    fn syncfs(&self, ctx: &Context, node: NodeId) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// setxattr(2); `flags` are `XATTR_*`.
+    fn setxattr(
+        &self,
+        ctx: &Context,
+        node: NodeId,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        acl_kill_sgid: bool,
+    ) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// getxattr(2); `size` 0 asks for the length alone, a value longer than `size` is ERANGE.
+    fn getxattr(&self, ctx: &Context, node: NodeId, name: &CStr, size: u32) -> Result<XattrReply> {
+        Err(Errno::NOSYS)
+    }
+
+    /// listxattr(2), with `size` as for [`FileSystem::getxattr`].
+    fn listxattr(&self, ctx: &Context, node: NodeId, size: u32) -> Result<XattrReply> {
+        Err(Errno::NOSYS)
+    }
+
+    /// removexattr(2).
+    fn removexattr(&self, ctx: &Context, node: NodeId, name: &CStr) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// The lock that stands in the way of `lock`, or one of kind unlock.
+    fn getlk(&self, ctx: &Context, node: NodeId, lock: &Lock) -> Result<abi::FileLock> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Takes or drops a lock without waiting; EAGAIN if it is held.
+    fn setlk(&self, ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Takes a lock, waiting for it on the calling thread; EINTR after [`FileSystem::interrupt`]
+    /// or [`FileSystem::interrupt_all`].
+    fn setlkw(&self, ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
+        Err(Errno::NOSYS)
+    }
+
+    /// Ends the wait of request `unique`, if it waits.
+    fn interrupt(&self, unique: Unique) {}
+
+    /// Ends all waits for locks, since the queues are about to be stopped.
+    fn interrupt_all(&self) {}
+}

@@ -1,0 +1,32 @@
+//! Numbers that a guest hands us, each a type of its own so that none is taken for another.
+
+use super::abi;
+
+/// Names an inode in the session between one guest and the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(pub u64);
+
+impl NodeId {
+    /// The share's root, which every guest knows without a LOOKUP.
+    pub const ROOT: NodeId = NodeId(abi::ROOT_ID);
+}
+
+/// Names an open file or directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HandleId(pub u64);
+
+/// The guest's opaque name for whoever holds a POSIX lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LockOwner(pub u64);
+
+/// The guest's number for a request; INTERRUPT refers to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Unique(pub u64);
+
+/// A user id as the guest knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestUid(pub u32);
+
+/// A group id as the guest knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestGid(pub u32);

@@ -1,0 +1,150 @@
+//! INIT: what guest and daemon agree on for a session.
+
+use thiserror::Error;
+
+use super::abi;
+use super::flags::InitFlags;
+use super::request::Init;
+
+/// Pages of the longest request that is served, in pages of [`PAGE_SIZE`] bytes. The guest cuts it
+/// down to what its ring and its `fs.fuse.max_pages_limit` allow.
+pub const MAX_PAGES: u16 = 4096;
+/// Unit of [`MAX_PAGES`] in bytes.
+pub const PAGE_SIZE: u32 = 4096;
+/// Bytes of the longest WRITE.
+pub const MAX_WRITE: u32 = MAX_PAGES as u32 * PAGE_SIZE;
+/// Pages of the longest request when the guest does not know MAX_PAGES (`FUSE_DEFAULT_MAX_PAGES_PER_REQ`).
+const DEFAULT_PAGES: u32 = 32;
+/// Requests that the guest may send in the background (readahead, writeback, asynchronous I/O).
+const MAX_BACKGROUND: u16 = 1024;
+/// Background requests from which on the guest counts the device as congested.
+const CONGESTION_THRESHOLD: u16 = 768;
+/// Minor version from which on DIRECT_IO_ALLOW_MMAP and parallel direct writes go together (Linux 6.9).
+const MINOR_ALLOW_MMAP: u32 = 40;
+
+/// Why a guest's INIT is refused.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum InitError {
+    /// The guest is older than Linux 4.20.
+    #[error(
+        "the guest speaks FUSE {major}.{minor}; 7.{} (Linux 4.20) is the oldest that is served",
+        abi::OLDEST_MINOR_VERSION
+    )]
+    TooOld {
+        /// The guest's major version.
+        major: u32,
+        /// The guest's minor version.
+        minor: u32,
+    },
+}
+
+/// What both sides agreed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Negotiated {
+    /// The lower of both minor versions.
+    pub minor: u32,
+    /// Flags that both sides know and want.
+    pub flags: InitFlags,
+    /// Bytes of the longest WRITE.
+    pub max_write: u32,
+    /// Bytes of the longest read-ahead.
+    pub max_readahead: u32,
+}
+
+/// Answers an INIT with what both the guest and the daemon (`offered`) want.
+///
+/// Returns `None` for a guest with a newer major version: it gets [`major_mismatch`] and asks again.
+pub fn negotiate(init: &Init, offered: InitFlags) -> Result<Option<Negotiated>, InitError> {
+    if init.major > abi::KERNEL_VERSION {
+        return Ok(None);
+    }
+    if init.major < abi::KERNEL_VERSION || init.minor < abi::OLDEST_MINOR_VERSION {
+        return Err(InitError::TooOld { major: init.major, minor: init.minor });
+    }
+    let minor = init.minor.min(abi::KERNEL_MINOR_VERSION);
+    let mut flags = init.flags & (offered | InitFlags::MAX_PAGES | InitFlags::INIT_EXT);
+    if minor < MINOR_ALLOW_MMAP {
+        flags.remove(InitFlags::DIRECT_IO_ALLOW_MMAP);
+    }
+    let max_write = if flags.contains(InitFlags::MAX_PAGES) { MAX_WRITE } else { DEFAULT_PAGES * PAGE_SIZE };
+    Ok(Some(Negotiated { minor, flags, max_write, max_readahead: init.max_readahead }))
+}
+
+/// The answer to a guest whose major version is newer: ours, and nothing else.
+pub fn major_mismatch() -> abi::InitOut {
+    abi::InitOut { major: abi::KERNEL_VERSION, minor: abi::KERNEL_MINOR_VERSION, ..Default::default() }
+}
+
+impl Negotiated {
+    /// The reply's body.
+    pub fn to_wire(&self) -> abi::InitOut {
+        let [b0, b1, b2, b3, b4, b5, b6, b7] = self.flags.bits().to_le_bytes();
+        abi::InitOut {
+            major: abi::KERNEL_VERSION,
+            minor: abi::KERNEL_MINOR_VERSION,
+            max_readahead: self.max_readahead,
+            flags: u32::from_le_bytes([b0, b1, b2, b3]),
+            max_background: MAX_BACKGROUND,
+            congestion_threshold: CONGESTION_THRESHOLD,
+            max_write: self.max_write,
+            // The host's time stamps are exact to the nanosecond.
+            time_gran: 1,
+            max_pages: MAX_PAGES,
+            flags2: u32::from_le_bytes([b4, b5, b6, b7]),
+            ..Default::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn init(minor: u32, flags: InitFlags) -> Init {
+        Init { major: 7, minor, max_readahead: 131_072, flags }
+    }
+
+    #[test]
+    fn takes_what_both_want() {
+        let guest = InitFlags::ASYNC_READ | InitFlags::POSIX_LOCKS | InitFlags::MAX_PAGES;
+        let offered = InitFlags::ASYNC_READ | InitFlags::SUBMOUNTS;
+        let agreed = negotiate(&init(31, guest), offered).unwrap().unwrap();
+        assert_eq!(agreed.flags, InitFlags::ASYNC_READ | InitFlags::MAX_PAGES);
+        assert_eq!(agreed.minor, 31);
+        assert_eq!(agreed.max_write, 16 << 20);
+        let wire = agreed.to_wire();
+        assert_eq!((wire.max_write, wire.max_pages, wire.minor), (16 << 20, 4096, 45));
+    }
+
+    #[test]
+    fn a_guest_without_max_pages_gets_short_writes() {
+        let agreed = negotiate(&init(27, InitFlags::empty()), InitFlags::all()).unwrap().unwrap();
+        assert_eq!(agreed.max_write, 128 << 10);
+    }
+
+    #[test]
+    fn flags_past_bit_31_travel_in_flags2() {
+        let both = InitFlags::INIT_EXT | InitFlags::CREATE_SUPP_GROUP;
+        let wire = negotiate(&init(45, both), both).unwrap().unwrap().to_wire();
+        assert_eq!(wire.flags2, 1 << 2);
+        assert_eq!(wire.flags, 1 << 30);
+    }
+
+    #[test]
+    fn shared_mappings_need_minor_40() {
+        let flag = InitFlags::DIRECT_IO_ALLOW_MMAP;
+        assert!(!negotiate(&init(39, flag), flag).unwrap().unwrap().flags.contains(flag));
+        assert!(negotiate(&init(40, flag), flag).unwrap().unwrap().flags.contains(flag));
+    }
+
+    #[test]
+    fn refuses_the_old_and_corrects_the_new() {
+        for (major, minor) in [(6, 50), (7, 26), (7, 0)] {
+            let old = Init { major, minor, max_readahead: 0, flags: InitFlags::empty() };
+            assert_eq!(negotiate(&old, InitFlags::all()), Err(InitError::TooOld { major, minor }));
+        }
+        let new = Init { major: 8, minor: 0, max_readahead: 0, flags: InitFlags::empty() };
+        assert_eq!(negotiate(&new, InitFlags::all()), Ok(None));
+        assert_eq!(negotiate(&init(99, InitFlags::empty()), InitFlags::all()).unwrap().unwrap().minor, 45);
+    }
+}

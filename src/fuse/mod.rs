@@ -1,0 +1,15 @@
+//! The FUSE protocol: bytes to typed requests, typed replies to bytes.
+//!
+//! Everything here is a pure function of its arguments: no I/O, no unsafe code, no type of another
+//! room. Decoding is total: every byte string is a request or a [`decode::DecodeError`].
+#![forbid(unsafe_code)]
+
+pub mod abi;
+pub mod decode;
+pub mod flags;
+pub mod ids;
+pub mod init;
+pub mod name;
+pub mod opcode;
+pub mod reply;
+pub mod request;

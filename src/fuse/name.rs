@@ -1,0 +1,115 @@
+//! Names in requests. Past this module a name is known to be one safe path component.
+
+use std::ffi::CStr;
+
+use rustix::io::Errno;
+use thiserror::Error;
+
+/// Longest name of a directory entry in bytes (`NAME_MAX`).
+pub const NAME_MAX: usize = 255;
+
+/// Why bytes are no [`Name`].
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum NameError {
+    /// No bytes at all.
+    #[error("a name is empty")]
+    Empty,
+    /// `.` or `..` where an entry has to be named.
+    #[error("a name is \".\" or \"..\"")]
+    Dots,
+    /// More than one path component.
+    #[error("a name holds a slash")]
+    Slash,
+    /// More than [`NAME_MAX`] bytes.
+    #[error("a name is longer than 255 bytes")]
+    TooLong,
+}
+
+impl NameError {
+    /// The errno that the guest gets.
+    pub fn errno(self) -> Errno {
+        match self {
+            NameError::TooLong => Errno::NAMETOOLONG,
+            NameError::Empty | NameError::Dots | NameError::Slash => Errno::INVAL,
+        }
+    }
+}
+
+/// One path component: not empty, not `.` or `..`, no `/`, no NUL, at most 255 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Name<'a>(&'a CStr);
+
+impl<'a> Name<'a> {
+    /// Checks `name`.
+    pub fn new(name: &'a CStr) -> Result<Name<'a>, NameError> {
+        match LookupName::new(name)? {
+            LookupName::Entry(name) => Ok(name),
+            LookupName::This | LookupName::Parent => Err(NameError::Dots),
+        }
+    }
+
+    /// The name with its NUL, ready for a system call.
+    pub fn as_c_str(self) -> &'a CStr {
+        self.0
+    }
+}
+
+/// What LOOKUP may name: an entry, the directory itself, or its parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LookupName<'a> {
+    /// `.`
+    This,
+    /// `..`
+    Parent,
+    /// Anything else.
+    Entry(Name<'a>),
+}
+
+impl<'a> LookupName<'a> {
+    /// Checks `name`.
+    pub fn new(name: &'a CStr) -> Result<LookupName<'a>, NameError> {
+        let bytes = name.to_bytes();
+        match bytes {
+            b"" => Err(NameError::Empty),
+            b"." => Ok(LookupName::This),
+            b".." => Ok(LookupName::Parent),
+            _ if bytes.len() > NAME_MAX => Err(NameError::TooLong),
+            _ if bytes.contains(&b'/') => Err(NameError::Slash),
+            _ => Ok(LookupName::Entry(Name(name))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::ffi::CString;
+
+    #[test]
+    fn refuses_what_is_no_component() {
+        let long = CString::new(vec![b'a'; 256]).unwrap();
+        for (name, error) in [
+            (c"", NameError::Empty),
+            (c".", NameError::Dots),
+            (c"..", NameError::Dots),
+            (c"a/b", NameError::Slash),
+            (c"/", NameError::Slash),
+            (long.as_c_str(), NameError::TooLong),
+        ] {
+            assert_eq!(Name::new(name), Err(error));
+        }
+        assert!(Name::new(&CString::new(vec![b'a'; 255]).unwrap()).is_ok());
+        assert!(Name::new(c"...").is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn an_accepted_name_is_one_component(bytes in proptest::collection::vec(1u8.., 0..300)) {
+            let name = CString::new(bytes.clone()).unwrap();
+            let good = !bytes.is_empty() && bytes.len() <= 255 && !bytes.contains(&b'/')
+                && bytes != b"." && bytes != b"..";
+            prop_assert_eq!(Name::new(&name).is_ok(), good);
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! lanefsd: a vhost-user virtio-fs daemon that lets many writers in a guest write one file at once.
+//!
+//! One request goes straight through: [`device`] takes a descriptor chain, [`fuse`] decodes it,
+//! [`service`] calls the [`fs::FileSystem`], and the reply goes back into the chain.
+
+pub mod config;
+pub mod fs;
+pub mod fuse;
+pub mod sys;

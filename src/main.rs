@@ -1,0 +1,2 @@
+//! The daemon's start-up.
+fn main() {}

@@ -1,0 +1,258 @@
+//! Guest memory as the two ends of a request: what it carries, and the room for its reply.
+//!
+//! Data goes between guest memory and host files by the addresses in here, never through a buffer
+//! of ours. The guest may change the bytes at any time, so they are only ever copied out once or
+//! handed to the kernel, never borrowed as a Rust slice.
+
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use libc::iovec;
+use rustix::io::{Errno, Result};
+
+use super::check_size;
+
+/// `IOV_MAX` of Linux: the most segments of one preadv(2).
+const IOV_MAX: usize = 1024;
+
+/// A list of segments with a front that moves.
+#[derive(Debug)]
+struct Segments<'a> {
+    iov: &'a mut [iovec],
+    len: usize,
+}
+
+impl Segments<'_> {
+    /// Drops `count` bytes at the front; `count` is at most `len`.
+    fn advance(&mut self, mut count: usize) {
+        self.len -= count.min(self.len);
+        let iov = std::mem::take(&mut self.iov);
+        let mut done = 0;
+        for segment in iov.iter_mut() {
+            if count < segment.iov_len {
+                segment.iov_base = segment.iov_base.wrapping_byte_add(count);
+                segment.iov_len -= count;
+                break;
+            }
+            count -= segment.iov_len;
+            done += 1;
+        }
+        self.iov = iov.get_mut(done..).unwrap_or_default();
+    }
+
+    /// Keeps the first `len` bytes only.
+    fn truncate(&mut self, len: usize) {
+        if len >= self.len {
+            return;
+        }
+        self.len = len;
+        let mut left = len;
+        let iov = std::mem::take(&mut self.iov);
+        let mut keep = 0;
+        for segment in iov.iter_mut() {
+            if left == 0 {
+                break;
+            }
+            segment.iov_len = segment.iov_len.min(left);
+            left -= segment.iov_len;
+            keep += 1;
+        }
+        self.iov = iov.get_mut(..keep).unwrap_or_default();
+    }
+
+    /// The front part that one system call takes: its segments and their bytes.
+    fn head(&self) -> (*const iovec, i32) {
+        let count = self.iov.len().min(IOV_MAX);
+        (self.iov.as_ptr(), i32::try_from(count).unwrap_or(i32::MAX))
+    }
+}
+
+/// The device-readable part of a chain, read from front to back.
+#[derive(Debug)]
+pub struct GuestReader<'a> {
+    segments: Segments<'a>,
+    _memory: PhantomData<&'a ()>,
+}
+
+/// The device-writable part of a chain, written from front to back.
+#[derive(Debug)]
+pub struct GuestWriter<'a> {
+    segments: Segments<'a>,
+    _memory: PhantomData<&'a ()>,
+}
+
+impl<'a> GuestReader<'a> {
+    /// Wraps segments of mapped memory that the guest shares with us.
+    ///
+    /// # Safety
+    /// Every segment lies in memory that stays mapped and readable during `'a`, and no Rust
+    /// reference to it exists.
+    pub unsafe fn new(iov: &'a mut [iovec]) -> GuestReader<'a> {
+        let len = iov.iter().map(|segment| segment.iov_len).sum();
+        GuestReader { segments: Segments { iov, len }, _memory: PhantomData }
+    }
+
+    /// Bytes left.
+    pub fn len(&self) -> usize {
+        self.segments.len
+    }
+
+    /// Whether no byte is left.
+    pub fn is_empty(&self) -> bool {
+        self.segments.len == 0
+    }
+
+    /// Keeps the first `len` bytes only.
+    pub fn truncate(&mut self, len: usize) {
+        self.segments.truncate(len);
+    }
+
+    /// Drops `count` bytes at the front, all if there are fewer.
+    pub fn skip(&mut self, count: usize) {
+        self.segments.advance(count);
+    }
+
+    /// Copies bytes from the front into `buffer` and moves on; returns how many there were.
+    pub fn read(&mut self, buffer: &mut [u8]) -> usize {
+        let mut done = 0;
+        for segment in self.segments.iov.iter() {
+            let count = segment.iov_len.min(buffer.len() - done);
+            if count == 0 && done == buffer.len() {
+                break;
+            }
+            // SAFETY: the segment is mapped and readable (see `new`), the buffer has room for
+            // `count` more bytes, and a private buffer never overlaps guest memory.
+            unsafe {
+                let to = buffer.as_mut_ptr().add(done);
+                std::ptr::copy_nonoverlapping(segment.iov_base.cast::<u8>().cast_const(), to, count);
+            }
+            done += count;
+        }
+        self.segments.advance(done);
+        done
+    }
+
+    /// pwritev2(2) from the front; moves on by what was written, and returns that. At most
+    /// `IOV_MAX` segments go at once, so a short count is no error.
+    pub fn write_to(&mut self, file: BorrowedFd<'_>, offset: u64, flags: i32) -> Result<usize> {
+        let offset = file_offset(offset)?;
+        let (iov, count) = self.segments.head();
+        // SAFETY: `iov` points to `count` segments that are mapped and readable (see `new`).
+        let written = check_size(unsafe { libc::pwritev2(file.as_raw_fd(), iov, count, offset, flags) })?;
+        self.segments.advance(written);
+        Ok(written)
+    }
+}
+
+impl<'a> GuestWriter<'a> {
+    /// Wraps segments of mapped memory that the guest shares with us.
+    ///
+    /// # Safety
+    /// Every segment lies in memory that stays mapped and writable during `'a`, and no Rust
+    /// reference to it exists.
+    pub unsafe fn new(iov: &'a mut [iovec]) -> GuestWriter<'a> {
+        let len = iov.iter().map(|segment| segment.iov_len).sum();
+        GuestWriter { segments: Segments { iov, len }, _memory: PhantomData }
+    }
+
+    /// Bytes of room left.
+    pub fn len(&self) -> usize {
+        self.segments.len
+    }
+
+    /// Whether no room is left.
+    pub fn is_empty(&self) -> bool {
+        self.segments.len == 0
+    }
+
+    /// Keeps the first `len` bytes of room only.
+    pub fn truncate(&mut self, len: usize) {
+        self.segments.truncate(len);
+    }
+
+    /// Takes the first `N` bytes of room off, to be filled later; `None` if there is less room.
+    pub fn reserve<const N: usize>(&mut self) -> Option<Reserved<'a, N>> {
+        if self.segments.len < N {
+            return None;
+        }
+        let mut iov = [EMPTY; N];
+        let mut left = N;
+        let filled = self.segments.iov.iter().filter(|segment| segment.iov_len > 0);
+        for (slot, segment) in iov.iter_mut().zip(filled) {
+            let len = segment.iov_len.min(left);
+            *slot = iovec { iov_base: segment.iov_base, iov_len: len };
+            left -= len;
+        }
+        self.segments.advance(N);
+        Some(Reserved { iov, _memory: PhantomData })
+    }
+
+    /// Copies bytes to the front and moves on; returns how many found room.
+    pub fn write(&mut self, bytes: &[u8]) -> usize {
+        let done = copy_out(self.segments.iov, bytes);
+        self.segments.advance(done);
+        done
+    }
+
+    /// Fills up to `count` bytes with zeros and moves on; returns how many found room.
+    pub fn write_zeros(&mut self, count: usize) -> usize {
+        const ZEROS: [u8; 4096] = [0; 4096];
+        let mut done = 0;
+        while done < count {
+            let chunk = ZEROS.get(..count - done).unwrap_or(&ZEROS);
+            match self.write(chunk) {
+                0 => break,
+                n => done += n,
+            }
+        }
+        done
+    }
+
+    /// preadv2(2) to the front; moves on by what was read, and returns that. At most `IOV_MAX`
+    /// segments go at once, so a short count says nothing about the end of the file.
+    pub fn read_from(&mut self, file: BorrowedFd<'_>, offset: u64, flags: i32) -> Result<usize> {
+        let offset = file_offset(offset)?;
+        let (iov, count) = self.segments.head();
+        // SAFETY: `iov` points to `count` segments that are mapped and writable (see `new`).
+        let read = check_size(unsafe { libc::preadv2(file.as_raw_fd(), iov, count, offset, flags) })?;
+        self.segments.advance(read);
+        Ok(read)
+    }
+}
+
+/// Room for `N` bytes in guest memory that were set aside.
+#[derive(Debug)]
+pub struct Reserved<'a, const N: usize> {
+    iov: [iovec; N],
+    _memory: PhantomData<&'a ()>,
+}
+
+impl<const N: usize> Reserved<'_, N> {
+    /// Fills the room.
+    pub fn fill(self, bytes: &[u8; N]) {
+        copy_out(&self.iov, bytes);
+    }
+}
+
+const EMPTY: iovec = iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+
+/// Copies `bytes` over `iov` from its front; returns how many found room.
+fn copy_out(iov: &[iovec], bytes: &[u8]) -> usize {
+    let mut rest = bytes;
+    for segment in iov {
+        if rest.is_empty() {
+            break;
+        }
+        let (now, later) = rest.split_at(segment.iov_len.min(rest.len()));
+        // SAFETY: the segment is mapped and writable (see `GuestWriter::new`), holds at least
+        // `now.len()` bytes, and guest memory never overlaps a Rust slice.
+        unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), segment.iov_base.cast::<u8>(), now.len()) };
+        rest = later;
+    }
+    bytes.len() - rest.len()
+}
+
+/// `offset` as the kernel takes it; EINVAL past `i64::MAX`.
+fn file_offset(offset: u64) -> Result<i64> {
+    i64::try_from(offset).map_err(|_| Errno::INVAL)
+}

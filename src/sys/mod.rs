@@ -1,0 +1,15 @@
+//! What no crate wraps safely: guest memory as I/O vectors, and a few system calls.
+
+pub mod guest_buffers;
+
+use rustix::io::{Errno, Result};
+
+/// The errno of the calling thread's last failed system call.
+fn last_errno() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+/// The byte count that a system call returned, or its errno.
+fn check_size(result: isize) -> Result<usize> {
+    usize::try_from(result).map_err(|_| last_errno())
+}
