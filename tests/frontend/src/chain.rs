@@ -170,6 +170,8 @@ pub struct Chain {
     pub writable: Pieces,
     /// Which descriptor table is used.
     pub placement: Placement,
+    /// Memory that the device needs as long as it has the chain, e.g. a table written by hand.
+    pub keep: Option<Buffer>,
 }
 
 impl Chain {
@@ -178,7 +180,7 @@ impl Chain {
         let readable = Pieces::new(memory, &[request.len()], 0, cut, limit / 2)?;
         readable.write(0, request);
         let writable = Pieces::new(memory, &[reply], 0, cut, limit / 2)?;
-        Ok(Chain { readable, writable, placement: Placement::Auto })
+        Ok(Chain { readable, writable, placement: Placement::Auto, keep: None })
     }
 
     /// All pieces as ring segments, what the device reads first.

@@ -302,8 +302,11 @@ impl Queue {
         let mut poll = libc::pollfd { fd: self.call.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let millis = i32::try_from(at_most.as_millis()).unwrap_or(i32::MAX).saturating_add(1);
         // SAFETY: one pollfd, and its descriptor lives as long as self.
-        if unsafe { libc::poll(&raw mut poll, 1, millis) } <= 0 {
-            return Ok(false);
+        match unsafe { libc::poll(&raw mut poll, 1, millis) } {
+            0 => return Ok(false),
+            // Interrupted: look again.
+            -1 => return Ok(true),
+            _ => {}
         }
         match self.call.read() {
             Ok(count) => {

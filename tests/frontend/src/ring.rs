@@ -363,7 +363,8 @@ impl<T> Ring<T> {
     }
 }
 
-fn describe(segment: &Segment, next: Option<u16>) -> Descriptor {
+/// The descriptor of a segment, with its successor if there is one.
+pub fn describe(segment: &Segment, next: Option<u16>) -> Descriptor {
     Descriptor {
         address: segment.address,
         len: segment.len,
