@@ -275,18 +275,24 @@ impl Backend {
 
     /// CPU time of user and kernel together.
     pub fn cpu_time(&self) -> Result<Duration> {
-        let stat = fs::read_to_string(self.proc("stat")).map_err(Error::system("read the back end's stat"))?;
+        let stat =
+            fs::read_to_string(self.proc("stat")).map_err(Error::system("read the back end's stat"))?;
         // The name in parentheses may hold spaces; utime and stime are fields 14 and 15.
         let after_name = stat.rsplit(')').next().unwrap_or_default();
-        let ticks: u64 =
-            after_name.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+        let ticks: u64 = after_name
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .filter_map(|field| field.parse::<u64>().ok())
+            .sum();
         // SAFETY: sysconf has no preconditions.
         let per_second = u64::try_from(unsafe { libc::sysconf(libc::_SC_CLK_TCK) }).unwrap_or(100).max(1);
         Ok(Duration::from_millis(ticks * 1000 / per_second))
     }
 
     fn status_field(&self, field: &str) -> Result<usize> {
-        let status = fs::read_to_string(self.proc("status")).map_err(Error::system("read the back end's status"))?;
+        let status =
+            fs::read_to_string(self.proc("status")).map_err(Error::system("read the back end's status"))?;
         let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default();
         line.split_whitespace()
             .next()
@@ -310,7 +316,8 @@ impl Backend {
 
     fn complaint(&self, problem: String) -> Error {
         let stderr = self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let problem = if stderr.is_empty() { problem } else { format!("{problem}; stderr: {}", stderr.trim_end()) };
+        let problem =
+            if stderr.is_empty() { problem } else { format!("{problem}; stderr: {}", stderr.trim_end()) };
         Error::Backend { program: self.program.display().to_string(), problem }
     }
 }

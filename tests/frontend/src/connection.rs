@@ -14,8 +14,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use crate::error::{Error, Result};
 use crate::memory::Region;
 use crate::message::{
-    ConfigHeader, Header, MemoryRegion, NEED_REPLY, NO_FD, REPLY, VERSION, VringAddress, VringState, code, name,
-    protocol,
+    ConfigHeader, Header, MemoryRegion, NEED_REPLY, NO_FD, REPLY, VERSION, VringAddress, VringState, code,
+    name, protocol,
 };
 use crate::ring::Ring;
 
@@ -47,12 +47,21 @@ impl Connection {
 
     /// Uses a socket that is connected already, e.g. one end of a pair.
     pub fn new(socket: UnixStream) -> Result<Connection> {
-        socket.set_read_timeout(Some(ANSWER_TIMEOUT)).map_err(Error::system("set a timeout on the socket"))?;
+        socket
+            .set_read_timeout(Some(ANSWER_TIMEOUT))
+            .map_err(Error::system("set a timeout on the socket"))?;
         Ok(Connection { socket, acknowledged: false })
     }
 
     /// Sends any message, right or wrong, with any descriptors. Nothing is awaited.
-    pub fn send_raw(&self, request: u32, flags: u32, size: u32, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
+    pub fn send_raw(
+        &self,
+        request: u32,
+        flags: u32,
+        size: u32,
+        body: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<()> {
         let header = Header { request, flags, size };
         let mut message = header.as_bytes().to_vec();
         message.extend_from_slice(body);
@@ -76,7 +85,10 @@ impl Connection {
         self.receive_exact(&mut header, to)?;
         let header: Header = zerocopy::transmute!(header);
         if header.size > 4096 {
-            return Err(Error::Protocol { message: to, problem: format!("a payload of {} bytes", header.size) });
+            return Err(Error::Protocol {
+                message: to,
+                problem: format!("a payload of {} bytes", header.size),
+            });
         }
         let mut body = vec![0; header.size as usize];
         self.receive_exact(&mut body, to)?;
@@ -197,7 +209,11 @@ impl Connection {
     pub fn set_up_ring<T>(&self, index: usize, ring: &Ring<T>, kick: &EventFd, call: &EventFd) -> Result<()> {
         let queue = index as u32;
         self.send(code::SET_VRING_NUM, &VringState { index: queue, value: ring.size() as u32 }, &[])?;
-        self.send(code::SET_VRING_BASE, &VringState { index: queue, value: u32::from(ring.next_available()) }, &[])?;
+        self.send(
+            code::SET_VRING_BASE,
+            &VringState { index: queue, value: u32::from(ring.next_available()) },
+            &[],
+        )?;
         let (descriptors, available, used) = ring.user_addresses();
         self.send(
             code::SET_VRING_ADDR,
@@ -222,7 +238,9 @@ impl Connection {
     fn set_vring_fd(&self, request: u32, index: usize, event: Option<&EventFd>) -> Result<()> {
         match event {
             // SAFETY: the eventfd is borrowed for longer than the call lasts.
-            Some(fd) => self.send(request, &(index as u64), &[unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }]),
+            Some(fd) => {
+                self.send(request, &(index as u64), &[unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }])
+            }
             None => self.send(request, &(index as u64 | NO_FD), &[]),
         }
     }
@@ -234,7 +252,8 @@ impl Connection {
 
     /// GET_VRING_BASE: stops the queue and returns the next available index it would serve.
     pub fn stop_ring(&self, index: usize) -> Result<u16> {
-        let answer: VringState = self.ask(code::GET_VRING_BASE, &VringState { index: index as u32, value: 0 })?;
+        let answer: VringState =
+            self.ask(code::GET_VRING_BASE, &VringState { index: index as u32, value: 0 })?;
         if answer.index as usize != index {
             return Err(Error::Protocol {
                 message: name(code::GET_VRING_BASE),
@@ -285,7 +304,9 @@ impl Connection {
                 Err(source) => return Err(Error::System { what: "read from the socket".into(), source }),
             }
         };
-        self.socket.set_read_timeout(Some(ANSWER_TIMEOUT)).map_err(Error::system("set a timeout on the socket"))?;
+        self.socket
+            .set_read_timeout(Some(ANSWER_TIMEOUT))
+            .map_err(Error::system("set a timeout on the socket"))?;
         Ok(closed)
     }
 }

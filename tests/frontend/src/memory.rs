@@ -44,11 +44,22 @@ impl Region {
         file.set_len(size as u64).map_err(Error::system(format!("size guest memory to {size} bytes")))?;
         // SAFETY: a fresh shared mapping of a file that is `size` bytes long.
         let host = unsafe {
-            libc::mmap(std::ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd, 0)
+            libc::mmap(
+                std::ptr::null_mut(),
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                fd,
+                0,
+            )
         };
         match NonNull::new(host.cast::<u8>()) {
-            Some(host) if host.as_ptr().cast() != libc::MAP_FAILED => Ok(Arc::new(Region { guest, size, file, host })),
-            _ => Err(Error::system(format!("map {size} bytes of guest memory"))(std::io::Error::last_os_error())),
+            Some(host) if host.as_ptr().cast() != libc::MAP_FAILED => {
+                Ok(Arc::new(Region { guest, size, file, host }))
+            }
+            _ => Err(Error::system(format!("map {size} bytes of guest memory"))(
+                std::io::Error::last_os_error(),
+            )),
         }
     }
 
@@ -192,10 +203,8 @@ impl Memory {
     /// A buffer in the region that starts at `guest`, for tests that need a certain region.
     pub fn allocate_in(self: &Arc<Self>, guest: u64, len: usize) -> Result<Buffer> {
         let class = len.max(SMALLEST_CLASS).next_power_of_two();
-        let (region, offset) = self
-            .heap()
-            .take_fresh(class, |region| region.guest == guest)
-            .ok_or(Error::OutOfMemory(len))?;
+        let (region, offset) =
+            self.heap().take_fresh(class, |region| region.guest == guest).ok_or(Error::OutOfMemory(len))?;
         self.in_use.fetch_add(class, Ordering::Relaxed);
         Ok(Buffer { memory: self.clone(), region, offset, len })
     }

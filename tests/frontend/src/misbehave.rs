@@ -88,7 +88,8 @@ impl Malformed {
         // The chain keeps the table until the device gives it back.
         chain.keep = Some(table);
         queue.submit_by_hand(chain, |ring, _| {
-            let free = |ring: &mut Ring<_>| ring.take_descriptor().ok_or(Error::RingFull { free: 0, needed: 2 });
+            let free =
+                |ring: &mut Ring<_>| ring.take_descriptor().ok_or(Error::RingFull { free: 0, needed: 2 });
             let owned = vec![free(ring)?, free(ring)?];
             for (i, descriptor) in head.iter().enumerate() {
                 // In `lay`, 0 and 1 stand for the two descriptors that the chain owns.
@@ -150,7 +151,8 @@ struct Places {
 
 /// A page-aligned guest address behind all memory.
 pub fn outside_memory(session: &Session) -> u64 {
-    let end = session.memory().regions().iter().map(|region| region.guest_address() + region.size() as u64).max();
+    let end =
+        session.memory().regions().iter().map(|region| region.guest_address() + region.size() as u64).max();
     end.unwrap_or(0) + (1 << 30)
 }
 

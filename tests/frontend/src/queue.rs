@@ -142,7 +142,11 @@ impl Queue {
         Ok(tokens)
     }
 
-    fn add<'a>(&'a self, mut state: MutexGuard<'a, State>, chain: Chain) -> Result<(MutexGuard<'a, State>, Token)> {
+    fn add<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        chain: Chain,
+    ) -> Result<(MutexGuard<'a, State>, Token)> {
         let token = Token(state.next_token);
         state.next_token += 1;
         let mut pending = Pending { token, chain };
@@ -269,7 +273,11 @@ impl Queue {
     }
 
     /// Collects what the device has used; sleeps first if there is nothing.
-    fn reap<'a>(&'a self, mut state: MutexGuard<'a, State>, deadline: Instant) -> Result<MutexGuard<'a, State>> {
+    fn reap<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        deadline: Instant,
+    ) -> Result<MutexGuard<'a, State>> {
         if self.collect(&mut state)? {
             return Ok(state);
         }

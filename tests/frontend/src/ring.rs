@@ -356,7 +356,8 @@ impl<T> Ring<T> {
     /// `owned` are the descriptors that come back with it, the head first.
     pub fn offer_by_hand(&mut self, owned: Vec<u16>, writable: u64, tag: T) -> Result<()> {
         let head = *owned.first().ok_or(Error::RingFull { free: self.free.len(), needed: 1 })?;
-        self.in_flight[usize::from(head)] = Some(InFlight { tag, descriptors: owned, writable, _table: None });
+        self.in_flight[usize::from(head)] =
+            Some(InFlight { tag, descriptors: owned, writable, _table: None });
         self.count_in_flight += 1;
         self.offer(head);
         Ok(())
@@ -442,7 +443,8 @@ mod tests {
     #[test]
     fn kicks_follow_the_devices_wish() {
         let mut ring = ring(8, false, true);
-        let event = |ring: &Ring<u32>, value: u16| ring.used.atomic_u16(4 + 8 * 8).store(value, Ordering::Release);
+        let event =
+            |ring: &Ring<u32>, value: u16| ring.used.atomic_u16(4 + 8 * 8).store(value, Ordering::Release);
         ring.add(&[READ], Placement::Auto, 1).unwrap();
         ring.publish();
         assert!(ring.needs_kick());

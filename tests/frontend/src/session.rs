@@ -158,7 +158,8 @@ impl Session {
     pub fn start_queue(&self, index: usize) -> Result<()> {
         let connection = self.connection();
         let queue = self.queue(index);
-        queue.with_ring(|ring| connection.set_up_ring(index, ring, queue.kick_event(), queue.call_event()))?;
+        queue
+            .with_ring(|ring| connection.set_up_ring(index, ring, queue.kick_event(), queue.call_event()))?;
         connection.enable_ring(index, true)?;
         // What was published while the queue was down has nobody told of it.
         queue.kick()

@@ -1,8 +1,8 @@
 //! Open files and their data.
 
 use lanefsd::fuse::abi::{
-    CopyFileRangeIn, CopyFileRangeOut, FallocateIn, FlushIn, FsyncIn, LseekIn, LseekOut, OpenIn, OpenOut, ReadIn,
-    ReleaseIn, WriteIn, WriteOut,
+    CopyFileRangeIn, CopyFileRangeOut, FallocateIn, FlushIn, FsyncIn, LseekIn, LseekOut, OpenIn, OpenOut,
+    ReadIn, ReleaseIn, WriteIn, WriteOut,
 };
 use lanefsd::fuse::flags::{ReleaseFlags, WriteFlags};
 use lanefsd::fuse::opcode::Opcode;

@@ -1,6 +1,8 @@
 //! Directories: open, list, close.
 
-use lanefsd::fuse::abi::{Dirent, Direntplus, EntryOut, FsyncIn, OpenIn, OpenOut, RECORD_ALIGN, ReadIn, ReleaseIn};
+use lanefsd::fuse::abi::{
+    Dirent, Direntplus, EntryOut, FsyncIn, OpenIn, OpenOut, RECORD_ALIGN, ReadIn, ReleaseIn,
+};
 use lanefsd::fuse::opcode::Opcode;
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 

@@ -18,6 +18,7 @@ use zerocopy::FromBytes;
 
 use crate::chain::Cut;
 use crate::error::Result;
+use crate::queue::Queue;
 use crate::request::{Caller, Reply, Request};
 use crate::session::{Sent, Session};
 
@@ -62,6 +63,11 @@ impl<'s> Client<'s> {
     /// The session.
     pub fn session(&self) -> &'s Session {
         self.session
+    }
+
+    /// The queue.
+    pub fn queue(&self) -> &'s Queue {
+        self.session.queue(self.queue)
     }
 
     /// Sends a request and does not wait. The request's caller becomes the client's.

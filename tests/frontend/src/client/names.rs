@@ -1,7 +1,8 @@
 //! Operations on names: lookup, creation, removal, rename, and forgetting.
 
 use lanefsd::fuse::abi::{
-    BatchForgetIn, CreateIn, EntryOut, ForgetIn, ForgetOne, LinkIn, MkdirIn, MknodIn, OpenOut, Rename2In, RenameIn,
+    BatchForgetIn, CreateIn, EntryOut, ForgetIn, ForgetOne, LinkIn, MkdirIn, MknodIn, OpenOut, Rename2In,
+    RenameIn,
 };
 use lanefsd::fuse::opcode::Opcode;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -46,7 +47,8 @@ impl Client<'_> {
 
     /// BATCH_FORGET of `(node, lookups)`, on the high-priority queue.
     pub fn forget_batch(&self, nodes: &[(u64, u64)]) -> Result<()> {
-        let items: Vec<ForgetOne> = nodes.iter().map(|&(nodeid, nlookup)| ForgetOne { nodeid, nlookup }).collect();
+        let items: Vec<ForgetOne> =
+            nodes.iter().map(|&(nodeid, nlookup)| ForgetOne { nodeid, nlookup }).collect();
         let header = BatchForgetIn { count: items.len() as u32, dummy: 0 };
         let request = Request::new(Opcode::BatchForget, 0).arg(&header).arg(items.as_slice()).no_reply();
         let sent = self.on(0).send(request)?;
@@ -54,7 +56,14 @@ impl Client<'_> {
     }
 
     /// MKNOD.
-    pub fn mknod(&self, parent: u64, name: impl AsRef<[u8]>, mode: u32, rdev: u32, umask: u32) -> Result<EntryOut> {
+    pub fn mknod(
+        &self,
+        parent: u64,
+        name: impl AsRef<[u8]>,
+        mode: u32,
+        rdev: u32,
+        umask: u32,
+    ) -> Result<EntryOut> {
         let arg = MknodIn { mode, rdev, umask, padding: 0 };
         self.call(Request::new(Opcode::Mknod, parent).arg(&arg).name(name).reply::<EntryOut>())
     }
@@ -99,7 +108,9 @@ impl Client<'_> {
         newdir: u64,
         new_name: impl AsRef<[u8]>,
     ) -> Result<()> {
-        self.call_empty(Request::new(Opcode::Rename, parent).arg(&RenameIn { newdir }).name(name).name(new_name))
+        self.call_empty(
+            Request::new(Opcode::Rename, parent).arg(&RenameIn { newdir }).name(name).name(new_name),
+        )
     }
 
     /// RENAME2 with `RENAME_*` flags of renameat2(2).
@@ -131,7 +142,8 @@ impl Client<'_> {
 
     /// TMPFILE: a file without a name in directory `parent`.
     pub fn tmpfile(&self, parent: u64, flags: i32, mode: u32) -> Result<(EntryOut, OpenOut)> {
-        let arg = CreateIn { flags: flags.cast_unsigned(), mode: libc::S_IFREG | mode, umask: 0, open_flags: 0 };
+        let arg =
+            CreateIn { flags: flags.cast_unsigned(), mode: libc::S_IFREG | mode, umask: 0, open_flags: 0 };
         // Linux sends a slash for the name that is not there.
         let request = Request::new(Opcode::Tmpfile, parent).arg(&arg).name("/").reply::<CreateOut>();
         self.call::<CreateOut>(request).map(|out| (out.entry, out.open))

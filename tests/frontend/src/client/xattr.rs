@@ -12,10 +12,13 @@ use crate::request::Request;
 impl Client<'_> {
     /// SETXATTR with the flags of setxattr(2).
     pub fn setxattr(&self, node: u64, name: impl AsRef<[u8]>, value: &[u8], flags: i32) -> Result<()> {
-        let arg = SetxattrIn { size: value.len() as u32, flags: flags.cast_unsigned(), ..SetxattrIn::default() };
+        let arg =
+            SetxattrIn { size: value.len() as u32, flags: flags.cast_unsigned(), ..SetxattrIn::default() };
         let long = self.session.init_flags().contains(InitFlags::SETXATTR_EXT);
         let len = if long { size_of::<SetxattrIn>() } else { COMPAT_SETXATTR_IN_SIZE };
-        self.call_empty(Request::new(Opcode::Setxattr, node).arg(&arg.as_bytes()[..len]).name(name).arg(value))
+        self.call_empty(
+            Request::new(Opcode::Setxattr, node).arg(&arg.as_bytes()[..len]).name(name).arg(value),
+        )
     }
 
     /// GETXATTR with room for `size` bytes.
