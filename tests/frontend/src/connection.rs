@@ -205,13 +205,14 @@ impl Connection {
         self.send(code::REM_MEM_REG, single_region(region).as_slice(), &[])
     }
 
-    /// Sets up one queue up to, but without, SET_VRING_ENABLE.
+    /// Sets up one queue up to, but without, SET_VRING_ENABLE. It goes on after the last used chain, so
+    /// chains that the device had not taken when it was stopped are served.
     pub fn set_up_ring<T>(&self, index: usize, ring: &Ring<T>, kick: &EventFd, call: &EventFd) -> Result<()> {
         let queue = index as u32;
         self.send(code::SET_VRING_NUM, &VringState { index: queue, value: ring.size() as u32 }, &[])?;
         self.send(
             code::SET_VRING_BASE,
-            &VringState { index: queue, value: u32::from(ring.next_available()) },
+            &VringState { index: queue, value: u32::from(ring.used_index()) },
             &[],
         )?;
         let (descriptors, available, used) = ring.user_addresses();
@@ -237,9 +238,10 @@ impl Connection {
 
     fn set_vring_fd(&self, request: u32, index: usize, event: Option<&EventFd>) -> Result<()> {
         match event {
-            // SAFETY: the eventfd is borrowed for longer than the call lasts.
-            Some(fd) => {
-                self.send(request, &(index as u64), &[unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }])
+            Some(event) => {
+                // SAFETY: the eventfd is borrowed for longer than the call lasts.
+                let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+                self.send(request, &(index as u64), &[fd])
             }
             None => self.send(request, &(index as u64 | NO_FD), &[]),
         }

@@ -102,7 +102,7 @@ impl Region {
     }
 
     fn atomic_u16(&self, offset: usize) -> &AtomicU16 {
-        assert!(offset % 2 == 0, "ring indices are aligned");
+        assert!(offset.is_multiple_of(2), "ring indices are aligned");
         let at = self.at(offset, 2);
         // SAFETY: in range, aligned, and alive as long as the region.
         unsafe { AtomicU16::from_ptr(at.cast()) }

@@ -154,7 +154,7 @@ impl Session {
         regions.iter().try_for_each(|region| connection.add_memory(region))
     }
 
-    /// Sets one queue up and enables it, from where its ring stands.
+    /// Sets one queue up and enables it, from where the device left its ring.
     pub fn start_queue(&self, index: usize) -> Result<()> {
         let connection = self.connection();
         let queue = self.queue(index);
@@ -197,7 +197,9 @@ impl Session {
 
     /// Sends an INIT of any minor version with any flags; guests below minor 36 send a shorter one.
     pub fn init_with(&self, minor: u32, flags: InitFlags) -> Result<InitOut> {
-        let [low, high] = zerocopy::transmute!(flags.bits());
+        // A guest that sends the short form knows nothing of the upper half.
+        let flags = if minor >= 36 { flags } else { flags - InitFlags::INIT_EXT };
+        let [low, high]: [u32; 2] = zerocopy::transmute!(flags.bits());
         let init = InitIn {
             major: KERNEL_VERSION,
             minor,

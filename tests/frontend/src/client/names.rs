@@ -4,6 +4,7 @@ use lanefsd::fuse::abi::{
     BatchForgetIn, CreateIn, EntryOut, ForgetIn, ForgetOne, LinkIn, MkdirIn, MknodIn, OpenOut, Rename2In,
     RenameIn,
 };
+use lanefsd::fuse::flags::InitFlags;
 use lanefsd::fuse::opcode::Opcode;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -20,6 +21,11 @@ struct CreateOut {
 }
 
 impl Client<'_> {
+    /// The mode as Linux sends it: without DONT_MASK the guest has applied the umask already.
+    fn masked(&self, mode: u32, umask: u32) -> u32 {
+        if self.session.init_flags().contains(InitFlags::DONT_MASK) { mode } else { mode & !umask }
+    }
+
     /// LOOKUP.
     pub fn lookup(&self, parent: u64, name: impl AsRef<[u8]>) -> Result<EntryOut> {
         self.call(Request::new(Opcode::Lookup, parent).name(name).reply::<EntryOut>())
@@ -64,13 +70,13 @@ impl Client<'_> {
         rdev: u32,
         umask: u32,
     ) -> Result<EntryOut> {
-        let arg = MknodIn { mode, rdev, umask, padding: 0 };
+        let arg = MknodIn { mode: self.masked(mode, umask), rdev, umask, padding: 0 };
         self.call(Request::new(Opcode::Mknod, parent).arg(&arg).name(name).reply::<EntryOut>())
     }
 
     /// MKDIR.
     pub fn mkdir(&self, parent: u64, name: impl AsRef<[u8]>, mode: u32, umask: u32) -> Result<EntryOut> {
-        let arg = MkdirIn { mode, umask };
+        let arg = MkdirIn { mode: self.masked(mode, umask), umask };
         self.call(Request::new(Opcode::Mkdir, parent).arg(&arg).name(name).reply::<EntryOut>())
     }
 
@@ -135,7 +141,12 @@ impl Client<'_> {
         mode: u32,
         umask: u32,
     ) -> Result<(EntryOut, OpenOut)> {
-        let arg = CreateIn { flags: flags.cast_unsigned(), mode: libc::S_IFREG | mode, umask, open_flags: 0 };
+        let arg = CreateIn {
+            flags: flags.cast_unsigned(),
+            mode: libc::S_IFREG | self.masked(mode, umask),
+            umask,
+            open_flags: 0,
+        };
         let request = Request::new(Opcode::Create, parent).arg(&arg).name(name).reply::<CreateOut>();
         self.call::<CreateOut>(request).map(|out| (out.entry, out.open))
     }
