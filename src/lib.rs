@@ -4,6 +4,10 @@
 //! [`service`] calls the [`fs::FileSystem`], and the reply goes back into the chain.
 
 pub mod config;
+pub mod device;
 pub mod fs;
 pub mod fuse;
+mod logging;
+pub mod server;
+pub mod service;
 pub mod sys;

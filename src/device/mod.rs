@@ -1,0 +1,20 @@
+//! The vhost-user device: descriptor chains in, used entries out.
+//!
+//! [`backend`] speaks vhost-user with the front end and starts and stops queues. A [`queue`] is a
+//! [`ring`] and the [`worker`]s that serve it; [`chain`] turns a descriptor chain into the two ends
+//! of a request. What a request means is the [`service`](crate::service)'s business.
+
+pub mod backend;
+pub mod chain;
+pub mod config_space;
+mod memory;
+pub mod queue;
+pub mod ring;
+mod watch;
+mod worker;
+
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+/// The guest's memory as it is now; replaced as a whole when regions come and go, while requests
+/// in flight keep the one they began with.
+pub type SharedMemory = GuestMemoryAtomic<GuestMemoryMmap>;

@@ -436,3 +436,127 @@ impl<'a> Cursor<'a> {
         if i64::try_from(value).is_ok() { Ok(value) } else { Err(DecodeError::Range(self.opcode)) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn header(opcode: u32, len: usize) -> abi::InHeader {
+        abi::InHeader { len: u32::try_from(len).unwrap(), opcode, unique: 1, nodeid: 1, ..Default::default() }
+    }
+
+    /// As a worker does it: the header's length is the chain's.
+    fn decode(opcode: Opcode, arguments: &[u8]) -> Result<String> {
+        let header = header(opcode as u32, IN_HEADER_SIZE + arguments.len());
+        let count = argument_bytes(&header, IN_HEADER_SIZE + arguments.len())?;
+        Request::decode(&header, &arguments[..count], false).map(|request| format!("{:?}", request.operation))
+    }
+
+    #[test]
+    fn two_names_are_told_apart() {
+        let mut bytes = 7u64.to_le_bytes().to_vec();
+        bytes.extend(b"old\0new\0");
+        let text = decode(Opcode::Rename, &bytes).unwrap();
+        assert!(text.contains("\"old\"") && text.contains("NodeId(7)") && text.contains("\"new\""), "{text}");
+        bytes.pop();
+        assert_eq!(decode(Opcode::Rename, &bytes), Err(DecodeError::UnterminatedName(Opcode::Rename)));
+    }
+
+    #[test]
+    fn every_name_is_checked() {
+        for bad in [&b"\0"[..], b".\0", b"..\0", b"a/b\0"] {
+            for opcode in [Opcode::Unlink, Opcode::Rmdir] {
+                assert!(matches!(decode(opcode, bad), Err(DecodeError::Name(..))));
+            }
+            for (opcode, fixed) in
+                [(Opcode::Mknod, 16), (Opcode::Mkdir, 8), (Opcode::Link, 8), (Opcode::Create, 16)]
+            {
+                let bytes = [&vec![0; fixed][..], bad].concat();
+                assert!(matches!(decode(opcode, &bytes), Err(DecodeError::Name(..))), "{opcode:?} {bad:?}");
+            }
+            let rename = [&[0; 8][..], b"good\0", bad].concat();
+            assert!(matches!(decode(Opcode::Rename, &rename), Err(DecodeError::Name(..))));
+            let rename = [&[0; 8][..], bad, b"good\0"].concat();
+            assert!(matches!(decode(Opcode::Rename, &rename), Err(DecodeError::Name(..))));
+            assert!(matches!(
+                decode(Opcode::Symlink, &[bad, b"target\0"].concat()),
+                Err(DecodeError::Name(..))
+            ));
+        }
+        assert!(decode(Opcode::Lookup, b"..\0").is_ok());
+        assert!(decode(Opcode::Symlink, b"name\0/any/../target\0").is_ok());
+    }
+
+    #[test]
+    fn a_write_has_as_much_data_as_it_says() {
+        let write = abi::WriteIn { size: 100, ..Default::default() };
+        for (len, good) in [(180, true), (179, false), (181, false), (80, false), (60, false)] {
+            let header = header(Opcode::Write as u32, len);
+            let count = argument_bytes(&header, len).unwrap();
+            let decoded = Request::decode(&header, &write.as_bytes()[..count], false);
+            assert_eq!(decoded.is_ok(), good, "{len}");
+        }
+    }
+
+    #[test]
+    fn the_length_of_the_header_counts() {
+        assert!(argument_bytes(&header(3, 56), 56).is_ok());
+        assert_eq!(argument_bytes(&header(3, 56), 60), Ok(16));
+        assert!(argument_bytes(&header(3, 57), 56).is_err());
+        assert!(argument_bytes(&header(3, 39), 56).is_err());
+        assert!(argument_bytes(&header(3, IN_HEADER_SIZE + MAX_ARGUMENTS + 1), 1 << 30).is_err());
+        assert_eq!(argument_bytes(&header(7, 40), 40), Err(DecodeError::UnknownOpcode(7)));
+    }
+
+    #[test]
+    fn the_group_of_an_extension_is_found() {
+        let mut bytes = [0; 8].to_vec();
+        bytes.extend(b"directory\0");
+        bytes.extend([0; 6]);
+        bytes.extend([16u32, 32, 1, 4711].iter().flat_map(|word| word.to_le_bytes()));
+        let mut header = header(Opcode::Mkdir as u32, IN_HEADER_SIZE + bytes.len());
+        header.total_extlen = 2;
+        let request = Request::decode(&header, &bytes, false).unwrap();
+        assert_eq!(request.header.supplementary_group, Some(GuestGid(4711)));
+        header.total_extlen = 100;
+        assert!(matches!(Request::decode(&header, &bytes, false), Err(DecodeError::Extensions(_))));
+        header.total_extlen = 1;
+        assert!(matches!(Request::decode(&header, &bytes, false), Err(DecodeError::Extensions(_))));
+    }
+
+    #[test]
+    fn init_of_an_old_guest_is_short() {
+        let init = abi::InitIn { major: 7, minor: 27, flags: 1, ..Default::default() };
+        assert!(decode(Opcode::Init, &init.as_bytes()[..16]).unwrap().contains("minor: 27"));
+        assert!(decode(Opcode::Init, &init.as_bytes()[..15]).is_err());
+        assert!(decode(Opcode::Init, init.as_bytes()).is_ok());
+    }
+
+    proptest! {
+        /// Total: no bytes make it panic, and what it takes lies within what it was given.
+        #[test]
+        fn any_bytes_decode(
+            opcode in 0u32..60, bytes in proptest::collection::vec(any::<u8>(), 0..300),
+            told in 0usize..400, extensions in 0u16..5, long: bool,
+        ) {
+            let mut header = header(opcode, told);
+            header.total_extlen = extensions;
+            if let Ok(count) = argument_bytes(&header, IN_HEADER_SIZE + bytes.len()) {
+                prop_assert!(count <= bytes.len());
+                let _ = Request::decode(&header, &bytes[..count], long);
+            }
+        }
+
+        /// Plausible requests of every kind, cut anywhere.
+        #[test]
+        fn a_cut_request_decodes_or_is_refused(opcode in 0usize..50, name in "[a-z./]{0,8}", cut in 0usize..120) {
+            let (opcode, _) = Opcode::ALL[opcode % Opcode::ALL.len()];
+            let mut bytes = vec![0; 64];
+            bytes.extend(name.as_bytes());
+            bytes.extend(b"\0second\0");
+            bytes.truncate(cut);
+            let _ = decode(opcode, &bytes);
+        }
+    }
+}

@@ -1,0 +1,382 @@
+//! The vhost-user protocol: what the front end says about memory and queues.
+//!
+//! A queue runs while it is enabled, has a kick and knows its addresses. Everything else here
+//! stores what was said until that is the case, or stops the queue and stores where it stood.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use log::{debug, info, warn};
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vm_memory::GuestAddressSpace;
+
+use super::config_space::{self, config_space};
+use super::memory::MemoryTable;
+use super::queue::Queue;
+use super::ring::{Layout, MAX_SIZE, Ring};
+use super::watch::Watch;
+use super::worker::Crew;
+use crate::config::DeviceConfig;
+use crate::service::Service;
+
+/// Most queues that a device has: the high-priority queue and 63 request queues.
+pub const MAX_QUEUES: usize = 64;
+/// Regions of guest memory that a front end may share (KVM's limit less its own).
+const MAX_MEMORY_SLOTS: u64 = 509;
+/// `VIRTIO_RING_F_INDIRECT_DESC`.
+const INDIRECT_DESC: u64 = 1 << 28;
+/// `VIRTIO_RING_F_EVENT_IDX`.
+const EVENT_IDX: u64 = 1 << 29;
+/// `VIRTIO_F_VERSION_1`.
+const VERSION_1: u64 = 1 << 32;
+
+/// What the front end said about one queue, and the crew that serves it while it runs.
+#[derive(Default)]
+struct Vring {
+    layout: Layout,
+    base: u16,
+    kick: Option<OwnedFd>,
+    call: Option<OwnedFd>,
+    enabled: bool,
+    crew: Option<Arc<Crew>>,
+}
+
+/// The device, between one front end and the service.
+pub struct Backend {
+    service: Arc<Service>,
+    watch: Arc<Watch>,
+    workers: usize,
+    config_space: Option<[u8; config_space::SIZE]>,
+    features: u64,
+    memory: MemoryTable,
+    vrings: Vec<Vring>,
+}
+
+impl Backend {
+    /// A device that no front end has spoken to.
+    pub fn new(config: &DeviceConfig, service: Arc<Service>) -> io::Result<Backend> {
+        let queues = config.request_queues.clamp(1, MAX_QUEUES - 1);
+        let count = u32::try_from(queues).unwrap_or(1);
+        Ok(Backend {
+            service,
+            watch: Watch::start()?,
+            workers: config.thread_pool_size,
+            config_space: config.tag.as_deref().map(|tag| config_space(tag, count)),
+            features: 0,
+            memory: MemoryTable::new(),
+            vrings: (0..=queues).map(|_| Vring::default()).collect(),
+        })
+    }
+
+    /// Stops all queues after what is in flight, and ends the session.
+    pub fn shut_down(&mut self) {
+        self.stop_all();
+        self.service.end_session();
+    }
+
+    fn stop_all(&mut self) {
+        self.vrings.iter_mut().for_each(Vring::stop);
+    }
+
+    fn vring(&mut self, index: impl TryInto<usize>) -> Result<&mut Vring> {
+        let vring = index.try_into().ok().and_then(|index| self.vrings.get_mut(index));
+        vring.ok_or(Error::InvalidParam)
+    }
+
+    /// Starts the queue if it has all it needs, and stops it if not.
+    fn update(&mut self, index: usize) -> Result<()> {
+        let memory = self.memory.shared().clone();
+        let event_idx = self.features & EVENT_IDX != 0;
+        let (service, watch, workers) = (Arc::clone(&self.service), Arc::clone(&self.watch), self.workers);
+        let vring = self.vring(index)?;
+        let ready = vring.enabled && vring.layout.size > 0 && vring.layout.descriptors != 0;
+        let Some(kick) = vring.kick.as_ref().filter(|_| ready) else {
+            vring.stop();
+            return Ok(());
+        };
+        if vring.crew.is_some() {
+            return Ok(());
+        }
+        let ring = Ring::new(&memory.memory(), vring.layout, vring.base, event_idx);
+        let ring = ring.map_err(|e| refuse(&format!("queue {index} cannot be started: {e}")))?;
+        let kick = kick.try_clone().map_err(Error::ReqHandlerError)?;
+        let call = vring.call.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::ReqHandlerError)?;
+        let queue = Queue::new(index, memory, ring, kick, call);
+        let crew = queue.and_then(|queue| Crew::start(queue, service, &watch, workers));
+        vring.crew = Some(crew.map_err(|error| Error::ReqHandlerError(io::Error::other(error)))?);
+        debug!("queue {index} runs with {} descriptors", vring.layout.size);
+        Ok(())
+    }
+
+    /// Forgets what was said about queues, as at the start.
+    fn reset_queues(&mut self) {
+        self.stop_all();
+        self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
+        self.features = 0;
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.shut_down();
+        self.watch.end();
+    }
+}
+
+impl Vring {
+    /// Stops after what is in flight, and remembers where the ring stood.
+    fn stop(&mut self) {
+        if let Some(crew) = self.crew.take() {
+            crew.stop();
+            self.base = crew.queue().next_available();
+        }
+    }
+}
+
+/// Logs why a message is refused, and refuses it.
+fn refuse(why: &str) -> Error {
+    warn!("{why}");
+    Error::InvalidParam
+}
+
+fn unsupported<T>(what: &'static str) -> Result<T> {
+    Err(Error::InvalidOperation(what))
+}
+
+impl VhostUserBackendReqHandlerMut for Backend {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.reset_queues();
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        info!("the front end resets the device");
+        self.reset_queues();
+        self.service.end_session();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(VERSION_1 | INDIRECT_DESC | EVENT_IDX | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let offered = self.get_features()?;
+        if features & !offered != 0 {
+            return Err(refuse(&format!(
+                "the front end wants features {:#x} that were not offered",
+                features & !offered
+            )));
+        }
+        self.features = features;
+        // Without protocol features there is no SET_VRING_ENABLE, and queues begin enabled.
+        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+            for index in 0..self.vrings.len() {
+                self.vring(index)?.enabled = true;
+                self.update(index)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        self.memory.set(regions, files).map_err(|error| refuse(&describe(&error)))?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= MAX_SIZE);
+        let size = size.ok_or_else(|| refuse(&format!("queue {index} cannot have {num} descriptors")))?;
+        let vring = self.vring(index)?;
+        if vring.crew.is_some() {
+            return Err(refuse(&format!("queue {index} runs; its size cannot change")));
+        }
+        vring.layout.size = size;
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let translate = |user| self.memory.guest_address(user).map_err(|error| refuse(&describe(&error)));
+        let (descriptors, available, used) =
+            (translate(descriptor)?, translate(available)?, translate(used)?);
+        let vring = self.vring(index)?;
+        let layout = Layout { descriptors, available, used, size: vring.layout.size };
+        if vring.crew.is_some() && layout != vring.layout {
+            return Err(refuse(&format!("queue {index} runs; its addresses cannot change")));
+        }
+        vring.layout = layout;
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
+        let vring = self.vring(index)?;
+        if vring.crew.is_none() {
+            vring.base = base;
+        }
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let vring = self.vring(index)?;
+        vring.stop();
+        // The queue starts again with the next SET_VRING_KICK.
+        vring.kick = None;
+        vring.call = None;
+        Ok(VhostUserVringState::new(index, u32::from(vring.base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let vring = self.vring(index)?;
+        let Some(fd) = fd else {
+            return Err(refuse(&format!("queue {index} has no kick; polled queues are not supported")));
+        };
+        vring.stop();
+        vring.kick = Some(fd.into());
+        self.update(usize::from(index))
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let vring = self.vring(index)?;
+        vring.call = fd.map(OwnedFd::from);
+        if let Some(crew) = &vring.crew {
+            let call = vring.call.as_ref().map(OwnedFd::try_clone).transpose();
+            crew.queue().set_call(call.map_err(Error::ReqHandlerError)?);
+        }
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, _fd: Option<File>) -> Result<()> {
+        self.vring(index).map(drop)
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        let mut features = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE;
+        if self.config_space.is_some() {
+            features |= VhostUserProtocolFeatures::CONFIG;
+        }
+        Ok(features)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let extra = features & !self.get_protocol_features()?.bits();
+        if extra != 0 {
+            return Err(refuse(&format!(
+                "the front end wants protocol features {extra:#x} that were not offered"
+            )));
+        }
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.vrings.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        self.vring(index)?.enabled = enable;
+        self.update(usize::try_from(index).map_err(|_| Error::InvalidParam)?)
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let space = self.config_space.as_ref().ok_or(Error::InvalidOperation("there is no tag"))?;
+        Ok(config_space::read(space, offset, size))
+    }
+
+    fn set_config(&mut self, _offset: u32, _buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        unsupported("the configuration space is read-only")
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        unsupported("there is no GPU")
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        unsupported("there are no shared objects")
+    }
+
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        unsupported("in-flight tracking was not offered")
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        unsupported("in-flight tracking was not offered")
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_MEMORY_SLOTS)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        self.memory.add(region, file).map_err(|error| refuse(&describe(&error)))?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        self.memory.remove(region).map_err(|error| refuse(&describe(&error)))
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        unsupported("device state was not offered")
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        unsupported("device state was not offered")
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        unsupported("shared memory regions were not offered")
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        unsupported("dirty logging was not offered")
+    }
+}
+
+/// An error and its causes in one sentence.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,120 @@
+//! The guest's memory as the front end shares it: regions that come and go.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use thiserror::Error;
+use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+
+use super::SharedMemory;
+
+/// Why a region is refused.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// mmap(2) failed: not a memory file, or too short.
+    #[error("guest memory at {address:#x} cannot be mapped; give the VM shared memory (share=on)")]
+    Map {
+        /// Guest-physical address.
+        address: u64,
+        /// What mmap(2) said.
+        source: vhost::vhost_user::Error,
+    },
+    /// The region wraps around or overlaps another.
+    #[error("guest memory at {0:#x} overlaps another region or wraps around")]
+    Overlap(u64),
+    /// No such region.
+    #[error("there is no region of guest memory at {0:#x}")]
+    Missing(u64),
+    /// An address of the front end that is in no region.
+    #[error("the front end's address {0:#x} is in no memory region")]
+    Address(u64),
+}
+
+/// Maps addresses of the front end's process to guest-physical ones.
+#[derive(Clone, Copy, Debug)]
+struct Mapping {
+    user: u64,
+    size: u64,
+    guest: u64,
+}
+
+/// All regions that the front end shares.
+pub struct MemoryTable {
+    shared: SharedMemory,
+    mappings: Vec<Mapping>,
+}
+
+impl MemoryTable {
+    /// A table without regions.
+    pub fn new() -> MemoryTable {
+        MemoryTable { shared: SharedMemory::new(GuestMemoryMmap::new()), mappings: Vec::new() }
+    }
+
+    /// The memory, for queues.
+    pub fn shared(&self) -> &SharedMemory {
+        &self.shared
+    }
+
+    /// Replaces all regions (SET_MEM_TABLE).
+    pub fn set(&mut self, regions: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<(), MemoryError> {
+        let mut mapped = Vec::with_capacity(regions.len());
+        let mut mappings = Vec::with_capacity(regions.len());
+        for (region, file) in regions.iter().zip(files) {
+            mapped.push(Arc::new(map(region, file)?));
+            mappings.push(mapping(region));
+        }
+        mapped.sort_by_key(|region| region.start_addr());
+        let first = mappings.first().map_or(0, |mapping: &Mapping| mapping.guest);
+        let memory = GuestMemoryMmap::from_arc_regions(mapped).map_err(|_| MemoryError::Overlap(first))?;
+        self.replace(memory);
+        self.mappings = mappings;
+        Ok(())
+    }
+
+    /// Adds a region (ADD_MEM_REG): memory was plugged in.
+    pub fn add(&mut self, region: &VhostUserSingleMemoryRegion, file: File) -> Result<(), MemoryError> {
+        let mapped = Arc::new(map(region, file)?);
+        let memory = self.shared.memory().insert_region(mapped);
+        self.replace(memory.map_err(|_| MemoryError::Overlap(region.guest_phys_addr))?);
+        self.mappings.push(mapping(region));
+        Ok(())
+    }
+
+    /// Removes a region (REM_MEM_REG). Requests in flight keep their mapping until they end.
+    pub fn remove(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<(), MemoryError> {
+        let start = region.guest_phys_addr;
+        let removed = self.shared.memory().remove_region(GuestAddress(start), region.memory_size);
+        let (memory, _) = removed.map_err(|_| MemoryError::Missing(start))?;
+        self.replace(memory);
+        self.mappings.retain(|mapping| mapping.guest != start);
+        Ok(())
+    }
+
+    /// The guest-physical address of `user`, an address of the front end's process.
+    pub fn guest_address(&self, user: u64) -> Result<u64, MemoryError> {
+        self.mappings
+            .iter()
+            .find_map(|mapping| {
+                let offset = user.checked_sub(mapping.user).filter(|offset| *offset < mapping.size)?;
+                mapping.guest.checked_add(offset)
+            })
+            .ok_or(MemoryError::Address(user))
+    }
+
+    fn replace(&self, memory: GuestMemoryMmap) {
+        // Nobody panics while holding the lock, which only orders writers.
+        let guard = self.shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        guard.replace(memory);
+    }
+}
+
+fn map(region: &VhostUserMemoryRegion, file: File) -> Result<GuestRegionMmap, MemoryError> {
+    let address = region.guest_phys_addr;
+    let mapped = region.mmap_region(file).map_err(|source| MemoryError::Map { address, source })?;
+    GuestRegionMmap::new(mapped, GuestAddress(address)).ok_or(MemoryError::Overlap(address))
+}
+
+fn mapping(region: &VhostUserMemoryRegion) -> Mapping {
+    Mapping { user: region.user_addr, size: region.memory_size, guest: region.guest_phys_addr }
+}

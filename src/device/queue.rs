@@ -1,0 +1,321 @@
+//! A queue that is being served: the ring, and the means by which its workers wait and wake.
+//!
+//! All idle workers wait on one epoll instance, edge-triggered, so that the kernel wakes exactly
+//! one of them for each kick, and at depth 1 the worker that is woken also serves: there is no
+//! hand-off. Before a worker serves, it makes sure that somebody else hears the next kick.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use log::error;
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::io::Errno;
+use thiserror::Error;
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+
+use super::SharedMemory;
+use super::ring::{Layout, Ring, RingError};
+
+/// Why a queue cannot be started.
+#[derive(Debug, Error)]
+pub enum QueueError {
+    /// The ring is unusable.
+    #[error("queue {index} cannot be started")]
+    Ring {
+        /// Number of the queue; 0 is the high-priority queue.
+        index: usize,
+        /// What is wrong with it.
+        source: RingError,
+    },
+    /// The host has no descriptors or memory left, or the kick is no eventfd.
+    #[error("queue {index} cannot wait for kicks")]
+    Events {
+        /// Number of the queue.
+        index: usize,
+        /// What the system call said.
+        source: Errno,
+    },
+    /// No thread could be made.
+    #[error("queue {index} gets no thread")]
+    Thread {
+        /// Number of the queue.
+        index: usize,
+        /// What the system call said.
+        source: std::io::Error,
+    },
+}
+
+/// What a worker woke up for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wakeup {
+    /// There may be chains to take.
+    Work,
+    /// Nothing came for the time that was given.
+    Idle,
+    /// The queue is stopping.
+    Stop,
+}
+
+/// A chain that was served.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Done {
+    /// Its first descriptor.
+    pub head: u16,
+    /// Valid bytes of its device-writable part.
+    pub written: u32,
+}
+
+/// What [`Queue::advance`] found.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Next {
+    /// First descriptor of the next chain, unchecked.
+    pub head: u16,
+    /// Whether more chains wait behind it.
+    pub backlog: bool,
+}
+
+/// What of a queue changes under its lock.
+struct State {
+    ring: Ring,
+    call: Option<Arc<OwnedFd>>,
+    /// Set when the guest broke the ring: nothing is taken from it until it is started anew.
+    broken: bool,
+}
+
+/// Requests and chains that a queue has seen since its start.
+#[derive(Debug, Default)]
+pub struct Statistics {
+    /// Chains taken.
+    pub requests: AtomicU64,
+    /// Notifications sent to the guest.
+    pub notifications: AtomicU64,
+}
+
+/// A queue from its start to its stop.
+pub struct Queue {
+    index: usize,
+    memory: SharedMemory,
+    layout: Layout,
+    state: Mutex<State>,
+    epoll: OwnedFd,
+    /// Kept open for `epoll`.
+    _kick: OwnedFd,
+    help: OwnedFd,
+    stop: OwnedFd,
+    stopping: AtomicBool,
+    idle: AtomicUsize,
+    help_called: AtomicBool,
+    /// Moving average of the time that a request takes, in nanoseconds.
+    service_time: AtomicU32,
+    statistics: Statistics,
+}
+
+const KICK: u64 = 0;
+const HELP: u64 = 1;
+const STOP: u64 = 2;
+
+impl Queue {
+    /// A queue over `ring`, woken through `kick`.
+    pub fn new(
+        index: usize,
+        memory: SharedMemory,
+        ring: Ring,
+        kick: OwnedFd,
+        call: Option<OwnedFd>,
+    ) -> Result<Queue, QueueError> {
+        let events = |source| QueueError::Events { index, source };
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let help = eventfd(0, flags).map_err(events)?;
+        let stop = eventfd(0, flags).map_err(events)?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(events)?;
+        let edge = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&epoll, &kick, epoll::EventData::new_u64(KICK), edge).map_err(events)?;
+        epoll::add(&epoll, &help, epoll::EventData::new_u64(HELP), edge).map_err(events)?;
+        epoll::add(&epoll, &stop, epoll::EventData::new_u64(STOP), epoll::EventFlags::IN).map_err(events)?;
+        Ok(Queue {
+            index,
+            memory,
+            layout: ring.layout(),
+            state: Mutex::new(State { ring, call: call.map(Arc::new), broken: false }),
+            epoll,
+            _kick: kick,
+            help,
+            stop,
+            stopping: AtomicBool::new(false),
+            idle: AtomicUsize::new(0),
+            help_called: AtomicBool::new(false),
+            service_time: AtomicU32::new(0),
+            statistics: Statistics::default(),
+        })
+    }
+
+    /// Number of the queue; 0 is the high-priority queue.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Where the ring is.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &SharedMemory {
+        &self.memory
+    }
+
+    /// What the queue has seen.
+    pub fn statistics(&self) -> &Statistics {
+        &self.statistics
+    }
+
+    /// Replaces the eventfd by which the guest is notified.
+    pub fn set_call(&self, call: Option<OwnedFd>) {
+        self.lock().call = call.map(Arc::new);
+    }
+
+    /// Index of the next chain; what GET_VRING_BASE answers once the workers are gone.
+    pub fn next_available(&self) -> u16 {
+        self.lock().ring.next_available()
+    }
+
+    /// Gives back the chain that was served, if any, and takes the next one.
+    pub(super) fn advance(&self, done: Option<Done>) -> Option<Next> {
+        let memory = self.memory.memory();
+        let (notify, next) = {
+            let mut state = self.lock();
+            let notify = done
+                .and_then(|done| state.publish(&memory, done).unwrap_or_else(|e| self.broke(&mut state, &e)));
+            let stop = state.broken || self.stopping.load(Ordering::Relaxed);
+            let next =
+                if stop { None } else { state.take(&memory).unwrap_or_else(|e| self.broke(&mut state, &e)) };
+            (notify, next)
+        };
+        if next.is_some() {
+            self.statistics.requests.fetch_add(1, Ordering::Relaxed);
+        }
+        if let Some(call) = notify {
+            self.statistics.notifications.fetch_add(1, Ordering::Relaxed);
+            signal(&*call);
+        }
+        next
+    }
+
+    /// Gives back a chain without taking the next one.
+    pub(super) fn give_back(&self, done: Done) {
+        let memory = self.memory.memory();
+        let notify = {
+            let mut state = self.lock();
+            state.publish(&memory, done).unwrap_or_else(|e| self.broke(&mut state, &e))
+        };
+        if let Some(call) = notify {
+            self.statistics.notifications.fetch_add(1, Ordering::Relaxed);
+            signal(&*call);
+        }
+    }
+
+    /// Whether chains wait that nobody has taken.
+    pub(super) fn has_backlog(&self) -> bool {
+        let memory = self.memory.memory();
+        let state = self.lock();
+        !state.broken && state.ring.waiting(&memory).is_ok_and(|waiting| waiting > 0)
+    }
+
+    /// Sleeps until there may be work. Of all sleeping workers a kick wakes one.
+    pub(super) fn wait(&self, timeout: Option<Timespec>) -> Wakeup {
+        let mut events =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
+        self.idle.fetch_add(1, Ordering::SeqCst);
+        let woken = epoll::wait(&self.epoll, &mut events[..], timeout.as_ref());
+        self.idle.fetch_sub(1, Ordering::SeqCst);
+        self.help_called.store(false, Ordering::SeqCst);
+        if self.stopping.load(Ordering::SeqCst) {
+            return Wakeup::Stop;
+        }
+        match woken {
+            Ok(0) => Wakeup::Idle,
+            Ok(_) | Err(Errno::INTR) => Wakeup::Work,
+            Err(errno) => {
+                error!("queue {}: waiting for kicks failed: {errno}; the queue stops", self.index);
+                Wakeup::Stop
+            }
+        }
+    }
+
+    /// Workers that sleep in [`Queue::wait`].
+    pub(super) fn idle_workers(&self) -> usize {
+        self.idle.load(Ordering::SeqCst)
+    }
+
+    /// Wakes one sleeping worker, unless one was called and has not come yet.
+    pub(super) fn call_for_help(&self) {
+        if !self.help_called.swap(true, Ordering::SeqCst) {
+            signal(&self.help);
+        }
+    }
+
+    /// Moving average of the time that a request takes, in nanoseconds.
+    pub(super) fn service_time(&self) -> u32 {
+        self.service_time.load(Ordering::Relaxed)
+    }
+
+    /// Takes the time of one more request into the average. Lost updates do no harm.
+    pub(super) fn note_service_time(&self, nanoseconds: u32) {
+        let average = self.service_time.load(Ordering::Relaxed);
+        let moved = average - average / 8 + nanoseconds / 8;
+        self.service_time.store(moved, Ordering::Relaxed);
+    }
+
+    /// Tells all workers to finish what they serve and to take nothing more.
+    pub(super) fn begin_stop(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        signal(&self.stop);
+    }
+
+    /// Logs that the guest broke the ring, and stops taking chains from it.
+    fn broke<T>(&self, state: &mut State, error: &RingError) -> Option<T> {
+        if !std::mem::replace(&mut state.broken, true) {
+            error!("queue {}: {error}; it is not served until the guest resets the device", self.index);
+        }
+        None
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Writes the used entry; returns whom to notify, if the guest wants that.
+    fn publish(&mut self, memory: &GuestMemoryMmap, done: Done) -> Result<Option<Arc<OwnedFd>>, RingError> {
+        self.ring.give_back(memory, done.head, done.written)?;
+        Ok(if self.ring.wants_notification(memory)? { self.call.clone() } else { None })
+    }
+
+    /// Takes a chain. The guest kicks for the next one exactly if none waits behind this one.
+    fn take(&mut self, memory: &GuestMemoryMmap) -> Result<Option<Next>, RingError> {
+        let mut waiting = self.ring.waiting(memory)?;
+        if waiting == 0 {
+            self.ring.ask_for_kick(memory)?;
+            waiting = self.ring.waiting(memory)?;
+        }
+        if waiting == 0 {
+            return Ok(None);
+        }
+        let head = self.ring.take(memory)?;
+        let mut backlog = waiting > 1;
+        if backlog {
+            self.ring.spare_kicks(memory)?;
+        } else {
+            self.ring.ask_for_kick(memory)?;
+            backlog = self.ring.waiting(memory)? > 0;
+        }
+        Ok(Some(Next { head, backlog }))
+    }
+}
+
+/// Adds one to an eventfd. It only fails when the counter is full, and then somebody is woken anyway.
+fn signal(eventfd: impl AsFd) {
+    let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
+}

@@ -1,0 +1,390 @@
+//! One request from the bytes in a chain to the bytes of its reply.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use log::{debug, info, trace};
+use rustix::io::Errno;
+use zerocopy::{FromZeros, Immutable, IntoBytes};
+
+use crate::fs::{Context, FileSystem, Opened, XattrReply};
+use crate::fuse::abi;
+use crate::fuse::decode::{DecodeError, argument_bytes};
+use crate::fuse::flags::{InitFlags, SetxattrFlags};
+use crate::fuse::init::{self, negotiate};
+use crate::fuse::opcode::Opcode;
+use crate::fuse::reply::{DirectoryWriter, OUT_HEADER_SIZE};
+use crate::fuse::request::{CopyFileRange, Init, Operation, Read, Request, Write};
+use crate::logging::warn_limited;
+use crate::sys::guest_buffers::{GuestReader, GuestWriter, Reserved};
+
+/// No INIT was answered yet, or DESTROY was: everything but INIT is refused.
+const NO_SESSION: u8 = 0;
+/// Requests are served.
+const SESSION: u8 = 1;
+/// Requests are served, and SETXATTR has its long form.
+const SESSION_LONG_SETXATTR: u8 = 2;
+
+/// Room that a worker keeps from request to request.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    arguments: Vec<u8>,
+    listing: Vec<u8>,
+}
+
+/// Serves requests out of a file system.
+pub struct Service {
+    fs: Arc<dyn FileSystem>,
+    session: AtomicU8,
+}
+
+type Result<T> = std::result::Result<T, Errno>;
+
+impl Service {
+    /// A service without a session; it begins with INIT.
+    pub fn new(fs: Arc<dyn FileSystem>) -> Service {
+        Service { fs, session: AtomicU8::new(NO_SESSION) }
+    }
+
+    /// The header of the request in `input`, or `None` if it is shorter than that.
+    pub fn read_header(input: &mut GuestReader<'_>) -> Option<abi::InHeader> {
+        let mut header = abi::InHeader::new_zeroed();
+        let bytes = header.as_mut_bytes();
+        (input.read(bytes) == bytes.len()).then_some(header)
+    }
+
+    /// Whether a request may wait for another one of the same guest, and so needs a thread of its
+    /// own.
+    pub fn may_wait_for_others(header: &abi::InHeader) -> bool {
+        Opcode::from_number(header.opcode) == Some(Opcode::Setlkw)
+    }
+
+    /// Ends all waits for locks: the queues are about to stop.
+    pub fn interrupt_all(&self) {
+        self.fs.interrupt_all();
+    }
+
+    /// Drops what the session holds. The guest has to begin a new one with INIT.
+    pub fn end_session(&self) {
+        if self.session.swap(NO_SESSION, Ordering::SeqCst) != NO_SESSION {
+            self.fs.destroy();
+        }
+    }
+
+    /// Serves the request whose `header` was read off `input`, and returns how many bytes of
+    /// `output` are valid.
+    pub fn serve(
+        &self,
+        header: &abi::InHeader,
+        input: GuestReader<'_>,
+        mut output: GuestWriter<'_>,
+        scratch: &mut Scratch,
+    ) -> u32 {
+        let no_reply = Opcode::from_number(header.opcode).is_some_and(Opcode::has_no_reply);
+        let reply = output.reserve::<OUT_HEADER_SIZE>();
+        if reply.is_none() && !no_reply {
+            warn_limited!("request {} has no room for a reply; dropped", header.unique);
+            return 0;
+        }
+        let mut body = Body { room: output, written: 0 };
+        let result = catch_unwind(AssertUnwindSafe(|| self.answer(header, input, &mut body, scratch)));
+        let result = result.unwrap_or_else(|_| {
+            warn_limited!("request {} of kind {} failed inside the daemon", header.unique, header.opcode);
+            Err(Errno::IO)
+        });
+        if no_reply {
+            return 0;
+        }
+        reply.map_or(0, |reply| fill_header(reply, header.unique, result.map(|()| body.written)))
+    }
+
+    /// Refuses the request with `header` for want of a thread or a worker.
+    pub fn refuse(header: &abi::InHeader, mut output: GuestWriter<'_>, errno: Errno) -> u32 {
+        output.reserve().map_or(0, |reply| fill_header(reply, header.unique, Err(errno)))
+    }
+
+    fn answer(
+        &self,
+        header: &abi::InHeader,
+        mut input: GuestReader<'_>,
+        body: &mut Body<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let readable = input.len() + size_of::<abi::InHeader>();
+        let arguments = argument_bytes(header, readable).map_err(refused)?;
+        scratch.arguments.resize(arguments, 0);
+        input.read(&mut scratch.arguments);
+        let session = self.session.load(Ordering::SeqCst);
+        let request =
+            Request::decode(header, &scratch.arguments, session == SESSION_LONG_SETXATTR).map_err(refused)?;
+        trace!("{request:?}");
+        let ctx = Context::from(&request.header);
+        if session == NO_SESSION && !matches!(request.operation, Operation::Init(_)) {
+            return Err(Errno::NOTCONN);
+        }
+        match request.operation {
+            Operation::Read(read) => self.read(&ctx, &request, &read, body),
+            Operation::Write(write) => self.write(&ctx, &request, &write, input, body),
+            Operation::Readdir { .. } => self.readdir(&ctx, &request, body, &mut scratch.listing),
+            Operation::Init(init) => self.init(&init, body),
+            _ => self.inode_operation(&ctx, &request, body),
+        }
+    }
+
+    fn init(&self, init: &Init, body: &mut Body<'_>) -> Result<()> {
+        body.has_room_for::<abi::InitOut>()?;
+        let offered = self.fs.offered_flags();
+        let negotiated = match negotiate(init, offered) {
+            Ok(Some(negotiated)) => negotiated,
+            Ok(None) => return body.put(&init::major_mismatch()),
+            Err(error) => {
+                warn_limited!("a guest was refused: {error}");
+                return Err(Errno::PROTO);
+            }
+        };
+        self.end_session();
+        self.fs.init(&negotiated);
+        info!("session begins: FUSE 7.{}, {:?}", negotiated.minor, negotiated.flags);
+        let long = negotiated.flags.contains(InitFlags::SETXATTR_EXT);
+        self.session.store(if long { SESSION_LONG_SETXATTR } else { SESSION }, Ordering::SeqCst);
+        body.put(&negotiated.to_wire())
+    }
+
+    fn read(&self, ctx: &Context, request: &Request<'_>, read: &Read, body: &mut Body<'_>) -> Result<()> {
+        let size = usize::try_from(read.size).map_err(|_| Errno::INVAL)?;
+        if body.room.len() < size {
+            return Err(Errno::INVAL);
+        }
+        body.room.truncate(size);
+        body.written = self.fs.read(ctx, request.header.node, read, &mut body.room)?;
+        Ok(())
+    }
+
+    fn write(
+        &self,
+        ctx: &Context,
+        request: &Request<'_>,
+        write: &Write,
+        mut data: GuestReader<'_>,
+        body: &mut Body<'_>,
+    ) -> Result<()> {
+        body.has_room_for::<abi::WriteOut>()?;
+        let size = usize::try_from(write.size).map_err(|_| Errno::INVAL)?;
+        data.truncate(size);
+        if data.len() != size {
+            return Err(Errno::INVAL);
+        }
+        let written = self.fs.write(ctx, request.header.node, write, &mut data)?;
+        body.put(&abi::WriteOut { size: u32::try_from(written).unwrap_or(write.size), padding: 0 })
+    }
+
+    fn readdir(
+        &self,
+        ctx: &Context,
+        request: &Request<'_>,
+        body: &mut Body<'_>,
+        listing: &mut Vec<u8>,
+    ) -> Result<()> {
+        let Operation::Readdir { handle, offset, size, plus } = request.operation else {
+            return Err(Errno::NOSYS);
+        };
+        let limit = usize::try_from(size).unwrap_or(usize::MAX).min(body.room.len());
+        let mut writer = DirectoryWriter::new(listing, limit, plus);
+        self.fs.readdir(ctx, request.header.node, handle, offset, &mut writer)?;
+        body.put_bytes(listing)
+    }
+
+    /// Operations on inodes and names.
+    fn inode_operation(&self, ctx: &Context, request: &Request<'_>, body: &mut Body<'_>) -> Result<()> {
+        let node = request.header.node;
+        let fs = &self.fs;
+        match &request.operation {
+            Operation::Destroy => {
+                self.end_session();
+                Ok(())
+            }
+            Operation::Forget { nlookup } => {
+                fs.forget(node, *nlookup);
+                Ok(())
+            }
+            Operation::BatchForget { items } => {
+                items.iter().for_each(|(node, count)| fs.forget(node, count));
+                Ok(())
+            }
+            Operation::Interrupt { unique } => {
+                fs.interrupt(*unique);
+                Ok(())
+            }
+            Operation::Getattr { handle } => body.put(&fs.getattr(ctx, node, *handle)?.to_wire()),
+            Operation::Setattr(set) => {
+                body.has_room_for::<abi::AttrOut>()?;
+                body.put(&fs.setattr(ctx, node, set)?.to_wire())
+            }
+            Operation::Statx(statx) => body.put(&fs.statx(ctx, node, statx)?.to_wire()),
+            Operation::Readlink => body.put_bytes(&fs.readlink(ctx, node)?),
+            Operation::Statfs => body.put(&abi::StatfsOut { st: fs.statfs(ctx, node)? }),
+            Operation::Access { mask } => fs.access(ctx, node, *mask),
+            Operation::Syncfs => fs.syncfs(ctx, node),
+            Operation::Unlink { name } => fs.unlink(ctx, node, *name),
+            Operation::Rmdir { name } => fs.rmdir(ctx, node, *name),
+            Operation::Rename(rename) => fs.rename(ctx, node, rename),
+            Operation::Lookup { .. }
+            | Operation::Symlink { .. }
+            | Operation::Mknod { .. }
+            | Operation::Mkdir { .. }
+            | Operation::Link { .. } => self.entry_operation(ctx, request, body),
+            Operation::Setxattr { .. }
+            | Operation::Getxattr { .. }
+            | Operation::Listxattr { .. }
+            | Operation::Removexattr { .. } => self.xattr_operation(ctx, request, body),
+            _ => self.handle_operation(ctx, request, body),
+        }
+    }
+
+    /// Operations that answer with an inode.
+    fn entry_operation(&self, ctx: &Context, request: &Request<'_>, body: &mut Body<'_>) -> Result<()> {
+        body.has_room_for::<abi::EntryOut>()?;
+        let node = request.header.node;
+        let entry = match request.operation {
+            Operation::Lookup { name } => self.fs.lookup(ctx, node, name),
+            Operation::Symlink { name, target } => self.fs.symlink(ctx, node, name, target),
+            Operation::Mknod { name, mode, rdev, umask } => self.fs.mknod(ctx, node, name, mode, rdev, umask),
+            Operation::Mkdir { name, mode, umask } => self.fs.mkdir(ctx, node, name, mode, umask),
+            Operation::Link { from, name } => self.fs.link(ctx, from, node, name),
+            _ => Err(Errno::NOSYS),
+        }?;
+        body.put(&entry.to_wire())
+    }
+
+    fn xattr_operation(&self, ctx: &Context, request: &Request<'_>, body: &mut Body<'_>) -> Result<()> {
+        let node = request.header.node;
+        let reply = match request.operation {
+            Operation::Setxattr { name, value, flags, setxattr_flags } => {
+                let kill_sgid = setxattr_flags.contains(SetxattrFlags::ACL_KILL_SGID);
+                return self.fs.setxattr(ctx, node, name, value, flags, kill_sgid);
+            }
+            Operation::Removexattr { name } => return self.fs.removexattr(ctx, node, name),
+            Operation::Getxattr { name, size } => self.fs.getxattr(ctx, node, name, size),
+            Operation::Listxattr { size } => self.fs.listxattr(ctx, node, size),
+            _ => Err(Errno::NOSYS),
+        }?;
+        match reply {
+            XattrReply::Size(size) => body.put(&abi::GetxattrOut { size, padding: 0 }),
+            XattrReply::Data(data) => body.put_bytes(&data),
+        }
+    }
+
+    /// Operations that open, use or close a handle.
+    fn handle_operation(&self, ctx: &Context, request: &Request<'_>, body: &mut Body<'_>) -> Result<()> {
+        let node = request.header.node;
+        let fs = &self.fs;
+        match &request.operation {
+            Operation::Open { flags, open_flags } => {
+                body.has_room_for::<abi::OpenOut>()?;
+                body.put(&open_out(fs.open(ctx, node, *flags, *open_flags)?))
+            }
+            Operation::Opendir { flags } => {
+                body.has_room_for::<abi::OpenOut>()?;
+                body.put(&open_out(fs.opendir(ctx, node, *flags)?))
+            }
+            Operation::Create(_) | Operation::Tmpfile(_) => self.create_operation(ctx, request, body),
+            Operation::Release { handle, flags, lock_owner } => {
+                fs.release(ctx, node, *handle, *flags, *lock_owner)
+            }
+            Operation::Releasedir { handle } => fs.releasedir(ctx, node, *handle),
+            Operation::Flush { handle, lock_owner } => fs.flush(ctx, node, *handle, *lock_owner),
+            Operation::Fsync { handle, flags } => fs.fsync(ctx, node, *handle, *flags),
+            Operation::Fsyncdir { handle, flags } => fs.fsyncdir(ctx, node, *handle, *flags),
+            Operation::Fallocate { handle, offset, length, mode } => {
+                fs.fallocate(ctx, node, *handle, *mode, *offset, *length)
+            }
+            Operation::Lseek { handle, offset, whence } => {
+                body.put(&abi::LseekOut { offset: fs.lseek(ctx, node, *handle, *offset, *whence)? })
+            }
+            Operation::CopyFileRange(copy) => self.copy_file_range(ctx, request, copy, body),
+            Operation::Getlk(lock) => body.put(&abi::LkOut { lk: fs.getlk(ctx, node, lock)? }),
+            Operation::Setlk(lock) => fs.setlk(ctx, node, lock),
+            Operation::Setlkw(lock) => fs.setlkw(ctx, node, lock),
+            _ => Err(Errno::NOSYS),
+        }
+    }
+
+    fn create_operation(&self, ctx: &Context, request: &Request<'_>, body: &mut Body<'_>) -> Result<()> {
+        if body.room.len() < size_of::<abi::EntryOut>() + size_of::<abi::OpenOut>() {
+            return Err(Errno::INVAL);
+        }
+        let node = request.header.node;
+        let (entry, opened) = match &request.operation {
+            Operation::Create(create) => self.fs.create(ctx, node, create),
+            Operation::Tmpfile(tmpfile) => self.fs.tmpfile(ctx, node, tmpfile),
+            _ => Err(Errno::NOSYS),
+        }?;
+        body.put(&entry.to_wire())?;
+        body.put(&open_out(opened))
+    }
+
+    fn copy_file_range(
+        &self,
+        ctx: &Context,
+        request: &Request<'_>,
+        copy: &CopyFileRange,
+        body: &mut Body<'_>,
+    ) -> Result<()> {
+        body.has_room_for::<abi::WriteOut>()?;
+        let mut copy = *copy;
+        if !copy.wide_reply {
+            copy.length = copy.length.min(u64::from(u32::MAX) & !4095);
+        }
+        let bytes_copied = self.fs.copy_file_range(ctx, request.header.node, &copy)?;
+        if copy.wide_reply {
+            return body.put(&abi::CopyFileRangeOut { bytes_copied });
+        }
+        body.put(&abi::WriteOut { size: u32::try_from(bytes_copied).unwrap_or(u32::MAX), padding: 0 })
+    }
+}
+
+/// What follows the header of a reply.
+struct Body<'a> {
+    room: GuestWriter<'a>,
+    written: usize,
+}
+
+impl Body<'_> {
+    /// EINVAL if a reply of this kind does not fit. Asked before anything is changed.
+    fn has_room_for<T>(&self) -> Result<()> {
+        if self.room.len() < size_of::<T>() { Err(Errno::INVAL) } else { Ok(()) }
+    }
+
+    fn put<T: IntoBytes + Immutable>(&mut self, value: &T) -> Result<()> {
+        self.put_bytes(value.as_bytes())
+    }
+
+    fn put_bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        if self.room.len() < bytes.len() {
+            return Err(Errno::INVAL);
+        }
+        self.written += self.room.write(bytes);
+        Ok(())
+    }
+}
+
+/// Fills in the reply's header and returns the length of the whole reply.
+fn fill_header(reply: Reserved<'_, OUT_HEADER_SIZE>, unique: u64, result: Result<usize>) -> u32 {
+    let (error, body) = match result {
+        Ok(body) => (0, body),
+        Err(errno) => (-errno.raw_os_error(), 0),
+    };
+    let len = u32::try_from(OUT_HEADER_SIZE + body).unwrap_or(u32::MAX);
+    reply.fill(&zerocopy::transmute!(abi::OutHeader { len, error, unique }));
+    len
+}
+
+fn open_out(opened: Opened) -> abi::OpenOut {
+    abi::OpenOut { fh: opened.handle.0, open_flags: opened.flags.bits(), backing_id: 0 }
+}
+
+fn refused(error: DecodeError) -> Errno {
+    debug!("a malformed request: {error}");
+    error.errno()
+}
