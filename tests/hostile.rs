@@ -24,7 +24,9 @@ use lanefsd_frontend::{Cut, Request, Session, SessionOptions};
 use zerocopy::{FromBytes, IntoBytes};
 
 fn two_queues(args: &[&str]) -> (lanefsd_frontend::Backend, Session) {
-    common::serve_with(args, SessionOptions { queues: 2, ..SessionOptions::default() })
+    // virtiofsd has one request queue.
+    let queues = if common::is_foreign() { 1 } else { 2 };
+    common::serve_with(args, SessionOptions { queues, ..SessionOptions::default() })
 }
 
 /// Sends raw bytes with room for a reply of `room` bytes.

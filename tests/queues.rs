@@ -26,8 +26,9 @@ fn a_slow_request_does_not_hold_up_the_next() {
     let client = session.client();
     let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
     let bytes = [1; 512];
-    let write =
-        |i| data::write_request(entry.nodeid, open.fh, i * 512, &bytes, WriteFlags::empty(), libc::O_RDWR);
+    let write = |i: u64| {
+        data::write_request(entry.nodeid, open.fh, i * 512, &bytes, WriteFlags::empty(), libc::O_RDWR)
+    };
     let begin = Instant::now();
     let writes: Vec<_> = (0..4).map(|i| client.send(write(i)).unwrap()).collect();
     client.getattr(entry.nodeid).unwrap();
