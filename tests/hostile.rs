@@ -57,14 +57,15 @@ fn header(opcode: u32, nodeid: u64, len: usize) -> Vec<u8> {
 fn malformed_chains_come_back_empty() {
     let (_backend, session) = two_queues(&[]);
     let request = Request::new(Opcode::Statfs, ROOT).reply_data(80);
-    // What a lenient device may serve all the same.
-    let debatable = [Malformed::ZeroLength, Malformed::PastTheEnd, Malformed::IndirectWithNext];
+    // Linux makes tables longer than the ring, and a buffer of no bytes does no harm; a chain without a
+    // request may be answered with an error.
+    let lenient = [Malformed::ZeroLength, Malformed::LongerThanTheRing, Malformed::NothingToRead];
     for round in 0..3 {
         for &kind in Malformed::ALL {
             let token = kind.submit(&session, 1, &request).unwrap();
             let completion = session.queue(1).wait(token).unwrap_or_else(|e| panic!("{kind:?}: {e}"));
             assert!(
-                completion.used == 0 || debatable.contains(&kind),
+                completion.used == 0 || lenient.contains(&kind),
                 "{kind:?}, round {round}: {}",
                 completion.used
             );
@@ -159,7 +160,7 @@ fn lengths_that_disagree() {
 
 #[test]
 fn replies_without_room() {
-    let (_backend, session) = two_queues(&[]);
+    let (backend, session) = two_queues(&[]);
     let getattr = Request::new(Opcode::Getattr, ROOT).arg(&[0u8; 16]).parts(2).concat();
     for room in 0..120 {
         let completion = raw(&session, &getattr, room, Cut::One);
@@ -171,7 +172,7 @@ fn replies_without_room() {
         }
     }
     // Data that does not fit is cut or refused, never written past the room.
-    std::fs::write(_backend.path("file"), [7; 1000]).unwrap();
+    std::fs::write(backend.path("file"), [7; 1000]).unwrap();
     let client = session.client();
     let node = client.lookup(ROOT, "file").unwrap().nodeid;
     let fh = client.open(node, libc::O_RDONLY).unwrap().fh;
@@ -188,8 +189,8 @@ fn replies_without_room() {
 
 #[test]
 fn names_that_are_none() {
-    let (_backend, session) = two_queues(&[]);
-    let outside = _backend.share().parent().unwrap().join("evil");
+    let (backend, session) = two_queues(&[]);
+    let outside = backend.share().parent().unwrap().join("evil");
     let client = session.client();
     let long = vec![b'n'; 256];
     let bad: &[&[u8]] = &[b"", b".", b"..", b"a/b", b"/", b"../evil", b"/etc/passwd", &long];
@@ -215,7 +216,7 @@ fn names_that_are_none() {
     bytes[..4].copy_from_slice(&43u32.to_ne_bytes());
     assert!(error_of(&raw(&session, &bytes, 200, Cut::One)) < 0);
     assert!(!outside.exists());
-    assert_eq!(std::fs::read_dir(_backend.share()).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(backend.share()).unwrap().count(), 0);
     healthy(&session);
 }
 
@@ -234,9 +235,9 @@ fn the_root_has_no_parent() {
 
 #[test]
 fn no_symlink_is_followed_and_no_special_file_opened() {
-    let (_backend, session) = two_queues(&[]);
-    std::os::unix::fs::symlink("/etc/passwd", _backend.path("link")).unwrap();
-    std::os::unix::fs::symlink("/etc", _backend.path("dirlink")).unwrap();
+    let (backend, session) = two_queues(&[]);
+    std::os::unix::fs::symlink("/etc/passwd", backend.path("link")).unwrap();
+    std::os::unix::fs::symlink("/etc", backend.path("dirlink")).unwrap();
     let client = session.client();
     let link = client.lookup(ROOT, "link").unwrap();
     assert_eq!(link.attr.mode & libc::S_IFMT, libc::S_IFLNK);

@@ -30,8 +30,8 @@ fn on_disk(args: &[&str]) -> (TempDir, Backend, Session) {
 
 #[test]
 fn lookup_getattr_statx_access() {
-    let (_backend, session) = common::serve(&[]);
-    let path = _backend.path("file");
+    let (backend, session) = common::serve(&[]);
+    let path = backend.path("file");
     fs::write(&path, "0123456789").unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
     let client = session.client();
@@ -49,7 +49,7 @@ fn lookup_getattr_statx_access() {
     client.access(entry.nodeid, libc::R_OK | libc::W_OK).unwrap();
     assert_eq!(common::errno(client.user(12345, 12345).access(entry.nodeid, libc::R_OK)), libc::EACCES);
     let root = client.getattr(ROOT).unwrap();
-    assert_eq!(root.ino, fs::metadata(_backend.share()).unwrap().ino());
+    assert_eq!(root.ino, fs::metadata(backend.share()).unwrap().ino());
 }
 
 #[test]
@@ -69,8 +69,8 @@ fn statx_has_the_birth_time() {
 
 #[test]
 fn setattr() {
-    let (_backend, session) = common::serve(&[]);
-    let path = _backend.path("file");
+    let (backend, session) = common::serve(&[]);
+    let path = backend.path("file");
     fs::write(&path, "0123456789").unwrap();
     let client = session.client();
     let node = client.lookup(ROOT, "file").unwrap().nodeid;
@@ -96,28 +96,28 @@ fn setattr() {
 
 #[test]
 fn names_come_and_go() {
-    let (_backend, session) = common::serve(&[]);
+    let (backend, session) = common::serve(&[]);
     let client = session.client();
     let dir = client.mkdir(ROOT, "dir", 0o750, 0o022).unwrap();
-    assert_eq!(fs::metadata(_backend.path("dir")).unwrap().mode() & 0o7777, 0o750);
+    assert_eq!(fs::metadata(backend.path("dir")).unwrap().mode() & 0o7777, 0o750);
     let link = client.symlink(dir.nodeid, "link", "../some where").unwrap();
     assert_eq!(client.readlink(link.nodeid).unwrap(), b"../some where");
-    assert_eq!(fs::read_link(_backend.path("dir/link")).unwrap().to_str(), Some("../some where"));
+    assert_eq!(fs::read_link(backend.path("dir/link")).unwrap().to_str(), Some("../some where"));
     let fifo = client.mknod(dir.nodeid, "fifo", libc::S_IFIFO | 0o666, 0, 0o022).unwrap();
     assert_eq!(fifo.attr.mode, libc::S_IFIFO | 0o644);
-    assert_eq!(fs::metadata(_backend.path("dir/fifo")).unwrap().mode(), libc::S_IFIFO | 0o644);
+    assert_eq!(fs::metadata(backend.path("dir/fifo")).unwrap().mode(), libc::S_IFIFO | 0o644);
     let file = client.mknod(dir.nodeid, "file", libc::S_IFREG | 0o600, 0, 0).unwrap();
     let second = client.link(file.nodeid, ROOT, "second").unwrap();
     assert_eq!((second.nodeid, second.attr.nlink), (file.nodeid, 2));
     assert_eq!(common::errno(client.mkdir(ROOT, "second", 0o700, 0)), libc::EEXIST);
 
     client.rename(ROOT, "second", dir.nodeid, "third").unwrap();
-    assert!(!_backend.path("second").exists() && _backend.path("dir/third").exists());
-    fs::write(_backend.path("other"), "other").unwrap();
+    assert!(!backend.path("second").exists() && backend.path("dir/third").exists());
+    fs::write(backend.path("other"), "other").unwrap();
     let noreplace = client.rename2(ROOT, "other", dir.nodeid, "third", libc::RENAME_NOREPLACE);
     assert_eq!(common::errno(noreplace), libc::EEXIST);
     client.rename2(ROOT, "other", dir.nodeid, "third", libc::RENAME_EXCHANGE).unwrap();
-    assert_eq!(fs::read_to_string(_backend.path("dir/third")).unwrap(), "other");
+    assert_eq!(fs::read_to_string(backend.path("dir/third")).unwrap(), "other");
 
     assert_eq!(common::errno(client.rmdir(ROOT, "dir")), libc::ENOTEMPTY);
     assert_eq!(common::errno(client.unlink(ROOT, "dir")), libc::EISDIR);
@@ -126,13 +126,13 @@ fn names_come_and_go() {
     }
     client.unlink(ROOT, "other").unwrap();
     client.rmdir(ROOT, "dir").unwrap();
-    assert_eq!(fs::read_dir(_backend.share()).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(backend.share()).unwrap().count(), 0);
 }
 
 #[test]
 fn creation_has_the_callers_ids_groups_and_umask() {
-    let (_backend, session) = common::serve(&[]);
-    fs::set_permissions(_backend.share(), fs::Permissions::from_mode(0o777)).unwrap();
+    let (backend, session) = common::serve(&[]);
+    fs::set_permissions(backend.share(), fs::Permissions::from_mode(0o777)).unwrap();
     let user = session.client().user(1234, 2345);
     user.mkdir(ROOT, "dir", 0o777, 0o027).unwrap();
     user.symlink(ROOT, "link", "x").unwrap();
@@ -140,25 +140,25 @@ fn creation_has_the_callers_ids_groups_and_umask() {
     let (entry, open) = user.create(ROOT, "file", libc::O_RDWR, 0o666, 0o022).unwrap();
     user.release(entry.nodeid, open.fh).unwrap();
     for (name, mode) in [("dir", 0o750), ("node", 0o600), ("file", 0o644)] {
-        let host = fs::metadata(_backend.path(name)).unwrap();
+        let host = fs::metadata(backend.path(name)).unwrap();
         assert_eq!((host.uid(), host.gid(), host.mode() & 0o7777), (1234, 2345, mode), "{name}");
     }
-    let link = fs::symlink_metadata(_backend.path("link")).unwrap();
+    let link = fs::symlink_metadata(backend.path("link")).unwrap();
     assert_eq!((link.uid(), link.gid()), (1234, 2345));
     // Root's next request is root's again, whichever worker does it.
     for i in 0..20 {
         session.client().mkdir(ROOT, format!("root-{i}"), 0o700, 0).unwrap();
-        assert_eq!(fs::metadata(_backend.path(&format!("root-{i}"))).unwrap().uid(), 0);
+        assert_eq!(fs::metadata(backend.path(&format!("root-{i}"))).unwrap().uid(), 0);
     }
     // A directory that belongs to a group, and the caller is in it only by a supplementary group.
-    fs::create_dir(_backend.path("team")).unwrap();
-    std::os::unix::fs::chown(_backend.path("team"), Some(0), Some(777)).unwrap();
-    fs::set_permissions(_backend.path("team"), fs::Permissions::from_mode(0o2770)).unwrap();
+    fs::create_dir(backend.path("team")).unwrap();
+    std::os::unix::fs::chown(backend.path("team"), Some(0), Some(777)).unwrap();
+    fs::set_permissions(backend.path("team"), fs::Permissions::from_mode(0o2770)).unwrap();
     let team = session.client().lookup(ROOT, "team").unwrap().nodeid;
     assert_eq!(common::errno(user.mkdir(team, "no", 0o700, 0)), libc::EACCES);
     let member = session.client().caller(Caller { uid: 1234, gid: 2345, pid: 1, group: Some(777) });
     member.mkdir(team, "yes", 0o700, 0).unwrap();
-    assert_eq!(fs::metadata(_backend.path("team/yes")).unwrap().gid(), 777);
+    assert_eq!(fs::metadata(backend.path("team/yes")).unwrap().gid(), 777);
     assert_eq!(common::errno(user.mkdir(team, "still not", 0o700, 0)), libc::EACCES);
 }
 
@@ -194,8 +194,8 @@ fn data_goes_in_and_out_in_every_cut() {
 
 #[test]
 fn open_flags_are_honoured() {
-    let (_backend, session) = common::serve(&[]);
-    let path = _backend.path("file");
+    let (backend, session) = common::serve(&[]);
+    let path = backend.path("file");
     fs::write(&path, "0123456789").unwrap();
     let client = session.client();
     let node = client.lookup(ROOT, "file").unwrap().nodeid;
@@ -318,13 +318,13 @@ fn what_virtio_fs_has_not_is_enosys() {
 
 #[test]
 fn directories_are_listed_whole() {
-    let (_backend, session) = common::serve(&[]);
+    let (backend, session) = common::serve(&[]);
     let mut names: Vec<String> = (0..500).map(|i| format!("{i}-{}", "n".repeat(i % 240))).collect();
     for (i, name) in names.iter().enumerate() {
         match i % 3 {
-            0 => fs::create_dir(_backend.path(name)).unwrap(),
-            1 => symlink("x", _backend.path(name)).unwrap(),
-            _ => fs::write(_backend.path(name), "").unwrap(),
+            0 => fs::create_dir(backend.path(name)).unwrap(),
+            1 => symlink("x", backend.path(name)).unwrap(),
+            _ => fs::write(backend.path(name), "").unwrap(),
         }
     }
     names.sort();
@@ -345,7 +345,7 @@ fn directories_are_listed_whole() {
             if name == "." || name == ".." {
                 continue;
             }
-            let host = fs::symlink_metadata(_backend.path(&name)).unwrap();
+            let host = fs::symlink_metadata(backend.path(&name)).unwrap();
             assert_eq!((entry.ino, u32::from(entry.kind) << 12), (host.ino(), host.mode() & libc::S_IFMT));
             let plus = entry.entry.unwrap();
             if plus.nodeid != 0 {

@@ -36,6 +36,8 @@ pub struct Completion {
 pub struct Pending {
     token: Token,
     chain: Chain,
+    /// Nobody will ask for it.
+    detached: bool,
 }
 
 #[derive(Debug)]
@@ -122,11 +124,25 @@ impl Queue {
 
     /// Submits a chain and tells the device if it wants to know. Waits while the ring is full.
     pub fn submit(&self, chain: Chain) -> Result<Token> {
-        let mut state = self.lock();
-        let token;
-        (state, token) = self.add(state, chain)?;
+        let (mut state, token) = self.add(self.lock(), chain, false)?;
         self.tell(&mut state)?;
         Ok(token)
+    }
+
+    /// Submits a chain that nobody will wait for: it is dropped once the device gives it back.
+    pub fn submit_detached(&self, chain: Chain) -> Result<()> {
+        let (mut state, _) = self.add(self.lock(), chain, true)?;
+        self.tell(&mut state)
+    }
+
+    /// Waits until the device owns no chain.
+    pub fn drain(&self) -> Result<()> {
+        let deadline = Instant::now() + self.timeout;
+        let mut state = self.lock();
+        while state.ring.in_flight() > 0 {
+            state = self.reap(state, deadline)?;
+        }
+        Ok(())
     }
 
     /// Submits several chains and tells the device once.
@@ -135,7 +151,7 @@ impl Queue {
         let mut state = self.lock();
         for chain in chains {
             let token;
-            (state, token) = self.add(state, chain)?;
+            (state, token) = self.add(state, chain, false)?;
             tokens.push(token);
         }
         self.tell(&mut state)?;
@@ -146,10 +162,11 @@ impl Queue {
         &'a self,
         mut state: MutexGuard<'a, State>,
         chain: Chain,
+        detached: bool,
     ) -> Result<(MutexGuard<'a, State>, Token)> {
         let token = Token(state.next_token);
         state.next_token += 1;
-        let mut pending = Pending { token, chain };
+        let mut pending = Pending { token, chain, detached };
         let deadline = Instant::now() + self.timeout;
         loop {
             let State { ring, segments, .. } = &mut *state;
@@ -180,7 +197,7 @@ impl Queue {
         chain.segments(&mut state.segments);
         let descriptors = lay(&mut state.ring, &state.segments)?;
         let writable = chain.writable.len() as u64;
-        state.ring.offer_by_hand(descriptors, writable, Pending { token, chain })?;
+        state.ring.offer_by_hand(descriptors, writable, Pending { token, chain, detached: false })?;
         state.ring.publish();
         self.kick()?;
         Ok(token)
@@ -262,8 +279,10 @@ impl Queue {
 
     fn collect(&self, state: &mut State) -> Result<bool> {
         let mut any = false;
-        while let Some((Pending { token, chain }, used)) = state.ring.take_used()? {
-            state.done.insert(token, Completion { token, used: used as usize, chain });
+        while let Some((Pending { token, chain, detached }, used)) = state.ring.take_used()? {
+            if !detached {
+                state.done.insert(token, Completion { token, used: used as usize, chain });
+            }
             any = true;
         }
         if any {

@@ -249,6 +249,13 @@ impl Session {
         Ok(Sent { queue, token, unique })
     }
 
+    /// Puts a request onto a queue that nobody will wait for.
+    pub fn send_detached(&self, queue: usize, request: &Request<'_>, cut: Cut) -> Result<()> {
+        let unique = self.unique.fetch_add(2, Ordering::Relaxed);
+        let limit = usize::from(self.options.ring_size);
+        self.queue(queue).submit_detached(request.to_chain(&self.memory, unique, cut, limit)?)
+    }
+
     /// Waits for a request.
     pub fn wait(&self, sent: Sent) -> Result<Completion> {
         self.queue(sent.queue).wait(sent.token)

@@ -51,6 +51,12 @@ impl Client<'_> {
         self.session.wait(sent).map(drop)
     }
 
+    /// FORGET that is not waited for, as Linux sends it.
+    pub fn forget_later(&self, node: u64, lookups: u64) -> Result<()> {
+        let request = Request::new(Opcode::Forget, node).arg(&ForgetIn { nlookup: lookups }).no_reply();
+        self.session.send_detached(0, &request, self.cut)
+    }
+
     /// BATCH_FORGET of `(node, lookups)`, on the high-priority queue.
     pub fn forget_batch(&self, nodes: &[(u64, u64)]) -> Result<()> {
         let items: Vec<ForgetOne> =

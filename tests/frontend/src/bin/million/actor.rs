@@ -152,7 +152,9 @@ impl Actor {
             if !self.handles.is_empty() {
                 return Ok(Step::Release);
             }
-            self.forget(client, self.node, self.lookups)?;
+            if self.lookups > 0 {
+                client.forget_later(self.node, self.lookups)?;
+            }
             self.lookups = 0;
             self.generation += 1;
             return Ok(Step::Create);
@@ -161,7 +163,7 @@ impl Actor {
             return Ok(Step::Open);
         }
         if self.lookups > 20 {
-            self.forget(client, self.node, 19)?;
+            client.forget_later(self.node, 19)?;
             self.lookups -= 19;
         }
         Ok(match self.random.below(100) {
@@ -347,7 +349,7 @@ impl Actor {
             Step::Rename => self.generation += 1,
             Step::Unlink => self.exists = false,
             Step::Mkdir => {
-                self.forget(client, reply.body::<EntryOut>()?.nodeid, 1)?;
+                client.forget_later(reply.body::<EntryOut>()?.nodeid, 1)?;
                 self.next.push_back(Step::Rmdir);
             }
             Step::Symlink => {
@@ -356,7 +358,7 @@ impl Actor {
             }
             Step::Readlink(node) => {
                 self.check_data(&step, reply, self.name().as_bytes())?;
-                self.forget(client, node, 1)?;
+                client.forget_later(node, 1)?;
             }
             Step::Opendir => {
                 self.seen = 0;
@@ -423,14 +425,6 @@ impl Actor {
         format!("{}: {step}: {problem}", self.name()).into()
     }
 
-    fn forget(&self, client: &Client<'_>, node: u64, lookups: u64) -> Result<(), Failure> {
-        if lookups > 0 {
-            let arg = lanefsd::fuse::abi::ForgetIn { nlookup: lookups };
-            client.on(0).send(Request::new(Opcode::Forget, node).arg(&arg).no_reply())?;
-        }
-        Ok(())
-    }
-
     /// Ends what is open, closes everything and forgets everything.
     pub fn finish(&mut self, client: &Client<'_>) -> Result<(), Failure> {
         while let Some(step) = self.next.pop_front() {
@@ -443,7 +437,7 @@ impl Actor {
             client.release(self.node, fh)?;
         }
         if self.lookups > 0 {
-            client.forget(self.node, self.lookups)?;
+            client.forget_later(self.node, self.lookups)?;
         }
         Ok(())
     }

@@ -113,6 +113,7 @@ fn run(options: &Options) -> Result<(), Failure> {
         memory
     })?;
     let elapsed = started.elapsed();
+    session.queue(0).drain()?;
     let cpu = backend.cpu_time()?;
     check_forgotten(&backend, &descriptors)?;
     let end = backend.resident_kib()?;
@@ -208,20 +209,14 @@ fn drive(run: &Run<'_>, queue: usize) -> Result<(), Failure> {
         let index = waiting.remove(&completion.token).ok_or("a chain came back that nobody waits for")?;
         actors[index].receive(&client, &completion)?;
         idle.push(index);
-        collect_forgets(session)?;
     }
     for actor in &mut actors {
         actor.finish(&client)?;
     }
     client.release(shared.0.nodeid, shared.1.fh)?;
-    client.forget_batch(&[(shared.0.nodeid, 1), (home, 1)])?;
+    client.forget_later(shared.0.nodeid, 1)?;
+    client.forget_later(home, 1)?;
     actors.iter().try_for_each(|actor| check_on_host(run, queue, actor))
-}
-
-/// FORGETs are sent without waiting; their chains are collected here.
-fn collect_forgets(session: &Session) -> Result<(), Failure> {
-    while session.queue(0).try_complete()?.is_some() {}
-    Ok(())
 }
 
 /// Compares what the actor knows with what the host has.
