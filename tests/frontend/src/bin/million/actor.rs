@@ -22,6 +22,8 @@ use crate::Failure;
 pub const SHARED_STRIPE: usize = 64 << 10;
 /// An actor's own file grows to at most this size.
 const MOST: usize = 256 << 10;
+/// Forgotten nodes that an actor remembers for the check at the end.
+const REMEMBERED: usize = 100;
 
 /// A part of the shared file.
 pub struct Stripe {
@@ -81,6 +83,8 @@ pub struct Actor {
     random: Random,
     step: Step,
     next: VecDeque<Step>,
+    /// Nodes that were forgotten to the last lookup, the latest ones.
+    forgotten: VecDeque<u64>,
     /// How often the own name was seen in the listing under way.
     seen: usize,
 }
@@ -102,6 +106,7 @@ impl Actor {
             random,
             step: Step::Create,
             next: VecDeque::new(),
+            forgotten: VecDeque::new(),
             seen: 0,
         }
     }
@@ -152,9 +157,7 @@ impl Actor {
             if !self.handles.is_empty() {
                 return Ok(Step::Release);
             }
-            if self.lookups > 0 {
-                client.forget_later(self.node, self.lookups)?;
-            }
+            self.forget(client, self.node, self.lookups)?;
             self.lookups = 0;
             self.generation += 1;
             return Ok(Step::Create);
@@ -349,7 +352,7 @@ impl Actor {
             Step::Rename => self.generation += 1,
             Step::Unlink => self.exists = false,
             Step::Mkdir => {
-                client.forget_later(reply.body::<EntryOut>()?.nodeid, 1)?;
+                self.forget(client, reply.body::<EntryOut>()?.nodeid, 1)?;
                 self.next.push_back(Step::Rmdir);
             }
             Step::Symlink => {
@@ -358,7 +361,7 @@ impl Actor {
             }
             Step::Readlink(node) => {
                 self.check_data(&step, reply, self.name().as_bytes())?;
-                client.forget_later(node, 1)?;
+                self.forget(client, node, 1)?;
             }
             Step::Opendir => {
                 self.seen = 0;
@@ -425,6 +428,23 @@ impl Actor {
         format!("{}: {step}: {problem}", self.name()).into()
     }
 
+    /// Forgets a node to the last lookup.
+    fn forget(&mut self, client: &Client<'_>, node: u64, lookups: u64) -> Result<(), Failure> {
+        if lookups > 0 {
+            client.forget_later(node, lookups)?;
+            self.forgotten.push_back(node);
+            if self.forgotten.len() > REMEMBERED {
+                self.forgotten.pop_front();
+            }
+        }
+        Ok(())
+    }
+
+    /// Nodes that the back end must not know any more once the run is over.
+    pub fn forgotten(&self) -> impl Iterator<Item = u64> {
+        self.forgotten.iter().copied()
+    }
+
     /// Ends what is open, closes everything and forgets everything.
     pub fn finish(&mut self, client: &Client<'_>) -> Result<(), Failure> {
         while let Some(step) = self.next.pop_front() {
@@ -436,9 +456,6 @@ impl Actor {
         for fh in self.handles.drain(..) {
             client.release(self.node, fh)?;
         }
-        if self.lookups > 0 {
-            client.forget_later(self.node, self.lookups)?;
-        }
-        Ok(())
+        self.forget(client, self.node, self.lookups)
     }
 }

@@ -99,7 +99,7 @@ fn run(options: &Options) -> Result<(), Failure> {
         failed: AtomicU64::new(0),
     };
     let started = Instant::now();
-    let (early, busy) = std::thread::scope(|scope| {
+    let (early, busy, forgotten) = std::thread::scope(|scope| {
         let workers: Vec<_> = (1..=options.queues)
             .map(|queue| {
                 let run = &run;
@@ -107,15 +107,21 @@ fn run(options: &Options) -> Result<(), Failure> {
             })
             .collect();
         let memory = watch(&run, &backend);
+        let mut forgotten = Vec::new();
         for worker in workers {
-            worker.join().map_err(|_| "a worker panicked")??;
+            forgotten.extend(worker.join().map_err(|_| "a worker panicked")??);
         }
-        memory
+        memory.map(|(early, busy)| (early, busy, forgotten))
     })?;
     let elapsed = started.elapsed();
     session.queue(0).drain()?;
     let cpu = backend.cpu_time()?;
-    check_forgotten(&backend, &descriptors)?;
+    for node in forgotten {
+        if session.client().getattr(node).is_ok() {
+            return Err(format!("node {node} was forgotten, but the back end still has it").into());
+        }
+    }
+    check_descriptors(&backend, &descriptors)?;
     let end = backend.resident_kib()?;
     if end > early + options.memory_slack {
         return Err(format!("memory grew from {early} KiB in the first tenth to {end} KiB at the end").into());
@@ -163,7 +169,7 @@ fn watch(run: &Run<'_>, backend: &Backend) -> Result<(usize, usize), Failure> {
     }
 }
 
-fn worker(run: &Run<'_>, queue: usize) -> Result<(), Failure> {
+fn worker(run: &Run<'_>, queue: usize) -> Result<Vec<u64>, Failure> {
     let result = drive(run, queue);
     if let Err(error) = &result {
         run.failed.fetch_add(1, Ordering::Relaxed);
@@ -173,7 +179,8 @@ fn worker(run: &Run<'_>, queue: usize) -> Result<(), Failure> {
 }
 
 /// Keeps `depth` actors busy on one queue, each with one request in flight, until the budget is used up.
-fn drive(run: &Run<'_>, queue: usize) -> Result<(), Failure> {
+/// Returns nodes that were forgotten.
+fn drive(run: &Run<'_>, queue: usize) -> Result<Vec<u64>, Failure> {
     let session = run.session;
     let client = session.client().on(queue);
     let home = client.mkdir(ROOT, format!("queue-{queue}"), 0o755, 0)?.nodeid;
@@ -216,7 +223,8 @@ fn drive(run: &Run<'_>, queue: usize) -> Result<(), Failure> {
     client.release(shared.0.nodeid, shared.1.fh)?;
     client.forget_later(shared.0.nodeid, 1)?;
     client.forget_later(home, 1)?;
-    actors.iter().try_for_each(|actor| check_on_host(run, queue, actor))
+    actors.iter().try_for_each(|actor| check_on_host(run, queue, actor))?;
+    Ok(actors.iter().flat_map(Actor::forgotten).chain([shared.0.nodeid, home]).collect())
 }
 
 /// Compares what the actor knows with what the host has.
@@ -237,7 +245,7 @@ fn check_on_host(run: &Run<'_>, queue: usize, actor: &Actor) -> Result<(), Failu
 }
 
 /// Waits until the back end has as many descriptors as after INIT.
-fn check_forgotten(backend: &Backend, before: &[String]) -> Result<(), Failure> {
+fn check_descriptors(backend: &Backend, before: &[String]) -> Result<(), Failure> {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
         let now = backend.descriptors()?;
