@@ -13,6 +13,7 @@
 mod common;
 
 use std::path::Path;
+use std::time::Duration;
 
 use lanefsd::fuse::abi::{InitIn, InitOut};
 use lanefsd::fuse::flags::InitFlags;
@@ -21,7 +22,7 @@ use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::connection::Connection;
 use lanefsd_frontend::message::{VringState, code, feature, protocol};
 use lanefsd_frontend::session::linux_init_flags;
-use lanefsd_frontend::{Error, Request, Session, SessionOptions};
+use lanefsd_frontend::{Request, Session, SessionOptions};
 
 /// Request queues that lanefsd supports; the high-priority queue comes on top.
 const REQUEST_QUEUES: usize = 63;
@@ -63,24 +64,27 @@ fn config_space_with_a_tag() {
 
 #[test]
 fn a_queue_beyond_the_last_is_refused() {
-    let mut backend = common::start(&[]);
-    let options = SessionOptions { queues: 1, ..SessionOptions::default() };
-    let session = backend.connect(options).unwrap();
-    for message in [code::SET_VRING_NUM, code::SET_VRING_BASE, code::SET_VRING_ENABLE] {
+    for message in [code::SET_VRING_NUM, code::SET_VRING_BASE, code::SET_VRING_ENABLE, code::GET_VRING_BASE] {
+        let (mut backend, session) = common::serve(&[]);
         let queue = VringState { index: REQUEST_QUEUES as u32 + 1, value: 64 };
         let answer = session.connection().send(message, &queue, &[]);
-        match answer {
-            Err(Error::Rejected { .. }) => {
-                // Queue 1 goes on as if nothing had happened.
-                session.client().getattr(ROOT).unwrap();
-            }
-            Err(Error::Closed(_)) | Err(Error::System { .. }) => {
-                backend.expect_success().unwrap();
-                return;
-            }
-            other => panic!("queue {} was accepted: {other:?}", REQUEST_QUEUES + 1),
-        }
+        assert!(answer.is_err(), "queue {} was accepted: {answer:?}", REQUEST_QUEUES + 1);
+        drop(session);
+        let status = backend.wait(Duration::from_secs(10)).unwrap();
+        let stderr = backend.stderr();
+        assert_eq!(status.code(), Some(1), "{stderr}");
+        assert_eq!(stderr.trim_end().lines().count(), 1, "one sentence is wanted, not\n{stderr}");
+        assert!(stderr.contains("queue"), "{stderr}");
     }
+}
+
+#[test]
+fn a_queue_beyond_the_last_does_not_end_a_daemon_that_keeps_listening() {
+    let (backend, session) = common::serve(&["--keep-listening"]);
+    let queue = VringState { index: REQUEST_QUEUES as u32 + 1, value: 64 };
+    assert!(session.connection().send(code::SET_VRING_NUM, &queue, &[]).is_err());
+    drop(session);
+    backend.connect(SessionOptions::default()).unwrap().client().getattr(ROOT).unwrap();
 }
 
 #[test]

@@ -177,7 +177,10 @@ impl Session {
             self.stop_queue(queue)?;
         }
         if self.protocol_features & protocol::RESET_DEVICE != 0 {
-            self.connection().reset_device()?;
+            let connection = self.connection();
+            connection.reset_device()?;
+            // The reset took the features along.
+            connection.set_features(self.features)?;
         }
         for (index, queue) in self.queues.iter().enumerate() {
             queue.abandon();
