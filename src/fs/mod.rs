@@ -3,6 +3,8 @@
 //! [`FileSystem`] has one method per FUSE operation; all take `&self`, since many workers call at
 //! once. A method that is not overridden answers ENOSYS.
 
+pub mod passthrough;
+
 use std::ffi::CStr;
 
 use rustix::io::Errno;

@@ -1,6 +1,10 @@
 //! What no crate wraps safely: guest memory as I/O vectors, and a few system calls.
 
 pub mod guest_buffers;
+pub mod locks;
+pub mod signals;
+
+use std::os::fd::{IntoRawFd, OwnedFd};
 
 use rustix::io::{Errno, Result};
 
@@ -12,4 +16,11 @@ fn last_errno() -> Errno {
 /// The byte count that a system call returned, or its errno.
 fn check_size(result: isize) -> Result<usize> {
     usize::try_from(result).map_err(|_| last_errno())
+}
+
+/// Closes a descriptor and tells what close(2) says, which dropping it would not.
+pub fn close(fd: OwnedFd) -> Result<()> {
+    // SAFETY: the descriptor is ours alone and is not used afterwards.
+    let result = unsafe { libc::close(fd.into_raw_fd()) };
+    if result < 0 { Err(last_errno()) } else { Ok(()) }
 }

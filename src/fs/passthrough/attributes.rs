@@ -1,0 +1,200 @@
+//! Attributes: of inodes, and of the file system.
+
+use std::os::fd::AsFd;
+
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, Statx, StatxFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, chmodat,
+    chownat, fstatvfs, ftruncate, utimensat,
+};
+use rustix::io::Errno;
+use rustix::process::{Gid, Uid};
+
+use super::credentials::{gid_of, uid_of, without_fsetid};
+use super::inodes::Inode;
+use super::lookup::{PROC, proc_name, stat};
+use super::{Context, PassthroughFs};
+use crate::fs::Result;
+use crate::fuse::abi;
+use crate::fuse::ids::{HandleId, NodeId};
+use crate::fuse::reply::{Attributes, StatxReply};
+use crate::fuse::request::{self, SetTime, Setattr};
+
+/// Bits of a mode that chmod(2) sets.
+const PERMISSIONS: u32 = 0o7777;
+
+/// Attributes in the protocol's form.
+pub(super) fn attr(stat: &Statx) -> abi::Attr {
+    abi::Attr {
+        ino: stat.stx_ino,
+        size: stat.stx_size,
+        blocks: stat.stx_blocks,
+        // Seconds before 1970 are negative on both sides.
+        atime: stat.stx_atime.tv_sec.cast_unsigned(),
+        mtime: stat.stx_mtime.tv_sec.cast_unsigned(),
+        ctime: stat.stx_ctime.tv_sec.cast_unsigned(),
+        atimensec: stat.stx_atime.tv_nsec,
+        mtimensec: stat.stx_mtime.tv_nsec,
+        ctimensec: stat.stx_ctime.tv_nsec,
+        mode: u32::from(stat.stx_mode),
+        nlink: stat.stx_nlink,
+        uid: stat.stx_uid,
+        gid: stat.stx_gid,
+        rdev: encode_device(stat.stx_rdev_major, stat.stx_rdev_minor),
+        blksize: stat.stx_blksize,
+        flags: 0,
+    }
+}
+
+/// A device number as the protocol packs it: `new_encode_dev()` of Linux.
+fn encode_device(major: u32, minor: u32) -> u32 {
+    (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
+}
+
+/// Figures of the file system that an inode is on.
+pub(super) fn file_system(inode: &Inode) -> Result<abi::Kstatfs> {
+    let vfs = fstatvfs(inode.path())?;
+    let narrow = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
+    Ok(abi::Kstatfs {
+        blocks: vfs.f_blocks,
+        bfree: vfs.f_bfree,
+        bavail: vfs.f_bavail,
+        files: vfs.f_files,
+        ffree: vfs.f_ffree,
+        bsize: narrow(vfs.f_bsize),
+        namelen: narrow(vfs.f_namemax),
+        frsize: narrow(vfs.f_frsize),
+        ..Default::default()
+    })
+}
+
+impl PassthroughFs {
+    pub(super) fn attributes(&self, inode: &Inode) -> Result<Attributes> {
+        Ok(Attributes { attr: attr(&stat(inode.path())?), valid: self.config.cache.timeout() })
+    }
+
+    /// STATX. The host is asked for what the guest wants, but never to synchronize with a server.
+    pub(super) fn extended_attributes(&self, inode: &Inode, _wanted: &request::Statx) -> Result<StatxReply> {
+        let stat = stat(inode.path())?;
+        let time = |time: rustix::fs::StatxTimestamp| abi::SxTime {
+            tv_sec: time.tv_sec,
+            tv_nsec: time.tv_nsec,
+            reserved: 0,
+        };
+        let statx = abi::Statx {
+            // The mount belongs to the host.
+            mask: stat.stx_mask & (StatxFlags::BASIC_STATS | StatxFlags::BTIME).bits(),
+            blksize: stat.stx_blksize,
+            attributes: stat.stx_attributes.bits(),
+            nlink: stat.stx_nlink,
+            uid: stat.stx_uid,
+            gid: stat.stx_gid,
+            mode: stat.stx_mode,
+            ino: stat.stx_ino,
+            size: stat.stx_size,
+            blocks: stat.stx_blocks,
+            attributes_mask: stat.stx_attributes_mask.bits(),
+            atime: time(stat.stx_atime),
+            btime: time(stat.stx_btime),
+            ctime: time(stat.stx_ctime),
+            mtime: time(stat.stx_mtime),
+            rdev_major: stat.stx_rdev_major,
+            rdev_minor: stat.stx_rdev_minor,
+            dev_major: stat.stx_dev_major,
+            dev_minor: stat.stx_dev_minor,
+            ..Default::default()
+        };
+        Ok(StatxReply { statx, valid: self.config.cache.timeout() })
+    }
+
+    /// SETATTR, in the order mode, owner, size, times: a later step never undoes an earlier one but
+    /// as POSIX asks for it (a new owner clears set-id bits).
+    pub(super) fn set_attributes(&self, node: NodeId, set: &Setattr) -> Result<Attributes> {
+        let inode = self.inode(node)?;
+        if let Some(mode) = set.mode {
+            self.set_mode(&inode, mode & PERMISSIONS)?;
+        }
+        if set.uid.is_some() || set.gid.is_some() {
+            let uid: Option<Uid> = set.uid.map(uid_of).transpose()?;
+            let gid: Option<Gid> = set.gid.map(gid_of).transpose()?;
+            chownat(inode.path(), c"", uid, gid, AtFlags::EMPTY_PATH)?;
+        }
+        if let Some(size) = set.size {
+            self.set_size(&inode, set.handle, size, set.kill_suidgid)?;
+        }
+        if set.atime.is_some() || set.mtime.is_some() {
+            let times =
+                Timestamps { last_access: timespec(set.atime)?, last_modification: timespec(set.mtime)? };
+            utimensat(inode.path(), c"", &times, AtFlags::EMPTY_PATH)?;
+        }
+        self.attributes(&inode)
+    }
+
+    fn set_mode(&self, inode: &Inode, mode: u32) -> Result<()> {
+        match inode.kind {
+            // A symbolic link has no mode that could be set.
+            FileType::Symlink => Err(Errno::OPNOTSUPP),
+            _ => chmodat(PROC, proc_name(inode), Mode::from_raw_mode(mode), AtFlags::empty()),
+        }
+    }
+
+    fn set_size(&self, inode: &Inode, handle: Option<HandleId>, size: u64, kill_suidgid: bool) -> Result<()> {
+        match inode.kind {
+            FileType::RegularFile => {}
+            FileType::Directory => return Err(Errno::ISDIR),
+            _ => return Err(Errno::INVAL),
+        }
+        let _guard = inode.ranges.write_from(size.min(attr(&stat(inode.path())?).size));
+        let _unprivileged = kill_suidgid.then(without_fsetid).transpose()?;
+        let handle = handle.and_then(|handle| self.handles.get(inode.node, handle).ok());
+        if let Some(handle) = handle {
+            match ftruncate(handle.fd(), size) {
+                // Not open for writing on the host, as with truncate(2) of a file open for reading.
+                Err(Errno::INVAL | Errno::BADF) => {}
+                result => return result,
+            }
+        }
+        ftruncate(self.reopen(inode, OFlags::WRONLY)?, size)
+    }
+
+    /// ACCESS, which guests send when they do not check permissions themselves: by owner, group
+    /// and mode, as the caller's other groups are not known here.
+    pub(super) fn check_access(&self, ctx: &Context, inode: &Inode, mask: u32) -> Result<()> {
+        let stat = stat(inode.path())?;
+        let mode = u32::from(stat.stx_mode);
+        let wanted = mask & 0o7;
+        if ctx.uid.0 == 0 {
+            // Root may do all but execute what nobody may.
+            let executable = inode.kind == FileType::Directory || mode & 0o111 != 0;
+            return if wanted & 0o1 == 0 || executable { Ok(()) } else { Err(Errno::ACCESS) };
+        }
+        let granted = if ctx.uid.0 == stat.stx_uid {
+            mode >> 6
+        } else if ctx.gid.0 == stat.stx_gid {
+            mode >> 3
+        } else {
+            mode
+        };
+        if wanted & !granted == 0 { Ok(()) } else { Err(Errno::ACCESS) }
+    }
+
+    pub(super) fn sync_file_system(&self, inode: &Inode) -> Result<()> {
+        // syncfs(2) takes no O_PATH descriptor, so the root stands in for what cannot be opened.
+        let file = match inode.kind {
+            FileType::RegularFile | FileType::Directory => self.reopen(inode, OFlags::RDONLY)?,
+            _ => self.reopen(&*self.inode(NodeId::ROOT)?, OFlags::RDONLY)?,
+        };
+        rustix::fs::syncfs(file.as_fd())
+    }
+}
+
+fn timespec(time: Option<SetTime>) -> Result<Timespec> {
+    let special = |tv_nsec| Ok(Timespec { tv_sec: 0, tv_nsec });
+    match time {
+        None => special(UTIME_OMIT),
+        Some(SetTime::Now) => special(UTIME_NOW),
+        Some(SetTime::At { nanoseconds, .. }) if nanoseconds > 999_999_999 => Err(Errno::INVAL),
+        Some(SetTime::At { seconds, nanoseconds }) => {
+            Ok(Timespec { tv_sec: seconds, tv_nsec: nanoseconds.into() })
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! The inodes a guest knows: found by node id, and by what they are on the host.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use rustix::fs::FileType;
+use rustix::io::Errno;
+
+use super::io_mode::IoMode;
+use super::locks::InodeLocks;
+use super::range_lock::RangeLock;
+use crate::fs::Result;
+use crate::fuse::ids::NodeId;
+
+/// Parts of the table with a lock each, so that workers seldom meet.
+const SHARDS: usize = 32;
+
+/// What an inode is on the host. The mount belongs to it: one directory can be mounted twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct InodeKey {
+    /// Device, as statx(2) has it.
+    pub device: (u32, u32),
+    /// Inode number on the device.
+    pub ino: u64,
+    /// `stx_mnt_id`; 0 on hosts before Linux 5.8.
+    pub mount: u64,
+}
+
+/// A file or directory that the guest knows.
+#[derive(Debug)]
+pub struct Inode {
+    /// What the guest calls it.
+    pub node: NodeId,
+    /// What it is on the host.
+    pub key: InodeKey,
+    /// Its type, which never changes.
+    pub kind: FileType,
+    /// How the guest has it open.
+    pub io_mode: IoMode,
+    /// Ranges that are being read or written.
+    pub ranges: RangeLock,
+    /// Locks that the guest's programs hold.
+    pub locks: InodeLocks,
+    /// An O_PATH descriptor: it pins the inode, and opens nothing.
+    path: OwnedFd,
+    /// How often the guest has looked it up and not forgotten it. Goes up only under the lock of
+    /// the inode's key, so that a count of 0 seen there is final.
+    lookups: AtomicU64,
+}
+
+impl Inode {
+    /// A descriptor for system calls that take AT_EMPTY_PATH, or names relative to a directory.
+    pub fn path(&self) -> BorrowedFd<'_> {
+        self.path.as_fd()
+    }
+}
+
+/// All inodes of a session.
+#[derive(Debug)]
+pub struct InodeTable {
+    by_node: [RwLock<HashMap<u64, Arc<Inode>>>; SHARDS],
+    by_key: [Mutex<HashMap<InodeKey, Arc<Inode>>>; SHARDS],
+    next_node: AtomicU64,
+    root: Arc<Inode>,
+}
+
+impl InodeTable {
+    /// A table that knows the root alone.
+    pub fn new(root: OwnedFd, key: InodeKey) -> InodeTable {
+        let table = InodeTable {
+            by_node: Default::default(),
+            by_key: Default::default(),
+            next_node: AtomicU64::new(NodeId::ROOT.0 + 1),
+            root: Arc::new(new_inode(NodeId::ROOT, key, FileType::Directory, root)),
+        };
+        table.insert_root();
+        table
+    }
+
+    /// The inode with this id; ESTALE if the guest has forgotten it or never knew it.
+    pub fn get(&self, node: NodeId) -> Result<Arc<Inode>> {
+        if node == NodeId::ROOT {
+            return Ok(Arc::clone(&self.root));
+        }
+        let shard = self.node_shard(node).read().unwrap_or_else(PoisonError::into_inner);
+        shard.get(&node.0).cloned().ok_or(Errno::STALE)
+    }
+
+    /// The inode with this key if the guest knows it; it counts as looked up once more.
+    pub fn find(&self, key: &InodeKey) -> Option<Arc<Inode>> {
+        let shard = self.key_shard(key);
+        let inode = shard.get(key)?;
+        inode.lookups.fetch_add(1, Ordering::Relaxed);
+        Some(Arc::clone(inode))
+    }
+
+    /// The inode with this key, which `path` refers to; it counts as looked up once more.
+    pub fn find_or_insert(&self, key: InodeKey, kind: FileType, path: OwnedFd) -> Arc<Inode> {
+        let mut shard = self.key_shard(&key);
+        if let Some(inode) = shard.get(&key) {
+            inode.lookups.fetch_add(1, Ordering::Relaxed);
+            return Arc::clone(inode);
+        }
+        let node = NodeId(self.next_node.fetch_add(1, Ordering::Relaxed));
+        let inode = Arc::new(new_inode(node, key, kind, path));
+        inode.lookups.store(1, Ordering::Relaxed);
+        shard.insert(key, Arc::clone(&inode));
+        self.node_shard(node)
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(node.0, Arc::clone(&inode));
+        inode
+    }
+
+    /// Takes `count` off an inode's lookups; at 0 it is gone. The root stays.
+    pub fn forget(&self, node: NodeId, count: u64) {
+        if node == NodeId::ROOT {
+            return;
+        }
+        let Ok(inode) = self.get(node) else { return };
+        let take = |lookups: u64| Some(lookups.saturating_sub(count));
+        // It never fails: `take` always has a value.
+        let before = inode.lookups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).unwrap_or(0);
+        if before > count {
+            return;
+        }
+        let mut shard = self.key_shard(&inode.key);
+        if inode.lookups.load(Ordering::Relaxed) == 0
+            && shard.get(&inode.key).is_some_and(|known| known.node == node)
+        {
+            shard.remove(&inode.key);
+            self.node_shard(node).write().unwrap_or_else(PoisonError::into_inner).remove(&node.0);
+        }
+    }
+
+    /// Forgets all but the root.
+    pub fn clear(&self) {
+        for shard in &self.by_key {
+            shard.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+        for shard in &self.by_node {
+            shard.write().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+        self.insert_root();
+    }
+
+    /// Inodes beside the root.
+    pub fn len(&self) -> usize {
+        let count =
+            |shard: &RwLock<HashMap<_, _>>| shard.read().unwrap_or_else(PoisonError::into_inner).len();
+        self.by_node.iter().map(count).sum()
+    }
+
+    /// The root is found by its key too: a name may lead back to it.
+    fn insert_root(&self) {
+        self.key_shard(&self.root.key).insert(self.root.key, Arc::clone(&self.root));
+    }
+
+    fn node_shard(&self, node: NodeId) -> &RwLock<HashMap<u64, Arc<Inode>>> {
+        &self.by_node[shard_of(node.0)]
+    }
+
+    fn key_shard(&self, key: &InodeKey) -> MutexGuard<'_, HashMap<InodeKey, Arc<Inode>>> {
+        self.by_key[shard_of(key.ino)].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn new_inode(node: NodeId, key: InodeKey, kind: FileType, path: OwnedFd) -> Inode {
+    Inode {
+        node,
+        key,
+        kind,
+        io_mode: IoMode::default(),
+        ranges: RangeLock::default(),
+        locks: InodeLocks::default(),
+        path,
+        lookups: AtomicU64::new(0),
+    }
+}
+
+/// Which shard a number belongs to: below [`SHARDS`] by construction.
+#[allow(clippy::cast_possible_truncation, reason = "the remainder is below SHARDS")]
+const fn shard_of(number: u64) -> usize {
+    (number % SHARDS as u64) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn any_fd() -> OwnedFd {
+        std::fs::File::open("/").unwrap().into()
+    }
+
+    fn key(ino: u64) -> InodeKey {
+        InodeKey { device: (0, 1), ino, mount: 1 }
+    }
+
+    fn table() -> InodeTable {
+        InodeTable::new(any_fd(), key(1))
+    }
+
+    #[test]
+    fn an_inode_lives_as_long_as_its_lookups() {
+        let table = table();
+        let node = table.find_or_insert(key(5), FileType::RegularFile, any_fd()).node;
+        assert_eq!(table.find(&key(5)).unwrap().node, node);
+        table.forget(node, 1);
+        assert_eq!(table.get(node).unwrap().key, key(5));
+        table.forget(node, 1);
+        assert_eq!(table.get(node).unwrap_err(), Errno::STALE);
+        let again = table.find_or_insert(key(5), FileType::RegularFile, any_fd()).node;
+        assert_ne!(again, node, "ids are not used twice");
+        table.forget(again, u64::MAX);
+        table.forget(again, 1);
+        assert_eq!(table.len(), 0);
+    }
+
+    #[test]
+    fn the_root_stays() {
+        let table = table();
+        table.forget(NodeId::ROOT, u64::MAX);
+        assert_eq!(table.find(&key(1)).unwrap().node, NodeId::ROOT);
+        table.clear();
+        assert_eq!(table.find(&key(1)).unwrap().node, NodeId::ROOT);
+        assert_eq!(table.get(NodeId::ROOT).unwrap().node, NodeId::ROOT);
+    }
+
+    #[test]
+    fn lookups_that_race_with_forgets_are_counted() {
+        let table = table();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for i in 0..20_000u64 {
+                        let inode = match table.find(&key(10 + i % 3)) {
+                            Some(inode) => inode,
+                            None => table.find_or_insert(key(10 + i % 3), FileType::RegularFile, any_fd()),
+                        };
+                        // It was looked up, so it must be there until it is forgotten.
+                        assert_eq!(table.get(inode.node).unwrap().node, inode.node);
+                        table.forget(inode.node, 1);
+                    }
+                });
+            }
+        });
+        assert_eq!(table.len(), 0);
+    }
+}

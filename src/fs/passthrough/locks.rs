@@ -1,0 +1,262 @@
+//! File locks of the guest's programs, taken on the host.
+//!
+//! A POSIX lock belongs to an owner in the guest. Each owner gets an open file description of the
+//! inode for itself, with OFD locks on it, so that the host keeps owners apart with its own rules.
+//! A flock(2) lock belongs to the guest's open file, which is our handle.
+//!
+//! A lock that has to be waited for blocks its thread in the host's kernel. [`Waits`] knows these
+//! threads and gets them out with a signal.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::io::Errno;
+
+use super::PassthroughFs;
+use super::handles::Handle;
+use crate::fs::Result;
+use crate::fuse::abi::FileLock;
+use crate::fuse::ids::{LockOwner, Unique};
+use crate::fuse::request::{Lock, LockKind};
+use crate::sys::locks::{ByteLock, LockType, ofd_get, ofd_set, ofd_set_wait};
+use crate::sys::signals::{ThreadId, wake};
+
+/// Owners that may hold locks on one inode; each costs a descriptor.
+const MAX_OWNERS: usize = 1024;
+/// How long to wait for an interrupted thread before it is signalled again: the first signal may
+/// have come just before its system call.
+const SIGNAL_AGAIN: Duration = Duration::from_millis(1);
+
+/// POSIX locks on one inode: an open file for each owner.
+#[derive(Debug, Default)]
+pub struct InodeLocks(Mutex<Option<Box<Owners>>>);
+
+type Owners = HashMap<u64, Arc<Owner>>;
+
+#[derive(Debug)]
+struct Owner {
+    file: OwnedFd,
+    pid: u32,
+}
+
+impl InodeLocks {
+    /// Drops all locks of an owner.
+    pub fn drop_owner(&self, owner: LockOwner) {
+        if let Some(owners) = self.lock().as_mut() {
+            owners.remove(&owner.0);
+        }
+    }
+
+    fn find(&self, owner: LockOwner) -> Option<Arc<Owner>> {
+        self.lock().as_ref().and_then(|owners| owners.get(&owner.0).cloned())
+    }
+
+    fn find_or_open(&self, lock: &Lock, open: impl FnOnce() -> Result<OwnedFd>) -> Result<Arc<Owner>> {
+        if let Some(owner) = self.find(lock.owner) {
+            return Ok(owner);
+        }
+        let file = open()?;
+        let mut owners = self.lock();
+        let owners = owners.get_or_insert_default();
+        if owners.len() >= MAX_OWNERS {
+            return Err(Errno::NOLCK);
+        }
+        let new = || Arc::new(Owner { file, pid: lock.pid });
+        Ok(Arc::clone(owners.entry(lock.owner.0).or_insert_with(new)))
+    }
+
+    /// The process of the one owner beside `owner`; 0 if there is none or more than one.
+    fn other_pid(&self, owner: LockOwner) -> u32 {
+        let owners = self.lock();
+        let mut others = owners.iter().flat_map(|owners| owners.iter()).filter(|(id, _)| **id != owner.0);
+        match (others.next(), others.next()) {
+            (Some((_, other)), None) => other.pid,
+            _ => 0,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Box<Owners>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Threads that wait for locks, by the request they serve.
+#[derive(Debug, Default)]
+pub struct Waits(Mutex<HashMap<Unique, Waiting>>);
+
+#[derive(Debug)]
+struct Waiting {
+    thread: ThreadId,
+    interrupted: bool,
+}
+
+impl Waits {
+    /// Ends the wait of request `unique`; returns when it has ended or if there was none.
+    pub fn interrupt(&self, unique: Unique) {
+        while self.signal(|waiting| *waiting == unique) {
+            thread::sleep(SIGNAL_AGAIN);
+        }
+    }
+
+    /// Ends all waits.
+    pub fn interrupt_all(&self) {
+        while self.signal(|_| true) {
+            thread::sleep(SIGNAL_AGAIN);
+        }
+    }
+
+    /// Signals the threads that are meant; false if there are none. A thread in the table lives,
+    /// as it takes itself off before it ends.
+    fn signal(&self, meant: impl Fn(&Unique) -> bool) -> bool {
+        let mut waits = self.lock();
+        let mut any = false;
+        for (_, waiting) in waits.iter_mut().filter(|(unique, _)| meant(unique)) {
+            waiting.interrupted = true;
+            wake(waiting.thread);
+            any = true;
+        }
+        any
+    }
+
+    /// Runs `wait`, a system call that blocks, until it has ended or was interrupted.
+    fn run(&self, unique: Unique, mut wait: impl FnMut() -> Result<()>) -> Result<()> {
+        let entry = Waiting { thread: ThreadId::current()?, interrupted: false };
+        if self.lock().insert(unique, entry).is_some() {
+            // The guest used one number for two requests; the other one cannot be interrupted.
+            return Err(Errno::INVAL);
+        }
+        let result = loop {
+            if self.lock().get(&unique).is_none_or(|waiting| waiting.interrupted) {
+                break Err(Errno::INTR);
+            }
+            match wait() {
+                Err(Errno::INTR) => {}
+                result => break result,
+            }
+        };
+        self.lock().remove(&unique);
+        result
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Unique, Waiting>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PassthroughFs {
+    /// GETLK.
+    pub(super) fn test_lock(&self, handle: &Handle, lock: &Lock) -> Result<FileLock> {
+        self.check_locks(lock)?;
+        let free = FileLock { typ: libc::F_UNLCK.cast_unsigned(), ..Default::default() };
+        if lock.flock || lock.kind == LockKind::Unlock {
+            return Err(Errno::INVAL);
+        }
+        let owner = handle.inode.locks.find_or_open(lock, || self.open_for_locks(handle))?;
+        let Some(found) = ofd_get(owner.file.as_fd(), byte_lock(lock))? else { return Ok(free) };
+        let typ = match found.kind {
+            LockType::Read => libc::F_RDLCK,
+            LockType::Write => libc::F_WRLCK,
+            LockType::Unlock => return Ok(free),
+        };
+        let pid = handle.inode.locks.other_pid(lock.owner);
+        Ok(FileLock { start: found.start, end: found.end, typ: typ.cast_unsigned(), pid })
+    }
+
+    /// SETLK, and SETLKW with the number of the request that waits.
+    pub(super) fn take_lock(&self, handle: &Handle, lock: &Lock, wait: Option<Unique>) -> Result<()> {
+        self.check_locks(lock)?;
+        if lock.flock {
+            return self.take_flock(handle, lock.kind, wait);
+        }
+        if lock.kind == LockKind::Unlock {
+            // Without locks there is nothing to unlock.
+            let owner = handle.inode.locks.find(lock.owner);
+            return owner.map_or(Ok(()), |owner| ofd_set(owner.file.as_fd(), byte_lock(lock)));
+        }
+        let owner = handle.inode.locks.find_or_open(lock, || self.open_for_locks(handle))?;
+        match wait {
+            None => ofd_set(owner.file.as_fd(), byte_lock(lock)),
+            Some(unique) => self.waits.run(unique, || ofd_set_wait(owner.file.as_fd(), byte_lock(lock))),
+        }
+    }
+
+    fn take_flock(&self, handle: &Handle, kind: LockKind, wait: Option<Unique>) -> Result<()> {
+        let (at_once, waiting) = match kind {
+            LockKind::Read => (FlockOperation::NonBlockingLockShared, FlockOperation::LockShared),
+            LockKind::Write => (FlockOperation::NonBlockingLockExclusive, FlockOperation::LockExclusive),
+            LockKind::Unlock => return flock(handle.fd(), FlockOperation::Unlock),
+        };
+        match wait {
+            None => flock(handle.fd(), at_once),
+            Some(unique) => self.waits.run(unique, || flock(handle.fd(), waiting)),
+        }
+    }
+
+    /// The guest asks only for what was negotiated; a guest that asks all the same gets ENOSYS.
+    fn check_locks(&self, lock: &Lock) -> Result<()> {
+        let offered = if lock.flock { self.config.flock } else { self.config.posix_lock };
+        if offered { Ok(()) } else { Err(Errno::NOSYS) }
+    }
+
+    /// An open file description for one owner: for reading and writing if that can be had, as the
+    /// guest's kernel has checked what kind of lock the owner may take.
+    fn open_for_locks(&self, handle: &Handle) -> Result<OwnedFd> {
+        match self.reopen(&handle.inode, OFlags::RDWR) {
+            Err(Errno::ACCESS | Errno::ROFS | Errno::TXTBSY | Errno::PERM) => {
+                self.reopen(&handle.inode, OFlags::RDONLY)
+            }
+            Err(Errno::MFILE | Errno::NFILE) => Err(Errno::NOLCK),
+            result => result,
+        }
+    }
+}
+
+fn byte_lock(lock: &Lock) -> ByteLock {
+    let kind = match lock.kind {
+        LockKind::Read => LockType::Read,
+        LockKind::Write => LockType::Write,
+        LockKind::Unlock => LockType::Unlock,
+    };
+    ByteLock { kind, start: lock.start, end: lock.end }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn a_wait_ends_when_it_is_interrupted() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open =
+            || OwnedFd::from(std::fs::File::options().read(true).write(true).open(file.path()).unwrap());
+        let (first, second) = (open(), open());
+        let all = ByteLock { kind: LockType::Write, start: 0, end: i64::MAX.unsigned_abs() };
+        ofd_set(first.as_fd(), all).unwrap();
+        assert_eq!(ofd_set(second.as_fd(), all), Err(Errno::AGAIN));
+        let waits = Waits::default();
+        for round in 0..50 {
+            let done = AtomicBool::new(false);
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    let result = waits.run(Unique(round), || ofd_set_wait(second.as_fd(), all));
+                    assert_eq!(result, Err(Errno::INTR));
+                    done.store(true, Ordering::SeqCst);
+                });
+                while waits.lock().is_empty() {
+                    thread::yield_now();
+                }
+                if round % 2 == 0 { waits.interrupt(Unique(round)) } else { waits.interrupt_all() }
+            });
+            assert!(done.load(Ordering::SeqCst));
+        }
+        // Nobody is left in the table, and others are not meant.
+        waits.interrupt(Unique(7));
+        drop(first);
+        assert_eq!(waits.run(Unique(1), || ofd_set_wait(second.as_fd(), all)), Ok(()));
+    }
+}

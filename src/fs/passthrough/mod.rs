@@ -1,0 +1,360 @@
+//! A host directory as a guest's file system.
+//!
+//! [`inodes`] holds an O_PATH descriptor for every inode that the guest knows; [`handles`] what it
+//! has open. No file is ever reached by a path: a name is one component, looked up in the
+//! descriptor of its directory without following links, and only regular files and directories
+//! are opened.
+
+mod attributes;
+mod credentials;
+mod data;
+mod directories;
+mod handles;
+mod inodes;
+pub mod io_mode;
+pub mod locks;
+mod lookup;
+mod names;
+mod open;
+pub mod range_lock;
+mod xattr;
+
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use log::debug;
+use rustix::fs::Mode;
+use rustix::io::Errno;
+
+use self::credentials::OwnIds;
+use self::handles::HandleTable;
+use self::inodes::{Inode, InodeTable};
+use self::io_mode::IoPolicy;
+use self::locks::Waits;
+use super::{Context, FileSystem, Opened, Result, XattrReply};
+use crate::config::FsConfig;
+use crate::fuse::abi;
+use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
+use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
+use crate::fuse::init::Negotiated;
+use crate::fuse::name::{LookupName, Name};
+use crate::fuse::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
+use crate::fuse::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
+use crate::sys::guest_buffers::{GuestReader, GuestWriter};
+
+/// What guest and daemon agreed on, as far as it matters here.
+#[derive(Clone, Copy, Debug)]
+struct Session {
+    policy: IoPolicy,
+    /// Directories that are roots of other mounts are marked.
+    submounts: bool,
+    /// Creating calls carry the supplementary group that matters.
+    groups_are_sent: bool,
+}
+
+/// The file system below one directory of the host.
+pub struct PassthroughFs {
+    config: FsConfig,
+    own: OwnIds,
+    /// `/proc/self/fd`: opens an inode anew by the number of its O_PATH descriptor.
+    proc_self_fd: OwnedFd,
+    inodes: InodeTable,
+    handles: HandleTable,
+    waits: Waits,
+    session: RwLock<Session>,
+}
+
+impl PassthroughFs {
+    /// Serves the directory `root` (an O_PATH descriptor is enough). `proc_self_fd` is the
+    /// directory `/proc/self/fd` of this process.
+    ///
+    /// Two things of the process change: the umask becomes 0, since guests apply their callers',
+    /// and the working directory becomes `proc_self_fd`, which gives the system calls that know no
+    /// descriptors a way to name one.
+    pub fn new(root: OwnedFd, proc_self_fd: OwnedFd, config: FsConfig) -> Result<PassthroughFs> {
+        rustix::process::umask(Mode::empty());
+        rustix::process::fchdir(&proc_self_fd)?;
+        let stat = lookup::stat(&root)?;
+        let inodes = InodeTable::new(root, lookup::key(&stat));
+        let session = Session { policy: policy(&config, false), submounts: false, groups_are_sent: false };
+        Ok(PassthroughFs {
+            config,
+            own: OwnIds::current(),
+            proc_self_fd,
+            inodes,
+            handles: HandleTable::default(),
+            waits: Waits::default(),
+            session: RwLock::new(session),
+        })
+    }
+
+    fn session(&self) -> Session {
+        *self.session.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
+        self.inodes.get(node)
+    }
+}
+
+fn policy(config: &FsConfig, writeback: bool) -> IoPolicy {
+    IoPolicy { parallel: config.parallel_direct_writes, cache: config.cache, writeback }
+}
+
+impl FileSystem for PassthroughFs {
+    fn offered_flags(&self) -> InitFlags {
+        let mut flags = InitFlags::ASYNC_READ
+            | InitFlags::ATOMIC_O_TRUNC
+            | InitFlags::BIG_WRITES
+            | InitFlags::AUTO_INVAL_DATA
+            | InitFlags::ASYNC_DIO
+            | InitFlags::PARALLEL_DIROPS
+            | InitFlags::HANDLE_KILLPRIV_V2
+            | InitFlags::CREATE_SUPP_GROUP
+            | InitFlags::SETXATTR_EXT;
+        let config = &self.config;
+        flags.set(InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO, config.readdirplus);
+        flags.set(InitFlags::SUBMOUNTS, config.announce_submounts);
+        flags.set(InitFlags::POSIX_LOCKS, config.posix_lock);
+        flags.set(InitFlags::FLOCK_LOCKS, config.flock);
+        flags.set(InitFlags::DIRECT_IO_ALLOW_MMAP, config.allow_mmap);
+        // Where nothing is cached, nothing is written back.
+        flags.set(InitFlags::WRITEBACK_CACHE, config.writeback && !config.cache.bypasses_page_cache());
+        flags
+    }
+
+    fn init(&self, negotiated: &Negotiated) {
+        let flags = negotiated.flags;
+        *self.session.write().unwrap_or_else(PoisonError::into_inner) = Session {
+            policy: policy(&self.config, flags.contains(InitFlags::WRITEBACK_CACHE)),
+            submounts: flags.contains(InitFlags::SUBMOUNTS),
+            groups_are_sent: flags.contains(InitFlags::CREATE_SUPP_GROUP),
+        };
+    }
+
+    fn destroy(&self) {
+        self.waits.interrupt_all();
+        debug!("the session ends with {} inodes known", self.inodes.len());
+        self.handles.clear();
+        self.inodes.clear();
+    }
+
+    fn lookup(&self, _ctx: &Context, parent: NodeId, name: LookupName<'_>) -> Result<Entry> {
+        let parent = self.inode(parent)?;
+        match name {
+            LookupName::Entry(name) => self.look_up(&parent, name.as_c_str()),
+            LookupName::This => self.look_up_self(&parent),
+            LookupName::Parent => self.look_up_parent(&parent),
+        }
+    }
+
+    fn forget(&self, node: NodeId, count: u64) {
+        self.inodes.forget(node, count);
+    }
+
+    fn getattr(&self, _ctx: &Context, node: NodeId, _handle: Option<HandleId>) -> Result<Attributes> {
+        self.attributes(&*self.inode(node)?)
+    }
+
+    fn setattr(&self, _ctx: &Context, node: NodeId, set: &Setattr) -> Result<Attributes> {
+        self.set_attributes(node, set)
+    }
+
+    fn statx(&self, _ctx: &Context, node: NodeId, statx: &Statx) -> Result<StatxReply> {
+        self.extended_attributes(&*self.inode(node)?, statx)
+    }
+
+    fn readlink(&self, _ctx: &Context, node: NodeId) -> Result<Vec<u8>> {
+        self.read_link(&*self.inode(node)?)
+    }
+
+    fn symlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>, target: &CStr) -> Result<Entry> {
+        self.make_symlink(ctx, &*self.inode(parent)?, name, target)
+    }
+
+    fn mknod(
+        &self,
+        ctx: &Context,
+        parent: NodeId,
+        name: Name<'_>,
+        mode: u32,
+        rdev: u32,
+        umask: u32,
+    ) -> Result<Entry> {
+        self.make_node(ctx, &*self.inode(parent)?, name, mode & !umask, rdev)
+    }
+
+    fn mkdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>, mode: u32, umask: u32) -> Result<Entry> {
+        self.make_directory(ctx, &*self.inode(parent)?, name, mode & !umask)
+    }
+
+    fn unlink(&self, _ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
+        self.remove_name(&*self.inode(parent)?, name, false)
+    }
+
+    fn rmdir(&self, _ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
+        self.remove_name(&*self.inode(parent)?, name, true)
+    }
+
+    fn rename(&self, _ctx: &Context, parent: NodeId, rename: &Rename<'_>) -> Result<()> {
+        self.rename_entry(&*self.inode(parent)?, &*self.inode(rename.new_parent)?, rename)
+    }
+
+    fn link(&self, _ctx: &Context, node: NodeId, new_parent: NodeId, name: Name<'_>) -> Result<Entry> {
+        self.make_link(&self.inode(node)?, &*self.inode(new_parent)?, name)
+    }
+
+    fn open(&self, _ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
+        self.open_file(self.inode(node)?, flags, open_flags)
+    }
+
+    fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened)> {
+        self.create_file(ctx, &*self.inode(parent)?, create)
+    }
+
+    fn tmpfile(&self, ctx: &Context, parent: NodeId, tmpfile: &Tmpfile) -> Result<(Entry, Opened)> {
+        self.create_unnamed(ctx, &*self.inode(parent)?, tmpfile)
+    }
+
+    fn read(&self, _ctx: &Context, node: NodeId, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize> {
+        self.read_data(&*self.handles.get(node, read.handle)?, read, data)
+    }
+
+    fn write(
+        &self,
+        _ctx: &Context,
+        node: NodeId,
+        write: &Write,
+        data: &mut GuestReader<'_>,
+    ) -> Result<usize> {
+        self.write_data(&*self.handles.get(node, write.handle)?, write, data)
+    }
+
+    fn statfs(&self, _ctx: &Context, node: NodeId) -> Result<abi::Kstatfs> {
+        attributes::file_system(&*self.inode(node)?)
+    }
+
+    fn release(
+        &self,
+        ctx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        flags: ReleaseFlags,
+        owner: LockOwner,
+    ) -> Result<()> {
+        if flags.contains(ReleaseFlags::FLUSH) {
+            self.flush(ctx, node, handle, owner)?;
+        }
+        // The descriptor takes its flock(2) lock along.
+        self.handles.remove(node, handle).map(drop)
+    }
+
+    fn fsync(&self, _ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
+        data::sync(&*self.handles.get(node, handle)?, flags)
+    }
+
+    fn flush(&self, _ctx: &Context, node: NodeId, handle: HandleId, owner: LockOwner) -> Result<()> {
+        self.flush_handle(&*self.handles.get(node, handle)?, owner)
+    }
+
+    fn opendir(&self, _ctx: &Context, node: NodeId, _flags: u32) -> Result<Opened> {
+        self.open_directory(self.inode(node)?)
+    }
+
+    fn readdir(
+        &self,
+        _ctx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        offset: u64,
+        out: &mut DirectoryWriter<'_>,
+    ) -> Result<()> {
+        self.list(&*self.handles.get(node, handle)?, offset, out)
+    }
+
+    fn releasedir(&self, _ctx: &Context, node: NodeId, handle: HandleId) -> Result<()> {
+        self.handles.remove(node, handle).map(drop)
+    }
+
+    fn fsyncdir(&self, _ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
+        data::sync(&*self.handles.get(node, handle)?, flags)
+    }
+
+    fn access(&self, ctx: &Context, node: NodeId, mask: u32) -> Result<()> {
+        self.check_access(ctx, &*self.inode(node)?, mask)
+    }
+
+    fn fallocate(
+        &self,
+        _ctx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> Result<()> {
+        data::allocate(&*self.handles.get(node, handle)?, mode, offset, length)
+    }
+
+    fn lseek(&self, _ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {
+        data::seek(&*self.handles.get(node, handle)?, offset, whence)
+    }
+
+    fn copy_file_range(&self, _ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
+        let source = self.handles.get(node, copy.handle_in)?;
+        let target = self.handles.get(copy.node_out, copy.handle_out)?;
+        data::copy(&source, &target, copy)
+    }
+
+    fn syncfs(&self, _ctx: &Context, node: NodeId) -> Result<()> {
+        self.sync_file_system(&*self.inode(node)?)
+    }
+
+    fn setxattr(
+        &self,
+        _ctx: &Context,
+        node: NodeId,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        acl_kill_sgid: bool,
+    ) -> Result<()> {
+        self.set_xattr(&*self.inode(node)?, name, value, flags, acl_kill_sgid)
+    }
+
+    fn getxattr(&self, _ctx: &Context, node: NodeId, name: &CStr, size: u32) -> Result<XattrReply> {
+        self.get_xattr(&*self.inode(node)?, name, size)
+    }
+
+    fn listxattr(&self, _ctx: &Context, node: NodeId, size: u32) -> Result<XattrReply> {
+        self.list_xattr(&*self.inode(node)?, size)
+    }
+
+    fn removexattr(&self, _ctx: &Context, node: NodeId, name: &CStr) -> Result<()> {
+        self.remove_xattr(&*self.inode(node)?, name)
+    }
+
+    fn getlk(&self, _ctx: &Context, node: NodeId, lock: &Lock) -> Result<abi::FileLock> {
+        self.test_lock(&*self.handles.get(node, lock.handle)?, lock)
+    }
+
+    fn setlk(&self, _ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
+        self.take_lock(&*self.handles.get(node, lock.handle)?, lock, None)
+    }
+
+    fn setlkw(&self, ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
+        self.take_lock(&*self.handles.get(node, lock.handle)?, lock, Some(ctx.unique))
+    }
+
+    fn interrupt(&self, unique: Unique) {
+        self.waits.interrupt(unique);
+    }
+
+    fn interrupt_all(&self) {
+        self.waits.interrupt_all();
+    }
+}
+
+/// The daemon serves no extended attributes: the guest need not ask again.
+const NO_XATTR: Errno = Errno::NOSYS;

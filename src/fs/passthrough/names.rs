@@ -1,0 +1,103 @@
+//! Changes to directories: new names, and names that go.
+
+use std::ffi::CStr;
+use std::sync::Arc;
+
+use rustix::fs::{
+    AtFlags, FileType, Mode, RenameFlags, linkat, mkdirat, mknodat, readlinkat, renameat, renameat_with,
+    symlinkat, unlinkat,
+};
+use rustix::io::Errno;
+
+use super::credentials::become_caller;
+use super::inodes::Inode;
+use super::lookup::{PROC, proc_name};
+use super::{Context, PassthroughFs};
+use crate::fs::Result;
+use crate::fuse::name::Name;
+use crate::fuse::reply::Entry;
+use crate::fuse::request::Rename;
+
+impl PassthroughFs {
+    pub(super) fn make_directory(
+        &self,
+        ctx: &Context,
+        parent: &Inode,
+        name: Name<'_>,
+        mode: u32,
+    ) -> Result<Entry> {
+        let name = name.as_c_str();
+        self.as_caller(ctx, || mkdirat(parent.path(), name, Mode::from_raw_mode(mode & 0o7777)))?;
+        self.look_up(parent, name)
+    }
+
+    pub(super) fn make_node(
+        &self,
+        ctx: &Context,
+        parent: &Inode,
+        name: Name<'_>,
+        mode: u32,
+        rdev: u32,
+    ) -> Result<Entry> {
+        let name = name.as_c_str();
+        let kind = match mode & libc::S_IFMT {
+            // mknod(2) without a type makes a regular file.
+            0 => FileType::RegularFile,
+            _ => FileType::from_raw_mode(mode),
+        };
+        let permissions = Mode::from_raw_mode(mode & 0o7777);
+        self.as_caller(ctx, || mknodat(parent.path(), name, kind, permissions, decode_device(rdev)))?;
+        self.look_up(parent, name)
+    }
+
+    pub(super) fn make_symlink(
+        &self,
+        ctx: &Context,
+        parent: &Inode,
+        name: Name<'_>,
+        target: &CStr,
+    ) -> Result<Entry> {
+        let name = name.as_c_str();
+        self.as_caller(ctx, || symlinkat(target, parent.path(), name))?;
+        self.look_up(parent, name)
+    }
+
+    pub(super) fn make_link(&self, inode: &Arc<Inode>, parent: &Inode, name: Name<'_>) -> Result<Entry> {
+        let name = name.as_c_str();
+        linkat(PROC, proc_name(inode), parent.path(), name, AtFlags::SYMLINK_FOLLOW)?;
+        self.look_up(parent, name)
+    }
+
+    pub(super) fn read_link(&self, inode: &Inode) -> Result<Vec<u8>> {
+        if inode.kind != FileType::Symlink {
+            return Err(Errno::INVAL);
+        }
+        readlinkat(inode.path(), c"", Vec::new()).map(|target| target.into_bytes())
+    }
+
+    pub(super) fn remove_name(&self, parent: &Inode, name: Name<'_>, directory: bool) -> Result<()> {
+        let flags = if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+        unlinkat(parent.path(), name.as_c_str(), flags)
+    }
+
+    pub(super) fn rename_entry(&self, from: &Inode, to: &Inode, rename: &Rename<'_>) -> Result<()> {
+        let (name, new_name) = (rename.name.as_c_str(), rename.new_name.as_c_str());
+        match RenameFlags::from_bits(rename.flags) {
+            None => Err(Errno::INVAL),
+            Some(flags) if flags.is_empty() => renameat(from.path(), name, to.path(), new_name),
+            Some(flags) => renameat_with(from.path(), name, to.path(), new_name, flags),
+        }
+    }
+
+    fn as_caller(&self, ctx: &Context, call: impl FnOnce() -> Result<()>) -> Result<()> {
+        let _caller = become_caller(self.own, ctx, self.session().groups_are_sent)?;
+        call()
+    }
+}
+
+/// A device number as the protocol packs it (`new_decode_dev()` of Linux), as mknod(2) takes it.
+fn decode_device(rdev: u32) -> u64 {
+    let major = (rdev >> 8) & 0xfff;
+    let minor = (rdev & 0xff) | ((rdev >> 12) & 0xf_ff00);
+    rustix::fs::makedev(major, minor)
+}

@@ -1,0 +1,63 @@
+//! Extended attributes, with `--xattr`.
+
+use std::ffi::CStr;
+
+use rustix::fs::{XattrFlags, getxattr, listxattr, removexattr, setxattr};
+use rustix::io::Errno;
+
+use super::credentials::without_fsetid;
+use super::inodes::Inode;
+use super::lookup::proc_name;
+use super::{NO_XATTR, PassthroughFs};
+use crate::fs::{Result, XattrReply};
+
+/// Longest value and longest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
+const SIZE_MAX: usize = 64 << 10;
+
+impl PassthroughFs {
+    pub(super) fn set_xattr(
+        &self,
+        inode: &Inode,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        acl_kill_sgid: bool,
+    ) -> Result<()> {
+        self.check_xattr()?;
+        let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
+        // Setting an ACL clears the set-group-id bit as it would for the caller.
+        let _unprivileged = acl_kill_sgid.then(without_fsetid).transpose()?;
+        setxattr(proc_name(inode), name, value, flags)
+    }
+
+    pub(super) fn get_xattr(&self, inode: &Inode, name: &CStr, size: u32) -> Result<XattrReply> {
+        self.check_xattr()?;
+        answer(size, |buffer| getxattr(proc_name(inode), name, buffer))
+    }
+
+    pub(super) fn list_xattr(&self, inode: &Inode, size: u32) -> Result<XattrReply> {
+        self.check_xattr()?;
+        answer(size, |buffer| listxattr(proc_name(inode), buffer))
+    }
+
+    pub(super) fn remove_xattr(&self, inode: &Inode, name: &CStr) -> Result<()> {
+        self.check_xattr()?;
+        removexattr(proc_name(inode), name)
+    }
+
+    fn check_xattr(&self) -> Result<()> {
+        if self.config.xattr { Ok(()) } else { Err(NO_XATTR) }
+    }
+}
+
+/// Asks the host for a value with as much room as the guest has, or for its length alone.
+fn answer(size: u32, ask: impl FnOnce(&mut [u8]) -> Result<usize>) -> Result<XattrReply> {
+    let room = usize::try_from(size).unwrap_or(usize::MAX).min(SIZE_MAX);
+    let mut value = vec![0; room];
+    let len = ask(&mut value)?;
+    if size == 0 {
+        return Ok(XattrReply::Size(u32::try_from(len).unwrap_or(u32::MAX)));
+    }
+    value.truncate(len);
+    Ok(XattrReply::Data(value))
+}

@@ -1,0 +1,42 @@
+//! Getting a thread out of a system call that blocks.
+
+use std::sync::Once;
+
+use rustix::io::{Errno, Result};
+
+/// The signal that is used; its handler does nothing, which is enough to end a system call.
+const SIGNAL: i32 = libc::SIGUSR1;
+
+/// A thread of this process that may be woken.
+#[derive(Clone, Copy, Debug)]
+pub struct ThreadId(i32);
+
+impl ThreadId {
+    /// The calling thread. From the first call on the process handles the signal.
+    pub fn current() -> Result<ThreadId> {
+        static INSTALLED: Once = Once::new();
+        let mut result = Ok(());
+        INSTALLED.call_once(|| result = install_handler());
+        result.map(|()| ThreadId(rustix::thread::gettid().as_raw_nonzero().get()))
+    }
+}
+
+/// Ends the system call that `thread` is in, if any, with EINTR. The thread must be alive.
+pub fn wake(thread: ThreadId) {
+    // SAFETY: tgkill(2) takes numbers only; a wrong one is an error that changes nothing.
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread.0, SIGNAL) };
+}
+
+extern "C" fn do_nothing(_signal: libc::c_int) {}
+
+fn install_handler() -> Result<()> {
+    // Without SA_RESTART, or the system call would go on waiting.
+    // SAFETY: the handler does nothing and so is safe at any moment; the struct is all zeros
+    // (no flags, empty mask) but for it.
+    let result = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = do_nothing as extern "C" fn(libc::c_int) as usize;
+        libc::sigaction(SIGNAL, &action, std::ptr::null_mut())
+    };
+    if result < 0 { Err(Errno::INVAL) } else { Ok(()) }
+}
