@@ -23,14 +23,14 @@ pub struct Config {
     pub readonly: bool,
     /// What stands behind the files.
     pub store: Store,
-    /// How the daemon confines itself.
-    pub sandbox: Sandbox,
+    /// How the daemon confines itself; `None` for the safest way that can be had.
+    pub sandbox: Option<Sandbox>,
     /// RLIMIT_NOFILE to set; `None` for as many descriptors as the host allows.
     pub rlimit_nofile: Option<u64>,
     /// CPUs to run on; `None` for all.
     pub cpus: Option<Vec<usize>>,
-    /// Most detailed messages that are printed.
-    pub log_level: log::LevelFilter,
+    /// Most detailed messages that are printed; `None` leaves it to RUST_LOG.
+    pub log_level: Option<log::LevelFilter>,
     /// Send messages to syslog instead of stderr.
     pub syslog: bool,
 }
@@ -51,7 +51,7 @@ pub struct DeviceConfig {
     pub tag: Option<String>,
     /// Request queues that are offered, 1 to 63; the guest uses as many as it likes.
     pub request_queues: usize,
-    /// Most workers of one queue beside the queue's own thread; 0 serves in that thread alone.
+    /// Most workers of one queue; 0 and 1 serve one request after the other.
     pub thread_pool_size: usize,
 }
 

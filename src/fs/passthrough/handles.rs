@@ -9,11 +9,9 @@ use rustix::io::Errno;
 
 use super::inodes::Inode;
 use super::io_mode::Mode;
+use super::shards::Shards;
 use crate::fs::Result;
 use crate::fuse::ids::{HandleId, NodeId};
-
-/// Parts of the table with a lock each.
-const SHARDS: usize = 32;
 
 /// An open file or directory.
 #[derive(Debug)]
@@ -75,13 +73,13 @@ impl Drop for Handle {
 /// All handles of a session.
 #[derive(Debug)]
 pub struct HandleTable {
-    shards: [RwLock<HashMap<u64, Arc<Handle>>>; SHARDS],
+    shards: Shards<RwLock<HashMap<u64, Arc<Handle>>>>,
     next: AtomicU64,
 }
 
 impl Default for HandleTable {
     fn default() -> HandleTable {
-        HandleTable { shards: Default::default(), next: AtomicU64::new(1) }
+        HandleTable { shards: Shards::default(), next: AtomicU64::new(1) }
     }
 }
 
@@ -110,14 +108,12 @@ impl HandleTable {
 
     /// Removes all handles.
     pub fn clear(&self) {
-        for shard in &self.shards {
+        for shard in self.shards.iter() {
             shard.write().unwrap_or_else(PoisonError::into_inner).clear();
         }
     }
 
     fn shard(&self, id: u64) -> &RwLock<HashMap<u64, Arc<Handle>>> {
-        #[allow(clippy::cast_possible_truncation, reason = "the remainder is below SHARDS")]
-        let shard = (id % SHARDS as u64) as usize;
-        &self.shards[shard]
+        self.shards.of(id)
     }
 }

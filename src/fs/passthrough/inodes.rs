@@ -11,11 +11,9 @@ use rustix::io::Errno;
 use super::io_mode::IoMode;
 use super::locks::InodeLocks;
 use super::range_lock::RangeLock;
+use super::shards::Shards;
 use crate::fs::Result;
 use crate::fuse::ids::NodeId;
-
-/// Parts of the table with a lock each, so that workers seldom meet.
-const SHARDS: usize = 32;
 
 /// What an inode is on the host. The mount belongs to it: one directory can be mounted twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -60,8 +58,8 @@ impl Inode {
 /// All inodes of a session.
 #[derive(Debug)]
 pub struct InodeTable {
-    by_node: [RwLock<HashMap<u64, Arc<Inode>>>; SHARDS],
-    by_key: [Mutex<HashMap<InodeKey, Arc<Inode>>>; SHARDS],
+    by_node: Shards<RwLock<HashMap<u64, Arc<Inode>>>>,
+    by_key: Shards<Mutex<HashMap<InodeKey, Arc<Inode>>>>,
     next_node: AtomicU64,
     root: Arc<Inode>,
 }
@@ -70,8 +68,8 @@ impl InodeTable {
     /// A table that knows the root alone.
     pub fn new(root: OwnedFd, key: InodeKey) -> InodeTable {
         let table = InodeTable {
-            by_node: Default::default(),
-            by_key: Default::default(),
+            by_node: Shards::default(),
+            by_key: Shards::default(),
             next_node: AtomicU64::new(NodeId::ROOT.0 + 1),
             root: Arc::new(new_inode(NodeId::ROOT, key, FileType::Directory, root)),
         };
@@ -137,10 +135,10 @@ impl InodeTable {
 
     /// Forgets all but the root.
     pub fn clear(&self) {
-        for shard in &self.by_key {
+        for shard in self.by_key.iter() {
             shard.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
-        for shard in &self.by_node {
+        for shard in self.by_node.iter() {
             shard.write().unwrap_or_else(PoisonError::into_inner).clear();
         }
         self.insert_root();
@@ -159,11 +157,11 @@ impl InodeTable {
     }
 
     fn node_shard(&self, node: NodeId) -> &RwLock<HashMap<u64, Arc<Inode>>> {
-        &self.by_node[shard_of(node.0)]
+        self.by_node.of(node.0)
     }
 
     fn key_shard(&self, key: &InodeKey) -> MutexGuard<'_, HashMap<InodeKey, Arc<Inode>>> {
-        self.by_key[shard_of(key.ino)].lock().unwrap_or_else(PoisonError::into_inner)
+        self.by_key.of(key.ino).lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -178,12 +176,6 @@ fn new_inode(node: NodeId, key: InodeKey, kind: FileType, path: OwnedFd) -> Inod
         path,
         lookups: AtomicU64::new(0),
     }
-}
-
-/// Which shard a number belongs to: below [`SHARDS`] by construction.
-#[allow(clippy::cast_possible_truncation, reason = "the remainder is below SHARDS")]
-const fn shard_of(number: u64) -> usize {
-    (number % SHARDS as u64) as usize
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ mod lookup;
 mod names;
 mod open;
 pub mod range_lock;
+mod shards;
 mod xattr;
 
 use std::ffi::CStr;

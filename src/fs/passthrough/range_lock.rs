@@ -171,7 +171,7 @@ mod tests {
         let (sender, order) = mpsc::channel();
         let first = lock.write(0, 100);
         std::thread::scope(|scope| {
-            let mut start = |name, range: (u64, u64), exclusive| {
+            let start = |name, range: (u64, u64), exclusive| {
                 let sender = sender.clone();
                 let lock = &lock;
                 scope.spawn(move || {

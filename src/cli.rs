@@ -1,0 +1,415 @@
+//! Options as users type them. The names are virtiofsd's wherever it has one.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Parser, ValueEnum};
+use log::LevelFilter;
+use thiserror::Error;
+
+use crate::config::{
+    CachePolicy, Config, DeviceConfig, FsConfig, Listen, ParallelDirectWrites, Sandbox, Store,
+};
+use crate::device::backend::MAX_QUEUES;
+use crate::device::config_space::TAG_SIZE;
+
+/// Share a host directory with a virtual machine: a vhost-user daemon for virtio-fs.
+///
+/// The guest mounts the share with `mount -t virtiofs TAG DIRECTORY`, where TAG is the one of
+/// QEMU's vhost-user-fs-pci device.
+#[derive(Clone, Debug, Parser)]
+#[command(version, about, long_about, max_term_width = 100)]
+pub struct Options {
+    /// Directory that the guest gets to see
+    #[arg(long, value_name = "DIRECTORY", help_heading = "Share")]
+    shared_dir: Option<PathBuf>,
+
+    /// Let the guest change nothing
+    #[arg(long, help_heading = "Share")]
+    readonly: bool,
+
+    /// Serve extended attributes
+    #[arg(long, help_heading = "Share")]
+    xattr: bool,
+
+    /// Take the guest's POSIX (fcntl) locks on the host, so that they count for other guests
+    #[arg(long, help_heading = "Share")]
+    posix_lock: bool,
+
+    /// Take the guest's flock(2) locks on the host, so that they count for other guests
+    #[arg(long, help_heading = "Share")]
+    flock: bool,
+
+    /// Tell the guest where other file systems are mounted inside the share (the default)
+    #[arg(long, overrides_with = "no_announce_submounts", help_heading = "Share")]
+    announce_submounts: bool,
+
+    /// Show other file systems inside the share as ordinary directories
+    #[arg(long, help_heading = "Share")]
+    no_announce_submounts: bool,
+
+    /// Make a socket at this path and listen there for the front end (QEMU's chardev)
+    #[arg(long, value_name = "PATH", help_heading = "Connection")]
+    socket_path: Option<PathBuf>,
+
+    /// Listen on this descriptor, which the daemon was started with
+    #[arg(long, value_name = "NUMBER", help_heading = "Connection")]
+    fd: Option<i32>,
+
+    /// Group that may connect to the socket besides its owner
+    #[arg(long, value_name = "GROUP", requires = "socket_path", help_heading = "Connection")]
+    socket_group: Option<String>,
+
+    /// Wait for the next front end when one has left, instead of exiting
+    #[arg(long, help_heading = "Connection")]
+    keep_listening: bool,
+
+    /// Mount tag to show in the device's configuration space; QEMU has its own, others need it here
+    #[arg(long, value_name = "TAG", help_heading = "Connection")]
+    tag: Option<String>,
+
+    /// What the guest may cache: nothing, all but file data, all for a second, or all
+    #[arg(long, value_enum, default_value = "auto", help_heading = "Caching and data")]
+    cache: Cache,
+
+    /// Which files many writers may write at once: those in direct mode, all regular files, or none
+    #[arg(long, value_enum, default_value = "auto", value_name = "WHICH", help_heading = "Caching and data")]
+    parallel_direct_writes: Parallel,
+
+    /// Let the guest collect buffered writes; not for shares that others change meanwhile
+    #[arg(long, help_heading = "Caching and data")]
+    writeback: bool,
+
+    /// With --cache=never or metadata, allow shared mappings of files (Linux 6.9 and later)
+    #[arg(long, help_heading = "Caching and data")]
+    allow_mmap: bool,
+
+    /// Pass O_DIRECT of the guest's programs on to the host; without it the host may cache
+    #[arg(long, help_heading = "Caching and data")]
+    allow_direct_io: bool,
+
+    /// Do not let the guest look up a directory's entries while it lists them
+    #[arg(long, help_heading = "Caching and data")]
+    no_readdirplus: bool,
+
+    /// Threads that serve one queue at most; 0 and 1 serve one request after the other
+    #[arg(long, value_name = "NUMBER", default_value_t = 16, help_heading = "Resources")]
+    thread_pool_size: usize,
+
+    /// Request queues to offer; the guest uses as many as it has CPUs for
+    #[arg(long, value_name = "NUMBER", default_value_t = MAX_QUEUES - 1, help_heading = "Resources")]
+    request_queues: usize,
+
+    /// Descriptors the daemon may have open [default: what the host allows, up to a million]
+    #[arg(long, value_name = "NUMBER", help_heading = "Resources")]
+    rlimit_nofile: Option<u64>,
+
+    /// CPUs to run on, as in 0-3,6
+    #[arg(long, value_name = "LIST", help_heading = "Resources")]
+    cpus: Option<String>,
+
+    /// How to confine the daemon [default: the safest that can be had]
+    #[arg(long, value_enum, help_heading = "Security")]
+    sandbox: Option<SandboxMode>,
+
+    /// Most detailed messages to print [default: info, or what RUST_LOG says]
+    #[arg(long, value_name = "LEVEL", help_heading = "Messages")]
+    log_level: Option<LevelFilter>,
+
+    /// Send messages to the system log instead of standard error
+    #[arg(long, help_heading = "Messages")]
+    syslog: bool,
+
+    /// Print what the daemon can do as JSON, and exit
+    #[arg(long, action = ArgAction::SetTrue, help_heading = "Messages")]
+    print_capabilities: bool,
+
+    /// Benchmarks only: with null or null:LATENCY (2ms, 50us), written data is dropped
+    #[arg(long, value_name = "STORE", default_value = "host", help_heading = "Benchmarks")]
+    store: String,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Cache {
+    /// Neither names, nor attributes, nor data
+    #[value(alias = "none")]
+    Never,
+    /// Names and attributes, but no data
+    Metadata,
+    /// All, checked again after a second and at each open
+    Auto,
+    /// All, for as long as the guest likes; only for shares that nobody else changes
+    Always,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Parallel {
+    /// Files that the guest does not cache
+    Auto,
+    /// Every regular file
+    Always,
+    /// No file
+    Never,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SandboxMode {
+    /// Own mount, PID and network namespaces, with the share as the root
+    Namespace,
+    /// The share as the root directory (needs root)
+    Chroot,
+    /// None
+    None,
+}
+
+/// Options that contradict each other or make no sense. Each is one sentence that says what to do.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the messages say it")]
+pub enum OptionError {
+    #[error("--shared-dir is missing: give the directory that the guest is to see")]
+    NoSharedDir,
+    #[error("give either --socket-path or --fd, so that the front end can connect")]
+    NoSocket,
+    #[error("--socket-path and --fd exclude each other: give one of them")]
+    TwoSockets,
+    #[error("--fd {0} is no descriptor: give its number, 3 or more")]
+    BadFd(i32),
+    #[error("--tag must have 1 to {TAG_SIZE} bytes")]
+    BadTag,
+    #[error("--request-queues must be 1 to {}", MAX_QUEUES - 1)]
+    BadQueues,
+    #[error("--writeback and --parallel-direct-writes=always exclude each other: leave one of them out")]
+    WritebackParallel,
+    #[error("--store={0} is unknown: give host, null, or null:LATENCY with a latency like 2ms or 50us")]
+    BadStore(String),
+    #[error("--cpus {0} is no list of CPUs: give numbers and ranges like 0-3,6")]
+    BadCpus(String),
+    #[error("--rlimit-nofile must be at least 64")]
+    BadLimit,
+}
+
+/// What was asked for on the command line.
+#[derive(Clone, Debug)]
+pub enum Command {
+    /// Print [`CAPABILITIES`] and exit with status 0.
+    PrintCapabilities,
+    /// Serve.
+    Serve(Box<Config>),
+}
+
+/// The answer to --print-capabilities, in the form of QEMU's vhost-user.json schema.
+pub const CAPABILITIES: &str = r#"{
+  "type": "fs",
+  "features": [
+    "separate-options"
+  ]
+}"#;
+
+/// Reads a command line; the first argument is the program's name. Ends the process for --help,
+/// --version and what clap cannot make sense of.
+pub fn parse(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Command, OptionError> {
+    let arguments: Vec<_> = arguments.into_iter().collect();
+    // Callers probe with this option and whatever else they are going to pass.
+    if arguments.iter().skip(1).any(|argument| argument == "--print-capabilities") {
+        return Ok(Command::PrintCapabilities);
+    }
+    let options = Options::parse_from(arguments);
+    options.into_config().map(|config| Command::Serve(Box::new(config)))
+}
+
+impl Options {
+    fn into_config(self) -> Result<Config, OptionError> {
+        let listen = self.listen()?;
+        if self.tag.as_ref().is_some_and(|tag| tag.is_empty() || tag.len() > TAG_SIZE) {
+            return Err(OptionError::BadTag);
+        }
+        if !(1..MAX_QUEUES).contains(&self.request_queues) {
+            return Err(OptionError::BadQueues);
+        }
+        if self.rlimit_nofile.is_some_and(|limit| limit < 64) {
+            return Err(OptionError::BadLimit);
+        }
+        let fs = self.fs_config();
+        if fs.writeback && fs.parallel_direct_writes == ParallelDirectWrites::Always {
+            return Err(OptionError::WritebackParallel);
+        }
+        Ok(Config {
+            store: parse_store(&self.store)?,
+            cpus: self.cpus.as_deref().map(parse_cpus).transpose()?,
+            shared_dir: self.shared_dir.ok_or(OptionError::NoSharedDir)?,
+            listen,
+            socket_group: self.socket_group,
+            keep_listening: self.keep_listening,
+            device: DeviceConfig {
+                tag: self.tag,
+                request_queues: self.request_queues,
+                thread_pool_size: self.thread_pool_size,
+            },
+            fs,
+            readonly: self.readonly,
+            sandbox: self.sandbox.map(|sandbox| match sandbox {
+                SandboxMode::Namespace => Sandbox::Namespace,
+                SandboxMode::Chroot => Sandbox::Chroot,
+                SandboxMode::None => Sandbox::None,
+            }),
+            rlimit_nofile: self.rlimit_nofile,
+            log_level: self.log_level,
+            syslog: self.syslog,
+        })
+    }
+
+    fn listen(&self) -> Result<Listen, OptionError> {
+        match (&self.socket_path, self.fd) {
+            (Some(path), None) => Ok(Listen::Path(path.clone())),
+            // 0 to 2 are the standard streams.
+            (None, Some(fd)) if fd < 3 => Err(OptionError::BadFd(fd)),
+            (None, Some(fd)) => Ok(Listen::Fd(fd)),
+            (Some(_), Some(_)) => Err(OptionError::TwoSockets),
+            (None, None) => Err(OptionError::NoSocket),
+        }
+    }
+
+    fn fs_config(&self) -> FsConfig {
+        FsConfig {
+            cache: match self.cache {
+                Cache::Never => CachePolicy::Never,
+                Cache::Metadata => CachePolicy::Metadata,
+                Cache::Auto => CachePolicy::Auto,
+                Cache::Always => CachePolicy::Always,
+            },
+            parallel_direct_writes: match self.parallel_direct_writes {
+                Parallel::Auto => ParallelDirectWrites::Auto,
+                Parallel::Always => ParallelDirectWrites::Always,
+                Parallel::Never => ParallelDirectWrites::Never,
+            },
+            writeback: self.writeback,
+            allow_mmap: self.allow_mmap,
+            allow_direct_io: self.allow_direct_io,
+            readdirplus: !self.no_readdirplus,
+            xattr: self.xattr,
+            posix_lock: self.posix_lock,
+            flock: self.flock,
+            announce_submounts: !self.no_announce_submounts,
+        }
+    }
+}
+
+fn parse_store(text: &str) -> Result<Store, OptionError> {
+    let bad = || OptionError::BadStore(text.to_owned());
+    match text.split_once(':') {
+        None if text == "host" => Ok(Store::Host),
+        None if text == "null" => Ok(Store::Null { latency: Duration::ZERO }),
+        Some(("null", latency)) => {
+            parse_latency(latency).map(|latency| Store::Null { latency }).ok_or_else(bad)
+        }
+        _ => Err(bad()),
+    }
+}
+
+/// A number with a unit: `us`, `ms` or `s`.
+fn parse_latency(text: &str) -> Option<Duration> {
+    let unit_at = text.find(|c: char| !c.is_ascii_digit())?;
+    let (number, unit) = text.split_at_checked(unit_at)?;
+    let number: u32 = number.parse().ok()?;
+    match unit {
+        "us" => Some(Duration::from_micros(number.into())),
+        "ms" => Some(Duration::from_millis(number.into())),
+        "s" => Some(Duration::from_secs(number.into())),
+        _ => None,
+    }
+}
+
+/// Numbers and ranges, as taskset(1) takes them.
+fn parse_cpus(text: &str) -> Result<Vec<usize>, OptionError> {
+    let bad = || OptionError::BadCpus(text.to_owned());
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let first: usize = first.parse().map_err(|_| bad())?;
+        let last: usize = last.parse().map_err(|_| bad())?;
+        if first > last || last >= 1024 {
+            return Err(bad());
+        }
+        cpus.extend(first..=last);
+    }
+    Ok(cpus)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn config(arguments: &str) -> Result<Config, OptionError> {
+        let words = ["lanefsd"].into_iter().chain(arguments.split_whitespace());
+        Options::try_parse_from(words).unwrap().into_config()
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Options::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_documentation() {
+        let config = config("--socket-path /s --shared-dir /d").unwrap();
+        assert_eq!(config.listen, Listen::Path("/s".into()));
+        assert_eq!(config.fs.cache, CachePolicy::Auto);
+        assert_eq!(config.fs.parallel_direct_writes, ParallelDirectWrites::Auto);
+        assert_eq!(config.store, Store::Host);
+        assert_eq!(config.device, DeviceConfig { tag: None, request_queues: 63, thread_pool_size: 16 });
+        assert!(config.fs.readdirplus && config.fs.announce_submounts);
+        assert!(!config.fs.xattr && !config.fs.writeback && !config.readonly && !config.keep_listening);
+        assert_eq!((config.sandbox, config.log_level, config.rlimit_nofile), (None, None, None));
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused() {
+        for (arguments, error) in [
+            ("--socket-path /s", OptionError::NoSharedDir),
+            ("--shared-dir /d", OptionError::NoSocket),
+            ("--shared-dir /d --socket-path /s --fd 3", OptionError::TwoSockets),
+            ("--shared-dir /d --fd 2", OptionError::BadFd(2)),
+            ("--shared-dir /d --fd 3 --tag 1234567890123456789012345678901234567", OptionError::BadTag),
+            ("--shared-dir /d --fd 3 --tag=", OptionError::BadTag),
+            ("--shared-dir /d --fd 3 --request-queues 0", OptionError::BadQueues),
+            ("--shared-dir /d --fd 3 --request-queues 64", OptionError::BadQueues),
+            ("--shared-dir /d --fd 3 --rlimit-nofile 5", OptionError::BadLimit),
+            (
+                "--shared-dir /d --fd 3 --writeback --parallel-direct-writes always",
+                OptionError::WritebackParallel,
+            ),
+            ("--shared-dir /d --fd 3 --store nil", OptionError::BadStore("nil".into())),
+            ("--shared-dir /d --fd 3 --store null:", OptionError::BadStore("null:".into())),
+            ("--shared-dir /d --fd 3 --store null:2", OptionError::BadStore("null:2".into())),
+            ("--shared-dir /d --fd 3 --store null:2h", OptionError::BadStore("null:2h".into())),
+            ("--shared-dir /d --fd 3 --cpus 3-1", OptionError::BadCpus("3-1".into())),
+            ("--shared-dir /d --fd 3 --cpus 1,,2", OptionError::BadCpus("1,,2".into())),
+        ] {
+            assert_eq!(config(arguments).unwrap_err(), error, "{arguments}");
+        }
+    }
+
+    #[test]
+    fn values_are_understood() {
+        let base = "--shared-dir /d --fd 3";
+        let config = |more: &str| config(&format!("{base} {more}")).unwrap();
+        assert_eq!(config("--store null").store, Store::Null { latency: Duration::ZERO });
+        assert_eq!(config("--store null:50us").store, Store::Null { latency: Duration::from_micros(50) });
+        assert_eq!(config("--store null:2ms").store, Store::Null { latency: Duration::from_millis(2) });
+        assert_eq!(config("--cpus 0-2,5").cpus, Some(vec![0, 1, 2, 5]));
+        assert_eq!(config("--cache none").fs.cache, CachePolicy::Never);
+        assert_eq!(config("--sandbox chroot").sandbox, Some(Sandbox::Chroot));
+        assert_eq!(config("--log-level debug").log_level, Some(LevelFilter::Debug));
+        assert!(!config("--no-announce-submounts").fs.announce_submounts);
+        assert!(config("--announce-submounts").fs.announce_submounts);
+    }
+
+    #[test]
+    fn capabilities_are_printed_whatever_else_is_asked() {
+        let words = ["lanefsd", "--nonsense", "--print-capabilities", "-o", "x"].map(Into::into);
+        assert!(matches!(parse(words), Ok(Command::PrintCapabilities)));
+        let json: serde_json::Value = serde_json::from_str(CAPABILITIES).unwrap();
+        assert_eq!(json["type"], "fs");
+    }
+}
