@@ -104,7 +104,7 @@ fn unplugged_memory_is_unmapped() {
 
 /// Tells of one region with these descriptors; the daemon has to end with one sentence and status 1.
 fn refused(region: MemoryRegion, fds: &[BorrowedFd<'_>]) {
-    let mut backend = common::start(&[]);
+    let mut backend = common::start(&["--log-level=error"]);
     let connection = Connection::connect(backend.socket()).unwrap();
     connection.features().unwrap();
     connection.set_owner().unwrap();

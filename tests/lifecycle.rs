@@ -213,9 +213,12 @@ fn closing_at_every_point_of_the_handshake() {
 #[test]
 fn a_second_front_end_does_not_disturb_the_first() {
     let (backend, session) = common::serve(&["--keep-listening"]);
-    let second = lanefsd_frontend::connection::Connection::connect(backend.socket()).unwrap();
-    assert!(second.wait_closed(Duration::from_secs(5)).unwrap(), "one front end at a time");
+    // Turned away or left waiting, as the daemon likes; but not served, and harmless.
+    let second = std::os::unix::net::UnixStream::connect(backend.socket()).unwrap();
     session.client().getattr(ROOT).unwrap();
+    drop(second);
+    session.client().getattr(ROOT).unwrap();
+    // The next one may come the moment the first has left.
     drop(session);
     let session = backend.connect(SessionOptions::default()).unwrap();
     session.client().getattr(ROOT).unwrap();

@@ -65,7 +65,7 @@ fn config_space_with_a_tag() {
 #[test]
 fn a_queue_beyond_the_last_is_refused() {
     for message in [code::SET_VRING_NUM, code::SET_VRING_BASE, code::SET_VRING_ENABLE, code::GET_VRING_BASE] {
-        let (mut backend, session) = common::serve(&[]);
+        let (mut backend, session) = common::serve(&["--log-level=error"]);
         let queue = VringState { index: REQUEST_QUEUES as u32 + 1, value: 64 };
         let answer = session.connection().send(message, &queue, &[]);
         assert!(answer.is_err(), "queue {} was accepted: {answer:?}", REQUEST_QUEUES + 1);
