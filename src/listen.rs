@@ -62,7 +62,7 @@ impl Socket {
 
     /// Leaves the removal of the path to another process.
     pub fn keep_path(&mut self) {
-        self.made = None;
+        std::mem::forget(self.made.take());
     }
 }
 
