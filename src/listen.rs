@@ -6,7 +6,6 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use log::info;
 use rustix::fs::{CWD, Gid, Mode};
 use thiserror::Error;
 
@@ -47,12 +46,10 @@ struct Made {
 impl Socket {
     /// Listens as was asked.
     pub fn open(listen: &Listen, group: Option<&str>) -> Result<Socket, ListenError> {
-        let socket = match listen {
-            Listen::Path(path) => make(path, group)?,
-            Listen::Fd(fd) => Socket { listener: take_over(*fd)?, made: None },
-        };
-        info!("Waiting for vhost-user socket connection...");
-        Ok(socket)
+        match listen {
+            Listen::Path(path) => make(path, group),
+            Listen::Fd(fd) => Ok(Socket { listener: take_over(*fd)?, made: None }),
+        }
     }
 
     /// The socket itself.

@@ -15,6 +15,7 @@ use lanefsd::logging;
 use lanefsd::sandbox::{self, Sandboxed, Side};
 use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
+use lanefsd::sys::signals;
 
 fn main() -> ExitCode {
     match run() {
@@ -40,6 +41,8 @@ fn run() -> Result<ExitCode> {
     if let Some(cpus) = &config.cpus {
         sandbox::bind_to_cpus(cpus)?;
     }
+    // From here on there is something to clean up.
+    signals::hold();
     let mut socket = Socket::open(&config.listen, config.socket_group.as_deref())?;
     match sandbox::enter(config.sandbox, &config.shared_dir)? {
         Side::Waiting(parent) => {
