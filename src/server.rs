@@ -46,6 +46,13 @@ impl Signals {
         }
         Ok(Signals(ours))
     }
+
+    /// Waits for one of them.
+    pub fn wait(&self) {
+        let mut byte = [0];
+        // An error would mean that no signal can be waited for; then none is reported.
+        while let Err(Errno::INTR) = rustix::io::read(&self.0, &mut byte) {}
+    }
 }
 
 /// The connection with one front end, served by a thread of its own.
