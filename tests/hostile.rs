@@ -25,7 +25,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 fn two_queues(args: &[&str]) -> (lanefsd_frontend::Backend, Session) {
     // virtiofsd has one request queue.
-    let queues = if common::is_foreign() && std::env::var_os("SCRATCH").is_none() { 1 } else { 2 };
+    let queues = if common::is_foreign() { 1 } else { 2 };
     common::serve_with(args, SessionOptions { queues, ..SessionOptions::default() })
 }
 
