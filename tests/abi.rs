@@ -91,7 +91,7 @@ fn checked_fields(layout: &abi::Layout, text: &str) -> Vec<(&'static str, usize)
     let body =
         text.split(&format!("struct {} {{", layout.c_name)).nth(1).unwrap().split("\n};").next().unwrap();
     let words: Vec<_> = body.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').collect();
-    let padding = ["reserved", "spare0", "spare2"];
+    let padding = ["reserved", "spare0", "spare2", "unused"];
     let fields = layout.fields.iter().copied().filter(|(field, _)| !padding.contains(field));
     let (known, unknown): (Vec<_>, Vec<_>) =
         fields.partition(|(field, _)| words.contains(&if *field == "typ" { "type" } else { field }));

@@ -33,13 +33,17 @@ impl PassthroughFs {
     pub(super) fn get_xattr(&self, inode: &Inode, name: &CStr, size: u32) -> Result<XattrReply> {
         self.check_xattr()?;
         let path = proc_name(inode);
-        answer(size, || getxattr_query(&path, name), |buffer| getxattr(&path, name, buffer))
+        answer(
+            size,
+            || getxattr_query(path.as_c_str(), name),
+            |buffer| getxattr(path.as_c_str(), name, buffer),
+        )
     }
 
     pub(super) fn list_xattr(&self, inode: &Inode, size: u32) -> Result<XattrReply> {
         self.check_xattr()?;
         let path = proc_name(inode);
-        answer(size, || listxattr_query(&path), |buffer| listxattr(&path, buffer))
+        answer(size, || listxattr_query(path.as_c_str()), |buffer| listxattr(path.as_c_str(), buffer))
     }
 
     pub(super) fn remove_xattr(&self, inode: &Inode, name: &CStr) -> Result<()> {
