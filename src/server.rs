@@ -160,6 +160,9 @@ fn talk(stream: UnixStream, backend: Backend) -> Result<(), ServerError> {
         ProtocolError::InvalidMessage => Err(ServerError::FrontEnd(
             "it sent a message that makes no sense; does the VM have shared memory (share=on)?".into(),
         )),
+        ProtocolError::InvalidParam => Err(ServerError::FrontEnd(
+            "it sent a message about a queue or a memory region with a value out of range".into(),
+        )),
         error => Err(ServerError::FrontEnd(error.to_string())),
     }
 }
