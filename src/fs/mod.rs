@@ -3,7 +3,10 @@
 //! [`FileSystem`] has one method per FUSE operation; all take `&self`, since many workers call at
 //! once. A method that is not overridden answers ENOSYS.
 
+mod forward;
+pub mod null;
 pub mod passthrough;
+pub mod read_only;
 
 use std::ffi::CStr;
 

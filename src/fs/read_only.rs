@@ -1,0 +1,192 @@
+//! A file system that the guest may only look at.
+//!
+//! Whatever would change the share is refused with EROFS, and where a read-only mount of Linux has
+//! a better answer (a name that is there already is EEXIST), with that. Locks are taken: they
+//! change nothing.
+
+use std::ffi::CStr;
+
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+
+use super::forward::forward;
+use super::{Context, FileSystem, Opened, Result};
+use crate::fuse::abi;
+use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags};
+use crate::fuse::ids::{HandleId, LockOwner, NodeId};
+use crate::fuse::name::{LookupName, Name};
+use crate::fuse::reply::{Attributes, Entry};
+use crate::fuse::request::{CopyFileRange, Create, Lock, Rename, Setattr, Tmpfile, Write};
+use crate::sys::guest_buffers::{GuestReader, GuestWriter};
+
+/// `W_OK` of access(2).
+const WRITE_ACCESS: u32 = 2;
+
+/// The file system `F` without its changing operations.
+#[derive(Debug)]
+pub struct ReadOnly<F> {
+    inner: F,
+}
+
+impl<F: FileSystem> ReadOnly<F> {
+    /// Makes `inner` read-only for the guest.
+    pub fn new(inner: F) -> ReadOnly<F> {
+        ReadOnly { inner }
+    }
+
+    /// Why `name` cannot be made: because it exists, or because nothing can.
+    fn refuse_new(&self, ctx: &Context, parent: NodeId, name: Name<'_>) -> Errno {
+        match self.inner.lookup(ctx, parent, LookupName::Entry(name)) {
+            Ok(entry) => {
+                self.inner.forget(entry.node, 1);
+                Errno::EXIST
+            }
+            Err(Errno::NOENT) => Errno::ROFS,
+            Err(errno) => errno,
+        }
+    }
+}
+
+/// Whether an open(2) with these flags writes.
+fn writes(flags: u32) -> bool {
+    let flags = OFlags::from_bits_retain(flags);
+    flags & OFlags::RWMODE != OFlags::RDONLY || flags.contains(OFlags::TRUNC)
+}
+
+impl<F: FileSystem> FileSystem for ReadOnly<F> {
+    forward!(
+        init,
+        destroy,
+        lookup,
+        forget,
+        getattr,
+        statx,
+        readlink,
+        read,
+        statfs,
+        release,
+        fsync,
+        flush,
+        opendir,
+        readdir,
+        releasedir,
+        fsyncdir,
+        lseek,
+        syncfs,
+        getxattr,
+        listxattr,
+        getlk,
+        setlk,
+        setlkw,
+        interrupt,
+        interrupt_all,
+    );
+
+    fn offered_flags(&self) -> InitFlags {
+        self.inner.offered_flags() - InitFlags::WRITEBACK_CACHE
+    }
+
+    fn open(&self, ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
+        if writes(flags) {
+            return Err(Errno::ROFS);
+        }
+        self.inner.open(ctx, node, flags, open_flags)
+    }
+
+    /// O_CREAT may be set on an open that only reads what is there.
+    fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened)> {
+        if writes(create.flags) || create.flags & OFlags::EXCL.bits() != 0 {
+            return match self.refuse_new(ctx, parent, create.name) {
+                Errno::EXIST if create.flags & OFlags::EXCL.bits() == 0 => Err(Errno::ROFS),
+                errno => Err(errno),
+            };
+        }
+        let entry = match self.inner.lookup(ctx, parent, LookupName::Entry(create.name)) {
+            Err(Errno::NOENT) => return Err(Errno::ROFS),
+            found => found?,
+        };
+        match self.inner.open(ctx, entry.node, create.flags, create.open_flags) {
+            Ok(opened) => Ok((entry, opened)),
+            Err(errno) => {
+                self.inner.forget(entry.node, 1);
+                Err(errno)
+            }
+        }
+    }
+
+    fn access(&self, ctx: &Context, node: NodeId, mask: u32) -> Result<()> {
+        if mask & WRITE_ACCESS != 0 {
+            let attributes = self.inner.getattr(ctx, node, None)?;
+            // Devices, FIFOs and sockets can be written to on a read-only file system.
+            let kind = FileType::from_raw_mode(attributes.attr.mode);
+            if matches!(kind, FileType::RegularFile | FileType::Directory | FileType::Symlink) {
+                return Err(Errno::ROFS);
+            }
+        }
+        self.inner.access(ctx, node, mask)
+    }
+
+    fn symlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>, _target: &CStr) -> Result<Entry> {
+        Err(self.refuse_new(ctx, parent, name))
+    }
+
+    fn mknod(
+        &self,
+        ctx: &Context,
+        parent: NodeId,
+        name: Name<'_>,
+        _mode: u32,
+        _rdev: u32,
+        _umask: u32,
+    ) -> Result<Entry> {
+        Err(self.refuse_new(ctx, parent, name))
+    }
+
+    fn mkdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>, _mode: u32, _umask: u32) -> Result<Entry> {
+        Err(self.refuse_new(ctx, parent, name))
+    }
+
+    fn link(&self, ctx: &Context, _node: NodeId, new_parent: NodeId, name: Name<'_>) -> Result<Entry> {
+        Err(self.refuse_new(ctx, new_parent, name))
+    }
+
+    fn tmpfile(&self, _: &Context, _: NodeId, _: &Tmpfile) -> Result<(Entry, Opened)> {
+        Err(Errno::ROFS)
+    }
+
+    fn unlink(&self, _: &Context, _: NodeId, _: Name<'_>) -> Result<()> {
+        Err(Errno::ROFS)
+    }
+
+    fn rmdir(&self, _: &Context, _: NodeId, _: Name<'_>) -> Result<()> {
+        Err(Errno::ROFS)
+    }
+
+    fn rename(&self, _: &Context, _: NodeId, _: &Rename<'_>) -> Result<()> {
+        Err(Errno::ROFS)
+    }
+
+    fn setattr(&self, _: &Context, _: NodeId, _: &Setattr) -> Result<Attributes> {
+        Err(Errno::ROFS)
+    }
+
+    fn write(&self, _: &Context, _: NodeId, _: &Write, _: &mut GuestReader<'_>) -> Result<usize> {
+        Err(Errno::ROFS)
+    }
+
+    fn fallocate(&self, _: &Context, _: NodeId, _: HandleId, _: u32, _: u64, _: u64) -> Result<()> {
+        Err(Errno::ROFS)
+    }
+
+    fn copy_file_range(&self, _: &Context, _: NodeId, _: &CopyFileRange) -> Result<u64> {
+        Err(Errno::ROFS)
+    }
+
+    fn setxattr(&self, _: &Context, _: NodeId, _: &CStr, _: &[u8], _: u32, _: bool) -> Result<()> {
+        Err(Errno::ROFS)
+    }
+
+    fn removexattr(&self, _: &Context, _: NodeId, _: &CStr) -> Result<()> {
+        Err(Errno::ROFS)
+    }
+}
