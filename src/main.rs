@@ -1,2 +1,76 @@
-//! The daemon's start-up.
-fn main() {}
+//! The daemon's start-up, in order: command line, messages, limits, socket, sandbox, serve.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use lanefsd::cli::{self, CAPABILITIES, Command};
+use lanefsd::config::{Config, Store};
+use lanefsd::fs::FileSystem;
+use lanefsd::fs::null::NullStore;
+use lanefsd::fs::passthrough::PassthroughFs;
+use lanefsd::fs::read_only::ReadOnly;
+use lanefsd::listen::Socket;
+use lanefsd::logging;
+use lanefsd::sandbox::{self, Sandboxed, Side};
+use lanefsd::server::{self, Signals};
+use lanefsd::service::Service;
+use lanefsd::sys::signals;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(status) => status,
+        Err(error) => {
+            let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
+            eprintln!("lanefsd: {}", causes.join(": "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<ExitCode> {
+    let config = match cli::parse(std::env::args_os())? {
+        Command::PrintCapabilities => {
+            println!("{CAPABILITIES}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Serve(config) => config,
+    };
+    logging::start(config.log_level, config.syslog)?;
+    sandbox::raise_descriptor_limit(config.rlimit_nofile)?;
+    if let Some(cpus) = &config.cpus {
+        sandbox::bind_to_cpus(cpus)?;
+    }
+    // From here on there is something to clean up.
+    signals::hold();
+    let mut socket = Socket::open(&config.listen, config.socket_group.as_deref())?;
+    match sandbox::enter(config.sandbox, &config.shared_dir)? {
+        Side::Waiting(parent) => {
+            let signals = Signals::catch()?;
+            let status = parent.wait(move || signals.wait());
+            Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)))
+        }
+        Side::Serving(sandboxed) => {
+            if sandboxed.forked {
+                socket.keep_path();
+            }
+            serve(&config, &socket, sandboxed)?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn serve(config: &Config, socket: &Socket, sandboxed: Sandboxed) -> Result<()> {
+    let signals = Signals::catch()?;
+    let fs = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, config.fs.clone())
+        .context("the share cannot be served")?;
+    let fs: Arc<dyn FileSystem> = match (config.store, config.readonly) {
+        (Store::Host, false) => Arc::new(fs),
+        (Store::Host, true) => Arc::new(ReadOnly::new(fs)),
+        (Store::Null { latency }, false) => Arc::new(NullStore::new(fs, latency)),
+        (Store::Null { latency }, true) => Arc::new(ReadOnly::new(NullStore::new(fs, latency))),
+    };
+    let service = Arc::new(Service::new(fs));
+    server::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
+    Ok(())
+}

@@ -2,12 +2,12 @@
 
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use log::{error, info, warn};
+use log::{error, info};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -29,7 +29,7 @@ pub enum ServerError {
     #[error("the listening socket fails; check what was given with --fd or --socket-path")]
     Listen(#[source] io::Error),
     /// The front end broke the protocol, or shares memory that cannot be used.
-    #[error("the front end was disconnected after an error: {0}")]
+    #[error("the front end was disconnected: {0}")]
     FrontEnd(String),
 }
 
@@ -37,14 +37,24 @@ pub enum ServerError {
 pub struct Signals(UnixStream);
 
 impl Signals {
-    /// Catches SIGTERM and SIGINT from now on.
+    /// Catches SIGTERM and SIGINT from now on, and those that [`hold`] has kept back.
+    ///
+    /// [`hold`]: crate::sys::signals::hold
     pub fn catch() -> Result<Signals, ServerError> {
         let (ours, theirs) = UnixStream::pair().map_err(ServerError::SetUp)?;
         for signal in [SIGTERM, SIGINT] {
             let end = theirs.try_clone().map_err(ServerError::SetUp)?;
             pipe::register(signal, end).map_err(ServerError::SetUp)?;
         }
+        crate::sys::signals::release();
         Ok(Signals(ours))
+    }
+
+    /// Waits for one of them.
+    pub fn wait(&self) {
+        let mut byte = [0];
+        // An error would mean that no signal can be waited for; then none is reported.
+        while let Err(Errno::INTR) = rustix::io::read(&self.0, &mut byte) {}
     }
 }
 
@@ -65,53 +75,44 @@ pub fn serve(
     keep_listening: bool,
     service: &Arc<Service>,
 ) -> Result<(), ServerError> {
+    info!("Waiting for vhost-user socket connection...");
     let mut connection: Option<Connection> = None;
     loop {
-        let (signal, incoming, done) = wait(listener, signals, connection.as_ref())?;
-        if signal {
+        // While one front end is served, the next one waits in the socket's queue.
+        let source = connection.as_ref().map_or(listener.as_fd(), |connection| connection.done.as_fd());
+        if wait(signals, source)? {
             info!("a signal ends the daemon");
             return connection.map_or(Ok(()), Connection::end);
         }
-        if done && let Some(finished) = connection.take() {
-            let result = finished.end();
-            if !keep_listening {
-                return result;
-            }
-            if let Err(error) = result {
-                error!("{error}");
-            }
-            info!("waiting for the next front end");
-        }
-        if incoming {
-            let (stream, _) = listener.accept().map_err(ServerError::Listen)?;
-            if connection.is_some() {
-                warn!("a second front end was turned away; one is served at a time");
-            } else {
+        match connection.take() {
+            None => {
+                let (stream, _) = listener.accept().map_err(ServerError::Listen)?;
                 connection = Some(Connection::begin(stream, config, service)?);
             }
+            Some(finished) if keep_listening => {
+                if let Err(error) = finished.end() {
+                    error!("{error}");
+                }
+                info!("Waiting for vhost-user socket connection...");
+            }
+            Some(finished) => return finished.end(),
         }
     }
 }
 
-/// Waits for a signal, a front end that connects, or the end of the connection.
-fn wait(
-    listener: &UnixListener,
-    signals: &Signals,
-    connection: Option<&Connection>,
-) -> Result<(bool, bool, bool), ServerError> {
-    // Without a connection, the signals stand in for its end; that is told apart below.
-    let done = connection.map_or(signals.0.as_fd(), |connection| connection.done.as_fd());
+/// Waits until `source` is readable, or a signal has come: then true.
+fn wait(signals: &Signals, source: BorrowedFd<'_>) -> Result<bool, ServerError> {
     let mut fds = [
         PollFd::from_borrowed_fd(signals.0.as_fd(), PollFlags::IN),
-        PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN),
-        PollFd::from_borrowed_fd(done, PollFlags::IN),
+        PollFd::from_borrowed_fd(source, PollFlags::IN),
     ];
-    match poll(&mut fds, None) {
-        Ok(_) | Err(Errno::INTR) => {}
-        Err(errno) => return Err(ServerError::SetUp(errno.into())),
+    loop {
+        match poll(&mut fds, None) {
+            Ok(_) => return Ok(!fds.first().is_none_or(|fd| fd.revents().is_empty())),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(ServerError::SetUp(errno.into())),
+        }
     }
-    let [signal, incoming, done] = fds.map(|fd| !fd.revents().is_empty());
-    Ok((signal, incoming, done && connection.is_some()))
 }
 
 impl Connection {
@@ -155,6 +156,13 @@ fn talk(stream: UnixStream, backend: Backend) -> Result<(), ServerError> {
             info!("the front end has left");
             Ok(())
         }
+        ProtocolError::ReqHandlerError(error) => Err(ServerError::FrontEnd(error.to_string())),
+        ProtocolError::InvalidMessage => Err(ServerError::FrontEnd(
+            "it sent a message that makes no sense; does the VM have shared memory (share=on)?".into(),
+        )),
+        ProtocolError::InvalidParam => Err(ServerError::FrontEnd(
+            "it sent a message about a queue or a memory region with a value out of range".into(),
+        )),
         error => Err(ServerError::FrontEnd(error.to_string())),
     }
 }

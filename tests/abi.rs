@@ -63,7 +63,7 @@ fn structs_have_the_kernels_layout() {
     for layout in abi::LAYOUTS.iter().filter(known) {
         let c_name = layout.c_name;
         expressions.push((c_name.to_string(), format!("sizeof(struct {c_name})")));
-        for (field, _) in checked_fields(layout) {
+        for (field, _) in checked_fields(layout, &text) {
             let c_field = if field == "typ" { "type" } else { field };
             expressions.push((format!("{c_name}.{field}"), format!("offsetof(struct {c_name}, {c_field})")));
         }
@@ -71,7 +71,7 @@ fn structs_have_the_kernels_layout() {
     let values = evaluate(&expressions);
     for layout in abi::LAYOUTS.iter().filter(known) {
         assert_eq!(values[layout.c_name], layout.size as u64, "size of {}", layout.c_name);
-        for (field, offset) in checked_fields(layout) {
+        for (field, offset) in checked_fields(layout, &text) {
             assert_eq!(
                 values[&format!("{}.{field}", layout.c_name)],
                 offset as u64,
@@ -86,10 +86,21 @@ fn structs_have_the_kernels_layout() {
     }
 }
 
-/// Padding has other names here than there.
-fn checked_fields(layout: &abi::Layout) -> impl Iterator<Item = (&'static str, usize)> {
-    let padding = ["reserved", "spare0", "spare2"];
-    layout.fields.iter().copied().filter(move |(field, _)| !padding.contains(field))
+/// Padding has other names here than there, and an old header lacks the newest fields.
+fn checked_fields(layout: &abi::Layout, text: &str) -> Vec<(&'static str, usize)> {
+    let body =
+        text.split(&format!("struct {} {{", layout.c_name)).nth(1).unwrap().split("\n};").next().unwrap();
+    let words: Vec<_> = body.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').collect();
+    let padding = ["reserved", "spare0", "spare2", "unused"];
+    let fields = layout.fields.iter().copied().filter(|(field, _)| !padding.contains(field));
+    let (known, unknown): (Vec<_>, Vec<_>) =
+        fields.partition(|(field, _)| words.contains(&if *field == "typ" { "type" } else { field }));
+    assert!(
+        unknown.is_empty() || header_minor(text) < abi::KERNEL_MINOR_VERSION,
+        "{}: {unknown:?}",
+        layout.c_name
+    );
+    known
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use log::{debug, info, warn};
+use log::{debug, info};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -20,7 +20,7 @@ use vm_memory::GuestAddressSpace;
 
 use super::config_space::{self, config_space};
 use super::memory::MemoryTable;
-use super::queue::Queue;
+use super::queue::{Queue, QueueError};
 use super::ring::{Layout, MAX_SIZE, Ring};
 use super::watch::Watch;
 use super::worker::Crew;
@@ -87,8 +87,11 @@ impl Backend {
     }
 
     fn vring(&mut self, index: impl TryInto<usize>) -> Result<&mut Vring> {
+        let count = self.vrings.len();
         let vring = index.try_into().ok().and_then(|index| self.vrings.get_mut(index));
-        vring.ok_or(Error::InvalidParam)
+        vring.ok_or_else(|| {
+            refuse(format!("the front end wants more queues than the {} that the device has", count))
+        })
     }
 
     /// Starts the queue if it has all it needs, and stops it if not.
@@ -106,12 +109,12 @@ impl Backend {
             return Ok(());
         }
         let ring = Ring::new(&memory.memory(), vring.layout, vring.base, event_idx);
-        let ring = ring.map_err(|e| refuse(&format!("queue {index} cannot be started: {e}")))?;
+        let ring = ring.map_err(|e| refuse(describe(&QueueError::Ring { index, source: e })))?;
         let kick = kick.try_clone().map_err(Error::ReqHandlerError)?;
         let call = vring.call.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::ReqHandlerError)?;
         let queue = Queue::new(index, memory, ring, kick, call);
         let crew = queue.and_then(|queue| Crew::start(queue, service, &watch, workers));
-        vring.crew = Some(crew.map_err(|error| Error::ReqHandlerError(io::Error::other(error)))?);
+        vring.crew = Some(crew.map_err(|error| refuse(describe(&error)))?);
         debug!("queue {index} runs with {} descriptors", vring.layout.size);
         Ok(())
     }
@@ -141,10 +144,9 @@ impl Vring {
     }
 }
 
-/// Logs why a message is refused, and refuses it.
-fn refuse(why: &str) -> Error {
-    warn!("{why}");
-    Error::InvalidParam
+/// Refuses a message; the reason ends the connection and is printed with it.
+fn refuse(why: impl Into<String>) -> Error {
+    Error::ReqHandlerError(io::Error::other(why.into()))
 }
 
 fn unsupported<T>(what: &'static str) -> Result<T> {
@@ -175,7 +177,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     fn set_features(&mut self, features: u64) -> Result<()> {
         let offered = self.get_features()?;
         if features & !offered != 0 {
-            return Err(refuse(&format!(
+            return Err(refuse(format!(
                 "the front end wants features {:#x} that were not offered",
                 features & !offered
             )));
@@ -197,16 +199,16 @@ impl VhostUserBackendReqHandlerMut for Backend {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        self.memory.set(regions, files).map_err(|error| refuse(&describe(&error)))?;
+        self.memory.set(regions, files).map_err(|error| refuse(describe(&error)))?;
         Ok(None)
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
         let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= MAX_SIZE);
-        let size = size.ok_or_else(|| refuse(&format!("queue {index} cannot have {num} descriptors")))?;
+        let size = size.ok_or_else(|| refuse(format!("queue {index} cannot have {num} descriptors")))?;
         let vring = self.vring(index)?;
         if vring.crew.is_some() {
-            return Err(refuse(&format!("queue {index} runs; its size cannot change")));
+            return Err(refuse(format!("queue {index} runs; its size cannot change")));
         }
         vring.layout.size = size;
         Ok(())
@@ -221,13 +223,13 @@ impl VhostUserBackendReqHandlerMut for Backend {
         available: u64,
         _log: u64,
     ) -> Result<()> {
-        let translate = |user| self.memory.guest_address(user).map_err(|error| refuse(&describe(&error)));
+        let translate = |user| self.memory.guest_address(user).map_err(|error| refuse(describe(&error)));
         let (descriptors, available, used) =
             (translate(descriptor)?, translate(available)?, translate(used)?);
         let vring = self.vring(index)?;
         let layout = Layout { descriptors, available, used, size: vring.layout.size };
         if vring.crew.is_some() && layout != vring.layout {
-            return Err(refuse(&format!("queue {index} runs; its addresses cannot change")));
+            return Err(refuse(format!("queue {index} runs; its addresses cannot change")));
         }
         vring.layout = layout;
         Ok(())
@@ -254,7 +256,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let vring = self.vring(index)?;
         let Some(fd) = fd else {
-            return Err(refuse(&format!("queue {index} has no kick; polled queues are not supported")));
+            return Err(refuse(format!("queue {index} has no kick; polled queues are not supported")));
         };
         vring.stop();
         vring.kick = Some(fd.into());
@@ -289,7 +291,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
         let extra = features & !self.get_protocol_features()?.bits();
         if extra != 0 {
-            return Err(refuse(&format!(
+            return Err(refuse(format!(
                 "the front end wants protocol features {extra:#x} that were not offered"
             )));
         }
@@ -340,12 +342,12 @@ impl VhostUserBackendReqHandlerMut for Backend {
         file: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        self.memory.add(region, file).map_err(|error| refuse(&describe(&error)))?;
+        self.memory.add(region, file).map_err(|error| refuse(describe(&error)))?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        self.memory.remove(region).map_err(|error| refuse(&describe(&error)))
+        self.memory.remove(region).map_err(|error| refuse(describe(&error)))
     }
 
     fn set_device_state_fd(

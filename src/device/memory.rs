@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use rustix::fs::FileType;
+use rustix::io::Errno;
 use thiserror::Error;
 use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
@@ -20,6 +22,12 @@ pub enum MemoryError {
         /// What mmap(2) said.
         source: vhost::vhost_user::Error,
     },
+    /// The file ends before the region: touching what is missing would end the daemon.
+    #[error("guest memory at {0:#x} is longer than the file behind it")]
+    Short(u64),
+    /// fstat(2) failed.
+    #[error("the file behind guest memory at {0:#x} cannot be looked at")]
+    File(u64, #[source] Errno),
     /// The region wraps around or overlaps another.
     #[error("guest memory at {0:#x} overlaps another region or wraps around")]
     Overlap(u64),
@@ -111,6 +119,12 @@ impl MemoryTable {
 
 fn map(region: &VhostUserMemoryRegion, file: File) -> Result<GuestRegionMmap, MemoryError> {
     let address = region.guest_phys_addr;
+    let stat = rustix::fs::fstat(&file).map_err(|errno| MemoryError::File(address, errno))?;
+    let end = region.mmap_offset.checked_add(region.memory_size);
+    let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    if is_file && end.is_none_or(|end| end > u64::try_from(stat.st_size).unwrap_or(0)) {
+        return Err(MemoryError::Short(address));
+    }
     let mapped = region.mmap_region(file).map_err(|source| MemoryError::Map { address, source })?;
     GuestRegionMmap::new(mapped, GuestAddress(address)).ok_or(MemoryError::Overlap(address))
 }

@@ -1,9 +1,8 @@
 //! What a file system offers to a guest, whatever stands behind it.
 //!
 //! [`FileSystem`] has one method per FUSE operation; all take `&self`, since many workers call at
-//! once. A method that is not overridden answers ENOSYS.
+//! once. A method that is not overridden passes the call on to the file system below, or answers ENOSYS.
 
-mod forward;
 pub mod null;
 pub mod passthrough;
 pub mod read_only;
@@ -70,48 +69,67 @@ pub enum XattrReply {
 }
 
 /// The operations of a file system that is served to a guest.
-#[allow(unused_variables, reason = "defaults ignore their arguments")]
 pub trait FileSystem: Send + Sync {
-    /// The INIT flags that this file system can honour.
-    fn offered_flags(&self) -> InitFlags;
-
-    /// A session begins; `negotiated` holds what guest and daemon agreed on.
-    fn init(&self, negotiated: &Negotiated) {}
-
-    /// A session ends, by DESTROY, reset or disconnect: inodes, handles and locks are dropped.
-    fn destroy(&self) {}
-
-    /// Finds an entry; its inode's lookup count goes up by one.
-    fn lookup(&self, ctx: &Context, parent: NodeId, name: LookupName<'_>) -> Result<Entry> {
+    /// The file system that this one wraps: it serves what this one does not. Without one that is
+    /// ENOSYS.
+    fn below(&self) -> Result<&dyn FileSystem> {
         Err(Errno::NOSYS)
     }
 
+    /// The INIT flags that this file system can honour.
+    fn offered_flags(&self) -> InitFlags {
+        self.below().map_or(InitFlags::empty(), FileSystem::offered_flags)
+    }
+
+    /// A session begins; `negotiated` holds what guest and daemon agreed on.
+    fn init(&self, negotiated: &Negotiated) {
+        if let Ok(fs) = self.below() {
+            fs.init(negotiated);
+        }
+    }
+
+    /// A session ends, by DESTROY, reset or disconnect: inodes, handles and locks are dropped.
+    fn destroy(&self) {
+        if let Ok(fs) = self.below() {
+            fs.destroy();
+        }
+    }
+
+    /// Finds an entry; its inode's lookup count goes up by one.
+    fn lookup(&self, ctx: &Context, parent: NodeId, name: LookupName<'_>) -> Result<Entry> {
+        self.below()?.lookup(ctx, parent, name)
+    }
+
     /// Takes `count` off the lookup count of an inode.
-    fn forget(&self, node: NodeId, count: u64) {}
+    fn forget(&self, node: NodeId, count: u64) {
+        if let Ok(fs) = self.below() {
+            fs.forget(node, count);
+        }
+    }
 
     /// Attributes of an inode.
     fn getattr(&self, ctx: &Context, node: NodeId, handle: Option<HandleId>) -> Result<Attributes> {
-        Err(Errno::NOSYS)
+        self.below()?.getattr(ctx, node, handle)
     }
 
     /// Changes attributes and returns the new ones.
     fn setattr(&self, ctx: &Context, node: NodeId, set: &Setattr) -> Result<Attributes> {
-        Err(Errno::NOSYS)
+        self.below()?.setattr(ctx, node, set)
     }
 
     /// Extended attributes of an inode as statx(2) has them.
     fn statx(&self, ctx: &Context, node: NodeId, statx: &Statx) -> Result<StatxReply> {
-        Err(Errno::NOSYS)
+        self.below()?.statx(ctx, node, statx)
     }
 
     /// Target of a symbolic link.
     fn readlink(&self, ctx: &Context, node: NodeId) -> Result<Vec<u8>> {
-        Err(Errno::NOSYS)
+        self.below()?.readlink(ctx, node)
     }
 
     /// Creates a symbolic link.
     fn symlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>, target: &CStr) -> Result<Entry> {
-        Err(Errno::NOSYS)
+        self.below()?.symlink(ctx, parent, name, target)
     }
 
     /// Creates a file of any type but directory and symbolic link.
@@ -124,64 +142,64 @@ pub trait FileSystem: Send + Sync {
         rdev: u32,
         umask: u32,
     ) -> Result<Entry> {
-        Err(Errno::NOSYS)
+        self.below()?.mknod(ctx, parent, name, mode, rdev, umask)
     }
 
     /// Creates a directory.
     fn mkdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>, mode: u32, umask: u32) -> Result<Entry> {
-        Err(Errno::NOSYS)
+        self.below()?.mkdir(ctx, parent, name, mode, umask)
     }
 
     /// Removes a name that is no directory.
     fn unlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.unlink(ctx, parent, name)
     }
 
     /// Removes an empty directory.
     fn rmdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.rmdir(ctx, parent, name)
     }
 
     /// Renames an entry of `parent`.
     fn rename(&self, ctx: &Context, parent: NodeId, rename: &Rename<'_>) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.rename(ctx, parent, rename)
     }
 
     /// Makes `node` known as `name` in `new_parent` too.
     fn link(&self, ctx: &Context, node: NodeId, new_parent: NodeId, name: Name<'_>) -> Result<Entry> {
-        Err(Errno::NOSYS)
+        self.below()?.link(ctx, node, new_parent, name)
     }
 
     /// Opens a regular file; `flags` are `O_*`.
     fn open(&self, ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
-        Err(Errno::NOSYS)
+        self.below()?.open(ctx, node, flags, open_flags)
     }
 
     /// Creates (or opens, without O_EXCL) a regular file and opens it.
     fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened)> {
-        Err(Errno::NOSYS)
+        self.below()?.create(ctx, parent, create)
     }
 
     /// Creates and opens a file without a name.
     fn tmpfile(&self, ctx: &Context, parent: NodeId, tmpfile: &Tmpfile) -> Result<(Entry, Opened)> {
-        Err(Errno::NOSYS)
+        self.below()?.tmpfile(ctx, parent, tmpfile)
     }
 
     /// Reads into guest memory; returns the bytes read, fewer than asked for only at end of file.
     /// `data` has room for exactly `read.size` bytes.
     fn read(&self, ctx: &Context, node: NodeId, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize> {
-        Err(Errno::NOSYS)
+        self.below()?.read(ctx, node, read, data)
     }
 
     /// Writes out of guest memory; `data` holds exactly `write.size` bytes. Returns the bytes
     /// written: fewer only if an error came after the first byte.
     fn write(&self, ctx: &Context, node: NodeId, write: &Write, data: &mut GuestReader<'_>) -> Result<usize> {
-        Err(Errno::NOSYS)
+        self.below()?.write(ctx, node, write, data)
     }
 
     /// File system figures.
     fn statfs(&self, ctx: &Context, node: NodeId) -> Result<abi::Kstatfs> {
-        Err(Errno::NOSYS)
+        self.below()?.statfs(ctx, node)
     }
 
     /// Closes a file handle.
@@ -193,22 +211,22 @@ pub trait FileSystem: Send + Sync {
         flags: ReleaseFlags,
         owner: LockOwner,
     ) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.release(ctx, node, handle, flags, owner)
     }
 
     /// Makes a file durable.
     fn fsync(&self, ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.fsync(ctx, node, handle, flags)
     }
 
     /// One descriptor of an open file was closed in the guest; drops the owner's POSIX locks.
     fn flush(&self, ctx: &Context, node: NodeId, handle: HandleId, owner: LockOwner) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.flush(ctx, node, handle, owner)
     }
 
     /// Opens a directory.
     fn opendir(&self, ctx: &Context, node: NodeId, flags: u32) -> Result<Opened> {
-        Err(Errno::NOSYS)
+        self.below()?.opendir(ctx, node, flags)
     }
 
     /// Lists a directory from `offset` on until `out` is full. With `out.plus()` each entry but
@@ -221,22 +239,22 @@ pub trait FileSystem: Send + Sync {
         offset: u64,
         out: &mut DirectoryWriter<'_>,
     ) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.readdir(ctx, node, handle, offset, out)
     }
 
     /// Closes a directory handle.
     fn releasedir(&self, ctx: &Context, node: NodeId, handle: HandleId) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.releasedir(ctx, node, handle)
     }
 
     /// Makes a directory durable.
     fn fsyncdir(&self, ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.fsyncdir(ctx, node, handle, flags)
     }
 
     /// access(2) for the caller.
     fn access(&self, ctx: &Context, node: NodeId, mask: u32) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.access(ctx, node, mask)
     }
 
     /// fallocate(2); `mode` are `FALLOC_FL_*`.
@@ -249,22 +267,22 @@ pub trait FileSystem: Send + Sync {
         offset: u64,
         length: u64,
     ) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.fallocate(ctx, node, handle, mode, offset, length)
     }
 
     /// lseek(2) for SEEK_DATA and SEEK_HOLE.
     fn lseek(&self, ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {
-        Err(Errno::NOSYS)
+        self.below()?.lseek(ctx, node, handle, offset, whence)
     }
 
     /// copy_file_range(2); returns the bytes copied.
     fn copy_file_range(&self, ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
-        Err(Errno::NOSYS)
+        self.below()?.copy_file_range(ctx, node, copy)
     }
 
     /// Makes the whole file system durable.
     fn syncfs(&self, ctx: &Context, node: NodeId) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.syncfs(ctx, node)
     }
 
     /// setxattr(2); `flags` are `XATTR_*`.
@@ -277,43 +295,51 @@ pub trait FileSystem: Send + Sync {
         flags: u32,
         acl_kill_sgid: bool,
     ) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.setxattr(ctx, node, name, value, flags, acl_kill_sgid)
     }
 
     /// getxattr(2); `size` 0 asks for the length alone, a value longer than `size` is ERANGE.
     fn getxattr(&self, ctx: &Context, node: NodeId, name: &CStr, size: u32) -> Result<XattrReply> {
-        Err(Errno::NOSYS)
+        self.below()?.getxattr(ctx, node, name, size)
     }
 
     /// listxattr(2), with `size` as for [`FileSystem::getxattr`].
     fn listxattr(&self, ctx: &Context, node: NodeId, size: u32) -> Result<XattrReply> {
-        Err(Errno::NOSYS)
+        self.below()?.listxattr(ctx, node, size)
     }
 
     /// removexattr(2).
     fn removexattr(&self, ctx: &Context, node: NodeId, name: &CStr) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.removexattr(ctx, node, name)
     }
 
     /// The lock that stands in the way of `lock`, or one of kind unlock.
     fn getlk(&self, ctx: &Context, node: NodeId, lock: &Lock) -> Result<abi::FileLock> {
-        Err(Errno::NOSYS)
+        self.below()?.getlk(ctx, node, lock)
     }
 
     /// Takes or drops a lock without waiting; EAGAIN if it is held.
     fn setlk(&self, ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.setlk(ctx, node, lock)
     }
 
     /// Takes a lock, waiting for it on the calling thread; EINTR after [`FileSystem::interrupt`]
     /// or [`FileSystem::interrupt_all`].
     fn setlkw(&self, ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
-        Err(Errno::NOSYS)
+        self.below()?.setlkw(ctx, node, lock)
     }
 
     /// Ends the wait of request `unique`, if it waits.
-    fn interrupt(&self, unique: Unique) {}
+    fn interrupt(&self, unique: Unique) {
+        if let Ok(fs) = self.below() {
+            fs.interrupt(unique);
+        }
+    }
 
     /// Ends all waits for locks, since the queues are about to be stopped.
-    fn interrupt_all(&self) {}
+    fn interrupt_all(&self) {
+        if let Ok(fs) = self.below() {
+            fs.interrupt_all();
+        }
+    }
 }

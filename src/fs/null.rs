@@ -9,7 +9,6 @@
 //! the session: the one figure that shows whether the guest sent them in parallel.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::CStr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
@@ -18,14 +17,11 @@ use log::info;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use super::forward::forward;
 use super::{Context, FileSystem, Opened, Result};
-use crate::fuse::abi;
-use crate::fuse::flags::{FsyncFlags, OpenRequestFlags, ReleaseFlags, WriteFlags};
+use crate::fuse::flags::{OpenRequestFlags, ReleaseFlags, WriteFlags};
 use crate::fuse::ids::{HandleId, LockOwner, NodeId};
-use crate::fuse::name::Name;
 use crate::fuse::reply::{Attributes, Entry};
-use crate::fuse::request::{CopyFileRange, Create, Lock, Read, Setattr, Tmpfile, Write};
+use crate::fuse::request::{CopyFileRange, Create, Read, Setattr, Tmpfile, Write};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 
 /// Tables that handles are spread over, so that writers seldom meet at one.
@@ -210,41 +206,9 @@ impl<F: FileSystem> NullStore<F> {
 }
 
 impl<F: FileSystem> FileSystem for NullStore<F> {
-    forward!(
-        offered_flags,
-        init,
-        lookup,
-        forget,
-        getattr,
-        statx,
-        readlink,
-        symlink,
-        mknod,
-        mkdir,
-        unlink,
-        rmdir,
-        rename,
-        link,
-        statfs,
-        fsync,
-        flush,
-        opendir,
-        readdir,
-        releasedir,
-        fsyncdir,
-        access,
-        lseek,
-        syncfs,
-        setxattr,
-        getxattr,
-        listxattr,
-        removexattr,
-        getlk,
-        setlk,
-        setlkw,
-        interrupt,
-        interrupt_all,
-    );
+    fn below(&self) -> Result<&dyn FileSystem> {
+        Ok(&self.inner)
+    }
 
     fn destroy(&self) {
         for shard in &self.handles {

@@ -9,15 +9,13 @@ use std::ffi::CStr;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
-use super::forward::forward;
 use super::{Context, FileSystem, Opened, Result};
-use crate::fuse::abi;
-use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags};
-use crate::fuse::ids::{HandleId, LockOwner, NodeId};
+use crate::fuse::flags::{InitFlags, OpenRequestFlags};
+use crate::fuse::ids::{HandleId, NodeId};
 use crate::fuse::name::{LookupName, Name};
 use crate::fuse::reply::{Attributes, Entry};
-use crate::fuse::request::{CopyFileRange, Create, Lock, Rename, Setattr, Tmpfile, Write};
-use crate::sys::guest_buffers::{GuestReader, GuestWriter};
+use crate::fuse::request::{CopyFileRange, Create, Rename, Setattr, Tmpfile, Write};
+use crate::sys::guest_buffers::GuestReader;
 
 /// `W_OK` of access(2).
 const WRITE_ACCESS: u32 = 2;
@@ -54,33 +52,9 @@ fn writes(flags: u32) -> bool {
 }
 
 impl<F: FileSystem> FileSystem for ReadOnly<F> {
-    forward!(
-        init,
-        destroy,
-        lookup,
-        forget,
-        getattr,
-        statx,
-        readlink,
-        read,
-        statfs,
-        release,
-        fsync,
-        flush,
-        opendir,
-        readdir,
-        releasedir,
-        fsyncdir,
-        lseek,
-        syncfs,
-        getxattr,
-        listxattr,
-        getlk,
-        setlk,
-        setlkw,
-        interrupt,
-        interrupt_all,
-    );
+    fn below(&self) -> Result<&dyn FileSystem> {
+        Ok(&self.inner)
+    }
 
     fn offered_flags(&self) -> InitFlags {
         self.inner.offered_flags() - InitFlags::WRITEBACK_CACHE

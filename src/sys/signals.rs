@@ -40,3 +40,26 @@ fn install_handler() -> Result<()> {
     };
     if result < 0 { Err(Errno::INVAL) } else { Ok(()) }
 }
+
+/// Keeps SIGTERM and SIGINT back until [`release`]: a signal that comes while the daemon starts is
+/// not lost, and leaves nothing behind.
+pub fn hold() {
+    change_mask(libc::SIG_BLOCK);
+}
+
+/// Lets SIGTERM and SIGINT through.
+pub fn release() {
+    change_mask(libc::SIG_UNBLOCK);
+}
+
+fn change_mask(how: i32) {
+    // SAFETY: the set is initialised by sigemptyset(3) before it is read, and the calls fail only
+    // for numbers that are no signals.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGTERM);
+        libc::sigaddset(&mut set, libc::SIGINT);
+        libc::pthread_sigmask(how, &set, std::ptr::null_mut());
+    }
+}

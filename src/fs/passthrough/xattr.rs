@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 
-use rustix::fs::{XattrFlags, getxattr, listxattr, removexattr, setxattr};
+use rustix::fs::{XattrFlags, getxattr, getxattr_query, listxattr, listxattr_query, removexattr, setxattr};
 use rustix::io::Errno;
 
 use super::credentials::without_fsetid;
@@ -32,12 +32,18 @@ impl PassthroughFs {
 
     pub(super) fn get_xattr(&self, inode: &Inode, name: &CStr, size: u32) -> Result<XattrReply> {
         self.check_xattr()?;
-        answer(size, |buffer| getxattr(proc_name(inode), name, buffer))
+        let path = proc_name(inode);
+        answer(
+            size,
+            || getxattr_query(path.as_c_str(), name),
+            |buffer| getxattr(path.as_c_str(), name, buffer),
+        )
     }
 
     pub(super) fn list_xattr(&self, inode: &Inode, size: u32) -> Result<XattrReply> {
         self.check_xattr()?;
-        answer(size, |buffer| listxattr(proc_name(inode), buffer))
+        let path = proc_name(inode);
+        answer(size, || listxattr_query(path.as_c_str()), |buffer| listxattr(path.as_c_str(), buffer))
     }
 
     pub(super) fn remove_xattr(&self, inode: &Inode, name: &CStr) -> Result<()> {
@@ -51,13 +57,16 @@ impl PassthroughFs {
 }
 
 /// Asks the host for a value with as much room as the guest has, or for its length alone.
-fn answer(size: u32, ask: impl FnOnce(&mut [u8]) -> Result<usize>) -> Result<XattrReply> {
-    let room = usize::try_from(size).unwrap_or(usize::MAX).min(SIZE_MAX);
-    let mut value = vec![0; room];
-    let len = ask(&mut value)?;
+fn answer(
+    size: u32,
+    ask_length: impl FnOnce() -> Result<usize>,
+    ask: impl FnOnce(&mut [u8]) -> Result<usize>,
+) -> Result<XattrReply> {
     if size == 0 {
-        return Ok(XattrReply::Size(u32::try_from(len).unwrap_or(u32::MAX)));
+        return ask_length().map(|len| XattrReply::Size(u32::try_from(len).unwrap_or(u32::MAX)));
     }
+    let mut value = vec![0; usize::try_from(size).unwrap_or(usize::MAX).min(SIZE_MAX)];
+    let len = ask(&mut value)?;
     value.truncate(len);
     Ok(XattrReply::Data(value))
 }

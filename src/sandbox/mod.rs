@@ -1,0 +1,130 @@
+//! Walls around the daemon, raised before it serves, and what it needs from outside of them.
+//!
+//! The file system does not rely on them: with [`Sandbox::None`] it reaches nothing outside the
+//! share either. They are there for the day on which it has a fault.
+
+mod limits;
+mod namespace;
+mod process;
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use log::warn;
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::io::Errno;
+use thiserror::Error;
+
+pub use self::limits::{LimitError, bind_to_cpus, raise_descriptor_limit};
+pub use self::process::Parent;
+use crate::config::Sandbox;
+
+/// Why a sandbox cannot be had.
+#[derive(Debug, Error)]
+pub enum SandboxError {
+    /// The share is missing, no directory, or may not be looked at.
+    #[error("the shared directory {path} cannot be opened; --shared-dir needs a directory that is there", path = path.display())]
+    Share {
+        /// The directory.
+        path: PathBuf,
+        /// What the system call said.
+        source: Errno,
+    },
+    /// Asked for without the privilege.
+    #[error("--sandbox=chroot needs root; start the daemon as root, or with --sandbox=none")]
+    ChrootNeedsRoot,
+    /// A step failed.
+    #[error("the sandbox cannot be set up: {step} failed; try --sandbox=chroot or --sandbox=none")]
+    Step {
+        /// What was tried.
+        step: &'static str,
+        /// What the system call said.
+        source: Errno,
+    },
+}
+
+/// What the daemon serves from, once it is inside.
+#[derive(Debug)]
+pub struct Sandboxed {
+    /// The share: an O_PATH descriptor of its directory.
+    pub root: OwnedFd,
+    /// The directory `/proc/self/fd` of the serving process.
+    pub proc_self_fd: OwnedFd,
+    /// Whether another process waits for this one and cleans up after it.
+    pub forked: bool,
+}
+
+/// Which side of a fork this is.
+#[derive(Debug)]
+pub enum Side {
+    /// The process that serves.
+    Serving(Sandboxed),
+    /// The process that was started; it waits for the one that serves and ends as it does.
+    Waiting(Parent),
+}
+
+/// Raises the walls that were asked for around `share`, or the best that can be had.
+///
+/// Must be called while the process has one thread, since it may fork.
+pub fn enter(wanted: Option<Sandbox>, share: &Path) -> Result<Side, SandboxError> {
+    let root = open_share(share)?;
+    let is_root = rustix::process::geteuid().is_root();
+    match wanted {
+        Some(Sandbox::None) => no_walls(root),
+        Some(Sandbox::Chroot) if !is_root => Err(SandboxError::ChrootNeedsRoot),
+        Some(Sandbox::Chroot) => chroot(&root),
+        Some(Sandbox::Namespace) => namespace::enter(share),
+        None if is_root || namespace::user_namespaces_work() => namespace::enter(share),
+        None => {
+            warn!(
+                "user namespaces cannot be had here, so the daemon runs without a sandbox; start it as root for one, or give --sandbox=none to run without this message"
+            );
+            no_walls(root)
+        }
+    }
+}
+
+/// An O_PATH descriptor of the share.
+fn open_share(share: &Path) -> Result<OwnedFd, SandboxError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, share, flags, Mode::empty())
+        .map_err(|source| SandboxError::Share { path: share.to_owned(), source })
+}
+
+fn no_walls(root: OwnedFd) -> Result<Side, SandboxError> {
+    drop_groups();
+    Ok(Side::Serving(Sandboxed { root, proc_self_fd: open_proc_self_fd()?, forked: false }))
+}
+
+/// It forks as well: only a process outside can remove the socket at the end.
+fn chroot(root: &OwnedFd) -> Result<Side, SandboxError> {
+    if let Some(parent) = process::fork_server()? {
+        return Ok(Side::Waiting(parent));
+    }
+    drop_groups();
+    let proc_self_fd = open_proc_self_fd()?;
+    rustix::process::fchdir(root).map_err(step("changing to the share"))?;
+    rustix::process::chroot(".").map_err(step("chroot(2)"))?;
+    let root = openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+    Ok(Side::Serving(Sandboxed {
+        root: root.map_err(step("opening the share"))?,
+        proc_self_fd,
+        forked: true,
+    }))
+}
+
+/// Lets go of the supplementary groups: a worker has those of its caller, and no others.
+fn drop_groups() {
+    // Without the privilege they stay, and callers' groups cannot be taken on either.
+    let _ = rustix::thread::set_thread_groups(&[]);
+}
+
+fn step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
+    move |source| SandboxError::Step { step, source }
+}
+
+/// `/proc/self/fd` of the calling process, so not to be opened before a fork.
+fn open_proc_self_fd() -> Result<OwnedFd, SandboxError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, "/proc/self/fd", flags, Mode::empty()).map_err(step("opening /proc/self/fd"))
+}

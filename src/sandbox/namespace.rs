@@ -1,0 +1,94 @@
+//! Namespaces: the daemon sees the share as `/`, no other process, and no network.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind_recursive, mount_change, unmount,
+};
+use rustix::process::{WaitOptions, chdir, pivot_root, waitpid};
+use rustix::thread::UnshareFlags;
+
+use super::process::{exit, fork, fork_server};
+use super::{SandboxError, Sandboxed, Side, drop_groups, open_proc_self_fd, open_share, step};
+
+/// Moves into new namespaces. The process forks: the first process of a PID namespace is a child
+/// of the one that made it.
+pub(super) fn enter(share: &Path) -> Result<Side, SandboxError> {
+    let mut flags = UnshareFlags::NEWPID | UnshareFlags::NEWNS | UnshareFlags::NEWNET;
+    let user = rustix::process::geteuid();
+    let group = rustix::process::getegid();
+    if !user.is_root() {
+        flags |= UnshareFlags::NEWUSER;
+    }
+    unshare(flags).map_err(step("making namespaces"))?;
+    if !user.is_root() {
+        // The user is root inside, so that what the guest's root makes belongs to the user.
+        write_map("/proc/self/setgroups", "deny")?;
+        write_map("/proc/self/uid_map", &format!("0 {} 1", user.as_raw()))?;
+        write_map("/proc/self/gid_map", &format!("0 {} 1", group.as_raw()))?;
+    }
+    match fork_server()? {
+        Some(parent) => Ok(Side::Waiting(parent)),
+        None => build_walls(share).map(Side::Serving),
+    }
+}
+
+/// Whether a user without privileges may make namespaces here. Tried in a child, which leaves this
+/// process as it was.
+pub(super) fn user_namespaces_work() -> bool {
+    match fork() {
+        Ok(Some(child)) => {
+            let status = waitpid(Some(child), WaitOptions::empty());
+            matches!(status, Ok(Some((_, status))) if status.exit_status() == Some(0))
+        }
+        Ok(None) => {
+            let flags =
+                UnshareFlags::NEWUSER | UnshareFlags::NEWNS | UnshareFlags::NEWPID | UnshareFlags::NEWNET;
+            exit(i32::from(unshare(flags).is_err()))
+        }
+        Err(_) => false,
+    }
+}
+
+/// In the new process: a mount namespace that holds the share and nothing else.
+fn build_walls(share: &Path) -> Result<Sandboxed, SandboxError> {
+    drop_groups();
+    // Nothing that is mounted here shows outside; what is mounted outside still shows here.
+    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
+        .map_err(step("making mounts private"))?;
+    let safe = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("proc", "/proc", "proc", safe, None).map_err(step("mounting /proc"))?;
+    let proc_self_fd = open_proc_self_fd()?;
+    mount_bind_recursive(share, share).map_err(step("mounting the share"))?;
+    let root = open_share(share)?;
+    become_root(&root)?;
+    Ok(Sandboxed { root, proc_self_fd, forked: true })
+}
+
+/// Makes the mount that `root` stands on the root of everything, and lets go of the rest.
+fn become_root(root: &OwnedFd) -> Result<(), SandboxError> {
+    let old = openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+    let old = old.map_err(step("opening the old root"))?;
+    rustix::process::fchdir(root).map_err(step("changing to the share"))?;
+    // With the same directory twice the old root ends up on top of the new one (pivot_root(2)).
+    pivot_root(".", ".").map_err(step("pivot_root(2)"))?;
+    rustix::process::fchdir(&old).map_err(step("going back to the old root"))?;
+    mount_change(".", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .map_err(step("cutting off the old root"))?;
+    unmount(".", UnmountFlags::DETACH).map_err(step("leaving the old root"))?;
+    chdir("/").map_err(step("changing to the new root"))
+}
+
+fn write_map(path: &str, text: &str) -> Result<(), SandboxError> {
+    let file = openat(CWD, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
+    file.and_then(|file| rustix::io::write(file, text.as_bytes())).map(drop).map_err(step("mapping ids"))
+}
+
+fn unshare(flags: UnshareFlags) -> Result<(), Errno> {
+    // SAFETY: the descriptor table stays shared (no CLONE_FILES), which is all that could
+    // invalidate what Rust code holds.
+    unsafe { rustix::thread::unshare_unsafe(flags) }
+}

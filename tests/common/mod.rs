@@ -1,0 +1,56 @@
+//! What the integration tests share: which back end is tested, and how it is started.
+//!
+//! `LANEFSD_TEST_BACKEND` names another program with virtiofsd's options, to compare behaviour.
+#![allow(dead_code, reason = "every test file uses its own part")]
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use lanefsd_frontend::backend::Starter;
+use lanefsd_frontend::{Backend, Session, SessionOptions};
+
+/// The program under test.
+pub fn program() -> OsString {
+    std::env::var_os("LANEFSD_TEST_BACKEND").unwrap_or_else(|| env!("CARGO_BIN_EXE_lanefsd").into())
+}
+
+/// Whether the tests run against another back end than lanefsd: some things only lanefsd promises.
+pub fn is_foreign() -> bool {
+    std::env::var_os("LANEFSD_TEST_BACKEND").is_some()
+}
+
+/// The back end with the options that every test wants.
+pub fn starter() -> Starter {
+    Backend::of(program()).args(["--sandbox=none"])
+}
+
+/// A running back end with these further options.
+pub fn start(args: &[&str]) -> Backend {
+    starter().args(args).start().expect("the back end starts")
+}
+
+/// A running back end with these further options, and a session with it.
+pub fn serve(args: &[&str]) -> (Backend, Session) {
+    serve_with(args, SessionOptions::default())
+}
+
+/// The same with chosen session options.
+pub fn serve_with(args: &[&str], options: SessionOptions) -> (Backend, Session) {
+    let backend = start(args);
+    let session = backend.connect(options).expect("the front end connects");
+    (backend, session)
+}
+
+/// A directory on a file system with holes, O_DIRECT and xattrs, rather than on a tmpfs.
+pub fn disk_directory() -> tempfile::TempDir {
+    let target = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    tempfile::Builder::new().prefix("share-").tempdir_in(target).expect("a directory below target/")
+}
+
+/// The errno of a request that has to be refused.
+pub fn errno<T: std::fmt::Debug>(result: lanefsd_frontend::Result<T>) -> i32 {
+    match result {
+        Ok(value) => panic!("the request was to be refused, but gave {value:?}"),
+        Err(error) => error.errno().unwrap_or_else(|| panic!("the request failed otherwise: {error}")).0,
+    }
+}

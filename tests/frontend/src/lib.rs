@@ -1,0 +1,30 @@
+//! A guest without a VM: plays the guest's side of vhost-user virtio-fs against any back end.
+//!
+//! From the bottom up: [`connection`] speaks vhost-user, [`memory`] is the guest's memory, [`ring`] and
+//! [`queue`] are virtqueues, [`chain`] and [`request`] are FUSE requests in memory, [`session`] holds
+//! all of them together, [`client`] has a method per FUSE operation. [`backend`] starts the process
+//! under test, and [`misbehave`] is what a hostile guest does.
+
+pub mod backend;
+pub mod chain;
+pub mod client;
+pub mod connection;
+pub mod errno;
+pub mod error;
+pub mod memory;
+pub mod message;
+pub mod misbehave;
+pub mod queue;
+pub mod random;
+pub mod request;
+pub mod ring;
+pub mod session;
+
+pub use backend::Backend;
+pub use chain::Cut;
+pub use client::Client;
+pub use errno::Errno;
+pub use error::{Error, Result};
+pub use memory::Memory;
+pub use request::{Caller, Request};
+pub use session::{Session, SessionOptions};

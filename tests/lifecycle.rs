@@ -1,0 +1,225 @@
+//! Stop, drain, reset, reboot, and a front end that disappears.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "a test fails by panicking"
+)]
+
+mod common;
+
+use std::fs;
+use std::time::Duration;
+
+use lanefsd::fuse::flags::WriteFlags;
+use lanefsd_frontend::client::{ROOT, data};
+use lanefsd_frontend::session::Sent;
+use lanefsd_frontend::{Backend, Session, SessionOptions};
+
+/// How long the null store takes for a write in these tests.
+const LATENCY: Duration = Duration::from_millis(100);
+
+/// A back end whose writes take [`LATENCY`], and an open file.
+fn slow(args: &[&str]) -> (Backend, Session, u64, u64) {
+    let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+    let args: Vec<&str> = ["--store=null:100ms", "--cache=never"].iter().chain(args).copied().collect();
+    let (backend, session) = common::serve_with(&args, options);
+    let (entry, open) = session.client().create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+    (backend, session, entry.nodeid, open.fh)
+}
+
+fn send_writes(session: &Session, node: u64, fh: u64, count: u64) -> Vec<Sent> {
+    let bytes = vec![3; 4096];
+    let client = session.client();
+    let write = |i| data::write_request(node, fh, i * 4096, &bytes, WriteFlags::empty(), libc::O_RDWR);
+    (0..count).map(|i| client.send(write(i)).unwrap()).collect()
+}
+
+#[test]
+fn get_vring_base_waits_for_what_is_in_flight() {
+    let (_backend, session, node, fh) = slow(&[]);
+    let writes = send_writes(&session, node, fh, 8);
+    std::thread::sleep(LATENCY / 4);
+    assert!(!session.queue(1).is_done(writes[0].token).unwrap(), "the write is to be in flight");
+    let base = session.stop_queue(1).unwrap();
+    let used = session.queue(1).with_ring(|ring| ring.used_index());
+    assert_eq!(used, base, "what was taken from the ring was not given back before the answer");
+    // Nothing touches a ring that is stopped.
+    std::thread::sleep(LATENCY * 2);
+    assert_eq!(session.queue(1).with_ring(|ring| ring.used_index()), base);
+    // Meanwhile the other queue serves.
+    session.client().on(2).getattr(node).unwrap();
+    session.start_queue(1).unwrap();
+    for write in writes {
+        session.finish(write).unwrap();
+    }
+    session.client().getattr(node).unwrap();
+}
+
+#[test]
+fn a_stopped_queue_goes_on_where_it_was() {
+    let (_backend, session) = common::serve(&[]);
+    let client = session.client();
+    for round in 0..20 {
+        for _ in 0..round {
+            client.getattr(ROOT).unwrap();
+        }
+        let base = session.stop_queue(1).unwrap();
+        assert_eq!(base, session.queue(1).with_ring(|ring| ring.next_available()));
+        session.start_queue(1).unwrap();
+    }
+}
+
+#[test]
+fn a_disabled_queue_rests() {
+    let (_backend, session) =
+        common::serve_with(&[], SessionOptions { queues: 2, ..SessionOptions::default() });
+    session.connection().enable_ring(1, false).unwrap();
+    let request = lanefsd_frontend::Request::new(lanefsd::fuse::opcode::Opcode::Statfs, ROOT).reply_data(80);
+    let sent = session.client().send(request).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(!session.queue(1).is_done(sent.token).unwrap());
+    session.client().on(2).getattr(ROOT).unwrap();
+    session.connection().enable_ring(1, true).unwrap();
+    session.queue(1).kick().unwrap();
+    session.finish(sent).unwrap();
+}
+
+#[test]
+fn a_reboot_starts_with_a_clean_slate() {
+    let (backend, session) = common::serve(&[]);
+    let client = session.client();
+    let mut descriptors = 0;
+    for round in 0..4 {
+        let (entry, open) = client.create(ROOT, format!("file-{round}"), libc::O_RDWR, 0o600, 0).unwrap();
+        client.write(entry.nodeid, open.fh, 0, b"kept").unwrap();
+        let now = backend.descriptors().unwrap().len();
+        assert!(round < 2 || now <= descriptors, "{descriptors} descriptors one boot earlier, now {now}");
+        descriptors = now;
+        session.reboot().unwrap();
+        session.init().unwrap();
+        assert!(common::errno(client.read(entry.nodeid, open.fh, 0, 10)) > 0, "a handle survived the reboot");
+        let again = client.lookup(ROOT, format!("file-{round}")).unwrap().nodeid;
+        assert_eq!(client.read_file(again).unwrap(), b"kept");
+    }
+}
+
+#[test]
+fn destroy_and_init_start_a_new_session() {
+    let (_backend, session) = common::serve(&[]);
+    let client = session.client();
+    let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+    client.destroy().unwrap();
+    session.init().unwrap();
+    assert!(common::errno(client.read(entry.nodeid, open.fh, 0, 10)) > 0, "a handle survived DESTROY");
+    client.lookup(ROOT, "file").unwrap();
+}
+
+#[test]
+fn an_init_without_destroy_drops_the_old_session() {
+    let (_backend, session) = common::serve(&[]);
+    let client = session.client();
+    let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+    // A guest whose kernel was killed says nothing before it boots again.
+    session.init().unwrap();
+    assert!(common::errno(client.read(entry.nodeid, open.fh, 0, 10)) > 0);
+    client.lookup(ROOT, "file").unwrap();
+}
+
+#[test]
+fn a_front_end_that_disappears_in_mid_write() {
+    for args in [&[][..], &["--keep-listening"]] {
+        let (mut backend, session, node, fh) = slow(args);
+        send_writes(&session, node, fh, 32);
+        drop(session);
+        if args.is_empty() {
+            backend.expect_success().unwrap();
+        } else {
+            let session = backend.connect(SessionOptions::default()).unwrap();
+            session.client().lookup(ROOT, "file").unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_was_acknowledged_is_on_the_host() {
+    let (mut backend, session) = common::serve(&[]);
+    let client = session.client();
+    let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+    let bytes: Vec<u8> = (0..65_536).map(|i| (i % 251) as u8).collect();
+    let size = bytes.len() as u64;
+    let write = |i: u64| {
+        data::write_request(entry.nodeid, open.fh, i * size, &bytes, WriteFlags::empty(), libc::O_RDWR)
+    };
+    let sent: Vec<Sent> = (0..64).map(|i| client.send(write(i)).unwrap()).collect();
+    let mut acknowledged = Vec::new();
+    for (i, sent) in sent.into_iter().enumerate().take(20) {
+        session.finish(sent).unwrap();
+        acknowledged.push(i);
+    }
+    drop(session);
+    backend.expect_success().unwrap();
+    let host = fs::read(backend.path("file")).unwrap();
+    for i in acknowledged {
+        assert_eq!(&host[i * bytes.len()..(i + 1) * bytes.len()], bytes, "write {i}");
+    }
+}
+
+#[test]
+fn sigterm_finishes_what_is_in_flight() {
+    let (mut backend, session, node, fh) = slow(&[]);
+    let writes = send_writes(&session, node, fh, 4);
+    std::thread::sleep(LATENCY / 4);
+    backend.signal(libc::SIGTERM).unwrap();
+    backend.expect_success().unwrap();
+    // What was taken is answered; chains that had not been taken stay where they are.
+    let taken = session.queue(1).with_ring(|ring| ring.used_index());
+    assert!(taken > 1, "not even one write was finished");
+    for write in &writes {
+        if session.queue(1).is_done(write.token).unwrap() {
+            session.finish(*write).unwrap();
+        }
+    }
+}
+
+#[test]
+fn closing_at_every_point_of_the_handshake() {
+    use lanefsd_frontend::connection::Connection;
+    use lanefsd_frontend::message::{code, protocol};
+    let backend = common::start(&["--keep-listening"]);
+    let steps: &[fn(&mut Connection)] = &[
+        |_| (),
+        |c| assert!(c.features().is_ok()),
+        |c| assert!(c.protocol_features().is_ok()),
+        |c| c.set_protocol_features(protocol::MQ | protocol::REPLY_ACK).unwrap(),
+        |c| c.set_owner().unwrap(),
+        |c| c.send_bytes(&[1, 0, 0], &[]).unwrap(),
+        |c| c.send_raw(code::SET_MEM_TABLE, 1, 8, &[1, 0], &[]).unwrap(),
+    ];
+    for until in 0..steps.len() {
+        let mut connection = Connection::connect(backend.socket()).unwrap();
+        for step in &steps[..=until] {
+            step(&mut connection);
+        }
+    }
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    session.client().getattr(ROOT).unwrap();
+}
+
+#[test]
+fn a_second_front_end_does_not_disturb_the_first() {
+    let (backend, session) = common::serve(&["--keep-listening"]);
+    // Turned away or left waiting, as the daemon likes; but not served, and harmless.
+    let second = std::os::unix::net::UnixStream::connect(backend.socket()).unwrap();
+    session.client().getattr(ROOT).unwrap();
+    drop(second);
+    session.client().getattr(ROOT).unwrap();
+    // The next one may come the moment the first has left.
+    drop(session);
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    session.client().getattr(ROOT).unwrap();
+}

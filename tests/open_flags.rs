@@ -1,0 +1,182 @@
+//! Direct or cached is decided per inode: the open flags of two openers never disagree.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "a test fails by panicking"
+)]
+
+mod common;
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+
+use lanefsd::fuse::flags::OpenReplyFlags;
+use lanefsd_frontend::client::ROOT;
+use lanefsd_frontend::random::Random;
+use lanefsd_frontend::{Client, Session, SessionOptions};
+
+const MODE: OpenReplyFlags = OpenReplyFlags::DIRECT_IO.union(OpenReplyFlags::PARALLEL_DIRECT_WRITES);
+
+fn mode(open_flags: u32) -> OpenReplyFlags {
+    OpenReplyFlags::from_bits_retain(open_flags) & MODE
+}
+
+/// Opens (and releases) and returns the flags that tell direct from cached.
+fn open_once(client: &Client<'_>, node: u64, flags: i32) -> OpenReplyFlags {
+    let open = client.open(node, flags).unwrap();
+    client.release(node, open.fh).unwrap();
+    mode(open.open_flags)
+}
+
+fn session(args: &[&str]) -> (lanefsd_frontend::Backend, Session) {
+    common::serve_with(args, SessionOptions { queues: 4, ..SessionOptions::default() })
+}
+
+#[test]
+fn the_policy_decides_for_open_and_create() {
+    let cases: [(&[&str], OpenReplyFlags, OpenReplyFlags); 6] = [
+        // Options, flags of a plain opener, flags of an O_DIRECT opener; each is the first one.
+        (&["--cache=auto"], OpenReplyFlags::empty(), MODE),
+        (&["--cache=always"], OpenReplyFlags::empty(), MODE),
+        (&["--cache=never"], MODE, MODE),
+        (&["--cache=metadata"], MODE, MODE),
+        (&["--cache=auto", "--parallel-direct-writes=always"], MODE, MODE),
+        (
+            &["--cache=never", "--parallel-direct-writes=never"],
+            OpenReplyFlags::DIRECT_IO,
+            OpenReplyFlags::DIRECT_IO,
+        ),
+    ];
+    for (args, plain, direct) in cases {
+        // O_DIRECT is refused by some file systems; the share is on disk.
+        let directory = common::disk_directory();
+        let backend =
+            common::starter().args(args).args(["--allow-direct-io"]).share(directory.path()).start().unwrap();
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        let client = session.client();
+        for (flags, want) in [(libc::O_RDWR, plain), (libc::O_RDWR | libc::O_DIRECT, direct)] {
+            let (entry, open) = client.create(ROOT, format!("f{flags}"), flags, 0o600, 0).unwrap();
+            assert_eq!(mode(open.open_flags), want, "CREATE with {flags:#o}, {args:?}");
+            client.release(entry.nodeid, open.fh).unwrap();
+            assert_eq!(open_once(&client, entry.nodeid, flags), want, "OPEN with {flags:#o}, {args:?}");
+        }
+        let dir = client.opendir(ROOT).unwrap();
+        assert_eq!(mode(dir.open_flags), OpenReplyFlags::empty(), "a directory");
+    }
+}
+
+#[test]
+fn never_means_never() {
+    let (_backend, session) = session(&["--parallel-direct-writes=never"]);
+    let client = session.client();
+    let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+    assert!(!mode(open.open_flags).contains(OpenReplyFlags::PARALLEL_DIRECT_WRITES));
+    let direct = open_once(&client, entry.nodeid, libc::O_RDWR | libc::O_DIRECT);
+    assert!(!direct.contains(OpenReplyFlags::PARALLEL_DIRECT_WRITES));
+}
+
+#[test]
+fn later_openers_follow_the_first_until_the_last_release() {
+    let (_backend, session) = session(&["--cache=auto"]);
+    let client = session.client();
+    let (entry, first) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+    let node = entry.nodeid;
+    assert_eq!(mode(first.open_flags), OpenReplyFlags::empty());
+    assert_eq!(open_once(&client, node, libc::O_RDWR | libc::O_DIRECT), OpenReplyFlags::empty());
+    client.release(node, first.fh).unwrap();
+
+    let direct = client.open(node, libc::O_RDWR | libc::O_DIRECT).unwrap();
+    assert_eq!(mode(direct.open_flags), MODE);
+    let plain = client.open(node, libc::O_RDONLY).unwrap();
+    assert_eq!(mode(plain.open_flags), MODE);
+    client.release(node, direct.fh).unwrap();
+    // The plain opener holds the file in direct mode.
+    assert_eq!(open_once(&client, node, libc::O_RDWR), MODE);
+    client.release(node, plain.fh).unwrap();
+    assert_eq!(open_once(&client, node, libc::O_RDWR), OpenReplyFlags::empty());
+    // Another name of the same inode is the same inode.
+    let direct = client.open(node, libc::O_RDWR | libc::O_DIRECT).unwrap();
+    client.link(node, ROOT, "alias").unwrap();
+    let (alias, open) = client.create(ROOT, "alias", libc::O_RDWR, 0o600, 0).unwrap();
+    assert_eq!((alias.nodeid, mode(open.open_flags)), (node, MODE));
+    client.release(node, open.fh).unwrap();
+    client.release(node, direct.fh).unwrap();
+}
+
+/// Files that are open, with their mode and the number of openers, as this guest knows it.
+type Held = Mutex<HashMap<u64, (OpenReplyFlags, u32)>>;
+
+#[test]
+fn racing_open_and_create_agree() {
+    for args in
+        [&["--cache=auto"][..], &["--cache=never"], &["--cache=auto", "--parallel-direct-writes=always"]]
+    {
+        let (_backend, session) = session(args);
+        let held: Held = Mutex::default();
+        let disagreements = Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            for worker in 0..8 {
+                let (session, held, disagreements) = (&session, &held, &disagreements);
+                scope.spawn(move || {
+                    let client = session.client().on(1 + worker % 4);
+                    let mut random = Random::new(worker as u64);
+                    for _ in 0..400 {
+                        if let Some(problem) = open_and_hold(&client, held, &mut random) {
+                            disagreements.lock().unwrap().push(problem);
+                        }
+                    }
+                });
+            }
+        });
+        let disagreements = disagreements.into_inner().unwrap();
+        assert!(
+            disagreements.is_empty(),
+            "{args:?}: {} times, first {}",
+            disagreements.len(),
+            disagreements[0]
+        );
+    }
+}
+
+/// One opener: by OPEN or CREATE, with or without O_DIRECT; sometimes the name is removed first, so that
+/// CREATE really makes a file.
+fn open_and_hold(client: &Client<'_>, held: &Held, random: &mut Random) -> Option<String> {
+    let name = format!("file-{}", random.below(2));
+    let flags = libc::O_RDWR | if random.below(2) == 0 { libc::O_DIRECT } else { 0 };
+    if random.below(10) == 0 {
+        // Another thread may have been faster.
+        let _ = client.unlink(ROOT, &name);
+    }
+    let (node, open) = if random.below(2) == 0 {
+        let (entry, open) = client.create(ROOT, &name, flags, 0o600, 0).ok()?;
+        (entry.nodeid, open)
+    } else {
+        let node = client.lookup(ROOT, &name).ok()?.nodeid;
+        (node, client.open(node, flags).ok()?)
+    };
+    let mine = mode(open.open_flags);
+    let mut problem = None;
+    {
+        let mut held = held.lock().unwrap();
+        let (theirs, openers) = held.entry(node).or_insert((mine, 0));
+        if *openers > 0 && *theirs != mine {
+            problem = Some(format!("node {node} is open with {theirs:?} and was opened with {mine:?}"));
+        }
+        if *openers == 0 {
+            *theirs = mine;
+        }
+        *openers += 1;
+    }
+    if random.below(3) == 0 {
+        client.write(node, open.fh, 0, &[1; 512]).unwrap();
+    }
+    held.lock().unwrap().entry(node).and_modify(|(_, openers)| *openers -= 1);
+    client.release(node, open.fh).unwrap();
+    client.forget(node, 1).unwrap();
+    problem
+}

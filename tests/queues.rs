@@ -1,0 +1,127 @@
+//! Many queues, many workers: nothing slow holds up what is quick, and notifications are kept few.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "a test fails by panicking"
+)]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use lanefsd::fuse::abi::GetattrIn;
+use lanefsd::fuse::flags::WriteFlags;
+use lanefsd::fuse::opcode::Opcode;
+use lanefsd_frontend::client::{ROOT, data};
+use lanefsd_frontend::{Cut, Request, SessionOptions};
+
+#[test]
+fn a_slow_request_does_not_hold_up_the_next() {
+    let (_backend, session) = common::serve(&["--store=null:400ms", "--cache=never"]);
+    let client = session.client();
+    let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+    let bytes = [1; 512];
+    let write = |i: u64| {
+        data::write_request(entry.nodeid, open.fh, i * 512, &bytes, WriteFlags::empty(), libc::O_RDWR)
+    };
+    let begin = Instant::now();
+    let writes: Vec<_> = (0..4).map(|i| client.send(write(i)).unwrap()).collect();
+    client.getattr(entry.nodeid).unwrap();
+    client.lookup(ROOT, "file").unwrap();
+    client.forget(entry.nodeid, 1).unwrap();
+    assert!(begin.elapsed() < Duration::from_millis(300), "held up for {:?}", begin.elapsed());
+    assert!(writes.iter().all(|write| !session.queue(1).is_done(write.token).unwrap()));
+    for write in writes {
+        session.finish(write).unwrap();
+    }
+    // Four writes at once, not one after the other.
+    assert!(begin.elapsed() < Duration::from_millis(1200), "the writes took {:?}", begin.elapsed());
+}
+
+#[test]
+fn every_size_of_the_worker_pool_serves() {
+    for workers in ["0", "1", "2", "64"] {
+        let pool = format!("--thread-pool-size={workers}");
+        let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+        let (_backend, session) = common::serve_with(&[&pool], options);
+        std::thread::scope(|scope| {
+            for i in 0..4usize {
+                let session = &session;
+                scope.spawn(move || {
+                    let client = session.client().on(1 + i % 2);
+                    let (entry, open) = client.create(ROOT, format!("f{i}"), libc::O_RDWR, 0o600, 0).unwrap();
+                    for at in 0..200 {
+                        let piece = [at as u8; 100];
+                        client.write(entry.nodeid, open.fh, at * 100, &piece).unwrap();
+                        assert_eq!(client.read(entry.nodeid, open.fh, at * 100, 100).unwrap(), piece);
+                    }
+                    client.release(entry.nodeid, open.fh).unwrap();
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn an_idle_daemon_uses_no_cpu() {
+    let options = SessionOptions { queues: 4, ..SessionOptions::default() };
+    let (backend, session) = common::serve_with(&[], options);
+    for queue in 1..=4 {
+        session.client().on(queue).getattr(ROOT).unwrap();
+    }
+    // What is left from start-up and from spare workers settles first.
+    std::thread::sleep(Duration::from_millis(300));
+    let before = backend.cpu_time().unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    let spent = backend.cpu_time().unwrap() - before;
+    assert!(spent <= Duration::from_millis(20), "{spent:?} of CPU in an idle second");
+}
+
+#[test]
+fn no_notification_that_was_not_asked_for() {
+    let (_backend, session) = common::serve(&[]);
+    let queue = session.queue(1);
+    session.client().getattr(ROOT).unwrap();
+    queue.with_ring(|ring| ring.refuse_calls());
+    // Nobody waits, so the eventfd is read only here.
+    let _ = queue.call_event().read();
+    let request = Request::new(Opcode::Getattr, ROOT).arg(&GetattrIn::default()).reply_data(104);
+    let before = queue.with_ring(|ring| ring.used_index());
+    for _ in 0..100 {
+        session.send(1, &request, Cut::Linux).unwrap();
+    }
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while queue.with_ring(|ring| ring.used_index()).wrapping_sub(before) < 100 {
+        assert!(Instant::now() < deadline, "the requests were not served");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(queue.call_event().read().is_err(), "EVENT_IDX was ignored");
+    while queue.try_complete().unwrap().is_some() {}
+}
+
+#[test]
+fn a_full_ring_of_requests_at_once() {
+    let options = SessionOptions { queues: 4, ring_size: 256, ..SessionOptions::default() };
+    let (_backend, session) = common::serve_with(&[], options);
+    let request = Request::new(Opcode::Getattr, ROOT).arg(&GetattrIn::default()).reply_data(104);
+    for round in 0..20u64 {
+        for queue in 1..=4 {
+            let chain =
+                |i| request.to_chain(session.memory(), 2 + round * 1000 + i, Cut::Linux, 256).unwrap();
+            session.queue(queue).submit_batch((0..256).map(chain)).unwrap();
+        }
+        for queue in 1..=4 {
+            let mut back = 0;
+            while let Some(completion) = session.queue(queue).complete().unwrap() {
+                lanefsd_frontend::request::Reply::of(&completion).unwrap().success().unwrap();
+                back += 1;
+            }
+            assert_eq!(back, 256);
+        }
+    }
+}
