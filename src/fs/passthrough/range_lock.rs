@@ -68,6 +68,14 @@ impl RangeLock {
         self.acquire(Range { start, end: start.saturating_add(len), exclusive: false })
     }
 
+    /// Gives back the memory that an inode needs while its ranges are being locked.
+    pub fn trim(&self) {
+        let mut holders = self.lock();
+        if holders.as_ref().is_some_and(|state| state.queue.is_empty()) {
+            *holders = None;
+        }
+    }
+
     fn acquire(&self, range: Range) -> RangeGuard<'_> {
         let mut holders = self.lock();
         let state = holders.get_or_insert_default();
