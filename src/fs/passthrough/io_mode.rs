@@ -12,10 +12,9 @@
 //!
 //! With writeback nothing is ever opened in parallel mode.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-
 use crate::config::{CachePolicy, ParallelDirectWrites};
 use crate::fuse::flags::OpenReplyFlags;
+use crate::sync::{AtomicU32, Ordering};
 
 /// What decides for the first opener, fixed for a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

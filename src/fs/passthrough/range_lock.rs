@@ -6,8 +6,7 @@
 //! whole before the other begins, a reader sees no half of either, and disjoint ranges never wait
 //! for each other. Those that do overlap are served in the order of their arrival.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread::{self, Thread};
+use crate::sync::{Mutex, MutexGuard, PoisonError, Thread, current, park};
 
 /// The locks of one inode. An inode whose ranges were never locked holds no memory for them.
 #[derive(Debug, Default)]
@@ -82,13 +81,13 @@ impl RangeLock {
         let ticket = state.next_ticket;
         state.next_ticket = ticket.wrapping_add(1);
         let wait = state.queue.iter().any(|holder| holder.range.conflicts(range));
-        let sleeper = wait.then(thread::current);
+        let sleeper = wait.then(current);
         state.queue.push(Holder { ticket, range, sleeper });
         drop(holders);
         let guard = RangeGuard { lock: self, ticket };
         if wait {
             while self.sleeps(ticket) {
-                thread::park();
+                park();
             }
         }
         guard
