@@ -13,4 +13,5 @@ pub mod logging;
 pub mod sandbox;
 pub mod server;
 pub mod service;
+mod sync;
 pub mod sys;

@@ -1,155 +1,309 @@
-//! A store that drops what is written: the benchmark of parallel direct writes without a disk.
+//! For benchmarks: a store that takes no time but the one it is told to take.
 //!
-//! Names, opens and attributes are those of the file system below. Only data is missing: a write
-//! takes as long as it was told to and is gone, a read gives zeros, and sizes behave as if the data
-//! were there. [`NullStore`] also counts how many writes of one file are under way at once, which
-//! shows what the guest's locks let through.
+//! Names, opens and attributes are those of the file system inside. What is written to a file is
+//! acknowledged after the latency and dropped; where a write passes the end of the file, the file
+//! inside grows by a hole, so that every size that the guest can ask for is the one it expects.
+//! What is read is zeros.
+//!
+//! It also counts how many writes of each file were in flight at once, and says so at the end of
+//! the session: the one figure that shows whether the guest sent them in parallel.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
-use std::thread;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use log::info;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 use super::{Context, FileSystem, Opened, Result};
-use crate::fuse::flags::WriteFlags;
-use crate::fuse::ids::{HandleId, NodeId};
-use crate::fuse::name::LookupName;
-use crate::fuse::reply::{Attributes, Entry, StatxReply};
-use crate::fuse::request::{Create, Read, Setattr, Statx, Write};
+use crate::fuse::flags::{OpenRequestFlags, ReleaseFlags, WriteFlags};
+use crate::fuse::ids::{HandleId, LockOwner, NodeId};
+use crate::fuse::reply::{Attributes, Entry};
+use crate::fuse::request::{CopyFileRange, Create, Read, Setattr, Tmpfile, Write};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 
-/// Drops the data that is written to the file system below.
+/// Tables that handles are spread over, so that writers seldom meet at one.
+const SHARDS: usize = 16;
+/// Files whose counts are kept for the report.
+const MAX_REPORTED: usize = 4096;
+
+/// The file system `F` with nothing behind its files.
 pub struct NullStore<F> {
-    fs: F,
+    inner: F,
     latency: Duration,
-    files: RwLock<HashMap<NodeId, Arc<File>>>,
+    handles: [RwLock<HashMap<HandleId, Open>>; SHARDS],
+    files: Mutex<Files>,
 }
 
-/// A file that was written to.
-#[derive(Debug, Default)]
+/// An open file.
+#[derive(Clone, Debug)]
+struct Open {
+    file: Arc<File>,
+    /// Whether it was opened for writing. Reading is not looked at: a guest that writes back its
+    /// cache reads through any handle.
+    writable: bool,
+}
+
+/// What all openers of a file share.
+#[derive(Debug)]
 struct File {
+    node: NodeId,
     size: AtomicU64,
-    writing: AtomicU32,
-    most_writing: AtomicU32,
+    /// Held while the size changes.
+    resize: Mutex<()>,
+    in_flight: AtomicU32,
+    most_in_flight: AtomicU32,
+}
+
+#[derive(Debug, Default)]
+struct Files {
+    open: HashMap<NodeId, Weak<File>>,
+    /// The most writes in flight at once, by file.
+    most_in_flight: BTreeMap<NodeId, u32>,
+}
+
+impl Files {
+    fn note(&mut self, file: &File) {
+        let most = file.most_in_flight.load(Ordering::Relaxed);
+        let known = self.most_in_flight.len() < MAX_REPORTED || self.most_in_flight.contains_key(&file.node);
+        if most > 0 && known {
+            let noted = self.most_in_flight.entry(file.node).or_default();
+            *noted = most.max(*noted);
+        }
+    }
+}
+
+/// Counts a write for as long as it is in flight.
+struct InFlight<'a>(&'a File);
+
+impl File {
+    fn begin_write(&self) -> InFlight<'_> {
+        let now = self.in_flight.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        self.most_in_flight.fetch_max(now, Ordering::Relaxed);
+        InFlight(self)
+    }
+
+    fn lock_size(&self) -> MutexGuard<'_, ()> {
+        self.resize.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl<F: FileSystem> NullStore<F> {
-    /// Drops data after `latency`.
-    pub fn new(fs: F, latency: Duration) -> NullStore<F> {
-        NullStore { fs, latency, files: RwLock::default() }
+    /// Drops what is written to the files of `inner`. Every read and write takes `latency`; zero
+    /// means no wait at all.
+    pub fn new(inner: F, latency: Duration) -> NullStore<F> {
+        NullStore { inner, latency, handles: Default::default(), files: Mutex::default() }
     }
 
-    fn find(&self, node: NodeId) -> Option<Arc<File>> {
-        self.files.read().unwrap_or_else(PoisonError::into_inner).get(&node).cloned()
-    }
-
-    /// The file of `node`, which begins with the size it has below.
-    fn find_or_add(&self, ctx: &Context, node: NodeId) -> Result<Arc<File>> {
-        if let Some(file) = self.find(node) {
-            return Ok(file);
-        }
-        let size = self.fs.getattr(ctx, node, None)?.attr.size;
-        let mut files = self.files.write().unwrap_or_else(PoisonError::into_inner);
-        let new = || Arc::new(File { size: size.into(), ..File::default() });
-        Ok(Arc::clone(files.entry(node).or_insert_with(new)))
-    }
-
-    fn take_time(&self) {
+    fn wait(&self) {
         if !self.latency.is_zero() {
-            thread::sleep(self.latency);
+            std::thread::sleep(self.latency);
         }
     }
 
-    fn with_size(&self, node: NodeId, mut attributes: Attributes) -> Attributes {
-        if let Some(file) = self.find(node) {
-            attributes.attr.size = file.size.load(Ordering::Relaxed);
-            attributes.attr.blocks = attributes.attr.size.div_ceil(512);
+    fn shard(&self, handle: HandleId) -> &RwLock<HashMap<HandleId, Open>> {
+        let [first, ..] = &self.handles;
+        let place = usize::try_from(handle.0 % SHARDS as u64).unwrap_or_default();
+        self.handles.get(place).unwrap_or(first)
+    }
+
+    fn files(&self) -> MutexGuard<'_, Files> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The open file behind a handle; EBADF if there is none, or not one of `node`.
+    fn file(&self, node: NodeId, handle: HandleId) -> Result<Open> {
+        let shard = self.shard(handle).read().unwrap_or_else(PoisonError::into_inner);
+        shard.get(&handle).filter(|open| open.file.node == node).cloned().ok_or(Errno::BADF)
+    }
+
+    /// The file of `node` if anybody has it open.
+    fn open_file(&self, node: NodeId) -> Option<Arc<File>> {
+        self.files().open.get(&node).and_then(Weak::upgrade)
+    }
+
+    /// Notes a handle that the file system inside has opened, maybe truncating the file.
+    fn add(&self, ctx: &Context, node: NodeId, opened: Opened, flags: u32) -> Result<Opened> {
+        let new = || {
+            Arc::new(File {
+                node,
+                size: AtomicU64::new(0),
+                resize: Mutex::new(()),
+                in_flight: AtomicU32::new(0),
+                most_in_flight: AtomicU32::new(0),
+            })
+        };
+        let file = {
+            let mut files = self.files();
+            let file = files.open.get(&node).and_then(Weak::upgrade).unwrap_or_else(new);
+            files.open.insert(node, Arc::downgrade(&file));
+            file
+        };
+        let refreshed = {
+            let _resize = file.lock_size();
+            self.refresh(ctx, &file)
+        };
+        if let Err(errno) = refreshed {
+            let _ = self.inner.release(ctx, node, opened.handle, ReleaseFlags::empty(), LockOwner(0));
+            return Err(errno);
         }
-        attributes
+        let writable = OFlags::from_bits_retain(flags) & OFlags::RWMODE != OFlags::RDONLY;
+        let mut shard = self.shard(opened.handle).write().unwrap_or_else(PoisonError::into_inner);
+        shard.insert(opened.handle, Open { file, writable });
+        Ok(opened)
     }
 
-    fn entry_with_size(&self, entry: Entry) -> Entry {
-        Entry { attributes: self.with_size(entry.node, entry.attributes), ..entry }
+    /// Takes the size over from the file system inside; `resize` is held.
+    fn refresh(&self, ctx: &Context, file: &File) -> Result<()> {
+        let attributes = self.inner.getattr(ctx, file.node, None)?;
+        file.size.store(attributes.attr.size, Ordering::Release);
+        Ok(())
     }
-}
 
-impl File {
-    /// Runs `write` and counts it among those that are under way.
-    fn count<T>(&self, write: impl FnOnce() -> T) -> T {
-        let writing = self.writing.fetch_add(1, Ordering::Relaxed) + 1;
-        self.most_writing.fetch_max(writing, Ordering::Relaxed);
-        let result = write();
-        self.writing.fetch_sub(1, Ordering::Relaxed);
+    /// Runs what may change the size of a file.
+    fn resizing<T>(&self, ctx: &Context, node: NodeId, change: impl FnOnce() -> Result<T>) -> Result<T> {
+        let Some(file) = self.open_file(node) else { return change() };
+        let _resize = file.lock_size();
+        let result = change();
+        self.refresh(ctx, &file)?;
         result
+    }
+
+    /// Lets a file grow as a write to it would; with `append` the write goes to its end.
+    fn grow(&self, ctx: &Context, file: &File, write: &Write, append: bool) -> Result<()> {
+        let end = |offset: u64| offset.checked_add(u64::from(write.size)).ok_or(Errno::FBIG);
+        if !append && end(write.offset)? <= file.size.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _resize = file.lock_size();
+        let size = file.size.load(Ordering::Acquire);
+        let new = end(if append { size } else { write.offset })?;
+        if new <= size {
+            return Ok(());
+        }
+        let set = Setattr {
+            handle: Some(write.handle),
+            size: Some(new),
+            mode: None,
+            uid: None,
+            gid: None,
+            atime: None,
+            mtime: None,
+            kill_suidgid: false,
+        };
+        self.inner.setattr(ctx, file.node, &set)?;
+        file.size.store(new, Ordering::Release);
+        Ok(())
     }
 }
 
 impl<F: FileSystem> FileSystem for NullStore<F> {
     fn below(&self) -> Result<&dyn FileSystem> {
-        Ok(&self.fs)
+        Ok(&self.inner)
     }
 
     fn destroy(&self) {
-        let files = std::mem::take(&mut *self.files.write().unwrap_or_else(PoisonError::into_inner));
-        for (node, file) in files {
-            let most = file.most_writing.load(Ordering::Relaxed);
+        for shard in &self.handles {
+            let open = std::mem::take(&mut *shard.write().unwrap_or_else(PoisonError::into_inner));
+            let mut files = self.files();
+            open.values().for_each(|open| files.note(&open.file));
+        }
+        let files = std::mem::take(&mut *self.files());
+        for (node, most) in files.most_in_flight {
             info!("null store: node {}: {most} writes in flight at most", node.0);
         }
-        self.fs.destroy();
+        self.inner.destroy();
     }
 
-    fn lookup(&self, ctx: &Context, parent: NodeId, name: LookupName<'_>) -> Result<Entry> {
-        self.fs.lookup(ctx, parent, name).map(|entry| self.entry_with_size(entry))
-    }
-
-    fn getattr(&self, ctx: &Context, node: NodeId, handle: Option<HandleId>) -> Result<Attributes> {
-        self.fs.getattr(ctx, node, handle).map(|attributes| self.with_size(node, attributes))
-    }
-
-    fn statx(&self, ctx: &Context, node: NodeId, statx: &Statx) -> Result<StatxReply> {
-        let mut reply = self.fs.statx(ctx, node, statx)?;
-        if let Some(file) = self.find(node) {
-            reply.statx.size = file.size.load(Ordering::Relaxed);
-            reply.statx.blocks = reply.statx.size.div_ceil(512);
-        }
-        Ok(reply)
-    }
-
-    fn setattr(&self, ctx: &Context, node: NodeId, set: &Setattr) -> Result<Attributes> {
-        let attributes = self.fs.setattr(ctx, node, set)?;
-        if let (Some(size), Some(file)) = (set.size, self.find(node)) {
-            file.size.store(size, Ordering::Relaxed);
-        }
-        Ok(self.with_size(node, attributes))
+    fn open(&self, ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
+        let opened = self.inner.open(ctx, node, flags, open_flags)?;
+        self.add(ctx, node, opened, flags)
     }
 
     fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened)> {
-        self.fs.create(ctx, parent, create).map(|(entry, opened)| (self.entry_with_size(entry), opened))
+        let (entry, opened) = self.inner.create(ctx, parent, create)?;
+        self.add(ctx, entry.node, opened, create.flags)
+            .map(|opened| (entry, opened))
+            .inspect_err(|_| self.inner.forget(entry.node, 1))
     }
 
-    fn read(&self, ctx: &Context, node: NodeId, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize> {
-        let Some(file) = self.find(node) else { return self.fs.read(ctx, node, read, data) };
-        self.take_time();
-        let left = file.size.load(Ordering::Relaxed).saturating_sub(read.offset);
-        Ok(data.write_zeros(usize::try_from(left).unwrap_or(usize::MAX).min(data.len())))
+    fn tmpfile(&self, ctx: &Context, parent: NodeId, tmpfile: &Tmpfile) -> Result<(Entry, Opened)> {
+        let (entry, opened) = self.inner.tmpfile(ctx, parent, tmpfile)?;
+        self.add(ctx, entry.node, opened, tmpfile.flags)
+            .map(|opened| (entry, opened))
+            .inspect_err(|_| self.inner.forget(entry.node, 1))
+    }
+
+    fn release(
+        &self,
+        ctx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        flags: ReleaseFlags,
+        owner: LockOwner,
+    ) -> Result<()> {
+        if self.file(node, handle).is_ok() {
+            let open = self.shard(handle).write().unwrap_or_else(PoisonError::into_inner).remove(&handle);
+            let mut files = self.files();
+            if let Some(open) = open {
+                files.note(&open.file);
+            }
+            if files.open.get(&node).is_some_and(|file| file.strong_count() == 0) {
+                files.open.remove(&node);
+            }
+        }
+        self.inner.release(ctx, node, handle, flags, owner)
+    }
+
+    fn read(&self, _ctx: &Context, node: NodeId, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize> {
+        let open = self.file(node, read.handle)?;
+        self.wait();
+        let left = open.file.size.load(Ordering::Acquire).saturating_sub(read.offset);
+        let count = usize::try_from(left).unwrap_or(usize::MAX).min(data.len());
+        Ok(data.write_zeros(count))
     }
 
     fn write(&self, ctx: &Context, node: NodeId, write: &Write, data: &mut GuestReader<'_>) -> Result<usize> {
-        let file = self.find_or_add(ctx, node)?;
-        let written = data.len();
-        file.count(|| {
-            self.take_time();
-            let appends = write.flags & libc::O_APPEND.cast_unsigned() != 0
-                && !write.write_flags.contains(WriteFlags::CACHE);
-            if appends {
-                file.size.fetch_add(written as u64, Ordering::Relaxed);
-            } else {
-                file.size.fetch_max(write.offset.saturating_add(written as u64), Ordering::Relaxed);
-            }
-        });
-        Ok(written)
+        let open = self.file(node, write.handle)?;
+        if !open.writable {
+            return Err(Errno::BADF);
+        }
+        let _in_flight = open.file.begin_write();
+        self.wait();
+        let cached = write.write_flags.contains(WriteFlags::CACHE);
+        let append = !cached && write.flags & OFlags::APPEND.bits() != 0;
+        self.grow(ctx, &open.file, write, append)?;
+        Ok(data.len())
+    }
+
+    fn setattr(&self, ctx: &Context, node: NodeId, set: &Setattr) -> Result<Attributes> {
+        match set.size {
+            Some(_) => self.resizing(ctx, node, || self.inner.setattr(ctx, node, set)),
+            None => self.inner.setattr(ctx, node, set),
+        }
+    }
+
+    fn fallocate(
+        &self,
+        ctx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> Result<()> {
+        self.resizing(ctx, node, || self.inner.fallocate(ctx, node, handle, mode, offset, length))
+    }
+
+    fn copy_file_range(&self, ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
+        self.resizing(ctx, copy.node_out, || self.inner.copy_file_range(ctx, node, copy))
     }
 }

@@ -1,61 +1,130 @@
-//! A file system that the guest cannot change.
+//! A file system that the guest may only look at.
+//!
+//! Whatever would change the share is refused with EROFS, and where a read-only mount of Linux has
+//! a better answer (a name that is there already is EEXIST), with that. Locks are taken: they
+//! change nothing.
 
 use std::ffi::CStr;
 
-use rustix::fs::OFlags;
+use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use super::{Context, FileSystem, Opened, Result};
-use crate::fuse::flags::OpenRequestFlags;
+use crate::fuse::flags::{InitFlags, OpenRequestFlags};
 use crate::fuse::ids::{HandleId, NodeId};
-use crate::fuse::name::Name;
+use crate::fuse::name::{LookupName, Name};
 use crate::fuse::reply::{Attributes, Entry};
 use crate::fuse::request::{CopyFileRange, Create, Rename, Setattr, Tmpfile, Write};
 use crate::sys::guest_buffers::GuestReader;
 
 /// `W_OK` of access(2).
-const W_OK: u32 = 2;
+const WRITE_ACCESS: u32 = 2;
 
-/// Answers EROFS to all that would change the file system below.
-pub struct ReadOnly<F>(F);
+/// The file system `F` without its changing operations.
+#[derive(Debug)]
+pub struct ReadOnly<F> {
+    inner: F,
+}
 
 impl<F: FileSystem> ReadOnly<F> {
-    /// Makes `fs` read-only.
-    pub fn new(fs: F) -> ReadOnly<F> {
-        ReadOnly(fs)
+    /// Makes `inner` read-only for the guest.
+    pub fn new(inner: F) -> ReadOnly<F> {
+        ReadOnly { inner }
     }
+
+    /// Why `name` cannot be made: because it exists, or because nothing can.
+    fn refuse_new(&self, ctx: &Context, parent: NodeId, name: Name<'_>) -> Errno {
+        match self.inner.lookup(ctx, parent, LookupName::Entry(name)) {
+            Ok(entry) => {
+                self.inner.forget(entry.node, 1);
+                Errno::EXIST
+            }
+            Err(Errno::NOENT) => Errno::ROFS,
+            Err(errno) => errno,
+        }
+    }
+}
+
+/// Whether an open(2) with these flags writes.
+fn writes(flags: u32) -> bool {
+    let flags = OFlags::from_bits_retain(flags);
+    flags & OFlags::RWMODE != OFlags::RDONLY || flags.contains(OFlags::TRUNC)
 }
 
 impl<F: FileSystem> FileSystem for ReadOnly<F> {
     fn below(&self) -> Result<&dyn FileSystem> {
-        Ok(&self.0)
+        Ok(&self.inner)
+    }
+
+    fn offered_flags(&self) -> InitFlags {
+        self.inner.offered_flags() - InitFlags::WRITEBACK_CACHE
     }
 
     fn open(&self, ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
-        let flags_set = OFlags::from_bits_retain(flags);
-        if flags_set & OFlags::RWMODE != OFlags::RDONLY || flags_set.contains(OFlags::TRUNC) {
+        if writes(flags) {
             return Err(Errno::ROFS);
         }
-        self.0.open(ctx, node, flags, open_flags)
+        self.inner.open(ctx, node, flags, open_flags)
+    }
+
+    /// O_CREAT may be set on an open that only reads what is there.
+    fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened)> {
+        if writes(create.flags) || create.flags & OFlags::EXCL.bits() != 0 {
+            return match self.refuse_new(ctx, parent, create.name) {
+                Errno::EXIST if create.flags & OFlags::EXCL.bits() == 0 => Err(Errno::ROFS),
+                errno => Err(errno),
+            };
+        }
+        let entry = match self.inner.lookup(ctx, parent, LookupName::Entry(create.name)) {
+            Err(Errno::NOENT) => return Err(Errno::ROFS),
+            found => found?,
+        };
+        match self.inner.open(ctx, entry.node, create.flags, create.open_flags) {
+            Ok(opened) => Ok((entry, opened)),
+            Err(errno) => {
+                self.inner.forget(entry.node, 1);
+                Err(errno)
+            }
+        }
     }
 
     fn access(&self, ctx: &Context, node: NodeId, mask: u32) -> Result<()> {
-        if mask & W_OK != 0 { Err(Errno::ROFS) } else { self.0.access(ctx, node, mask) }
+        if mask & WRITE_ACCESS != 0 {
+            let attributes = self.inner.getattr(ctx, node, None)?;
+            // Devices, FIFOs and sockets can be written to on a read-only file system.
+            let kind = FileType::from_raw_mode(attributes.attr.mode);
+            if matches!(kind, FileType::RegularFile | FileType::Directory | FileType::Symlink) {
+                return Err(Errno::ROFS);
+            }
+        }
+        self.inner.access(ctx, node, mask)
     }
 
-    fn setattr(&self, _: &Context, _: NodeId, _: &Setattr) -> Result<Attributes> {
-        Err(Errno::ROFS)
+    fn symlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>, _target: &CStr) -> Result<Entry> {
+        Err(self.refuse_new(ctx, parent, name))
     }
 
-    fn symlink(&self, _: &Context, _: NodeId, _: Name<'_>, _: &CStr) -> Result<Entry> {
-        Err(Errno::ROFS)
+    fn mknod(
+        &self,
+        ctx: &Context,
+        parent: NodeId,
+        name: Name<'_>,
+        _mode: u32,
+        _rdev: u32,
+        _umask: u32,
+    ) -> Result<Entry> {
+        Err(self.refuse_new(ctx, parent, name))
     }
 
-    fn mknod(&self, _: &Context, _: NodeId, _: Name<'_>, _: u32, _: u32, _: u32) -> Result<Entry> {
-        Err(Errno::ROFS)
+    fn mkdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>, _mode: u32, _umask: u32) -> Result<Entry> {
+        Err(self.refuse_new(ctx, parent, name))
     }
 
-    fn mkdir(&self, _: &Context, _: NodeId, _: Name<'_>, _: u32, _: u32) -> Result<Entry> {
+    fn link(&self, ctx: &Context, _node: NodeId, new_parent: NodeId, name: Name<'_>) -> Result<Entry> {
+        Err(self.refuse_new(ctx, new_parent, name))
+    }
+
+    fn tmpfile(&self, _: &Context, _: NodeId, _: &Tmpfile) -> Result<(Entry, Opened)> {
         Err(Errno::ROFS)
     }
 
@@ -71,15 +140,7 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
         Err(Errno::ROFS)
     }
 
-    fn link(&self, _: &Context, _: NodeId, _: NodeId, _: Name<'_>) -> Result<Entry> {
-        Err(Errno::ROFS)
-    }
-
-    fn create(&self, _: &Context, _: NodeId, _: &Create<'_>) -> Result<(Entry, Opened)> {
-        Err(Errno::ROFS)
-    }
-
-    fn tmpfile(&self, _: &Context, _: NodeId, _: &Tmpfile) -> Result<(Entry, Opened)> {
+    fn setattr(&self, _: &Context, _: NodeId, _: &Setattr) -> Result<Attributes> {
         Err(Errno::ROFS)
     }
 

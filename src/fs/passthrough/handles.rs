@@ -64,8 +64,10 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        if let Kind::File(_) = self.kind {
-            self.inode.io_mode.release();
+        if let Kind::File(_) = self.kind
+            && self.inode.io_mode.release()
+        {
+            self.inode.ranges.trim();
         }
     }
 }

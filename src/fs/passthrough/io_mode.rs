@@ -12,10 +12,9 @@
 //!
 //! With writeback nothing is ever opened in parallel mode.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-
 use crate::config::{CachePolicy, ParallelDirectWrites};
 use crate::fuse::flags::OpenReplyFlags;
+use crate::sync::{AtomicU32, Ordering};
 
 /// What decides for the first opener, fixed for a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,10 +86,13 @@ impl IoMode {
         self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, update).ok().map(|_| mode)
     }
 
-    /// One opener has gone; with the last one the mode is open again.
-    pub fn release(&self) {
+    /// One opener has gone; with the last one the mode is open again. Returns whether it was the
+    /// last.
+    pub fn release(&self) -> bool {
         // It never fails: every release belongs to one open.
-        let _ = self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |word| word.checked_sub(ONE_OPENER));
+        let less = |word: u32| word.checked_sub(ONE_OPENER);
+        let before = self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less);
+        before.is_ok_and(|word| word < 2 * ONE_OPENER)
     }
 }
 
@@ -143,10 +145,10 @@ mod tests {
                 assert_eq!(inode.open(policy, direct), Some(first), "{policy:?} {direct}");
                 // Later openers follow, whatever they ask for.
                 assert_eq!(inode.open(policy, !direct), Some(first));
-                inode.release();
+                assert!(!inode.release());
                 assert_eq!(inode.open(policy, !direct), Some(first));
-                inode.release();
-                inode.release();
+                assert!(!inode.release());
+                assert!(inode.release());
                 // After the last one the decision is open again.
                 assert_eq!(inode.open(policy, !direct), Some(if direct { without } else { with }));
             }

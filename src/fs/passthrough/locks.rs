@@ -8,6 +8,7 @@
 //! threads and gets them out with a signal.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -94,6 +95,18 @@ struct Waiting {
     interrupted: bool,
 }
 
+/// Takes the thread off the table when it is dropped.
+struct TableEntry<'a> {
+    waits: &'a Waits,
+    unique: Unique,
+}
+
+impl Drop for TableEntry<'_> {
+    fn drop(&mut self) {
+        self.waits.lock().remove(&self.unique);
+    }
+}
+
 impl Waits {
     /// Ends the wait of request `unique`; returns when it has ended or if there was none.
     pub fn interrupt(&self, unique: Unique) {
@@ -124,22 +137,29 @@ impl Waits {
 
     /// Runs `wait`, a system call that blocks, until it has ended or was interrupted.
     fn run(&self, unique: Unique, mut wait: impl FnMut() -> Result<()>) -> Result<()> {
-        let entry = Waiting { thread: ThreadId::current()?, interrupted: false };
-        if self.lock().insert(unique, entry).is_some() {
-            // The guest used one number for two requests; the other one cannot be interrupted.
-            return Err(Errno::INVAL);
-        }
-        let result = loop {
+        let _entry = self.enter(unique)?;
+        loop {
             if self.lock().get(&unique).is_none_or(|waiting| waiting.interrupted) {
-                break Err(Errno::INTR);
+                return Err(Errno::INTR);
             }
             match wait() {
                 Err(Errno::INTR) => {}
-                result => break result,
+                result => return result,
             }
-        };
-        self.lock().remove(&unique);
-        result
+        }
+    }
+
+    /// Puts the calling thread into the table; EINVAL if the guest uses the number twice at once,
+    /// as the thread that is there already must stay reachable.
+    fn enter(&self, unique: Unique) -> Result<TableEntry<'_>> {
+        let thread = ThreadId::current()?;
+        match self.lock().entry(unique) {
+            Entry::Occupied(_) => Err(Errno::INVAL),
+            Entry::Vacant(place) => {
+                place.insert(Waiting { thread, interrupted: false });
+                Ok(TableEntry { waits: self, unique })
+            }
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Unique, Waiting>> {
@@ -155,8 +175,12 @@ impl PassthroughFs {
         if lock.flock || lock.kind == LockKind::Unlock {
             return Err(Errno::INVAL);
         }
-        let owner = handle.inode.locks.find_or_open(lock, || self.open_for_locks(handle))?;
-        let Some(found) = ofd_get(owner.file.as_fd(), byte_lock(lock))? else { return Ok(free) };
+        // Who only asks does not become an owner: a new open file sees all locks but its own.
+        let found = match handle.inode.locks.find(lock.owner) {
+            Some(owner) => ofd_get(owner.file.as_fd(), byte_lock(lock))?,
+            None => ofd_get(self.open_for_locks(handle)?.as_fd(), byte_lock(lock))?,
+        };
+        let Some(found) = found else { return Ok(free) };
         let typ = match found.kind {
             LockType::Read => libc::F_RDLCK,
             LockType::Write => libc::F_WRLCK,
@@ -215,6 +239,11 @@ impl PassthroughFs {
     }
 }
 
+/// Drops the flock(2) lock of a handle.
+pub(super) fn drop_flock(handle: &Handle) -> Result<()> {
+    flock(handle.fd(), FlockOperation::Unlock)
+}
+
 fn byte_lock(lock: &Lock) -> ByteLock {
     let kind = match lock.kind {
         LockKind::Read => LockType::Read,
@@ -228,6 +257,17 @@ fn byte_lock(lock: &Lock) -> ByteLock {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn a_number_that_is_used_twice_leaves_the_first_wait_reachable() {
+        let waits = Waits::default();
+        let first = waits.enter(Unique(3)).unwrap();
+        assert_eq!(waits.run(Unique(3), || Ok(())), Err(Errno::INVAL));
+        assert!(waits.lock().contains_key(&Unique(3)));
+        drop(first);
+        assert_eq!(waits.run(Unique(3), || Ok(())), Ok(()));
+        assert!(waits.lock().is_empty());
+    }
 
     #[test]
     fn a_wait_ends_when_it_is_interrupted() {

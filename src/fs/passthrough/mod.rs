@@ -244,11 +244,17 @@ impl FileSystem for PassthroughFs {
         flags: ReleaseFlags,
         owner: LockOwner,
     ) -> Result<()> {
-        if flags.contains(ReleaseFlags::FLUSH) {
-            self.flush(ctx, node, handle, owner)?;
+        // Whatever the flush says, the guest will not name this handle again.
+        let flushed = match flags.contains(ReleaseFlags::FLUSH) {
+            true => self.flush(ctx, node, handle, owner),
+            false => Ok(()),
+        };
+        let handle = self.handles.remove(node, handle)?;
+        if flags.contains(ReleaseFlags::FLOCK_UNLOCK) {
+            // A request that is still under way may keep the descriptor, but not the lock.
+            locks::drop_flock(&handle)?;
         }
-        // The descriptor takes its flock(2) lock along.
-        self.handles.remove(node, handle).map(drop)
+        flushed
     }
 
     fn fsync(&self, _ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {

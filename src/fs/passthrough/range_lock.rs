@@ -6,8 +6,7 @@
 //! whole before the other begins, a reader sees no half of either, and disjoint ranges never wait
 //! for each other. Those that do overlap are served in the order of their arrival.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread::{self, Thread};
+use crate::sync::{Mutex, MutexGuard, PoisonError, Thread, current, park};
 
 /// The locks of one inode. An inode whose ranges were never locked holds no memory for them.
 #[derive(Debug, Default)]
@@ -68,19 +67,27 @@ impl RangeLock {
         self.acquire(Range { start, end: start.saturating_add(len), exclusive: false })
     }
 
+    /// Gives back the memory that an inode needs while its ranges are being locked.
+    pub fn trim(&self) {
+        let mut holders = self.lock();
+        if holders.as_ref().is_some_and(|state| state.queue.is_empty()) {
+            *holders = None;
+        }
+    }
+
     fn acquire(&self, range: Range) -> RangeGuard<'_> {
         let mut holders = self.lock();
         let state = holders.get_or_insert_default();
         let ticket = state.next_ticket;
         state.next_ticket = ticket.wrapping_add(1);
         let wait = state.queue.iter().any(|holder| holder.range.conflicts(range));
-        let sleeper = wait.then(thread::current);
+        let sleeper = wait.then(current);
         state.queue.push(Holder { ticket, range, sleeper });
         drop(holders);
         let guard = RangeGuard { lock: self, ticket };
         if wait {
             while self.sleeps(ticket) {
-                thread::park();
+                park();
             }
         }
         guard
