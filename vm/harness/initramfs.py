@@ -11,6 +11,8 @@ from .paths import CACHE, REPO, TARGET, HarnessError, cargo_environment, run, sa
 # What a guest may need; built-in ones and those that a kernel lacks are passed over.
 MODULES = ["virtio_pci", "virtio_blk", "virtiofs", "fuse", "ext4", "xfs", "overlay", "loop"]
 TOOLS_TARGET = "x86_64-unknown-linux-gnu"
+# Linked statically, they run on the host as well.
+TOOLS_FOLDER = TARGET / TOOLS_TARGET / "release"
 
 INIT = """#!/bin/sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/ TERM=linux
@@ -50,7 +52,7 @@ def build_tools():
     environment["RUSTFLAGS"] = "-C target-feature=+crt-static"
     run(["cargo", "build", "--release", "--locked", "-p", "lanefsd-guest-tools", "--target", TOOLS_TARGET],
         cwd=REPO, env=environment)
-    return TARGET / TOOLS_TARGET / "release"
+    return TOOLS_FOLDER
 
 
 def with_dependencies(kernel, names):
@@ -84,6 +86,11 @@ def patched_modules(kernel):
     """The folder with our fuse.ko and virtiofs.ko for a kernel, if they were built."""
     folder = REPO / "guest-kernel" / "out" / kernel.release
     return folder if (folder / "fuse.ko").exists() else None
+
+
+def kind(image):
+    """Whether an initramfs has patched or stock modules."""
+    return image.name.rpartition("-")[2].partition(".")[0]
 
 
 def make(kernel, modules=None):
