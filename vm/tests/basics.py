@@ -1,0 +1,90 @@
+"""What a guest does with a file system, against what the host sees."""
+
+import os
+import stat
+
+from harness import disk
+
+from .setting import clean
+
+
+def files_are_the_same_on_both_sides(setting):
+    with disk.directory() as share, setting.guest(share, "--xattr") as (guest, _):
+        guest.output("""cd /mnt
+            echo content >file; chmod 640 file; chown 1000:1000 file
+            mkdir -p a/b/c; ln -s ../file a/link; ln file a/hard; mkfifo a/fifo
+            mknod a/null c 1 3
+            dd if=/dev/zero of=sparse bs=1 count=1 seek=1048575 2>/dev/null
+            touch -d '2001-02-03 04:05:06' a/b
+            mv a/b/c a/moved""")
+        file = (share / "file").stat()
+        assert (file.st_size, stat.S_IMODE(file.st_mode), file.st_uid, file.st_gid, file.st_nlink) == (8, 0o640, 1000, 1000, 2)
+        assert (share / "file").read_text() == "content\n"
+        assert os.readlink(share / "a/link") == "../file"
+        assert (share / "a/hard").samefile(share / "file")
+        assert stat.S_ISFIFO((share / "a/fifo").stat().st_mode)
+        null = (share / "a/null").stat()
+        assert stat.S_ISCHR(null.st_mode) and null.st_rdev == os.makedev(1, 3)
+        sparse = (share / "sparse").stat()
+        assert sparse.st_size == 1 << 20 and sparse.st_blocks < 64
+        assert int((share / "a/b").stat().st_mtime) == 981173106
+        assert (share / "a/moved").is_dir() and not (share / "a/b/c").exists()
+
+        (share / "host").write_text("from the host")
+        assert guest.output("cat /mnt/host") == "from the host"
+        assert guest.output("cat /mnt/a/link") == "content"
+        guest.output("cd /mnt; rm -r a file sparse host; sync")
+        assert list(share.iterdir()) == []
+        clean(guest)
+
+
+def a_large_directory_is_listed_completely(setting):
+    count = 5000
+    with disk.directory() as share, setting.guest(share) as (guest, _):
+        guest.output(f"mkdir /mnt/many; cd /mnt/many; seq -f name%g {count} | xargs touch", 300)
+        assert len(os.listdir(share / "many")) == count
+        for _ in range(2):
+            listed = guest.output("ls /mnt/many | sort | uniq | wc -l; ls -l /mnt/many | wc -l", 300).split()
+            assert listed == [str(count), str(count + 1)], listed
+        guest.output("rm -r /mnt/many", 300)
+        assert not (share / "many").exists()
+
+
+def callers_own_what_they_make(setting):
+    with disk.directory() as share, setting.guest(share) as (guest, _):
+        share.chmod(0o777)
+        guest.output("cd /mnt; su user -c 'umask 027; echo >mine; mkdir own; ln -s x link'")
+        for name, mode in (("mine", 0o640), ("own", 0o750)):
+            seen = (share / name).stat()
+            assert (seen.st_uid, seen.st_gid, stat.S_IMODE(seen.st_mode)) == (1000, 1000, mode), name
+        assert (share / "link").lstat().st_uid == 1000
+        # A write by somebody without privilege clears set-id bits.
+        guest.output("cd /mnt; cp /bin/busybox prog; chmod 6777 prog; su user -c 'echo >>prog'")
+        assert stat.S_IMODE((share / "prog").stat().st_mode) == 0o777
+        guest.output("chmod 6777 /mnt/prog; su user -c ': >/mnt/prog'")
+        assert stat.S_IMODE((share / "prog").stat().st_mode) == 0o777
+
+
+def all_cache_policies_serve(setting):
+    for policy in ("never", "metadata", "auto", "always"):
+        with disk.directory() as share, setting.guest(share, f"--cache={policy}") as (guest, _):
+            guest.output("cd /mnt; dd if=/dev/urandom of=data bs=64k count=40 2>/dev/null; sync; md5sum data >/tmp/sum; md5sum -c /tmp/sum")
+            assert (share / "data").stat().st_size == 40 << 16
+    with disk.directory() as share, setting.guest(share, "--writeback") as (guest, _):
+        guest.output("cd /mnt; for i in $(seq 200); do echo line $i >>log; done; sync")
+        assert (share / "log").read_text().splitlines() == [f"line {i}" for i in range(1, 201)]
+
+
+def a_read_only_share_stays_as_it_is(setting):
+    with disk.directory() as share:
+        (share / "file").write_text("kept")
+        with setting.guest(share, "--readonly") as (guest, _):
+            assert guest.output("cat /mnt/file") == "kept"
+            for command in ("echo >/mnt/file", "rm /mnt/file", "mkdir /mnt/new", "chmod 0 /mnt/file", "mv /mnt/file /mnt/x"):
+                status, text = guest.run(command, check=False)
+                assert status != 0 and "Read-only" in text, (command, text)
+        assert (share / "file").read_text() == "kept"
+
+
+TESTS = (files_are_the_same_on_both_sides, a_large_directory_is_listed_completely, callers_own_what_they_make,
+         all_cache_policies_serve, a_read_only_share_stays_as_it_is)

@@ -1,0 +1,66 @@
+"""Many writers of one file: nothing is lost, mixed, or misplaced."""
+
+from harness import disk, initramfs
+from harness.paths import run
+
+from .setting import clean
+
+
+def verify_on_host(tool, *arguments):
+    run([initramfs.TOOLS_FOLDER / f"guest-{tool}", "verify", *arguments])
+
+
+def stripes_are_whole(setting):
+    with disk.directory() as share, setting.guest(share, "--cache=never") as (guest, _):
+        for writers, stripe, more in ((16, 128 << 10, ""), (7, 10007, ""), (5, 33333, "--extend"), (16, 4096, "--extend")):
+            common = f"--writers {writers} --size {6_000_001} --stripe {stripe}"
+            guest.output(f"rm -f /mnt/file; stripes write /mnt/file {common} {more}")
+            verify_on_host("stripes", share / "file", *common.split())
+            guest.output(f"stripes verify /mnt/file {common}")
+        clean(guest)
+
+
+def appended_records_are_whole(setting):
+    """Two guests append to one file: every record is there, once, and in one piece."""
+    writers, records = 4, 60
+    append = "for i in $(seq %d); do echo \"$1 $i $(printf %%0200d $i)\"; done >>/mnt/log" % records
+    with disk.directory() as share, setting.guest(share, "--cache=never") as (one, _), \
+            setting.guest(share, "--cache=never") as (two, _):
+        for name, guest in (("one", one), ("two", two)):
+            guest.output(f"cat >/tmp/append <<'END'\n{append}\nEND")
+            starts = "".join(f"sh /tmp/append {name}-{writer} & " for writer in range(writers))
+            # Does not wait, so that both guests write at once.
+            guest.output(f"({starts} wait; echo done >/tmp/done) >/dev/null 2>&1 &")
+        for guest in (one, two):
+            guest.output("while ! [ -e /tmp/done ]; do sleep 0.1; done")
+        lines = (share / "log").read_text().splitlines()
+        wanted = {f"{name}-{writer} {i} {i:0200d}" for name in ("one", "two") for writer in range(writers)
+                  for i in range(1, records + 1)}
+        assert len(lines) == len(wanted) and set(lines) == wanted, f"{len(lines)} lines, {len(wanted)} expected"
+
+
+def overlapping_writes_do_not_mix(setting):
+    """O_DIRECT on the host, where ext4 and XFS let overlapping writes run side by side."""
+    milliseconds = setting.seconds(4, 30) * 1000
+    for kind in ("ext4", "xfs"):
+        with disk.mounted(kind) as share, setting.guest(share, "--cache=never", "--allow-direct-io") as (guest, _):
+            for unit, more in ((64 << 10, "--direct"), (512 << 10, "--direct"), (64 << 10, "")):
+                arguments = f"--unit {unit} --units 4"
+                guest.output(f"overlap run /mnt/file-{unit} {arguments} {more} --time {milliseconds}", 120)
+                verify_on_host("overlap", share / f"file-{unit}", *arguments.split())
+            clean(guest)
+
+
+def two_guests_do_not_mix_their_writes(setting):
+    arguments = f"--unit {256 << 10} --units 4 --direct --time {setting.seconds(5, 30) * 1000}"
+    with disk.mounted("ext4") as share:
+        run(["fallocate", "-l", "1M", share / "file"])
+        options = ("--cache=never", "--allow-direct-io")
+        # Each guest has a daemon of its own: they meet in the host's file system alone.
+        with setting.guest(share, *options) as (one, _), setting.guest(share, *options) as (two, _):
+            one.output(f"(overlap run /mnt/file {arguments} --guest 1 --readers 0 --writers 4 >/tmp/out 2>&1; echo $? >/tmp/done) &")
+            two.output(f"overlap run /mnt/file {arguments} --guest 2 --readers 0 --writers 4 >/dev/null || true", 120)
+            one.output("while ! [ -e /tmp/done ]; do sleep 0.1; done")
+
+
+TESTS = (stripes_are_whole, appended_records_are_whole, overlapping_writes_do_not_mix)

@@ -1,0 +1,71 @@
+"""Guests and daemons that come, go, and fail."""
+
+import time
+
+from harness import disk
+from harness.daemon import Daemon
+from harness.paths import HarnessError
+
+from .setting import clean
+
+
+def a_guest_is_reset_and_mounts_again(setting):
+    with disk.directory() as share, setting.guest(share) as (guest, daemon):
+        guest.output("echo before >/mnt/file; sync; (while :; do echo more >>/mnt/noise; done) >/dev/null 2>&1 &")
+        guest.reset()
+        guest.mount()
+        assert guest.output("cat /mnt/file") == "before"
+        guest.output("echo after >/mnt/file; rm /mnt/noise")
+        assert (share / "file").read_text() == "after\n"
+        assert daemon.log().count("session begins") == 2, daemon.log()
+
+
+def a_guest_that_ends_ends_the_daemon(setting):
+    with disk.directory() as share, Daemon(share, name="test") as daemon:
+        with setting.boot(daemon) as guest:
+            guest.mount()
+            guest.output("echo written >/mnt/file")
+        assert daemon.wait() == 0, daemon.log()
+        assert (share / "file").read_text() == "written\n"
+        assert not daemon.socket.exists()
+
+
+def a_daemon_that_keeps_listening_serves_the_next_guest(setting):
+    with disk.directory() as share, Daemon(share, ["--keep-listening"], name="test") as daemon:
+        for number in range(2):
+            with setting.boot(daemon) as guest:
+                guest.mount()
+                guest.output(f"echo {number} >>/mnt/file")
+        assert (share / "file").read_text() == "0\n1\n"
+
+
+def a_killed_daemon_does_not_hang_the_test(setting):
+    """Linux guests wait for ever for a device that has gone; the host must get rid of them all the same."""
+    with disk.directory() as share, setting.guest(share) as (guest, daemon):
+        guest.output("echo kept >/mnt/file; sync")
+        daemon.kill()
+        start = time.monotonic()
+        try:
+            guest.run("ls /mnt", timeout=5)
+        except HarnessError:
+            pass
+        assert time.monotonic() - start < 20
+        # The guest itself lives.
+    assert (share / "file").read_text() == "kept\n"
+
+
+def a_device_can_be_unbound_and_bound_again(setting):
+    with disk.directory() as share, setting.guest(share) as (guest, _):
+        driver = "/sys/bus/virtio/drivers/virtiofs"
+        guest.output("echo one >/mnt/file; umount /mnt")
+        device = guest.output(f"cd {driver}; ls -d virtio* | head -n 1")
+        for _ in range(3):
+            guest.output(f"echo {device} >{driver}/unbind; echo {device} >{driver}/bind")
+        guest.mount()
+        assert guest.output("cat /mnt/file") == "one"
+        clean(guest)
+
+
+TESTS = (a_guest_is_reset_and_mounts_again, a_guest_that_ends_ends_the_daemon,
+         a_daemon_that_keeps_listening_serves_the_next_guest, a_killed_daemon_does_not_hang_the_test,
+         a_device_can_be_unbound_and_bound_again)
