@@ -18,7 +18,7 @@ use crate::device::config_space::TAG_SIZE;
 /// The guest mounts the share with `mount -t virtiofs TAG DIRECTORY`, where TAG is the one of
 /// QEMU's vhost-user-fs-pci device.
 #[derive(Clone, Debug, Parser)]
-#[command(version, about, long_about, max_term_width = 100)]
+#[command(version, about, long_about, max_term_width = 100, args_override_self = true)]
 pub struct Options {
     /// Directory that the guest gets to see
     #[arg(long, value_name = "DIRECTORY", help_heading = "Share")]

@@ -1,5 +1,6 @@
 //! The daemon's start-up, in order: command line, messages, limits, socket, sandbox, serve.
 
+use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -47,7 +48,7 @@ fn run() -> Result<ExitCode> {
     match sandbox::enter(config.sandbox, &config.shared_dir)? {
         Side::Waiting(parent) => {
             let signals = Signals::catch()?;
-            let status = parent.wait(move || signals.wait());
+            let status = parent.wait(signals.as_fd())?;
             Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)))
         }
         Side::Serving(sandboxed) => {

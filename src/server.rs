@@ -49,12 +49,12 @@ impl Signals {
         crate::sys::signals::release();
         Ok(Signals(ours))
     }
+}
 
-    /// Waits for one of them.
-    pub fn wait(&self) {
-        let mut byte = [0];
-        // An error would mean that no signal can be waited for; then none is reported.
-        while let Err(Errno::INTR) = rustix::io::read(&self.0, &mut byte) {}
+/// Readable when a signal has come.
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
@@ -102,10 +102,7 @@ pub fn serve(
 
 /// Waits until `source` is readable, or a signal has come: then true.
 fn wait(signals: &Signals, source: BorrowedFd<'_>) -> Result<bool, ServerError> {
-    let mut fds = [
-        PollFd::from_borrowed_fd(signals.0.as_fd(), PollFlags::IN),
-        PollFd::from_borrowed_fd(source, PollFlags::IN),
-    ];
+    let mut fds = [PollFd::new(signals, PollFlags::IN), PollFd::from_borrowed_fd(source, PollFlags::IN)];
     loop {
         match poll(&mut fds, None) {
             Ok(_) => return Ok(!fds.first().is_none_or(|fd| fd.revents().is_empty())),

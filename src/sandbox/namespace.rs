@@ -17,7 +17,8 @@ use super::{SandboxError, Sandboxed, Side, drop_groups, open_proc_self_fd, open_
 /// Moves into new namespaces. The process forks: the first process of a PID namespace is a child
 /// of the one that made it.
 pub(super) fn enter(share: &Path) -> Result<Side, SandboxError> {
-    let mut flags = UnshareFlags::NEWPID | UnshareFlags::NEWNS | UnshareFlags::NEWNET;
+    // The child makes the mount namespace: this process has to keep its root, to remove the socket.
+    let mut flags = UnshareFlags::NEWPID;
     let user = rustix::process::geteuid();
     let group = rustix::process::getegid();
     if !user.is_root() {
@@ -56,6 +57,7 @@ pub(super) fn user_namespaces_work() -> bool {
 /// In the new process: a mount namespace that holds the share and nothing else.
 fn build_walls(share: &Path) -> Result<Sandboxed, SandboxError> {
     drop_groups();
+    unshare(UnshareFlags::NEWNS | UnshareFlags::NEWNET).map_err(step("making namespaces"))?;
     // Nothing that is mounted here shows outside; what is mounted outside still shows here.
     mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
         .map_err(step("making mounts private"))?;

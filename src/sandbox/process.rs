@@ -1,7 +1,12 @@
 //! The process that was started, and the one that serves in its place.
 
+use std::os::fd::BorrowedFd;
+
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, set_parent_process_death_signal, waitpid};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, set_parent_process_death_signal, waitpid,
+};
 
 use super::{SandboxError, step};
 
@@ -12,24 +17,29 @@ pub struct Parent {
 }
 
 impl Parent {
-    /// Waits for the serving process and returns its exit status. A signal that `signalled`
-    /// reports is passed on to it.
-    pub fn wait(self, wait_for_signal: impl FnOnce() + Send + 'static) -> i32 {
-        let child = self.child;
-        std::thread::spawn(move || {
-            wait_for_signal();
-            // It fails only if the child has gone.
-            let _ = kill_process(child, Signal::TERM);
-        });
+    /// Waits for the serving process and returns its exit status. When `signalled` gets readable,
+    /// it is sent SIGTERM. No thread is used: after unshare(2) of a PID namespace a process cannot
+    /// start any.
+    pub fn wait(self, signalled: BorrowedFd<'_>) -> Result<i32, SandboxError> {
+        let ended = pidfd_open(self.child, PidfdFlags::empty()).map_err(step("watching the daemon"))?;
+        let mut told = false;
         loop {
-            match waitpid(Some(child), WaitOptions::empty()) {
-                Ok(Some((_, status))) => {
-                    return status
-                        .exit_status()
-                        .unwrap_or_else(|| 128 + status.terminating_signal().unwrap_or_default());
-                }
-                Err(Errno::INTR) | Ok(None) => {}
-                Err(_) => return 1,
+            let mut fds =
+                [PollFd::new(&ended, PollFlags::IN), PollFd::from_borrowed_fd(signalled, PollFlags::IN)];
+            let (watched, _) = fds.split_at_mut(if told { 1 } else { 2 });
+            match poll(watched, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(step("waiting for the daemon")(errno)),
+            }
+            if let Some((_, status)) =
+                waitpid(Some(self.child), WaitOptions::NOHANG).map_err(step("waiting for the daemon"))?
+            {
+                let by_signal = || 128 + status.terminating_signal().unwrap_or_default();
+                return Ok(status.exit_status().unwrap_or_else(by_signal));
+            }
+            if !told && fds.last().is_some_and(|fd| !fd.revents().is_empty()) {
+                told = true;
+                kill_process(self.child, Signal::TERM).map_err(step("ending the daemon"))?;
             }
         }
     }

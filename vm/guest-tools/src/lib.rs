@@ -1,0 +1,132 @@
+//! What the guest's programs share: buffers for O_DIRECT, patterns, and processes that start together.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::fs::File;
+use std::ops::{Deref, DerefMut};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::ptr::NonNull;
+
+use anyhow::{Context, Result, ensure};
+
+/// Alignment that every O_DIRECT file accepts, in bytes.
+const ALIGNMENT: usize = 4096;
+
+/// A buffer that may be used with O_DIRECT.
+pub struct Buffer {
+    start: NonNull<u8>,
+    layout: Layout,
+}
+
+impl Buffer {
+    /// `len` bytes, more than 0, of zeros.
+    pub fn new(len: usize) -> Result<Buffer> {
+        ensure!(len > 0, "a buffer needs a size");
+        let layout = Layout::from_size_align(len, ALIGNMENT)?;
+        // SAFETY: the layout's size is not 0.
+        let start = unsafe { alloc_zeroed(layout) };
+        match NonNull::new(start) {
+            Some(start) => Ok(Buffer { start, layout }),
+            None => handle_alloc_error(layout),
+        }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the allocation has this many initialised bytes and lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.layout.size()) }
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`, and `self` is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.layout.size()) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout, and freed once.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) };
+    }
+}
+
+/// Opens a file for reading and writing; makes it if it is not there.
+pub fn open(path: &Path, direct: bool, append: bool) -> Result<File> {
+    let flags = if direct { libc::O_DIRECT } else { 0 };
+    let mut options = File::options();
+    options.read(true).write(true).create(true).append(append).custom_flags(flags);
+    options.open(path).with_context(|| format!("{} cannot be opened", path.display()))
+}
+
+/// The byte that `writer` writes at `offset`: all bytes of a file differ enough that one that is
+/// missing, misplaced or another writer's is seen.
+#[allow(clippy::cast_possible_truncation, reason = "one byte is cut out of a word")]
+pub fn pattern(writer: u64, offset: u64) -> u8 {
+    let mixed = ((offset >> 3) ^ (writer << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    // The byte of the word that the offset falls on.
+    (mixed.rotate_left(29) >> (8 * (offset & 7))) as u8
+}
+
+/// Fills a buffer with the pattern of `writer` from `offset` on.
+pub fn fill(buffer: &mut [u8], writer: u64, offset: u64) {
+    for (byte, at) in buffer.iter_mut().zip(offset..) {
+        *byte = pattern(writer, at);
+    }
+}
+
+/// Processes of this program that wait for a common start.
+pub struct Crowd(Vec<Child>);
+
+impl Crowd {
+    /// Starts a process for each number below `count`; its arguments are this process's own, then
+    /// `--one NUMBER`. It has to call [`wait_for_start`].
+    pub fn gather(count: u64) -> Result<Crowd> {
+        let program = std::env::current_exe().context("this program is not found")?;
+        let spawn = |number: u64| {
+            Command::new(&program)
+                .args(std::env::args_os().skip(1))
+                .args(["--one", &number.to_string()])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .context("a process cannot be started")
+        };
+        let mut children = (0..count).map(spawn).collect::<Result<Vec<_>>>()?;
+        // Each says a byte when it is ready.
+        for child in &mut children {
+            let stdout = child.stdout.as_mut().context("a process has no output")?;
+            let mut byte = [0];
+            std::io::Read::read_exact(stdout, &mut byte).context("a process did not get ready")?;
+        }
+        Ok(Crowd(children))
+    }
+
+    /// Lets all go on, and waits until all have ended well.
+    pub fn run(mut self) -> Result<()> {
+        for child in &mut self.0 {
+            drop(child.stdin.take());
+        }
+        let mut failed = 0;
+        for child in &mut self.0 {
+            failed += u32::from(!child.wait()?.success());
+        }
+        ensure!(failed == 0, "{failed} processes failed");
+        Ok(())
+    }
+}
+
+/// In a process of a [`Crowd`]: says that it is ready and waits for the start.
+pub fn wait_for_start() -> Result<()> {
+    use std::io::{Read, Write};
+    let mut stdout = std::io::stdout();
+    stdout.write_all(b"r")?;
+    stdout.flush()?;
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
+}

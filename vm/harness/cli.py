@@ -1,0 +1,33 @@
+"""What the commands share: options, signals, and messages."""
+
+import signal
+import sys
+
+from . import initramfs, kernels
+from .paths import HarnessError, build_daemon, need
+
+HOST_PROGRAMS = ["qemu-system-x86_64:qemu-system-x86", "busybox:busybox-static", "cpio", "fio", "depmod:kmod",
+                 "xz:xz-utils", "mkfs.xfs:xfsprogs", "mkfs.ext4:e2fsprogs", "gcc"]
+
+
+def main(function):
+    """Runs a command; errors are one message, and signals unwind so that everything is cleaned up."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(143))
+    try:
+        sys.exit(function())
+    except HarnessError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def prepare(kernel_name=kernels.DEFAULT, stock_modules=False, daemon=True):
+    """Makes sure of everything that a guest needs; returns its kernel and initramfs."""
+    need(*HOST_PROGRAMS)
+    if daemon:
+        build_daemon()
+    kernel = kernels.fetch(kernel_name)
+    modules = None if stock_modules else initramfs.patched_modules(kernel)
+    return kernel, initramfs.make(kernel, modules)

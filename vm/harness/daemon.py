@@ -1,0 +1,72 @@
+"""A daemon for a share: ours, or another vhost-user back end."""
+
+import itertools
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+
+from .paths import DAEMON, LOGS, HarnessError
+
+COUNTER = itertools.count(1)
+
+
+class Daemon:
+    """A running back end; a context manager that ends it."""
+
+    def __init__(self, share, arguments=(), command=None, name="daemon"):
+        """`command` runs another back end; {socket} and {share} in it are replaced."""
+        LOGS.mkdir(parents=True, exist_ok=True)
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="lanefsd-daemon-"))
+        self.socket = self.directory / "socket"
+        self.logfile = LOGS / f"{name}-{os.getpid()}-{next(COUNTER)}.log"
+        if command:
+            words = [word.format(socket=self.socket, share=share) for word in shlex.split(command)]
+        else:
+            words = [str(DAEMON), "--socket-path", str(self.socket), "--shared-dir", str(share)]
+        self.process = subprocess.Popen([*words, *arguments], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL, stderr=open(self.logfile, "wb"))
+        deadline = time.monotonic() + 10
+        while not self.socket.exists():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.close()
+                raise HarnessError(f"the daemon does not listen: {self.log()}")
+            time.sleep(0.01)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def log(self):
+        """What it has said so far."""
+        return self.logfile.read_text(errors="replace")
+
+    def wait(self, timeout=20):
+        """Waits until it has ended by itself; returns its exit status."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise HarnessError(f"the daemon still runs after {timeout} s: {self.log()}") from None
+
+    def kill(self):
+        """Ends it without warning, with the process that serves in its place, if there is one."""
+        children = pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        for child in children.read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)

@@ -1,0 +1,191 @@
+"""A guest: QEMU, the console's log, and an agent that runs commands."""
+
+import base64
+import itertools
+import json
+import os
+import pathlib
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+
+from .paths import CACHE, LOGS, HarnessError, say
+
+BOOT_TIMEOUT = 90
+COUNTER = itertools.count(1)
+
+
+class GuestError(HarnessError):
+    """The guest hangs, has panicked, or QEMU has ended; the text ends with the console's tail."""
+
+
+def accelerator():
+    """`kvm` where KVM boots a guest, else `tcg`. /dev/kvm can be there and of no use."""
+    flags = pathlib.Path("/proc/cpuinfo").read_text()
+    if os.access("/dev/kvm", os.R_OK | os.W_OK) and (" vmx" in flags or " svm" in flags):
+        return ["-accel", "kvm", "-cpu", "host"]
+    return ["-accel", "tcg,thread=multi", "-cpu", "max"]
+
+
+class Guest:
+    """A booted guest; a context manager that leaves nothing running."""
+
+    def __init__(self, kernel, initramfs, devices, cpus=2, memory="1G", disks=(), queue_size=1024,
+                 interactive=False, name="guest"):
+        """`devices` are (tag, socket path, request queues); `disks` are image files."""
+        LOGS.mkdir(parents=True, exist_ok=True)
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="lanefsd-vm-"))
+        self.console = LOGS / f"{name}-{os.getpid()}-{next(COUNTER)}.console"
+        self.agent = None
+        self.buffer = b""
+        self.words = itertools.count(1)
+        self.process = None
+        command = ["qemu-system-x86_64", "-machine", "q35", *accelerator(), "-smp", str(cpus), "-m", memory,
+                   "-object", f"memory-backend-memfd,id=mem,size={memory},share=on", "-numa", "node,memdev=mem",
+                   "-kernel", str(kernel.image), "-initrd", str(initramfs),
+                   "-append", "console=ttyS0 quiet panic=-1 oops=panic net.ifnames=0",
+                   "-display", "none", "-no-reboot", "-nic", "none", "-monitor", "none",
+                   "-qmp", f"unix:{self.directory}/qmp,server=on,wait=off"]
+        if interactive:
+            command += ["-chardev", f"stdio,id=console,signal=off,logfile={self.console}", "-serial", "chardev:console"]
+        else:
+            command += ["-serial", f"file:{self.console}"]
+        command += ["-serial", f"unix:{self.directory}/agent,server=on,wait=off"]
+        for number, (tag, path, queues) in enumerate(devices):
+            command += ["-chardev", f"socket,id=fs{number},path={path}", "-device",
+                        f"vhost-user-fs-pci,chardev=fs{number},tag={tag},queue-size={queue_size},num-request-queues={queues}"]
+        for number, disk in enumerate(disks):
+            command += ["-drive", f"if=none,id=disk{number},file={disk},format=raw,snapshot=on",
+                        "-device", f"virtio-blk-pci,drive=disk{number}"]
+        # A reset that we ask for is no reason to end.
+        command.remove("-no-reboot")
+        command += ["-action", "reboot=reset,panic=exit-failure"]
+        try:
+            stdin = None if interactive else subprocess.DEVNULL
+            self.process = subprocess.Popen(command, stdin=stdin, stdout=None if interactive else subprocess.DEVNULL,
+                                            stderr=open(self.console.with_suffix(".qemu"), "wb"))
+            self.agent = self.connect("agent")
+            self.wait_for_agent()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def connect(self, name):
+        """Connects to a socket that QEMU makes when it starts."""
+        deadline = time.monotonic() + 15
+        while True:
+            link = socket.socket(socket.AF_UNIX)
+            try:
+                link.connect(str(self.directory / name))
+                return link
+            except OSError:
+                link.close()
+                if self.process.poll() is not None:
+                    raise self.error("QEMU has ended")
+                if time.monotonic() > deadline:
+                    raise self.error(f"QEMU does not listen at {name}")
+                time.sleep(0.02)
+
+    def wait_for_agent(self):
+        self.read_until(b"agent ready\n", BOOT_TIMEOUT, "booting")
+
+    def run(self, command, timeout=120, sink=None, check=True):
+        """Runs a shell command; returns (status, output). With `check` a status other than 0 raises."""
+        word = f"end-{next(self.words)}-{os.urandom(4).hex()}"
+        encoded = base64.b64encode(command.encode()).decode()
+        self.agent.sendall(f"{word} {encoded}\n".encode())
+        output = self.read_until(f"\n{word} ".encode(), timeout, f"running {command!r}", sink)
+        status = int(self.read_until(b"\n", 10, "waiting for the exit status"))
+        text = output.decode(errors="replace").removesuffix("\n")
+        if check and status != 0:
+            raise HarnessError(f"{command!r} ended with status {status} in the guest:\n{text}")
+        return status, text
+
+    def output(self, command, timeout=120):
+        """The output of a command that has to succeed."""
+        return self.run(command, timeout)[1]
+
+    def mount(self, tag="share", at="/mnt", options=""):
+        """Mounts a share."""
+        more = f"-o {options}" if options else ""
+        self.run(f"mkdir -p {at} && mount -t virtiofs {more} {tag} {at}", 30)
+
+    def shell(self):
+        """A shell on the console, until it is left."""
+        self.agent.sendall(b"end-shell shell\n")
+        self.read_until(b"\nend-shell ", None, "running a shell")
+
+    def read_until(self, end, timeout, doing, sink=None):
+        deadline = None if timeout is None else time.monotonic() + timeout
+        shown = 0
+        while True:
+            place = self.buffer.find(end)
+            if sink is not None:
+                upto = place if place >= 0 else max(shown, len(self.buffer) - len(end))
+                sink(self.buffer[shown:upto])
+                shown = max(shown, upto)
+            if place >= 0:
+                before = self.buffer[:place]
+                self.buffer = self.buffer[place + len(end):]
+                return before
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise self.error(f"the guest did not finish {doing} in {timeout} s")
+            ready, _, _ = select.select([self.agent], [], [], left if left is None or left < 1 else 1)
+            if ready:
+                data = self.agent.recv(65536)
+                if not data:
+                    raise self.error(f"QEMU ended while {doing}")
+                self.buffer += data
+            elif self.process.poll() is not None:
+                raise self.error(f"QEMU ended while {doing}")
+
+    def qmp(self, command):
+        """Runs one QMP command."""
+        with self.connect("qmp") as link, link.makefile("rw") as file:
+            file.readline()
+            for execute in ("qmp_capabilities", command):
+                file.write(json.dumps({"execute": execute}) + "\n")
+                file.flush()
+                while "return" not in (answer := json.loads(file.readline())):
+                    if "error" in answer:
+                        raise self.error(f"QMP {execute}: {answer['error']}")
+
+    def reset(self):
+        """Resets the machine, as its button would, and waits until it has booted again."""
+        self.buffer = b""
+        self.qmp("system_reset")
+        self.wait_for_agent()
+
+    def log(self):
+        """What the kernel wrote to the console so far."""
+        return self.console.read_text(errors="replace") if self.console.exists() else ""
+
+    def error(self, what):
+        tail = "\n".join(self.log().splitlines()[-25:])
+        qemu = self.console.with_suffix(".qemu")
+        said = qemu.read_text(errors="replace")[-1000:] if qemu.exists() else ""
+        return GuestError(f"{what}; console log {self.console}:\n{tail}\n{said}")
+
+    def close(self):
+        """Ends QEMU, whatever state it is in."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self.agent is not None:
+            self.agent.close()
+        shutil.rmtree(self.directory, ignore_errors=True)

@@ -1,0 +1,148 @@
+"""The guest's first file system: busybox, fio, our tools, and the modules that it needs."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+from .paths import CACHE, REPO, TARGET, HarnessError, cargo_environment, run, say
+
+# What a guest may need; built-in ones and those that a kernel lacks are passed over.
+MODULES = ["virtio_pci", "virtio_blk", "virtiofs", "fuse", "ext4", "xfs", "overlay", "loop"]
+TOOLS_TARGET = "x86_64-unknown-linux-gnu"
+
+INIT = """#!/bin/sh
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/ TERM=linux
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/pts /dev/shm /tmp /mnt
+mount -t devpts pts /dev/pts
+mount -t tmpfs tmp /tmp
+mount -t tmpfs shm /dev/shm
+for module in %s; do modprobe $module 2>/dev/null; done
+dmesg -n 4
+exec /agent
+"""
+
+# Commands come base64-encoded, one a line, with a word that marks their end.
+AGENT = """#!/bin/sh
+exec 3<>/dev/ttyS1
+stty raw -echo <&3
+echo "agent ready" >&3
+while read -r word command <&3; do
+    case $command in
+    shell) setsid -c sh -c 'exec sh -i </dev/ttyS0 >/dev/ttyS0 2>&1'; status=$? ;;
+    *) echo "$command" | base64 -d >/tmp/command
+       sh /tmp/command >&3 2>&1 </dev/null; status=$? ;;
+    esac
+    echo >&3
+    echo "$word $status" >&3
+done
+poweroff -f
+"""
+
+
+def build_tools():
+    """Builds the programs that run in the guest, linked statically; returns their folder."""
+    environment = cargo_environment()
+    environment["RUSTFLAGS"] = "-C target-feature=+crt-static"
+    run(["cargo", "build", "--release", "--locked", "-p", "lanefsd-guest-tools", "--target", TOOLS_TARGET],
+        cwd=REPO, env=environment)
+    return TARGET / TOOLS_TARGET / "release"
+
+
+def with_dependencies(kernel, names):
+    """The files of modules and of all that they depend on, in the order of modules.dep."""
+    table = {}
+    for line in kernel.module_file("modules.dep").read_text().splitlines():
+        path, _, rest = line.partition(":")
+        table[re.sub(r"\.ko.*", "", pathlib.Path(path).name).replace("-", "_")] = (path, rest.split())
+    wanted = []
+    for name in names:
+        if name in table:
+            path, rest = table[name]
+            wanted += [path, *rest]
+    return list(dict.fromkeys(wanted))
+
+
+def copy_with_libraries(program, root):
+    """Copies a host program, and the shared libraries it is linked with."""
+    source = shutil.which(program)
+    if source is None:
+        raise HarnessError(f"{program} is missing on the host")
+    shutil.copy(source, root / "bin")
+    for library in re.findall(r"(/\S+) \(0x", run(["ldd", source])):
+        target = root / library.lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            shutil.copy(library, target)
+
+
+def patched_modules(kernel):
+    """The folder with our fuse.ko and virtiofs.ko for a kernel, if they were built."""
+    folder = REPO / "guest-kernel" / "out" / kernel.release
+    return folder if (folder / "fuse.ko").exists() else None
+
+
+def make(kernel, modules=None):
+    """An initramfs for a kernel; `modules` is a folder with a fuse.ko and a virtiofs.ko to use."""
+    tools = build_tools()
+    stock = "patched" if modules else "stock"
+    image = CACHE / f"initramfs-{kernel.release}-{stock}.cpio.gz"
+    sources = [pathlib.Path(__file__), *tools.glob("guest-*"), *(modules.glob("*.ko") if modules else [])]
+    if image.exists() and all(source.stat().st_mtime < image.stat().st_mtime for source in sources):
+        return image
+    say(f"making an initramfs for {kernel.release} ({stock} modules)")
+    root = CACHE / f"root-{os.getpid()}"
+    shutil.rmtree(root, ignore_errors=True)
+    try:
+        fill(root, kernel, modules, tools)
+        scratch = image.with_suffix(f".{os.getpid()}")
+        with open(scratch, "wb") as out:
+            find = subprocess.Popen(["find", ".", "-print0"], cwd=root, stdout=subprocess.PIPE)
+            pack = subprocess.Popen(["cpio", "--null", "-o", "-H", "newc", "--quiet"], cwd=root,
+                                    stdin=find.stdout, stdout=subprocess.PIPE)
+            squeeze = subprocess.run(["gzip", "-1"], stdin=pack.stdout, stdout=out)
+            if find.wait() or pack.wait() or squeeze.returncode:
+                raise HarnessError("the initramfs cannot be packed")
+        scratch.rename(image)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    return image
+
+
+def fill(root, kernel, modules, tools):
+    for folder in ("bin", "sbin", "usr/bin", "usr/sbin", "proc", "sys", "dev", "etc", "root"):
+        (root / folder).mkdir(parents=True)
+    shutil.copy("/bin/busybox", root / "bin/busybox")
+    for applet in run(["/bin/busybox", "--list"]).split():
+        if applet != "busybox":
+            (root / "bin" / applet).symlink_to("busybox")
+    copy_with_libraries("fio", root)
+    for tool in tools.glob("guest-*"):
+        if tool.suffix == "" and os.access(tool, os.X_OK):
+            shutil.copy(tool, root / "bin" / tool.name.removeprefix("guest-"))
+    for path in with_dependencies(kernel, MODULES):
+        target = root / "lib/modules" / kernel.release / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        ours = modules / pathlib.Path(path).name.removesuffix(".xz").removesuffix(".zst") if modules else None
+        if ours is not None and ours.exists():
+            shutil.copy(ours, target.with_name(ours.name))
+        else:
+            shutil.copy(kernel.module_file(path), target)
+    for table in kernel.module_file("").glob("modules.*"):
+        if table.name in ("modules.order", "modules.builtin", "modules.builtin.modinfo"):
+            (root / "lib/modules" / kernel.release).mkdir(parents=True, exist_ok=True)
+            shutil.copy(table, root / "lib/modules" / kernel.release)
+    run(["depmod", "-b", root, kernel.release])
+    (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n")
+    (root / "etc/group").write_text("root:x:0:\nuser:x:1000:\n")
+    write_program(root / "init", INIT % " ".join(MODULES))
+    write_program(root / "agent", AGENT)
+
+
+def write_program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
