@@ -8,21 +8,22 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, criterion_group, criterion_main};
 use lanefsd::fs::passthrough::range_lock::RangeLock;
 
-const THREADS: u64 = 16;
+const THREADS: u32 = 16;
 const LEN: u64 = 1 << 20;
 
 /// Time for `rounds` locks in all, by 16 threads; `stride` is how far their ranges are apart.
 fn together(rounds: u64, stride: u64) -> Duration {
     let lock = RangeLock::default();
-    let start = Barrier::new(THREADS as usize + 1);
+    // All threads, and the one that takes the time.
+    let start = Barrier::new(17);
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..THREADS)
             .map(|thread| {
                 let (lock, start) = (&lock, &start);
                 scope.spawn(move || {
                     start.wait();
-                    for _ in 0..rounds.div_ceil(THREADS) {
-                        drop(lock.write(black_box(thread * stride), LEN));
+                    for _ in 0..rounds.div_ceil(THREADS.into()) {
+                        drop(lock.write(black_box(u64::from(thread) * stride), LEN));
                     }
                 })
             })
