@@ -51,16 +51,20 @@ def overlapping_writes_do_not_mix(setting):
             clean(guest)
 
 
-def two_guests_do_not_mix_their_writes(setting):
-    arguments = f"--unit {256 << 10} --units 4 --direct --time {setting.seconds(5, 30) * 1000}"
+def two_guests_do_not_mix_blocks(setting):
+    """Each guest has a daemon of its own. They meet in the host's file system, which keeps blocks whole."""
+    arguments = f"--unit 4096 --units 8 --direct --readers 1 --writers 4 --time {setting.seconds(5, 30) * 1000}"
     with disk.mounted("ext4") as share:
-        run(["fallocate", "-l", "1M", share / "file"])
+        run(["fallocate", "-l", 8 * 4096, share / "file"])
+        run(["dd", "if=/dev/zero", f"of={share}/file", "bs=4096", "count=8", "conv=notrunc,fsync"])
         options = ("--cache=never", "--allow-direct-io")
-        # Each guest has a daemon of its own: they meet in the host's file system alone.
         with setting.guest(share, *options) as (one, _), setting.guest(share, *options) as (two, _):
-            one.output(f"(overlap run /mnt/file {arguments} --guest 1 --readers 0 --writers 4 >/tmp/out 2>&1; echo $? >/tmp/done) &")
-            two.output(f"overlap run /mnt/file {arguments} --guest 2 --readers 0 --writers 4 >/dev/null || true", 120)
-            one.output("while ! [ -e /tmp/done ]; do sleep 0.1; done")
+            one.output(f"(overlap run /mnt/file {arguments} --guest 1 >/tmp/out 2>&1; echo $? >/tmp/done) >/dev/null 2>&1 &")
+            two.output(f"overlap run /mnt/file {arguments} --guest 2", 120)
+            outcome = one.output("while ! [ -e /tmp/done ]; do sleep 0.1; done; cat /tmp/out /tmp/done", 60)
+            assert outcome.split()[-1] == "0", outcome
+        verify_on_host("overlap", share / "file", "--unit", 4096, "--units", 8)
 
 
-TESTS = (stripes_are_whole, appended_records_are_whole, overlapping_writes_do_not_mix)
+TESTS = (stripes_are_whole, appended_records_are_whole, overlapping_writes_do_not_mix,
+         two_guests_do_not_mix_blocks)
