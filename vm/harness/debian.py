@@ -1,0 +1,44 @@
+"""A Debian userland for the guest: a disk image, mounted read-write and thrown away afterwards."""
+
+import shutil
+
+from .kernels import MIRROR
+from .paths import CACHE, need, run, say
+
+PACKAGES = ["git", "rsync", "sqlite3", "make", "gcc", "libc6-dev", "xz-utils", "attr", "acl", "procps", "bc",
+            "flex", "bison", "diffutils"]
+INSIDE = "/debian"
+
+
+def image():
+    """The image, made once: Debian bookworm with what workloads need."""
+    target = CACHE / "debian.ext4"
+    if target.exists():
+        return target
+    need("debootstrap", "mkfs.ext4:e2fsprogs")
+    say("making a Debian root for the guest (a few minutes, once)")
+    root = CACHE / "debian-root"
+    shutil.rmtree(root, ignore_errors=True)
+    try:
+        run(["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", "bookworm", root, MIRROR])
+        shutil.rmtree(root / "var/cache/apt/archives", ignore_errors=True)
+        scratch = target.with_suffix(".part")
+        scratch.unlink(missing_ok=True)
+        run(["mkfs.ext4", "-q", "-d", root, scratch, "3G"])
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    return target
+
+
+def enter(guest):
+    """Mounts the image, with the share at /mnt inside it too."""
+    guest.output(f"""mkdir -p {INSIDE}; mount -t ext4 /dev/vda {INSIDE}
+        for folder in proc sys dev tmp mnt; do mount --bind /$folder {INSIDE}/$folder; done""", 60)
+
+
+def run_inside(guest, command, timeout=600):
+    """Runs a shell command in the Debian root; returns its output."""
+    guest.output(f"cat >/tmp/inside <<'END_OF_COMMAND'\nset -e\n{command}\nEND_OF_COMMAND")
+    environment = "PATH=/usr/bin:/bin:/usr/sbin:/sbin HOME=/root LC_ALL=C"
+    return guest.output(f"env -i {environment} chroot {INSIDE} /bin/bash /tmp/inside", timeout)
