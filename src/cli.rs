@@ -8,7 +8,8 @@ use log::LevelFilter;
 use thiserror::Error;
 
 use crate::config::{
-    CachePolicy, Config, DeviceConfig, FsConfig, Listen, ParallelDirectWrites, Sandbox, Store,
+    CachePolicy, Config, DeviceConfig, FsConfig, InodeFileHandles, Listen, ParallelDirectWrites, Sandbox,
+    Store,
 };
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
@@ -104,6 +105,10 @@ pub struct Options {
     #[arg(long, value_name = "NUMBER", help_heading = "Resources")]
     rlimit_nofile: Option<u64>,
 
+    /// Whether inodes may be held by file handles when descriptors are scarce
+    #[arg(long, value_enum, default_value = "prefer", value_name = "WHETHER", help_heading = "Resources")]
+    inode_file_handles: FileHandles,
+
     /// CPUs to run on, as in 0-3,6
     #[arg(long, value_name = "LIST", help_heading = "Resources")]
     cpus: Option<String>,
@@ -150,6 +155,16 @@ enum Parallel {
     Always,
     /// No file
     Never,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum FileHandles {
+    /// A descriptor for each inode that the guest knows, and an error when there are no more
+    Never,
+    /// Where the host can do it
+    Prefer,
+    /// Do not start where the host cannot do it
+    Mandatory,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -287,6 +302,11 @@ impl Options {
             allow_direct_io: self.allow_direct_io,
             readdirplus: !self.no_readdirplus,
             xattr: self.xattr,
+            inode_file_handles: match self.inode_file_handles {
+                FileHandles::Never => InodeFileHandles::Never,
+                FileHandles::Prefer => InodeFileHandles::Prefer,
+                FileHandles::Mandatory => InodeFileHandles::Mandatory,
+            },
             posix_lock: self.posix_lock,
             flock: self.flock,
             announce_submounts: !self.no_announce_submounts,

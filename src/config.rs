@@ -93,6 +93,8 @@ pub struct FsConfig {
     pub readdirplus: bool,
     /// Serve extended attributes.
     pub xattr: bool,
+    /// Whether inodes that are seldom used may be held by file handles instead of descriptors.
+    pub inode_file_handles: InodeFileHandles,
     /// Take POSIX locks on the host.
     pub posix_lock: bool,
     /// Take flock(2) locks on the host.
@@ -130,6 +132,17 @@ impl CachePolicy {
     pub fn bypasses_page_cache(self) -> bool {
         matches!(self, CachePolicy::Never | CachePolicy::Metadata)
     }
+}
+
+/// Whether inodes may be held by file handles (`--inode-file-handles`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InodeFileHandles {
+    /// By descriptors only.
+    Never,
+    /// Where the host can do it.
+    Prefer,
+    /// Do not start where the host cannot.
+    Mandatory,
 }
 
 /// Which files are opened for parallel direct writes (`--parallel-direct-writes`).

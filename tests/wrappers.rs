@@ -39,6 +39,7 @@ fn share() -> (TempDir, PassthroughFs) {
         allow_direct_io: false,
         readdirplus: true,
         xattr: true,
+        inode_file_handles: lanefsd::config::InodeFileHandles::Never,
         posix_lock: false,
         flock: false,
         announce_submounts: false,

@@ -1,7 +1,7 @@
 //! A host directory as a guest's file system.
 //!
-//! [`inodes`] holds an O_PATH descriptor for every inode that the guest knows; [`handles`] what it
-//! has open. No file is ever reached by a path: a name is one component, looked up in the
+//! [`inodes`] holds every inode that the guest knows, by an O_PATH descriptor or a file handle;
+//! [`handles`] what it has open. No file is ever reached by a path: a name is one component, looked up in the
 //! descriptor of its directory without following links, and only regular files and directories
 //! are opened.
 
@@ -16,6 +16,7 @@ pub mod locks;
 mod lookup;
 mod names;
 mod open;
+mod pins;
 pub mod range_lock;
 mod shards;
 mod xattr;
@@ -27,14 +28,16 @@ use std::sync::{Arc, PoisonError, RwLock};
 use log::debug;
 use rustix::fs::Mode;
 use rustix::io::Errno;
+use thiserror::Error;
 
 use self::credentials::OwnIds;
 use self::handles::HandleTable;
 use self::inodes::{Inode, InodeTable};
 use self::io_mode::IoPolicy;
 use self::locks::Waits;
+use self::pins::Descriptors;
 use super::{Context, FileSystem, Opened, Result, XattrReply};
-use crate::config::FsConfig;
+use crate::config::{FsConfig, InodeFileHandles};
 use crate::fuse::abi;
 use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
 use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
@@ -43,6 +46,19 @@ use crate::fuse::name::{LookupName, Name};
 use crate::fuse::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
 use crate::fuse::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
+
+/// Why a share cannot be served.
+#[derive(Debug, Error)]
+pub enum SetUpError {
+    /// The host denies what every share needs.
+    #[error("the host does not let the daemon look at it")]
+    Host(#[source] Errno),
+    /// `--inode-file-handles=mandatory` cannot be had.
+    #[error(
+        "its inodes cannot be held by file handles, which takes CAP_DAC_READ_SEARCH and a file system that has them; leave out --inode-file-handles=mandatory"
+    )]
+    FileHandles(#[source] Errno),
+}
 
 /// What guest and daemon agreed on, as far as it matters here.
 #[derive(Clone, Copy, Debug)]
@@ -73,11 +89,16 @@ impl PassthroughFs {
     /// Two things of the process change: the umask becomes 0, since guests apply their callers',
     /// and the working directory becomes `proc_self_fd`, which gives the system calls that know no
     /// descriptors a way to name one.
-    pub fn new(root: OwnedFd, proc_self_fd: OwnedFd, config: FsConfig) -> Result<PassthroughFs> {
+    pub fn new(
+        root: OwnedFd,
+        proc_self_fd: OwnedFd,
+        config: FsConfig,
+    ) -> std::result::Result<PassthroughFs, SetUpError> {
         rustix::process::umask(Mode::empty());
-        rustix::process::fchdir(&proc_self_fd)?;
-        let stat = lookup::stat(&root)?;
-        let inodes = InodeTable::new(root, lookup::key(&stat));
+        rustix::process::fchdir(&proc_self_fd).map_err(SetUpError::Host)?;
+        let stat = lookup::stat(&root).map_err(SetUpError::Host)?;
+        let descriptors = descriptors(config.inode_file_handles, &root)?;
+        let inodes = InodeTable::new(root, lookup::key(&stat), descriptors);
         let session = Session { policy: policy(&config, false), submounts: false, groups_are_sent: false };
         Ok(PassthroughFs {
             config,
@@ -96,6 +117,19 @@ impl PassthroughFs {
 
     fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
         self.inodes.get(node)
+    }
+}
+
+/// How inodes share what descriptors there are.
+fn descriptors(wanted: InodeFileHandles, root: &OwnedFd) -> std::result::Result<Descriptors, SetUpError> {
+    match (wanted, Descriptors::limited(root)) {
+        (InodeFileHandles::Never, _) => Ok(Descriptors::unlimited()),
+        (_, Ok(descriptors)) => Ok(descriptors),
+        (InodeFileHandles::Mandatory, Err(errno)) => Err(SetUpError::FileHandles(errno)),
+        (InodeFileHandles::Prefer, Err(errno)) => {
+            debug!("inodes cannot be held by file handles here: {errno}");
+            Ok(Descriptors::unlimited())
+        }
     }
 }
 

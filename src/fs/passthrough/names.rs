@@ -27,7 +27,8 @@ impl PassthroughFs {
         mode: u32,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        self.as_caller(ctx, || mkdirat(parent.path(), name, Mode::from_raw_mode(mode & 0o7777)))?;
+        let path = parent.path()?;
+        self.as_caller(ctx, || mkdirat(&path, name, Mode::from_raw_mode(mode & 0o7777)))?;
         self.look_up(parent, name)
     }
 
@@ -46,7 +47,8 @@ impl PassthroughFs {
             _ => FileType::from_raw_mode(mode),
         };
         let permissions = Mode::from_raw_mode(mode & 0o7777);
-        self.as_caller(ctx, || mknodat(parent.path(), name, kind, permissions, decode_device(rdev)))?;
+        let path = parent.path()?;
+        self.as_caller(ctx, || mknodat(&path, name, kind, permissions, decode_device(rdev)))?;
         self.look_up(parent, name)
     }
 
@@ -58,13 +60,14 @@ impl PassthroughFs {
         target: &CStr,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        self.as_caller(ctx, || symlinkat(target, parent.path(), name))?;
+        let path = parent.path()?;
+        self.as_caller(ctx, || symlinkat(target, &path, name))?;
         self.look_up(parent, name)
     }
 
     pub(super) fn make_link(&self, inode: &Arc<Inode>, parent: &Inode, name: Name<'_>) -> Result<Entry> {
         let name = name.as_c_str();
-        linkat(PROC, proc_name(inode), parent.path(), name, AtFlags::SYMLINK_FOLLOW)?;
+        linkat(PROC, proc_name(&*inode.path()?), parent.path()?, name, AtFlags::SYMLINK_FOLLOW)?;
         self.look_up(parent, name)
     }
 
@@ -72,20 +75,20 @@ impl PassthroughFs {
         if inode.kind != FileType::Symlink {
             return Err(Errno::INVAL);
         }
-        readlinkat(inode.path(), c"", Vec::new()).map(|target| target.into_bytes())
+        readlinkat(inode.path()?, c"", Vec::new()).map(|target| target.into_bytes())
     }
 
     pub(super) fn remove_name(&self, parent: &Inode, name: Name<'_>, directory: bool) -> Result<()> {
         let flags = if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-        unlinkat(parent.path(), name.as_c_str(), flags)
+        unlinkat(parent.path()?, name.as_c_str(), flags)
     }
 
     pub(super) fn rename_entry(&self, from: &Inode, to: &Inode, rename: &Rename<'_>) -> Result<()> {
         let (name, new_name) = (rename.name.as_c_str(), rename.new_name.as_c_str());
         match RenameFlags::from_bits(rename.flags) {
             None => Err(Errno::INVAL),
-            Some(flags) if flags.is_empty() => renameat(from.path(), name, to.path(), new_name),
-            Some(flags) => renameat_with(from.path(), name, to.path(), new_name, flags),
+            Some(flags) if flags.is_empty() => renameat(from.path()?, name, to.path()?, new_name),
+            Some(flags) => renameat_with(from.path()?, name, to.path()?, new_name, flags),
         }
     }
 

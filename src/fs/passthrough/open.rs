@@ -57,9 +57,10 @@ impl PassthroughFs {
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(create.mode & !create.umask & 0o7777);
+        let directory = parent.path()?;
         let created = {
             let _caller = become_caller(self.own, ctx, self.session().groups_are_sent)?;
-            openat(parent.path(), name, flags, mode)
+            openat(&directory, name, flags, mode)
         };
         match created {
             Ok(file) => {
@@ -86,7 +87,8 @@ impl PassthroughFs {
         let keep_unnamed = OFlags::from_bits_retain(tmpfile.flags) & OFlags::EXCL;
         let flags = (self.host_flags(tmpfile.flags) - OFlags::TRUNC) | OFlags::TMPFILE | keep_unnamed;
         let mode = Mode::from_raw_mode(tmpfile.mode & !tmpfile.umask & 0o7777);
-        let directory = rustix::path::DecInt::from_fd(parent.path());
+        let path = parent.path()?;
+        let directory = rustix::path::DecInt::from_fd(&path);
         let file = {
             let _caller = become_caller(self.own, ctx, self.session().groups_are_sent)?;
             openat(&self.proc_self_fd, directory, flags | OFlags::CLOEXEC, mode)?

@@ -27,12 +27,13 @@ impl PassthroughFs {
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         // Setting an ACL clears the set-group-id bit as it would for the caller.
         let _unprivileged = acl_kill_sgid.then(without_fsetid).transpose()?;
-        setxattr(proc_name(inode), name, value, flags)
+        setxattr(proc_name(&*inode.path()?), name, value, flags)
     }
 
     pub(super) fn get_xattr(&self, inode: &Inode, name: &CStr, size: u32) -> Result<XattrReply> {
         self.check_xattr()?;
-        let path = proc_name(inode);
+        let pin = inode.path()?;
+        let path = proc_name(&pin);
         answer(
             size,
             || getxattr_query(path.as_c_str(), name),
@@ -42,13 +43,14 @@ impl PassthroughFs {
 
     pub(super) fn list_xattr(&self, inode: &Inode, size: u32) -> Result<XattrReply> {
         self.check_xattr()?;
-        let path = proc_name(inode);
+        let pin = inode.path()?;
+        let path = proc_name(&pin);
         answer(size, || listxattr_query(path.as_c_str()), |buffer| listxattr(path.as_c_str(), buffer))
     }
 
     pub(super) fn remove_xattr(&self, inode: &Inode, name: &CStr) -> Result<()> {
         self.check_xattr()?;
-        removexattr(proc_name(inode), name)
+        removexattr(proc_name(&*inode.path()?), name)
     }
 
     fn check_xattr(&self) -> Result<()> {

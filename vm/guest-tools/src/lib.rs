@@ -130,3 +130,30 @@ pub fn wait_for_start() -> Result<()> {
     std::io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())
 }
+
+/// Lets this process write no file beyond `bytes`: EFBIG instead of SIGXFSZ.
+pub fn limit_file_size(bytes: u64) -> Result<()> {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    // SAFETY: ignoring a signal touches no memory of ours.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    setrlimit(Resource::Fsize, Rlimit { current: Some(bytes), maximum: Some(bytes) })
+        .context("the limit cannot be set")
+}
+
+/// Small numbers that are different enough; not for secrets.
+pub struct Dice(u64);
+
+impl Dice {
+    /// The same numbers for the same seed.
+    pub fn new(seed: u64) -> Dice {
+        Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// A number below `end`, which must not be 0.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % end
+    }
+}
