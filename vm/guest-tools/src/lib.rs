@@ -157,3 +157,57 @@ impl Dice {
         (self.0 >> 11) % end
     }
 }
+
+/// A mapping of a file's beginning.
+pub struct Mapping {
+    start: *mut u8,
+    len: usize,
+}
+
+impl Mapping {
+    /// Maps `len` bytes, shared and writable or private.
+    pub fn new(file: &File, len: usize, shared: bool) -> Result<Mapping> {
+        use rustix::mm::{MapFlags, ProtFlags, mmap};
+        let flags = if shared { MapFlags::SHARED } else { MapFlags::PRIVATE };
+        let protection = if shared { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+        // SAFETY: the kernel chooses a free place, so nothing of ours is unmapped.
+        let start = unsafe { mmap(std::ptr::null_mut(), len, protection, flags, file, 0) };
+        Ok(Mapping { start: start.context("mapping the file failed")?.cast(), len })
+    }
+
+    /// The bytes from `offset` on, as they are now.
+    pub fn read(&self, offset: usize, len: usize) -> Result<Vec<u8>> {
+        let byte = |at: usize| {
+            // SAFETY: below the mapping's length, see below. Others may write at any time: a byte
+            // at a time, volatile, is all that is assumed.
+            unsafe { self.start.add(at).read_volatile() }
+        };
+        let end = offset.checked_add(len).filter(|end| *end <= self.len).context("beyond the mapping")?;
+        Ok((offset..end).map(byte).collect())
+    }
+
+    /// Sets bytes of a shared mapping.
+    pub fn write(&self, offset: usize, data: &[u8]) -> Result<()> {
+        let end = offset.checked_add(data.len()).context("beyond the mapping")?;
+        ensure!(end <= self.len, "beyond the mapping");
+        for (at, byte) in (offset..).zip(data) {
+            // SAFETY: below the mapping's length, which is writable if it is shared.
+            unsafe { self.start.add(at).write_volatile(*byte) };
+        }
+        Ok(())
+    }
+
+    /// Waits until what was written is with the server.
+    pub fn sync(&self) -> Result<()> {
+        // SAFETY: the whole of our own mapping.
+        unsafe { rustix::mm::msync(self.start.cast(), self.len, rustix::mm::MsyncFlags::SYNC) }
+            .context("msync failed")
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the whole of our own mapping, which nobody uses any more.
+        let _ = unsafe { rustix::mm::munmap(self.start.cast(), self.len) };
+    }
+}
