@@ -45,7 +45,7 @@ def writeback_meets_parallel_writes(setting):
     def collide():
         faults = ["--mixed-modes", "--delay", "10"]
         with disk.directory() as share, setting.guest(share, "--cache=auto", faults=faults) as (guest, _):
-            guest.output(f"agree /mnt/file --collide --readers 0 --time {milliseconds}", 60)
+            guest.output(f"agree /mnt/file --collide --writers 2 --readers 0 --time {milliseconds}", 60)
             clean(guest)
 
     if setting.patched:

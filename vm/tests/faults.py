@@ -59,7 +59,7 @@ def a_failing_store_is_one_writers_error(setting):
 
 
 def killed_writers_leave_the_others_alone(setting):
-    with disk.directory() as share, setting.guest(share, "--cache=never", faults=["--delay", "20"]) as (guest, daemon):
+    with disk.directory() as share, setting.guest(share, "--cache=never", faults=["--delay", "150"]) as (guest, daemon):
         guest.output(f"({WRITE} --size {SIZE} >/tmp/out 2>&1; echo end >>/tmp/out) >/dev/null 2>&1 & sleep 1")
         guest.output("ps | grep -- '--one [25]$' | awk '{print $1}' | xargs kill -9")
         # And the daemon takes a rest.
