@@ -1,5 +1,7 @@
 //! Options as users type them. The names are virtiofsd's wherever it has one.
 
+mod attributes;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,11 +9,13 @@ use clap::{ArgAction, Parser, ValueEnum};
 use log::LevelFilter;
 use thiserror::Error;
 
+use self::attributes::AttributeOptions;
 use crate::config::{
     CachePolicy, Config, DeviceConfig, FsConfig, Listen, ParallelDirectWrites, Sandbox, Store,
 };
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
+use crate::mapping::ids::IdMapError;
 
 /// Share a host directory with a virtual machine: a vhost-user daemon for virtio-fs.
 ///
@@ -47,6 +51,9 @@ pub struct Options {
     /// Show other file systems inside the share as ordinary directories
     #[arg(long, help_heading = "Share")]
     no_announce_submounts: bool,
+
+    #[command(flatten)]
+    attributes: AttributeOptions,
 
     /// Make a socket at this path and listen there for the front end (QEMU's chardev)
     #[arg(long, value_name = "PATH", help_heading = "Connection")]
@@ -186,6 +193,8 @@ pub enum OptionError {
     BadCpus(String),
     #[error("--rlimit-nofile must be at least 64")]
     BadLimit,
+    #[error("--translate-{ids} cannot be used")]
+    BadIdMap { ids: &'static str, source: IdMapError },
 }
 
 /// What was asked for on the command line.
@@ -229,7 +238,7 @@ impl Options {
         if self.rlimit_nofile.is_some_and(|limit| limit < 64) {
             return Err(OptionError::BadLimit);
         }
-        let fs = self.fs_config();
+        let fs = self.attributes.add_to(self.fs_config())?;
         if fs.writeback && fs.parallel_direct_writes == ParallelDirectWrites::Always {
             return Err(OptionError::WritebackParallel);
         }
@@ -290,6 +299,7 @@ impl Options {
             posix_lock: self.posix_lock,
             flock: self.flock,
             announce_submounts: !self.no_announce_submounts,
+            ..FsConfig::default()
         }
     }
 }

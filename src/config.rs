@@ -4,6 +4,8 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::mapping::ids::{GidMap, UidMap};
+
 /// Everything a start of the daemon is told.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -101,6 +103,30 @@ pub struct FsConfig {
     pub announce_submounts: bool,
     /// Which files are opened for parallel direct writes.
     pub parallel_direct_writes: ParallelDirectWrites,
+    /// Users of guest and host.
+    pub uid_map: UidMap,
+    /// Groups of guest and host.
+    pub gid_map: GidMap,
+}
+
+impl Default for FsConfig {
+    /// What an empty command line asks for.
+    fn default() -> FsConfig {
+        FsConfig {
+            cache: CachePolicy::Auto,
+            writeback: false,
+            allow_mmap: false,
+            allow_direct_io: false,
+            readdirplus: true,
+            xattr: false,
+            posix_lock: false,
+            flock: false,
+            announce_submounts: true,
+            parallel_direct_writes: ParallelDirectWrites::Auto,
+            uid_map: UidMap::default(),
+            gid_map: GidMap::default(),
+        }
+    }
 }
 
 /// What the guest may cache (`--cache`).

@@ -2,4 +2,5 @@
 //!
 //! Rules and tables alone: no I/O, and nothing of the command line but the language of the rules.
 
+pub mod acl;
 pub mod ids;

@@ -10,6 +10,7 @@ mod credentials;
 mod data;
 mod directories;
 mod handles;
+mod identity;
 mod inodes;
 pub mod io_mode;
 pub mod locks;
@@ -198,8 +199,8 @@ impl FileSystem for PassthroughFs {
         self.remove_name(&*self.inode(parent)?, name, true)
     }
 
-    fn rename(&self, _ctx: &Context, parent: NodeId, rename: &Rename<'_>) -> Result<()> {
-        self.rename_entry(&*self.inode(parent)?, &*self.inode(rename.new_parent)?, rename)
+    fn rename(&self, ctx: &Context, parent: NodeId, rename: &Rename<'_>) -> Result<()> {
+        self.rename_entry(ctx, &*self.inode(parent)?, &*self.inode(rename.new_parent)?, rename)
     }
 
     fn link(&self, _ctx: &Context, node: NodeId, new_parent: NodeId, name: Name<'_>) -> Result<Entry> {

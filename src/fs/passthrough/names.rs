@@ -9,7 +9,6 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::credentials::become_caller;
 use super::inodes::Inode;
 use super::lookup::{PROC, proc_name};
 use super::{Context, PassthroughFs};
@@ -80,17 +79,28 @@ impl PassthroughFs {
         unlinkat(parent.path(), name.as_c_str(), flags)
     }
 
-    pub(super) fn rename_entry(&self, from: &Inode, to: &Inode, rename: &Rename<'_>) -> Result<()> {
+    /// RENAME and RENAME2. A whiteout that is left behind belongs to the caller.
+    pub(super) fn rename_entry(
+        &self,
+        ctx: &Context,
+        from: &Inode,
+        to: &Inode,
+        rename: &Rename<'_>,
+    ) -> Result<()> {
         let (name, new_name) = (rename.name.as_c_str(), rename.new_name.as_c_str());
         match RenameFlags::from_bits(rename.flags) {
             None => Err(Errno::INVAL),
             Some(flags) if flags.is_empty() => renameat(from.path(), name, to.path(), new_name),
-            Some(flags) => renameat_with(from.path(), name, to.path(), new_name, flags),
+            Some(flags) => {
+                let whiteout = flags.contains(RenameFlags::WHITEOUT);
+                let _caller = whiteout.then(|| self.become_caller_without_groups(ctx)).transpose()?;
+                renameat_with(from.path(), name, to.path(), new_name, flags)
+            }
         }
     }
 
     fn as_caller(&self, ctx: &Context, call: impl FnOnce() -> Result<()>) -> Result<()> {
-        let _caller = become_caller(self.own, ctx, self.session().groups_are_sent)?;
+        let _caller = self.become_caller(ctx)?;
         call()
     }
 }

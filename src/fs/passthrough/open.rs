@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustix::fs::{FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
 
-use super::credentials::{become_caller, without_fsetid};
+use super::credentials::without_fsetid;
 use super::handles::Handle;
 use super::inodes::Inode;
 use super::{Context, PassthroughFs};
@@ -58,7 +58,7 @@ impl PassthroughFs {
             | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(create.mode & !create.umask & 0o7777);
         let created = {
-            let _caller = become_caller(self.own, ctx, self.session().groups_are_sent)?;
+            let _caller = self.become_caller(ctx)?;
             openat(parent.path(), name, flags, mode)
         };
         match created {
@@ -88,7 +88,7 @@ impl PassthroughFs {
         let mode = Mode::from_raw_mode(tmpfile.mode & !tmpfile.umask & 0o7777);
         let directory = rustix::path::DecInt::from_fd(parent.path());
         let file = {
-            let _caller = become_caller(self.own, ctx, self.session().groups_are_sent)?;
+            let _caller = self.become_caller(ctx)?;
             openat(&self.proc_self_fd, directory, flags | OFlags::CLOEXEC, mode)?
         };
         let (entry, inode) = self.adopt(self.path_of(&file)?, Some(parent))?;

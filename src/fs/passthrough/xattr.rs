@@ -1,5 +1,6 @@
 //! Extended attributes, with `--xattr`.
 
+use std::borrow::Cow;
 use std::ffi::CStr;
 
 use rustix::fs::{XattrFlags, getxattr, getxattr_query, listxattr, listxattr_query, removexattr, setxattr};
@@ -10,6 +11,7 @@ use super::inodes::Inode;
 use super::lookup::proc_name;
 use super::{NO_XATTR, PassthroughFs};
 use crate::fs::{Result, XattrReply};
+use crate::mapping::acl::{ValueError, holds_ids, value_to_guest, value_to_host};
 
 /// Longest value and longest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const SIZE_MAX: usize = 64 << 10;
@@ -27,17 +29,30 @@ impl PassthroughFs {
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         // Setting an ACL clears the set-group-id bit as it would for the caller.
         let _unprivileged = acl_kill_sgid.then(without_fsetid).transpose()?;
-        setxattr(proc_name(inode), name, value, flags)
+        let mut value = Cow::Borrowed(value);
+        if holds_ids(name) {
+            value_to_host(name, value.to_mut(), &self.config.uid_map, &self.config.gid_map).map_err(
+                |error| match error {
+                    ValueError::Malformed => Errno::INVAL,
+                    ValueError::Forbidden => Errno::PERM,
+                },
+            )?;
+        }
+        setxattr(proc_name(inode), name, &value, flags)
     }
 
     pub(super) fn get_xattr(&self, inode: &Inode, name: &CStr, size: u32) -> Result<XattrReply> {
         self.check_xattr()?;
         let path = proc_name(inode);
-        answer(
+        let mut reply = answer(
             size,
             || getxattr_query(path.as_c_str(), name),
             |buffer| getxattr(path.as_c_str(), name, buffer),
-        )
+        )?;
+        if let XattrReply::Data(value) = &mut reply {
+            value_to_guest(name, value, &self.config.uid_map, &self.config.gid_map).map_err(|_| Errno::IO)?;
+        }
+        Ok(reply)
     }
 
     pub(super) fn list_xattr(&self, inode: &Inode, size: u32) -> Result<XattrReply> {

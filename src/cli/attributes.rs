@@ -1,0 +1,40 @@
+//! Options about owners and extended attributes.
+
+use clap::Args;
+
+use super::OptionError;
+use crate::config::FsConfig;
+use crate::mapping::ids::{Id, IdMap, IdMapError};
+
+/// Options about owners and extended attributes.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Owners and attributes")]
+pub(super) struct AttributeOptions {
+    /// Users who have other numbers on the host: map:GUEST:HOST:COUNT, guest:GUEST:HOST:COUNT,
+    /// host:HOST:GUEST:COUNT, squash-guest:GUEST:HOST:COUNT, squash-host:HOST:GUEST:COUNT or
+    /// forbid-guest:GUEST:COUNT; may be given several times
+    #[arg(long, value_name = "RULE")]
+    translate_uid: Vec<String>,
+
+    /// The same for groups
+    #[arg(long, value_name = "RULE")]
+    translate_gid: Vec<String>,
+}
+
+impl AttributeOptions {
+    /// Fills in what these options say.
+    pub(super) fn add_to(&self, config: FsConfig) -> Result<FsConfig, OptionError> {
+        Ok(FsConfig {
+            uid_map: id_map(&self.translate_uid)
+                .map_err(|source| OptionError::BadIdMap { ids: "uid", source })?,
+            gid_map: id_map(&self.translate_gid)
+                .map_err(|source| OptionError::BadIdMap { ids: "gid", source })?,
+            ..config
+        })
+    }
+}
+
+fn id_map<G: Id, H: Id>(rules: &[String]) -> Result<IdMap<G, H>, IdMapError> {
+    let rules: Vec<_> = rules.iter().map(|rule| rule.parse()).collect::<Result<_, _>>()?;
+    IdMap::new(&rules)
+}
