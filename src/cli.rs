@@ -16,6 +16,7 @@ use crate::config::{
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
 use crate::mapping::ids::IdMapError;
+use crate::mapping::xattrs::XattrMapError;
 
 /// Share a host directory with a virtual machine: a vhost-user daemon for virtio-fs.
 ///
@@ -195,6 +196,8 @@ pub enum OptionError {
     BadLimit,
     #[error("--translate-{ids} cannot be used")]
     BadIdMap { ids: &'static str, source: IdMapError },
+    #[error("--xattrmap cannot be used")]
+    BadXattrMap(#[source] XattrMapError),
 }
 
 /// What was asked for on the command line.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::mapping::ids::{GidMap, UidMap};
+use crate::mapping::xattrs::XattrMap;
 
 /// Everything a start of the daemon is told.
 #[derive(Clone, Debug)]
@@ -95,6 +96,8 @@ pub struct FsConfig {
     pub readdirplus: bool,
     /// Serve extended attributes.
     pub xattr: bool,
+    /// What extended attributes are called on the host; `None` for the guest's names.
+    pub xattr_map: Option<XattrMap>,
     /// Take POSIX locks on the host.
     pub posix_lock: bool,
     /// Take flock(2) locks on the host.
@@ -119,6 +122,7 @@ impl Default for FsConfig {
             allow_direct_io: false,
             readdirplus: true,
             xattr: false,
+            xattr_map: None,
             posix_lock: false,
             flock: false,
             announce_submounts: true,

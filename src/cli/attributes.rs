@@ -19,6 +19,10 @@ pub(super) struct AttributeOptions {
     /// The same for groups
     #[arg(long, value_name = "RULE")]
     translate_gid: Vec<String>,
+
+    /// Other names for extended attributes on the host, as in :map::user.guest.: (implies --xattr)
+    #[arg(long, value_name = "RULES")]
+    xattrmap: Option<String>,
 }
 
 impl AttributeOptions {
@@ -29,6 +33,12 @@ impl AttributeOptions {
                 .map_err(|source| OptionError::BadIdMap { ids: "uid", source })?,
             gid_map: id_map(&self.translate_gid)
                 .map_err(|source| OptionError::BadIdMap { ids: "gid", source })?,
+            xattr: config.xattr || self.xattrmap.is_some(),
+            xattr_map: self
+                .xattrmap
+                .as_deref()
+                .map(|rules| rules.parse().map_err(OptionError::BadXattrMap))
+                .transpose()?,
             ..config
         })
     }

@@ -12,7 +12,8 @@ use crate::fuse::ids::{GuestGid, GuestUid};
 pub const ACCESS: &CStr = c"system.posix_acl_access";
 /// What new files in a directory get.
 pub const DEFAULT: &CStr = c"system.posix_acl_default";
-const CAPABILITY: &CStr = c"security.capability";
+/// What a program may do beyond its caller.
+pub const CAPABILITY: &CStr = c"security.capability";
 
 /// Bytes of an ACL's header, a version (`struct posix_acl_xattr_header`).
 const ACL_HEADER: usize = 4;

@@ -4,3 +4,4 @@
 
 pub mod acl;
 pub mod ids;
+pub mod xattrs;

@@ -120,6 +120,7 @@ impl PassthroughFs {
             self.set_mode(&inode, mode & PERMISSIONS)?;
         }
         if uid.is_some() || gid.is_some() {
+            self.drop_mapped_capability(&inode)?;
             chownat(inode.path(), c"", uid, gid, AtFlags::EMPTY_PATH)?;
         }
         if let Some(size) = set.size {
@@ -147,6 +148,7 @@ impl PassthroughFs {
             FileType::Directory => return Err(Errno::ISDIR),
             _ => return Err(Errno::INVAL),
         }
+        self.drop_mapped_capability(inode)?;
         let _guard = inode.ranges.write_from(size.min(stat(inode.path())?.stx_size));
         let _unprivileged = kill_suidgid.then(without_fsetid).transpose()?;
         let handle = handle.and_then(|handle| self.handles.get(inode.node, handle).ok());

@@ -21,7 +21,7 @@ pub mod range_lock;
 mod shards;
 mod xattr;
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -64,6 +64,8 @@ pub struct PassthroughFs {
     inodes: InodeTable,
     handles: HandleTable,
     waits: Waits,
+    /// See [`xattr::mapped_capability`].
+    mapped_capability: Option<CString>,
     session: RwLock<Session>,
 }
 
@@ -81,6 +83,7 @@ impl PassthroughFs {
         let inodes = InodeTable::new(root, lookup::key(&stat));
         let session = Session { policy: policy(&config, false), submounts: false, groups_are_sent: false };
         Ok(PassthroughFs {
+            mapped_capability: xattr::mapped_capability(&config),
             config,
             own: OwnIds::current(),
             proc_self_fd,
@@ -302,7 +305,9 @@ impl FileSystem for PassthroughFs {
         offset: u64,
         length: u64,
     ) -> Result<()> {
-        data::allocate(&*self.handles.get(node, handle)?, mode, offset, length)
+        let handle = self.handles.get(node, handle)?;
+        self.drop_mapped_capability(&handle.inode)?;
+        data::allocate(&handle, mode, offset, length)
     }
 
     fn lseek(&self, _ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {
@@ -312,6 +317,7 @@ impl FileSystem for PassthroughFs {
     fn copy_file_range(&self, _ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
         let source = self.handles.get(node, copy.handle_in)?;
         let target = self.handles.get(copy.node_out, copy.handle_out)?;
+        self.drop_mapped_capability(&target.inode)?;
         data::copy(&source, &target, copy)
     }
 

@@ -37,6 +37,9 @@ impl PassthroughFs {
         let _guard = truncates.then(|| inode.ranges.write_from(0));
         let kill = truncates && open_flags.contains(OpenRequestFlags::KILL_SUIDGID);
         let _unprivileged = kill.then(without_fsetid).transpose()?;
+        if truncates {
+            self.drop_mapped_capability(&inode)?;
+        }
         let file = self.reopen(&inode, host_flags)?;
         self.add_file(&inode, file, flags)
     }

@@ -39,6 +39,12 @@ impl Client<'_> {
         self.call_bytes(&Request::new(Opcode::Listxattr, node).arg(&arg).reply_data(size))
     }
 
+    /// LISTXATTR of size 0: how long the list is.
+    pub fn listxattr_size(&self, node: u64) -> Result<usize> {
+        let request = Request::new(Opcode::Listxattr, node).arg(&GetxattrIn::default());
+        self.call::<GetxattrOut>(request.reply::<GetxattrOut>()).map(|out| out.size as usize)
+    }
+
     /// REMOVEXATTR.
     pub fn removexattr(&self, node: u64, name: impl AsRef<[u8]>) -> Result<()> {
         self.call_empty(Request::new(Opcode::Removexattr, node).name(name))
