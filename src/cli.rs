@@ -213,6 +213,7 @@ pub enum Command {
 pub const CAPABILITIES: &str = r#"{
   "type": "fs",
   "features": [
+    "posix-acl-negotiation-mode",
     "separate-options"
   ]
 }"#;

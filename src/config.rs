@@ -96,6 +96,8 @@ pub struct FsConfig {
     pub readdirplus: bool,
     /// Serve extended attributes.
     pub xattr: bool,
+    /// Let the guest evaluate POSIX ACLs.
+    pub posix_acl: Insistence,
     /// What extended attributes are called on the host; `None` for the guest's names.
     pub xattr_map: Option<XattrMap>,
     /// Take POSIX locks on the host.
@@ -122,6 +124,7 @@ impl Default for FsConfig {
             allow_direct_io: false,
             readdirplus: true,
             xattr: false,
+            posix_acl: Insistence::Never,
             xattr_map: None,
             posix_lock: false,
             flock: false,
@@ -131,6 +134,17 @@ impl Default for FsConfig {
             gid_map: GidMap::default(),
         }
     }
+}
+
+/// How much something is wanted that needs both the guest and the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Insistence {
+    /// Not at all.
+    Never,
+    /// If both have it.
+    Auto,
+    /// In any case: without it nothing is served.
+    Always,
 }
 
 /// What the guest may cache (`--cache`).

@@ -1,9 +1,9 @@
 //! Options about owners and extended attributes.
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::OptionError;
-use crate::config::FsConfig;
+use crate::config::{FsConfig, Insistence};
 use crate::mapping::ids::{Id, IdMap, IdMapError};
 
 /// Options about owners and extended attributes.
@@ -23,6 +23,33 @@ pub(super) struct AttributeOptions {
     /// Other names for extended attributes on the host, as in :map::user.guest.: (implies --xattr)
     #[arg(long, value_name = "RULES")]
     xattrmap: Option<String>,
+
+    /// POSIX ACLs, which the guest evaluates (implies --xattr); without a MODE: always
+    #[arg(
+        long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true,
+        default_value = "never", default_missing_value = "always"
+    )]
+    posix_acl: Mode,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// Off
+    Never,
+    /// If the guest and the host's file system have it
+    Auto,
+    /// Refuse to serve without it
+    Always,
+}
+
+impl From<Mode> for Insistence {
+    fn from(mode: Mode) -> Insistence {
+        match mode {
+            Mode::Never => Insistence::Never,
+            Mode::Auto => Insistence::Auto,
+            Mode::Always => Insistence::Always,
+        }
+    }
 }
 
 impl AttributeOptions {
@@ -33,7 +60,8 @@ impl AttributeOptions {
                 .map_err(|source| OptionError::BadIdMap { ids: "uid", source })?,
             gid_map: id_map(&self.translate_gid)
                 .map_err(|source| OptionError::BadIdMap { ids: "gid", source })?,
-            xattr: config.xattr || self.xattrmap.is_some(),
+            xattr: config.xattr || self.xattrmap.is_some() || self.posix_acl != Mode::Never,
+            posix_acl: self.posix_acl.into(),
             xattr_map: self
                 .xattrmap
                 .as_deref()

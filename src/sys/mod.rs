@@ -3,6 +3,7 @@
 pub mod guest_buffers;
 pub mod locks;
 pub mod signals;
+pub mod umask;
 
 use std::os::fd::{IntoRawFd, OwnedFd};
 

@@ -1,7 +1,7 @@
 //! Owners and callers between guest and host. Every number of a user or group that goes one way or
 //! the other passes here or through [`crate::mapping`].
 
-use rustix::fs::Statx;
+use rustix::fs::{Mode, Statx};
 use rustix::io::Errno;
 
 use super::credentials::{Caller, CallerGuard, become_caller};
@@ -9,6 +9,10 @@ use super::{Context, PassthroughFs};
 use crate::fs::Result;
 use crate::fuse::ids::{GuestGid, GuestUid};
 use crate::mapping::ids::{HostGid, HostUid};
+use crate::sys::umask::set_thread_umask;
+
+/// Permission and set-id bits of a mode.
+const MODE_BITS: u32 = 0o7777;
 
 /// User and group that the guest sees as an inode's owners.
 #[derive(Clone, Copy, Debug)]
@@ -44,8 +48,27 @@ impl PassthroughFs {
         })
     }
 
+    /// Creates something as the caller: `create` gets the mode that it is to ask the host for.
+    ///
+    /// A guest that applies umasks by itself has done so. One that leaves them to us wants them to
+    /// count only where the directory has no default ACL, which the host alone can tell in time.
+    pub(super) fn create_as<T>(
+        &self,
+        ctx: &Context,
+        mode: u32,
+        umask: u32,
+        create: impl FnOnce(Mode) -> Result<T>,
+    ) -> Result<T> {
+        let _caller = self.become_caller(ctx)?;
+        if !self.session().leaves_umask {
+            return create(Mode::from_raw_mode(mode & !umask & MODE_BITS));
+        }
+        let _umask = set_thread_umask(Mode::from_raw_mode(umask & 0o777))?;
+        create(Mode::from_raw_mode(mode & MODE_BITS))
+    }
+
     /// Acts as the caller until the guard is dropped.
-    pub(super) fn become_caller(&self, ctx: &Context) -> Result<CallerGuard> {
+    fn become_caller(&self, ctx: &Context) -> Result<CallerGuard> {
         // The guest's root may do all, also if it is somebody else on the host. Others may do what
         // their groups allow, if we hear of them.
         let keep_override = ctx.uid == GuestUid(0) || !self.session().groups_are_sent;

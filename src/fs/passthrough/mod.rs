@@ -28,6 +28,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use log::debug;
 use rustix::fs::Mode;
 use rustix::io::Errno;
+use thiserror::Error;
 
 use self::credentials::OwnIds;
 use self::handles::HandleTable;
@@ -35,7 +36,7 @@ use self::inodes::{Inode, InodeTable};
 use self::io_mode::IoPolicy;
 use self::locks::Waits;
 use super::{Context, FileSystem, Opened, Result, XattrReply};
-use crate::config::FsConfig;
+use crate::config::{FsConfig, Insistence};
 use crate::fuse::abi;
 use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
 use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
@@ -53,6 +54,27 @@ struct Session {
     submounts: bool,
     /// Creating calls carry the supplementary group that matters.
     groups_are_sent: bool,
+    /// The guest leaves umasks to us.
+    leaves_umask: bool,
+    /// The guest evaluates ACLs, and so may see and set them.
+    acls: bool,
+}
+
+/// Why a directory cannot be served as it was asked for.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum StartError {
+    /// The host's file system has no ACLs.
+    #[error("the share's file system has no POSIX ACLs: leave --posix-acl out, or give --posix-acl=auto")]
+    NoAcls,
+    /// Rules for names and ACLs cannot go together.
+    #[error(
+        "--posix-acl needs ACLs under their own names, but --xattrmap changes or forbids them: put the rule \
+         :ok:all:system.posix_acl_:system.posix_acl_: first"
+    )]
+    AclsAreMapped,
+    /// A system call failed.
+    #[error(transparent)]
+    System(#[from] Errno),
 }
 
 /// The file system below one directory of the host.
@@ -64,6 +86,8 @@ pub struct PassthroughFs {
     inodes: InodeTable,
     handles: HandleTable,
     waits: Waits,
+    /// ACLs can be had on the host, and were asked for.
+    offers_acls: bool,
     /// See [`xattr::mapped_capability`].
     mapped_capability: Option<CString>,
     session: RwLock<Session>,
@@ -76,13 +100,25 @@ impl PassthroughFs {
     /// Two things of the process change: the umask becomes 0, since guests apply their callers',
     /// and the working directory becomes `proc_self_fd`, which gives the system calls that know no
     /// descriptors a way to name one.
-    pub fn new(root: OwnedFd, proc_self_fd: OwnedFd, config: FsConfig) -> Result<PassthroughFs> {
+    pub fn new(
+        root: OwnedFd,
+        proc_self_fd: OwnedFd,
+        config: FsConfig,
+    ) -> std::result::Result<PassthroughFs, StartError> {
         rustix::process::umask(Mode::empty());
         rustix::process::fchdir(&proc_self_fd)?;
         let stat = lookup::stat(&root)?;
+        let offers_acls = xattr::acls_can_be_had(&root, &config)?;
         let inodes = InodeTable::new(root, lookup::key(&stat));
-        let session = Session { policy: policy(&config, false), submounts: false, groups_are_sent: false };
+        let session = Session {
+            policy: policy(&config, false),
+            submounts: false,
+            groups_are_sent: false,
+            leaves_umask: false,
+            acls: false,
+        };
         Ok(PassthroughFs {
+            offers_acls,
             mapped_capability: xattr::mapped_capability(&config),
             config,
             own: OwnIds::current(),
@@ -120,6 +156,7 @@ impl FileSystem for PassthroughFs {
             | InitFlags::SETXATTR_EXT;
         let config = &self.config;
         flags.set(InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO, config.readdirplus);
+        flags.set(InitFlags::POSIX_ACL | InitFlags::DONT_MASK, self.offers_acls);
         flags.set(InitFlags::SUBMOUNTS, config.announce_submounts);
         flags.set(InitFlags::POSIX_LOCKS, config.posix_lock);
         flags.set(InitFlags::FLOCK_LOCKS, config.flock);
@@ -129,12 +166,21 @@ impl FileSystem for PassthroughFs {
         flags
     }
 
+    fn required_flags(&self) -> InitFlags {
+        match self.config.posix_acl {
+            Insistence::Always => InitFlags::POSIX_ACL,
+            Insistence::Never | Insistence::Auto => InitFlags::empty(),
+        }
+    }
+
     fn init(&self, negotiated: &Negotiated) {
         let flags = negotiated.flags;
         *self.session.write().unwrap_or_else(PoisonError::into_inner) = Session {
             policy: policy(&self.config, flags.contains(InitFlags::WRITEBACK_CACHE)),
             submounts: flags.contains(InitFlags::SUBMOUNTS),
             groups_are_sent: flags.contains(InitFlags::CREATE_SUPP_GROUP),
+            leaves_umask: flags.contains(InitFlags::DONT_MASK),
+            acls: flags.contains(InitFlags::POSIX_ACL),
         };
     }
 
@@ -187,11 +233,11 @@ impl FileSystem for PassthroughFs {
         rdev: u32,
         umask: u32,
     ) -> Result<Entry> {
-        self.make_node(ctx, &*self.inode(parent)?, name, mode & !umask, rdev)
+        self.make_node(ctx, &*self.inode(parent)?, name, (mode, umask), rdev)
     }
 
     fn mkdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>, mode: u32, umask: u32) -> Result<Entry> {
-        self.make_directory(ctx, &*self.inode(parent)?, name, mode & !umask)
+        self.make_directory(ctx, &*self.inode(parent)?, name, mode, umask)
     }
 
     fn unlink(&self, _ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {

@@ -4,8 +4,8 @@ use std::ffi::CStr;
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, RenameFlags, linkat, mkdirat, mknodat, readlinkat, renameat, renameat_with,
-    symlinkat, unlinkat,
+    AtFlags, FileType, RenameFlags, linkat, mkdirat, mknodat, readlinkat, renameat, renameat_with, symlinkat,
+    unlinkat,
 };
 use rustix::io::Errno;
 
@@ -24,9 +24,10 @@ impl PassthroughFs {
         parent: &Inode,
         name: Name<'_>,
         mode: u32,
+        umask: u32,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        self.as_caller(ctx, || mkdirat(parent.path(), name, Mode::from_raw_mode(mode & 0o7777)))?;
+        self.create_as(ctx, mode, umask, |mode| mkdirat(parent.path(), name, mode))?;
         self.look_up(parent, name)
     }
 
@@ -35,7 +36,7 @@ impl PassthroughFs {
         ctx: &Context,
         parent: &Inode,
         name: Name<'_>,
-        mode: u32,
+        (mode, umask): (u32, u32),
         rdev: u32,
     ) -> Result<Entry> {
         let name = name.as_c_str();
@@ -44,8 +45,8 @@ impl PassthroughFs {
             0 => FileType::RegularFile,
             _ => FileType::from_raw_mode(mode),
         };
-        let permissions = Mode::from_raw_mode(mode & 0o7777);
-        self.as_caller(ctx, || mknodat(parent.path(), name, kind, permissions, decode_device(rdev)))?;
+        let device = decode_device(rdev);
+        self.create_as(ctx, mode, umask, |mode| mknodat(parent.path(), name, kind, mode, device))?;
         self.look_up(parent, name)
     }
 
@@ -57,7 +58,7 @@ impl PassthroughFs {
         target: &CStr,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        self.as_caller(ctx, || symlinkat(target, parent.path(), name))?;
+        self.create_as(ctx, 0, 0, |_| symlinkat(target, parent.path(), name))?;
         self.look_up(parent, name)
     }
 
@@ -97,11 +98,6 @@ impl PassthroughFs {
                 renameat_with(from.path(), name, to.path(), new_name, flags)
             }
         }
-    }
-
-    fn as_caller(&self, ctx: &Context, call: impl FnOnce() -> Result<()>) -> Result<()> {
-        let _caller = self.become_caller(ctx)?;
-        call()
     }
 }
 

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::{FileType, Mode, OFlags, openat};
+use rustix::fs::{FileType, OFlags, openat};
 use rustix::io::Errno;
 
 use super::credentials::without_fsetid;
@@ -59,12 +59,8 @@ impl PassthroughFs {
             | OFlags::EXCL
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
-        let mode = Mode::from_raw_mode(create.mode & !create.umask & 0o7777);
-        let created = {
-            let _caller = self.become_caller(ctx)?;
-            openat(parent.path(), name, flags, mode)
-        };
-        match created {
+        let create_new = |mode| openat(parent.path(), name, flags, mode);
+        match self.create_as(ctx, create.mode, create.umask, create_new) {
             Ok(file) => {
                 let (entry, inode) = self.adopt(self.path_of(&file)?, Some(parent))?;
                 self.open_entry(entry, || self.add_file(&inode, file, create.flags))
@@ -88,12 +84,10 @@ impl PassthroughFs {
     ) -> Result<(Entry, Opened)> {
         let keep_unnamed = OFlags::from_bits_retain(tmpfile.flags) & OFlags::EXCL;
         let flags = (self.host_flags(tmpfile.flags) - OFlags::TRUNC) | OFlags::TMPFILE | keep_unnamed;
-        let mode = Mode::from_raw_mode(tmpfile.mode & !tmpfile.umask & 0o7777);
         let directory = rustix::path::DecInt::from_fd(parent.path());
-        let file = {
-            let _caller = self.become_caller(ctx)?;
-            openat(&self.proc_self_fd, directory, flags | OFlags::CLOEXEC, mode)?
-        };
+        let file = self.create_as(ctx, tmpfile.mode, tmpfile.umask, |mode| {
+            openat(&self.proc_self_fd, directory, flags | OFlags::CLOEXEC, mode)
+        })?;
         let (entry, inode) = self.adopt(self.path_of(&file)?, Some(parent))?;
         self.open_entry(entry, || self.add_file(&inode, file, tmpfile.flags))
     }

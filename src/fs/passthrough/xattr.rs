@@ -2,17 +2,24 @@
 
 use std::borrow::Cow;
 use std::ffi::{CStr, CString};
+use std::os::fd::OwnedFd;
 
-use rustix::fs::{XattrFlags, getxattr, getxattr_query, listxattr, listxattr_query, removexattr, setxattr};
+use log::info;
+use rustix::fs::{
+    AtFlags, FileType, Mode, XattrFlags, chmodat, getxattr, getxattr_query, listxattr, removexattr, setxattr,
+};
 use rustix::io::Errno;
+use rustix::path::DecInt;
 
 use super::credentials::without_fsetid;
 use super::inodes::Inode;
-use super::lookup::proc_name;
-use super::{NO_XATTR, PassthroughFs};
-use crate::config::FsConfig;
+use super::lookup::{PROC, proc_name, stat};
+use super::{NO_XATTR, PassthroughFs, StartError};
+use crate::config::{FsConfig, Insistence};
 use crate::fs::{Result, XattrReply};
-use crate::mapping::acl::{CAPABILITY, ValueError, holds_ids, value_to_guest, value_to_host};
+use crate::mapping::acl::{
+    ACCESS, CAPABILITY, DEFAULT, ValueError, holds_ids, is_acl, value_to_guest, value_to_host,
+};
 use crate::mapping::xattrs::Refusal;
 
 /// Longest value and longest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
@@ -25,6 +32,30 @@ const USUAL_LIST: usize = 1 << 10;
 pub(super) fn mapped_capability(config: &FsConfig) -> Option<CString> {
     let host = config.xattr_map.as_ref()?.to_host(CAPABILITY).ok()?;
     (*host != *CAPABILITY).then(|| host.into_owned())
+}
+
+/// Whether ACLs are to be offered to guests: if they were asked for and the host has them.
+pub(super) fn acls_can_be_had(root: &OwnedFd, config: &FsConfig) -> std::result::Result<bool, StartError> {
+    let as_they_are = |name: &CStr| {
+        config.xattr_map.as_ref().is_none_or(|map| {
+            map.to_host(name).is_ok_and(|host| *host == *name)
+                && map.to_guest(name.to_bytes()) == Some(name.to_bytes())
+        })
+    };
+    let missing = if config.posix_acl == Insistence::Never {
+        return Ok(false);
+    } else if !as_they_are(ACCESS) || !as_they_are(DEFAULT) {
+        StartError::AclsAreMapped
+    } else if getxattr_query(DecInt::from_fd(root).as_c_str(), ACCESS) == Err(Errno::NOTSUP) {
+        StartError::NoAcls
+    } else {
+        return Ok(true);
+    };
+    if config.posix_acl == Insistence::Always {
+        return Err(missing);
+    }
+    info!("POSIX ACLs are not offered to the guest: {missing}");
+    Ok(false)
 }
 
 impl PassthroughFs {
@@ -52,8 +83,9 @@ impl PassthroughFs {
                 },
             )?;
         }
-        // Setting an ACL clears the set-group-id bit as it would for the caller.
-        let _unprivileged = acl_kill_sgid.then(without_fsetid).transpose()?;
+        if acl_kill_sgid && *name == *ACCESS {
+            return set_acl_and_clear_sgid(inode, &value, flags);
+        }
         setxattr(proc_name(inode), &*name, &value, flags)
     }
 
@@ -79,17 +111,9 @@ impl PassthroughFs {
 
     pub(super) fn list_xattr(&self, inode: &Inode, size: u32) -> Result<XattrReply> {
         self.check_xattr()?;
-        let Some(map) = &self.config.xattr_map else {
-            let path = proc_name(inode);
-            return answer(
-                size,
-                || listxattr_query(path.as_c_str()),
-                |buffer| listxattr(path.as_c_str(), buffer),
-            );
-        };
         let mut names = Vec::new();
         for name in host_names(inode)?.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
-            if let Some(name) = map.to_guest(name) {
+            if let Some(name) = self.guest_name(name) {
                 names.extend_from_slice(name);
                 names.push(0);
             }
@@ -117,12 +141,23 @@ impl PassthroughFs {
         }
     }
 
-    /// What an attribute of the guest is called on the host.
+    /// What an attribute of the guest is called on the host. A guest that does not evaluate ACLs
+    /// has none: it would take the mode's group bits, which an ACL makes wider, for the group's.
     fn host_name<'a>(&self, name: &'a CStr) -> std::result::Result<Cow<'a, CStr>, Refusal> {
-        match &self.config.xattr_map {
-            None => Ok(Cow::Borrowed(name)),
-            Some(map) => map.to_host(name),
+        let host = match &self.config.xattr_map {
+            None => Cow::Borrowed(name),
+            Some(map) => map.to_host(name)?,
+        };
+        let is_acl = is_acl(name) || is_acl(&host);
+        if is_acl && !self.session().acls { Err(Refusal::Unsupported) } else { Ok(host) }
+    }
+
+    /// What the guest calls an attribute of the host; `None` if it does not get to see it.
+    fn guest_name<'a>(&self, name: &'a [u8]) -> Option<&'a [u8]> {
+        if !self.session().acls && [ACCESS, DEFAULT].iter().any(|acl| acl.to_bytes() == name) {
+            return None;
         }
+        self.config.xattr_map.as_ref().map_or(Some(name), |map| map.to_guest(name))
     }
 
     fn check_xattr(&self) -> Result<()> {
@@ -137,6 +172,18 @@ fn refused(refusal: Refusal) -> Errno {
         Refusal::Unsupported => Errno::NOTSUP,
         Refusal::TooLong => Errno::NODATA,
     }
+}
+
+/// Sets an access ACL for a caller who is not in the file's group: the set-group-id bit goes.
+fn set_acl_and_clear_sgid(inode: &Inode, value: &[u8], flags: XattrFlags) -> Result<()> {
+    let _unprivileged = without_fsetid()?;
+    setxattr(proc_name(inode), ACCESS, value, flags)?;
+    // The host has done so by itself, unless the file's group is the daemon's own.
+    let mode = Mode::from_raw_mode(u32::from(stat(inode.path())?.stx_mode));
+    if mode.contains(Mode::SGID) && inode.kind != FileType::Symlink {
+        chmodat(PROC, proc_name(inode), mode - Mode::SGID, AtFlags::empty())?;
+    }
+    Ok(())
 }
 
 /// All names that the host has, each with its NUL.
