@@ -1,5 +1,7 @@
 //! Options as users type them. The names are virtiofsd's wherever it has one.
 
+mod attributes;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,12 +9,15 @@ use clap::{ArgAction, Parser, ValueEnum};
 use log::LevelFilter;
 use thiserror::Error;
 
+use self::attributes::AttributeOptions;
 use crate::config::{
     CachePolicy, Config, DeviceConfig, FsConfig, InodeFileHandles, Listen, ParallelDirectWrites, Sandbox,
     Store,
 };
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
+use crate::mapping::ids::IdMapError;
+use crate::mapping::xattrs::XattrMapError;
 
 /// Share a host directory with a virtual machine: a vhost-user daemon for virtio-fs.
 ///
@@ -48,6 +53,9 @@ pub struct Options {
     /// Show other file systems inside the share as ordinary directories
     #[arg(long, help_heading = "Share")]
     no_announce_submounts: bool,
+
+    #[command(flatten)]
+    attributes: AttributeOptions,
 
     /// Make a socket at this path and listen there for the front end (QEMU's chardev)
     #[arg(long, value_name = "PATH", help_heading = "Connection")]
@@ -201,6 +209,10 @@ pub enum OptionError {
     BadCpus(String),
     #[error("--rlimit-nofile must be at least 64")]
     BadLimit,
+    #[error("--translate-{ids} cannot be used")]
+    BadIdMap { ids: &'static str, source: IdMapError },
+    #[error("--xattrmap cannot be used")]
+    BadXattrMap(#[source] XattrMapError),
 }
 
 /// What was asked for on the command line.
@@ -216,6 +228,7 @@ pub enum Command {
 pub const CAPABILITIES: &str = r#"{
   "type": "fs",
   "features": [
+    "posix-acl-negotiation-mode",
     "separate-options"
   ]
 }"#;
@@ -244,7 +257,7 @@ impl Options {
         if self.rlimit_nofile.is_some_and(|limit| limit < 64) {
             return Err(OptionError::BadLimit);
         }
-        let fs = self.fs_config();
+        let fs = self.attributes.add_to(self.fs_config())?;
         if fs.writeback && fs.parallel_direct_writes == ParallelDirectWrites::Always {
             return Err(OptionError::WritebackParallel);
         }
@@ -310,6 +323,7 @@ impl Options {
             posix_lock: self.posix_lock,
             flock: self.flock,
             announce_submounts: !self.no_announce_submounts,
+            ..FsConfig::default()
         }
     }
 }

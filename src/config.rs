@@ -4,6 +4,9 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::mapping::ids::{GidMap, UidMap};
+use crate::mapping::xattrs::XattrMap;
+
 /// Everything a start of the daemon is told.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -95,6 +98,10 @@ pub struct FsConfig {
     pub xattr: bool,
     /// Whether inodes that are seldom used may be held by file handles instead of descriptors.
     pub inode_file_handles: InodeFileHandles,
+    /// Let the guest evaluate POSIX ACLs.
+    pub posix_acl: Insistence,
+    /// What extended attributes are called on the host; `None` for the guest's names.
+    pub xattr_map: Option<XattrMap>,
     /// Take POSIX locks on the host.
     pub posix_lock: bool,
     /// Take flock(2) locks on the host.
@@ -103,6 +110,44 @@ pub struct FsConfig {
     pub announce_submounts: bool,
     /// Which files are opened for parallel direct writes.
     pub parallel_direct_writes: ParallelDirectWrites,
+    /// Users of guest and host.
+    pub uid_map: UidMap,
+    /// Groups of guest and host.
+    pub gid_map: GidMap,
+}
+
+impl Default for FsConfig {
+    /// What an empty command line asks for.
+    fn default() -> FsConfig {
+        FsConfig {
+            cache: CachePolicy::Auto,
+            writeback: false,
+            allow_mmap: false,
+            allow_direct_io: false,
+            readdirplus: true,
+            xattr: false,
+            inode_file_handles: InodeFileHandles::Prefer,
+            posix_acl: Insistence::Never,
+            xattr_map: None,
+            posix_lock: false,
+            flock: false,
+            announce_submounts: true,
+            parallel_direct_writes: ParallelDirectWrites::Auto,
+            uid_map: UidMap::default(),
+            gid_map: GidMap::default(),
+        }
+    }
+}
+
+/// How much something is wanted that needs both the guest and the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Insistence {
+    /// Not at all.
+    Never,
+    /// If both have it.
+    Auto,
+    /// In any case: without it nothing is served.
+    Always,
 }
 
 /// What the guest may cache (`--cache`).

@@ -10,6 +10,7 @@ pub mod fs;
 pub mod fuse;
 pub mod listen;
 pub mod logging;
+pub mod mapping;
 pub mod sandbox;
 pub mod server;
 pub mod service;

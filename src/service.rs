@@ -143,6 +143,14 @@ impl Service {
                 return Err(Errno::PROTO);
             }
         };
+        let missing = self.fs.required_flags() - negotiated.flags;
+        if !missing.is_empty() {
+            warn_limited!(
+                "a guest was refused: it lacks {missing:?}, which was asked for with the mode always; \
+                 with the mode auto it is served without"
+            );
+            return Err(Errno::PROTO);
+        }
         self.end_session();
         self.fs.init(&negotiated);
         info!("session begins: FUSE 7.{}, {:?}", negotiated.minor, negotiated.flags);

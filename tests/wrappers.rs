@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use lanefsd::config::{CachePolicy, FsConfig, ParallelDirectWrites};
+use lanefsd::config::{CachePolicy, FsConfig};
 use lanefsd::fs::null::NullStore;
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::read_only::ReadOnly;
@@ -35,15 +35,9 @@ fn share() -> (TempDir, PassthroughFs) {
     let config = FsConfig {
         cache: CachePolicy::Never,
         writeback: true,
-        allow_mmap: false,
-        allow_direct_io: false,
-        readdirplus: true,
         xattr: true,
-        inode_file_handles: lanefsd::config::InodeFileHandles::Never,
-        posix_lock: false,
-        flock: false,
         announce_submounts: false,
-        parallel_direct_writes: ParallelDirectWrites::Auto,
+        ..FsConfig::default()
     };
     let proc_self_fd = open("/proc/self/fd".as_ref());
     let fs = PassthroughFs::new(open(directory.path()), proc_self_fd, config).unwrap();

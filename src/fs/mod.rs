@@ -81,6 +81,11 @@ pub trait FileSystem: Send + Sync {
         self.below().map_or(InitFlags::empty(), FileSystem::offered_flags)
     }
 
+    /// The INIT flags without which a guest is not to be served.
+    fn required_flags(&self) -> InitFlags {
+        self.below().map_or(InitFlags::empty(), FileSystem::required_flags)
+    }
+
     /// A session begins; `negotiated` holds what guest and daemon agreed on.
     fn init(&self, negotiated: &Negotiated) {
         if let Ok(fs) = self.below() {

@@ -4,6 +4,7 @@ pub mod file_handles;
 pub mod guest_buffers;
 pub mod locks;
 pub mod signals;
+pub mod umask;
 
 use std::os::fd::{IntoRawFd, OwnedFd};
 

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
 use super::credentials::{gid_of, uid_of, without_fsetid};
+use super::identity::Owner;
 use super::inodes::Inode;
 use super::lookup::{PROC, proc_name, stat};
 use super::{Context, PassthroughFs};
@@ -23,7 +24,7 @@ use crate::fuse::request::{self, SetTime, Setattr};
 const PERMISSIONS: u32 = 0o7777;
 
 /// Attributes in the protocol's form.
-pub(super) fn attr(stat: &Statx) -> abi::Attr {
+pub(super) fn attr(stat: &Statx, owner: Owner) -> abi::Attr {
     abi::Attr {
         ino: stat.stx_ino,
         size: stat.stx_size,
@@ -37,8 +38,8 @@ pub(super) fn attr(stat: &Statx) -> abi::Attr {
         ctimensec: stat.stx_ctime.tv_nsec,
         mode: u32::from(stat.stx_mode),
         nlink: stat.stx_nlink,
-        uid: stat.stx_uid,
-        gid: stat.stx_gid,
+        uid: owner.uid.0,
+        gid: owner.gid.0,
         rdev: encode_device(stat.stx_rdev_major, stat.stx_rdev_minor),
         blksize: stat.stx_blksize,
         flags: 0,
@@ -69,12 +70,14 @@ pub(super) fn file_system(inode: &Inode) -> Result<abi::Kstatfs> {
 
 impl PassthroughFs {
     pub(super) fn attributes(&self, inode: &Inode) -> Result<Attributes> {
-        Ok(Attributes { attr: attr(&stat(inode.path()?)?), valid: self.config.cache.timeout() })
+        let stat = stat(inode.path()?)?;
+        Ok(Attributes { attr: attr(&stat, self.owner(&stat)), valid: self.config.cache.timeout() })
     }
 
     /// STATX. The host is asked for what the guest wants, but never to synchronize with a server.
     pub(super) fn extended_attributes(&self, inode: &Inode, _wanted: &request::Statx) -> Result<StatxReply> {
         let stat = stat(inode.path()?)?;
+        let owner = self.owner(&stat);
         let time = |time: rustix::fs::StatxTimestamp| abi::SxTime {
             tv_sec: time.tv_sec,
             tv_nsec: time.tv_nsec,
@@ -86,8 +89,8 @@ impl PassthroughFs {
             blksize: stat.stx_blksize,
             attributes: stat.stx_attributes.bits(),
             nlink: stat.stx_nlink,
-            uid: stat.stx_uid,
-            gid: stat.stx_gid,
+            uid: owner.uid.0,
+            gid: owner.gid.0,
             mode: stat.stx_mode,
             ino: stat.stx_ino,
             size: stat.stx_size,
@@ -110,12 +113,14 @@ impl PassthroughFs {
     /// as POSIX asks for it (a new owner clears set-id bits).
     pub(super) fn set_attributes(&self, node: NodeId, set: &Setattr) -> Result<Attributes> {
         let inode = self.inode(node)?;
+        // Owners that the guest must not give are refused before anything is changed.
+        let uid: Option<Uid> = set.uid.map(|uid| uid_of(self.host_uid(uid)?)).transpose()?;
+        let gid: Option<Gid> = set.gid.map(|gid| gid_of(self.host_gid(gid)?)).transpose()?;
         if let Some(mode) = set.mode {
             self.set_mode(&inode, mode & PERMISSIONS)?;
         }
-        if set.uid.is_some() || set.gid.is_some() {
-            let uid: Option<Uid> = set.uid.map(uid_of).transpose()?;
-            let gid: Option<Gid> = set.gid.map(gid_of).transpose()?;
+        if uid.is_some() || gid.is_some() {
+            self.drop_mapped_capability(&inode)?;
             chownat(inode.path()?, c"", uid, gid, AtFlags::EMPTY_PATH)?;
         }
         if let Some(size) = set.size {
@@ -143,7 +148,8 @@ impl PassthroughFs {
             FileType::Directory => return Err(Errno::ISDIR),
             _ => return Err(Errno::INVAL),
         }
-        let _guard = inode.ranges.write_from(size.min(attr(&stat(inode.path()?)?).size));
+        self.drop_mapped_capability(inode)?;
+        let _guard = inode.ranges.write_from(size.min(stat(inode.path()?)?.stx_size));
         let _unprivileged = kill_suidgid.then(without_fsetid).transpose()?;
         let handle = handle.and_then(|handle| self.handles.get(inode.node, handle).ok());
         if let Some(handle) = handle {
@@ -160,16 +166,16 @@ impl PassthroughFs {
     /// and mode, as the caller's other groups are not known here.
     pub(super) fn check_access(&self, ctx: &Context, inode: &Inode, mask: u32) -> Result<()> {
         let stat = stat(inode.path()?)?;
-        let mode = u32::from(stat.stx_mode);
+        let (mode, owner) = (u32::from(stat.stx_mode), self.owner(&stat));
         let wanted = mask & 0o7;
         if ctx.uid.0 == 0 {
             // Root may do all but execute what nobody may.
             let executable = inode.kind == FileType::Directory || mode & 0o111 != 0;
             return if wanted & 0o1 == 0 || executable { Ok(()) } else { Err(Errno::ACCESS) };
         }
-        let granted = if ctx.uid.0 == stat.stx_uid {
+        let granted = if ctx.uid == owner.uid {
             mode >> 6
-        } else if ctx.gid.0 == stat.stx_gid {
+        } else if ctx.gid == owner.gid {
             mode >> 3
         } else {
             mode

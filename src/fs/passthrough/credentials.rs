@@ -11,8 +11,8 @@ use rustix::thread::{
     CapabilitySet, capabilities, set_capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
 
-use crate::fs::{Context, Result};
-use crate::fuse::ids::{GuestGid, GuestUid};
+use crate::fs::Result;
+use crate::mapping::ids::{HostGid, HostUid};
 
 /// The daemon's own ids, which every thread has while it serves nobody.
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +28,17 @@ impl OwnIds {
     }
 }
 
+/// A caller in the host's numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// User.
+    pub uid: HostUid,
+    /// Group.
+    pub gid: HostGid,
+    /// The one supplementary group that matters.
+    pub group: Option<HostGid>,
+}
+
 /// The thread has the caller's ids until this is dropped.
 #[derive(Debug)]
 #[must_use = "the ids are taken off again when this is dropped"]
@@ -40,13 +51,12 @@ pub struct CallerGuard {
 
 /// Puts the caller's user, group and the one supplementary group that matters on the thread.
 ///
-/// The guest has already checked the caller's permissions. So a daemon that had CAP_DAC_OVERRIDE
-/// keeps it if the guest does not send supplementary groups: the host would otherwise refuse what
-/// the caller may do through a group that we do not hear of.
-pub fn become_caller(own: OwnIds, ctx: &Context, groups_are_sent: bool) -> Result<CallerGuard> {
-    let (uid, gid) = (uid_of(ctx.uid)?, gid_of(ctx.gid)?);
+/// The guest has already checked the caller's permissions. With `keep_override` a daemon that had
+/// CAP_DAC_OVERRIDE keeps it, where the host would refuse what the guest's kernel rightly allowed.
+pub fn become_caller(own: OwnIds, caller: Caller, keep_override: bool) -> Result<CallerGuard> {
+    let (uid, gid) = (uid_of(caller.uid)?, gid_of(caller.gid)?);
     let mut guard = CallerGuard { own, uid_changed: false, gid_changed: false, groups_changed: false };
-    let group = ctx.supplementary_group.map(gid_of).transpose()?.filter(|group| *group != gid);
+    let group = caller.group.map(gid_of).transpose()?.filter(|group| *group != gid);
     if let Some(group) = group
         && uid != own.uid
     {
@@ -59,7 +69,7 @@ pub fn become_caller(own: OwnIds, ctx: &Context, groups_are_sent: bool) -> Resul
     }
     if uid != own.uid {
         let could_override =
-            !groups_are_sent && capabilities(None)?.effective.contains(CapabilitySet::DAC_OVERRIDE);
+            keep_override && capabilities(None)?.effective.contains(CapabilitySet::DAC_OVERRIDE);
         set_thread_res_uid(None::<Uid>, Some(uid), None::<Uid>)?;
         guard.uid_changed = true;
         if could_override {
@@ -118,13 +128,13 @@ impl Drop for NoFsetid {
     }
 }
 
-/// A user on the host; EINVAL for the id that system calls take for "unchanged".
-pub fn uid_of(uid: GuestUid) -> Result<Uid> {
+/// A user, as system calls take one; EINVAL for the id that system calls take for "unchanged".
+pub fn uid_of(uid: HostUid) -> Result<Uid> {
     if uid.0 == u32::MAX { Err(Errno::INVAL) } else { Ok(Uid::from_raw(uid.0)) }
 }
 
-/// A group on the host; EINVAL for the id that system calls take for "unchanged".
-pub fn gid_of(gid: GuestGid) -> Result<Gid> {
+/// A group, as system calls take one; EINVAL for the id that system calls take for "unchanged".
+pub fn gid_of(gid: HostGid) -> Result<Gid> {
     if gid.0 == u32::MAX { Err(Errno::INVAL) } else { Ok(Gid::from_raw(gid.0)) }
 }
 

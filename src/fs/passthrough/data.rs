@@ -59,6 +59,7 @@ impl PassthroughFs {
             if appends { ranges.write_from(0) } else { ranges.write(write.offset, u64::from(write.size)) };
         let kill = write.write_flags.contains(WriteFlags::KILL_SUIDGID);
         let _unprivileged = kill.then(without_fsetid).transpose()?;
+        self.drop_mapped_capability(&handle.inode)?;
         // The guest's idea of the end of the file may be old; with RWF_APPEND the host's counts.
         let flags = if appends { libc::RWF_APPEND } else { 0 };
         write_all(handle.fd(), write.offset, flags, data)

@@ -81,7 +81,7 @@ impl PassthroughFs {
 
     fn entry(&self, inode: &Inode, stat: &Statx, parent: Option<&Inode>) -> Entry {
         let timeout = self.config.cache.timeout();
-        let mut attr = attr(stat);
+        let mut attr = attr(stat, self.owner(stat));
         let other_mount = parent.is_some_and(|parent| parent.key.mount != inode.key.mount);
         if other_mount && inode.kind == FileType::Directory && self.session().submounts {
             attr.flags |= AttrFlags::SUBMOUNT.bits();

@@ -10,6 +10,7 @@ mod credentials;
 mod data;
 mod directories;
 mod handles;
+mod identity;
 mod inodes;
 pub mod io_mode;
 pub mod locks;
@@ -21,7 +22,7 @@ pub mod range_lock;
 mod shards;
 mod xattr;
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -37,7 +38,7 @@ use self::io_mode::IoPolicy;
 use self::locks::Waits;
 use self::pins::Descriptors;
 use super::{Context, FileSystem, Opened, Result, XattrReply};
-use crate::config::{FsConfig, InodeFileHandles};
+use crate::config::{FsConfig, InodeFileHandles, Insistence};
 use crate::fuse::abi;
 use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
 use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
@@ -47,19 +48,6 @@ use crate::fuse::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
 use crate::fuse::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 
-/// Why a share cannot be served.
-#[derive(Debug, Error)]
-pub enum SetUpError {
-    /// The host denies what every share needs.
-    #[error("the host does not let the daemon look at it")]
-    Host(#[source] Errno),
-    /// `--inode-file-handles=mandatory` cannot be had.
-    #[error(
-        "its inodes cannot be held by file handles, which takes CAP_DAC_READ_SEARCH and a file system that has them; leave out --inode-file-handles=mandatory"
-    )]
-    FileHandles(#[source] Errno),
-}
-
 /// What guest and daemon agreed on, as far as it matters here.
 #[derive(Clone, Copy, Debug)]
 struct Session {
@@ -68,6 +56,33 @@ struct Session {
     submounts: bool,
     /// Creating calls carry the supplementary group that matters.
     groups_are_sent: bool,
+    /// The guest leaves umasks to us.
+    leaves_umask: bool,
+    /// The guest evaluates ACLs, and so may see and set them.
+    acls: bool,
+}
+
+/// Why a directory cannot be served as it was asked for.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum StartError {
+    /// The host's file system has no ACLs.
+    #[error("the share's file system has no POSIX ACLs: leave --posix-acl out, or give --posix-acl=auto")]
+    NoAcls,
+    /// Rules for names and ACLs cannot go together.
+    #[error(
+        "--posix-acl needs ACLs under their own names, but --xattrmap changes or forbids them: put the rule \
+         :ok:all:system.posix_acl_:system.posix_acl_: first"
+    )]
+    AclsAreMapped,
+    /// `--inode-file-handles=mandatory` cannot be had.
+    #[error(
+        "inodes cannot be held by file handles, which takes CAP_DAC_READ_SEARCH and a file system that has them: \
+         leave out --inode-file-handles=mandatory"
+    )]
+    NoFileHandles,
+    /// A system call failed.
+    #[error(transparent)]
+    System(#[from] Errno),
 }
 
 /// The file system below one directory of the host.
@@ -79,6 +94,10 @@ pub struct PassthroughFs {
     inodes: InodeTable,
     handles: HandleTable,
     waits: Waits,
+    /// ACLs can be had on the host, and were asked for.
+    offers_acls: bool,
+    /// See [`xattr::mapped_capability`].
+    mapped_capability: Option<CString>,
     session: RwLock<Session>,
 }
 
@@ -93,14 +112,23 @@ impl PassthroughFs {
         root: OwnedFd,
         proc_self_fd: OwnedFd,
         config: FsConfig,
-    ) -> std::result::Result<PassthroughFs, SetUpError> {
+    ) -> std::result::Result<PassthroughFs, StartError> {
         rustix::process::umask(Mode::empty());
-        rustix::process::fchdir(&proc_self_fd).map_err(SetUpError::Host)?;
-        let stat = lookup::stat(&root).map_err(SetUpError::Host)?;
+        rustix::process::fchdir(&proc_self_fd)?;
+        let stat = lookup::stat(&root)?;
+        let offers_acls = xattr::acls_can_be_had(&root, &config)?;
         let descriptors = descriptors(config.inode_file_handles, &root)?;
         let inodes = InodeTable::new(root, lookup::key(&stat), descriptors);
-        let session = Session { policy: policy(&config, false), submounts: false, groups_are_sent: false };
+        let session = Session {
+            policy: policy(&config, false),
+            submounts: false,
+            groups_are_sent: false,
+            leaves_umask: false,
+            acls: false,
+        };
         Ok(PassthroughFs {
+            offers_acls,
+            mapped_capability: xattr::mapped_capability(&config),
             config,
             own: OwnIds::current(),
             proc_self_fd,
@@ -121,11 +149,11 @@ impl PassthroughFs {
 }
 
 /// How inodes share what descriptors there are.
-fn descriptors(wanted: InodeFileHandles, root: &OwnedFd) -> std::result::Result<Descriptors, SetUpError> {
+fn descriptors(wanted: InodeFileHandles, root: &OwnedFd) -> std::result::Result<Descriptors, StartError> {
     match (wanted, Descriptors::limited(root)) {
         (InodeFileHandles::Never, _) => Ok(Descriptors::unlimited()),
         (_, Ok(descriptors)) => Ok(descriptors),
-        (InodeFileHandles::Mandatory, Err(errno)) => Err(SetUpError::FileHandles(errno)),
+        (InodeFileHandles::Mandatory, Err(_)) => Err(StartError::NoFileHandles),
         (InodeFileHandles::Prefer, Err(errno)) => {
             debug!("inodes cannot be held by file handles here: {errno}");
             Ok(Descriptors::unlimited())
@@ -150,6 +178,7 @@ impl FileSystem for PassthroughFs {
             | InitFlags::SETXATTR_EXT;
         let config = &self.config;
         flags.set(InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO, config.readdirplus);
+        flags.set(InitFlags::POSIX_ACL | InitFlags::DONT_MASK, self.offers_acls);
         flags.set(InitFlags::SUBMOUNTS, config.announce_submounts);
         flags.set(InitFlags::POSIX_LOCKS, config.posix_lock);
         flags.set(InitFlags::FLOCK_LOCKS, config.flock);
@@ -159,12 +188,21 @@ impl FileSystem for PassthroughFs {
         flags
     }
 
+    fn required_flags(&self) -> InitFlags {
+        match self.config.posix_acl {
+            Insistence::Always => InitFlags::POSIX_ACL,
+            Insistence::Never | Insistence::Auto => InitFlags::empty(),
+        }
+    }
+
     fn init(&self, negotiated: &Negotiated) {
         let flags = negotiated.flags;
         *self.session.write().unwrap_or_else(PoisonError::into_inner) = Session {
             policy: policy(&self.config, flags.contains(InitFlags::WRITEBACK_CACHE)),
             submounts: flags.contains(InitFlags::SUBMOUNTS),
             groups_are_sent: flags.contains(InitFlags::CREATE_SUPP_GROUP),
+            leaves_umask: flags.contains(InitFlags::DONT_MASK),
+            acls: flags.contains(InitFlags::POSIX_ACL),
         };
     }
 
@@ -217,11 +255,11 @@ impl FileSystem for PassthroughFs {
         rdev: u32,
         umask: u32,
     ) -> Result<Entry> {
-        self.make_node(ctx, &*self.inode(parent)?, name, mode & !umask, rdev)
+        self.make_node(ctx, &*self.inode(parent)?, name, (mode, umask), rdev)
     }
 
     fn mkdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>, mode: u32, umask: u32) -> Result<Entry> {
-        self.make_directory(ctx, &*self.inode(parent)?, name, mode & !umask)
+        self.make_directory(ctx, &*self.inode(parent)?, name, mode, umask)
     }
 
     fn unlink(&self, _ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
@@ -232,8 +270,8 @@ impl FileSystem for PassthroughFs {
         self.remove_name(&*self.inode(parent)?, name, true)
     }
 
-    fn rename(&self, _ctx: &Context, parent: NodeId, rename: &Rename<'_>) -> Result<()> {
-        self.rename_entry(&*self.inode(parent)?, &*self.inode(rename.new_parent)?, rename)
+    fn rename(&self, ctx: &Context, parent: NodeId, rename: &Rename<'_>) -> Result<()> {
+        self.rename_entry(ctx, &*self.inode(parent)?, &*self.inode(rename.new_parent)?, rename)
     }
 
     fn link(&self, _ctx: &Context, node: NodeId, new_parent: NodeId, name: Name<'_>) -> Result<Entry> {
@@ -335,7 +373,9 @@ impl FileSystem for PassthroughFs {
         offset: u64,
         length: u64,
     ) -> Result<()> {
-        data::allocate(&*self.handles.get(node, handle)?, mode, offset, length)
+        let handle = self.handles.get(node, handle)?;
+        self.drop_mapped_capability(&handle.inode)?;
+        data::allocate(&handle, mode, offset, length)
     }
 
     fn lseek(&self, _ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {
@@ -345,6 +385,7 @@ impl FileSystem for PassthroughFs {
     fn copy_file_range(&self, _ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
         let source = self.handles.get(node, copy.handle_in)?;
         let target = self.handles.get(copy.node_out, copy.handle_out)?;
+        self.drop_mapped_capability(&target.inode)?;
         data::copy(&source, &target, copy)
     }
 

@@ -4,12 +4,11 @@ use std::ffi::CStr;
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, RenameFlags, linkat, mkdirat, mknodat, readlinkat, renameat, renameat_with,
-    symlinkat, unlinkat,
+    AtFlags, FileType, RenameFlags, linkat, mkdirat, mknodat, readlinkat, renameat, renameat_with, symlinkat,
+    unlinkat,
 };
 use rustix::io::Errno;
 
-use super::credentials::become_caller;
 use super::inodes::Inode;
 use super::lookup::{PROC, proc_name};
 use super::{Context, PassthroughFs};
@@ -25,10 +24,11 @@ impl PassthroughFs {
         parent: &Inode,
         name: Name<'_>,
         mode: u32,
+        umask: u32,
     ) -> Result<Entry> {
         let name = name.as_c_str();
         let path = parent.path()?;
-        self.as_caller(ctx, || mkdirat(&path, name, Mode::from_raw_mode(mode & 0o7777)))?;
+        self.create_as(ctx, mode, umask, |mode| mkdirat(&path, name, mode))?;
         self.look_up(parent, name)
     }
 
@@ -37,7 +37,7 @@ impl PassthroughFs {
         ctx: &Context,
         parent: &Inode,
         name: Name<'_>,
-        mode: u32,
+        (mode, umask): (u32, u32),
         rdev: u32,
     ) -> Result<Entry> {
         let name = name.as_c_str();
@@ -46,9 +46,9 @@ impl PassthroughFs {
             0 => FileType::RegularFile,
             _ => FileType::from_raw_mode(mode),
         };
-        let permissions = Mode::from_raw_mode(mode & 0o7777);
+        let device = decode_device(rdev);
         let path = parent.path()?;
-        self.as_caller(ctx, || mknodat(&path, name, kind, permissions, decode_device(rdev)))?;
+        self.create_as(ctx, mode, umask, |mode| mknodat(&path, name, kind, mode, device))?;
         self.look_up(parent, name)
     }
 
@@ -61,7 +61,7 @@ impl PassthroughFs {
     ) -> Result<Entry> {
         let name = name.as_c_str();
         let path = parent.path()?;
-        self.as_caller(ctx, || symlinkat(target, &path, name))?;
+        self.create_as(ctx, 0, 0, |_| symlinkat(target, &path, name))?;
         self.look_up(parent, name)
     }
 
@@ -83,18 +83,24 @@ impl PassthroughFs {
         unlinkat(parent.path()?, name.as_c_str(), flags)
     }
 
-    pub(super) fn rename_entry(&self, from: &Inode, to: &Inode, rename: &Rename<'_>) -> Result<()> {
+    /// RENAME and RENAME2. A whiteout that is left behind belongs to the caller.
+    pub(super) fn rename_entry(
+        &self,
+        ctx: &Context,
+        from: &Inode,
+        to: &Inode,
+        rename: &Rename<'_>,
+    ) -> Result<()> {
         let (name, new_name) = (rename.name.as_c_str(), rename.new_name.as_c_str());
         match RenameFlags::from_bits(rename.flags) {
             None => Err(Errno::INVAL),
             Some(flags) if flags.is_empty() => renameat(from.path()?, name, to.path()?, new_name),
-            Some(flags) => renameat_with(from.path()?, name, to.path()?, new_name, flags),
+            Some(flags) => {
+                let whiteout = flags.contains(RenameFlags::WHITEOUT);
+                let _caller = whiteout.then(|| self.become_caller_without_groups(ctx)).transpose()?;
+                renameat_with(from.path()?, name, to.path()?, new_name, flags)
+            }
         }
-    }
-
-    fn as_caller(&self, ctx: &Context, call: impl FnOnce() -> Result<()>) -> Result<()> {
-        let _caller = become_caller(self.own, ctx, self.session().groups_are_sent)?;
-        call()
     }
 }
 

@@ -3,10 +3,10 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::{FileType, Mode, OFlags, openat};
+use rustix::fs::{FileType, OFlags, openat};
 use rustix::io::Errno;
 
-use super::credentials::{become_caller, without_fsetid};
+use super::credentials::without_fsetid;
 use super::handles::Handle;
 use super::inodes::Inode;
 use super::{Context, PassthroughFs};
@@ -37,6 +37,9 @@ impl PassthroughFs {
         let _guard = truncates.then(|| inode.ranges.write_from(0));
         let kill = truncates && open_flags.contains(OpenRequestFlags::KILL_SUIDGID);
         let _unprivileged = kill.then(without_fsetid).transpose()?;
+        if truncates {
+            self.drop_mapped_capability(&inode)?;
+        }
         let file = self.reopen(&inode, host_flags)?;
         self.add_file(&inode, file, flags)
     }
@@ -56,13 +59,9 @@ impl PassthroughFs {
             | OFlags::EXCL
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
-        let mode = Mode::from_raw_mode(create.mode & !create.umask & 0o7777);
-        let directory = parent.path()?;
-        let created = {
-            let _caller = become_caller(self.own, ctx, self.session().groups_are_sent)?;
-            openat(&directory, name, flags, mode)
-        };
-        match created {
+        let path = parent.path()?;
+        let create_new = |mode| openat(&path, name, flags, mode);
+        match self.create_as(ctx, create.mode, create.umask, create_new) {
             Ok(file) => {
                 let (entry, inode) = self.adopt(self.path_of(&file)?, Some(parent))?;
                 self.open_entry(entry, || self.add_file(&inode, file, create.flags))
@@ -86,13 +85,11 @@ impl PassthroughFs {
     ) -> Result<(Entry, Opened)> {
         let keep_unnamed = OFlags::from_bits_retain(tmpfile.flags) & OFlags::EXCL;
         let flags = (self.host_flags(tmpfile.flags) - OFlags::TRUNC) | OFlags::TMPFILE | keep_unnamed;
-        let mode = Mode::from_raw_mode(tmpfile.mode & !tmpfile.umask & 0o7777);
         let path = parent.path()?;
         let directory = rustix::path::DecInt::from_fd(&path);
-        let file = {
-            let _caller = become_caller(self.own, ctx, self.session().groups_are_sent)?;
-            openat(&self.proc_self_fd, directory, flags | OFlags::CLOEXEC, mode)?
-        };
+        let file = self.create_as(ctx, tmpfile.mode, tmpfile.umask, |mode| {
+            openat(&self.proc_self_fd, directory, flags | OFlags::CLOEXEC, mode)
+        })?;
         let (entry, inode) = self.adopt(self.path_of(&file)?, Some(parent))?;
         self.open_entry(entry, || self.add_file(&inode, file, tmpfile.flags))
     }

@@ -1,18 +1,62 @@
 //! Extended attributes, with `--xattr`.
 
-use std::ffi::CStr;
+use std::borrow::Cow;
+use std::ffi::{CStr, CString};
+use std::os::fd::OwnedFd;
 
-use rustix::fs::{XattrFlags, getxattr, getxattr_query, listxattr, listxattr_query, removexattr, setxattr};
+use log::info;
+use rustix::fs::{
+    AtFlags, FileType, Mode, XattrFlags, chmodat, getxattr, getxattr_query, listxattr, removexattr, setxattr,
+};
 use rustix::io::Errno;
+use rustix::path::DecInt;
 
 use super::credentials::without_fsetid;
 use super::inodes::Inode;
-use super::lookup::proc_name;
-use super::{NO_XATTR, PassthroughFs};
+use super::lookup::{PROC, proc_name, stat};
+use super::{NO_XATTR, PassthroughFs, StartError};
+use crate::config::{FsConfig, Insistence};
 use crate::fs::{Result, XattrReply};
+use crate::mapping::acl::{
+    ACCESS, CAPABILITY, DEFAULT, ValueError, holds_ids, is_acl, value_to_guest, value_to_host,
+};
+use crate::mapping::xattrs::Refusal;
 
 /// Longest value and longest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const SIZE_MAX: usize = 64 << 10;
+/// Room for the names that inodes have as a rule.
+const USUAL_LIST: usize = 1 << 10;
+
+/// What `security.capability` is called on the host, if that is another name: the host's kernel
+/// does not know such capabilities then, and they are ours to take away.
+pub(super) fn mapped_capability(config: &FsConfig) -> Option<CString> {
+    let host = config.xattr_map.as_ref()?.to_host(CAPABILITY).ok()?;
+    (*host != *CAPABILITY).then(|| host.into_owned())
+}
+
+/// Whether ACLs are to be offered to guests: if they were asked for and the host has them.
+pub(super) fn acls_can_be_had(root: &OwnedFd, config: &FsConfig) -> std::result::Result<bool, StartError> {
+    let as_they_are = |name: &CStr| {
+        config.xattr_map.as_ref().is_none_or(|map| {
+            map.to_host(name).is_ok_and(|host| *host == *name)
+                && map.to_guest(name.to_bytes()) == Some(name.to_bytes())
+        })
+    };
+    let missing = if config.posix_acl == Insistence::Never {
+        return Ok(false);
+    } else if !as_they_are(ACCESS) || !as_they_are(DEFAULT) {
+        StartError::AclsAreMapped
+    } else if getxattr_query(DecInt::from_fd(root).as_c_str(), ACCESS) == Err(Errno::NOTSUP) {
+        StartError::NoAcls
+    } else {
+        return Ok(true);
+    };
+    if config.posix_acl == Insistence::Always {
+        return Err(missing);
+    }
+    info!("POSIX ACLs are not offered to the guest: {missing}");
+    Ok(false)
+}
 
 impl PassthroughFs {
     pub(super) fn set_xattr(
@@ -24,38 +68,141 @@ impl PassthroughFs {
         acl_kill_sgid: bool,
     ) -> Result<()> {
         self.check_xattr()?;
+        let name = match self.host_name(name) {
+            // The host has its own errno for names that are too long.
+            Err(Refusal::TooLong) => return Err(Errno::RANGE),
+            result => result.map_err(refused)?,
+        };
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
-        // Setting an ACL clears the set-group-id bit as it would for the caller.
-        let _unprivileged = acl_kill_sgid.then(without_fsetid).transpose()?;
-        setxattr(proc_name(&*inode.path()?), name, value, flags)
+        let mut value = Cow::Borrowed(value);
+        if holds_ids(&name) {
+            value_to_host(&name, value.to_mut(), &self.config.uid_map, &self.config.gid_map).map_err(
+                |error| match error {
+                    ValueError::Malformed => Errno::INVAL,
+                    ValueError::Forbidden => Errno::PERM,
+                },
+            )?;
+        }
+        if acl_kill_sgid && *name == *ACCESS {
+            return set_acl_and_clear_sgid(inode, &value, flags);
+        }
+        setxattr(proc_name(&*inode.path()?), &*name, &value, flags)
     }
 
     pub(super) fn get_xattr(&self, inode: &Inode, name: &CStr, size: u32) -> Result<XattrReply> {
         self.check_xattr()?;
+        let name = self.host_name(name).map_err(|refusal| match refusal {
+            Refusal::Unsupported => Errno::NOTSUP,
+            // What the guest must not have is not there.
+            Refusal::Bad | Refusal::TooLong => Errno::NODATA,
+        })?;
         let pin = inode.path()?;
         let path = proc_name(&pin);
-        answer(
+        let mut reply = answer(
             size,
-            || getxattr_query(path.as_c_str(), name),
-            |buffer| getxattr(path.as_c_str(), name, buffer),
-        )
+            || getxattr_query(path.as_c_str(), &*name),
+            |buffer| getxattr(path.as_c_str(), &*name, buffer),
+        )?;
+        if let XattrReply::Data(value) = &mut reply {
+            value_to_guest(&name, value, &self.config.uid_map, &self.config.gid_map)
+                .map_err(|_| Errno::IO)?;
+        }
+        Ok(reply)
     }
 
     pub(super) fn list_xattr(&self, inode: &Inode, size: u32) -> Result<XattrReply> {
         self.check_xattr()?;
-        let pin = inode.path()?;
-        let path = proc_name(&pin);
-        answer(size, || listxattr_query(path.as_c_str()), |buffer| listxattr(path.as_c_str(), buffer))
+        let mut names = Vec::new();
+        for name in host_names(inode)?.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+            if let Some(name) = self.guest_name(name) {
+                names.extend_from_slice(name);
+                names.push(0);
+            }
+        }
+        match usize::try_from(size) {
+            Ok(0) => Ok(XattrReply::Size(u32::try_from(names.len()).unwrap_or(u32::MAX))),
+            Ok(room) if room < names.len() => Err(Errno::RANGE),
+            _ => Ok(XattrReply::Data(names)),
+        }
     }
 
     pub(super) fn remove_xattr(&self, inode: &Inode, name: &CStr) -> Result<()> {
         self.check_xattr()?;
-        removexattr(proc_name(&*inode.path()?), name)
+        removexattr(proc_name(&*inode.path()?), &*self.host_name(name).map_err(refused)?)
+    }
+
+    /// Takes capabilities off a file whose data or owner is about to change, where the host's
+    /// kernel does not do it.
+    pub(super) fn drop_mapped_capability(&self, inode: &Inode) -> Result<()> {
+        let Some(name) = &self.mapped_capability else { return Ok(()) };
+        match removexattr(proc_name(&*inode.path()?), name) {
+            // Most files have none; on some inodes and file systems there is no such attribute.
+            Err(Errno::NODATA | Errno::NOTSUP | Errno::PERM) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// What an attribute of the guest is called on the host. A guest that does not evaluate ACLs
+    /// has none: it would take the mode's group bits, which an ACL makes wider, for the group's.
+    fn host_name<'a>(&self, name: &'a CStr) -> std::result::Result<Cow<'a, CStr>, Refusal> {
+        let host = match &self.config.xattr_map {
+            None => Cow::Borrowed(name),
+            Some(map) => map.to_host(name)?,
+        };
+        let is_acl = is_acl(name) || is_acl(&host);
+        if is_acl && !self.session().acls { Err(Refusal::Unsupported) } else { Ok(host) }
+    }
+
+    /// What the guest calls an attribute of the host; `None` if it does not get to see it.
+    fn guest_name<'a>(&self, name: &'a [u8]) -> Option<&'a [u8]> {
+        if !self.session().acls && [ACCESS, DEFAULT].iter().any(|acl| acl.to_bytes() == name) {
+            return None;
+        }
+        self.config.xattr_map.as_ref().map_or(Some(name), |map| map.to_guest(name))
     }
 
     fn check_xattr(&self) -> Result<()> {
         if self.config.xattr { Ok(()) } else { Err(NO_XATTR) }
     }
+}
+
+/// What a change of a refused attribute is answered with.
+fn refused(refusal: Refusal) -> Errno {
+    match refusal {
+        Refusal::Bad => Errno::PERM,
+        Refusal::Unsupported => Errno::NOTSUP,
+        Refusal::TooLong => Errno::NODATA,
+    }
+}
+
+/// Sets an access ACL for a caller who is not in the file's group: the set-group-id bit goes.
+fn set_acl_and_clear_sgid(inode: &Inode, value: &[u8], flags: XattrFlags) -> Result<()> {
+    let _unprivileged = without_fsetid()?;
+    setxattr(proc_name(&*inode.path()?), ACCESS, value, flags)?;
+    // The host has done so by itself, unless the file's group is the daemon's own.
+    let mode = Mode::from_raw_mode(u32::from(stat(inode.path()?)?.stx_mode));
+    if mode.contains(Mode::SGID) && inode.kind != FileType::Symlink {
+        chmodat(PROC, proc_name(&*inode.path()?), mode - Mode::SGID, AtFlags::empty())?;
+    }
+    Ok(())
+}
+
+/// All names that the host has, each with its NUL.
+fn host_names(inode: &Inode) -> Result<Vec<u8>> {
+    let pin = inode.path()?;
+    let path = proc_name(&pin);
+    for size in [USUAL_LIST, SIZE_MAX] {
+        let mut names = vec![0; size];
+        match listxattr(path.as_c_str(), names.as_mut_slice()) {
+            Ok(len) => {
+                names.truncate(len);
+                return Ok(names);
+            }
+            Err(Errno::RANGE) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Err(Errno::TOOBIG)
 }
 
 /// Asks the host for a value with as much room as the guest has, or for its length alone.

@@ -159,8 +159,19 @@ impl Client<'_> {
 
     /// TMPFILE: a file without a name in directory `parent`.
     pub fn tmpfile(&self, parent: u64, flags: i32, mode: u32) -> Result<(EntryOut, OpenOut)> {
-        let arg =
-            CreateIn { flags: flags.cast_unsigned(), mode: libc::S_IFREG | mode, umask: 0, open_flags: 0 };
+        self.tmpfile_with(parent, flags, mode, 0)
+    }
+
+    /// TMPFILE with a umask.
+    pub fn tmpfile_with(
+        &self,
+        parent: u64,
+        flags: i32,
+        mode: u32,
+        umask: u32,
+    ) -> Result<(EntryOut, OpenOut)> {
+        let mode = libc::S_IFREG | self.masked(mode, umask);
+        let arg = CreateIn { flags: flags.cast_unsigned(), mode, umask, open_flags: 0 };
         // Linux sends a slash for the name that is not there.
         let request = Request::new(Opcode::Tmpfile, parent).arg(&arg).name("/").reply::<CreateOut>();
         self.call::<CreateOut>(request).map(|out| (out.entry, out.open))

@@ -1,7 +1,7 @@
 //! Extended attributes.
 
 use lanefsd::fuse::abi::{COMPAT_SETXATTR_IN_SIZE, GetxattrIn, GetxattrOut, SetxattrIn};
-use lanefsd::fuse::flags::InitFlags;
+use lanefsd::fuse::flags::{InitFlags, SetxattrFlags};
 use lanefsd::fuse::opcode::Opcode;
 use zerocopy::IntoBytes;
 
@@ -12,8 +12,24 @@ use crate::request::Request;
 impl Client<'_> {
     /// SETXATTR with the flags of setxattr(2).
     pub fn setxattr(&self, node: u64, name: impl AsRef<[u8]>, value: &[u8], flags: i32) -> Result<()> {
-        let arg =
-            SetxattrIn { size: value.len() as u32, flags: flags.cast_unsigned(), ..SetxattrIn::default() };
+        self.setxattr_with(node, name, value, flags, SetxattrFlags::empty())
+    }
+
+    /// SETXATTR with the flags of setxattr(2) and those of the protocol, which need SETXATTR_EXT.
+    pub fn setxattr_with(
+        &self,
+        node: u64,
+        name: impl AsRef<[u8]>,
+        value: &[u8],
+        flags: i32,
+        setxattr_flags: SetxattrFlags,
+    ) -> Result<()> {
+        let arg = SetxattrIn {
+            size: value.len() as u32,
+            flags: flags.cast_unsigned(),
+            setxattr_flags: setxattr_flags.bits(),
+            ..SetxattrIn::default()
+        };
         let long = self.session.init_flags().contains(InitFlags::SETXATTR_EXT);
         let len = if long { size_of::<SetxattrIn>() } else { COMPAT_SETXATTR_IN_SIZE };
         self.call_empty(
@@ -37,6 +53,12 @@ impl Client<'_> {
     pub fn listxattr(&self, node: u64, size: usize) -> Result<Vec<u8>> {
         let arg = GetxattrIn { size: size as u32, padding: 0 };
         self.call_bytes(&Request::new(Opcode::Listxattr, node).arg(&arg).reply_data(size))
+    }
+
+    /// LISTXATTR of size 0: how long the list is.
+    pub fn listxattr_size(&self, node: u64) -> Result<usize> {
+        let request = Request::new(Opcode::Listxattr, node).arg(&GetxattrIn::default());
+        self.call::<GetxattrOut>(request.reply::<GetxattrOut>()).map(|out| out.size as usize)
     }
 
     /// REMOVEXATTR.

@@ -1,0 +1,78 @@
+//! Options about owners and extended attributes.
+
+use clap::{Args, ValueEnum};
+
+use super::OptionError;
+use crate::config::{FsConfig, Insistence};
+use crate::mapping::ids::{Id, IdMap, IdMapError};
+
+/// Options about owners and extended attributes.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Owners and attributes")]
+pub(super) struct AttributeOptions {
+    /// Users who have other numbers on the host: map:GUEST:HOST:COUNT, guest:GUEST:HOST:COUNT,
+    /// host:HOST:GUEST:COUNT, squash-guest:GUEST:HOST:COUNT, squash-host:HOST:GUEST:COUNT or
+    /// forbid-guest:GUEST:COUNT; may be given several times
+    #[arg(long, value_name = "RULE")]
+    translate_uid: Vec<String>,
+
+    /// The same for groups
+    #[arg(long, value_name = "RULE")]
+    translate_gid: Vec<String>,
+
+    /// Other names for extended attributes on the host, as in :map::user.guest.: (implies --xattr)
+    #[arg(long, value_name = "RULES")]
+    xattrmap: Option<String>,
+
+    /// POSIX ACLs, which the guest evaluates (implies --xattr); without a MODE: always
+    #[arg(
+        long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true,
+        default_value = "never", default_missing_value = "always"
+    )]
+    posix_acl: Mode,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// Off
+    Never,
+    /// If the guest and the host's file system have it
+    Auto,
+    /// Refuse to serve without it
+    Always,
+}
+
+impl From<Mode> for Insistence {
+    fn from(mode: Mode) -> Insistence {
+        match mode {
+            Mode::Never => Insistence::Never,
+            Mode::Auto => Insistence::Auto,
+            Mode::Always => Insistence::Always,
+        }
+    }
+}
+
+impl AttributeOptions {
+    /// Fills in what these options say.
+    pub(super) fn add_to(&self, config: FsConfig) -> Result<FsConfig, OptionError> {
+        Ok(FsConfig {
+            uid_map: id_map(&self.translate_uid)
+                .map_err(|source| OptionError::BadIdMap { ids: "uid", source })?,
+            gid_map: id_map(&self.translate_gid)
+                .map_err(|source| OptionError::BadIdMap { ids: "gid", source })?,
+            xattr: config.xattr || self.xattrmap.is_some() || self.posix_acl != Mode::Never,
+            posix_acl: self.posix_acl.into(),
+            xattr_map: self
+                .xattrmap
+                .as_deref()
+                .map(|rules| rules.parse().map_err(OptionError::BadXattrMap))
+                .transpose()?,
+            ..config
+        })
+    }
+}
+
+fn id_map<G: Id, H: Id>(rules: &[String]) -> Result<IdMap<G, H>, IdMapError> {
+    let rules: Vec<_> = rules.iter().map(|rule| rule.parse()).collect::<Result<_, _>>()?;
+    IdMap::new(&rules)
+}

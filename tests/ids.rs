@@ -1,0 +1,206 @@
+//! Users and groups with other numbers on the host, and callers who must not get mixed up.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "a test fails by panicking"
+)]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
+
+use lanefsd_frontend::client::{Change, ROOT};
+use lanefsd_frontend::{Backend, Caller, Client, Session, SessionOptions};
+use tempfile::TempDir;
+
+/// A back end that shares a directory on disk where everybody may create.
+fn on_disk(args: &[&str]) -> (TempDir, Backend, Session) {
+    let directory = common::disk_directory();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let backend = common::starter().args(args).share(directory.path()).start().unwrap();
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    (directory, backend, session)
+}
+
+fn owners(path: &Path) -> (u32, u32) {
+    let host = fs::symlink_metadata(path).unwrap();
+    (host.uid(), host.gid())
+}
+
+const SHIFTED: [&str; 2] = ["--translate-uid=map:0:100000:1000", "--translate-gid=map:0:200000:1000"];
+
+/// Makes one of each kind, named after it; the tmpfile gets a name at the end.
+fn make_one_of_each(client: &Client<'_>) -> lanefsd_frontend::Result<()> {
+    client.mkdir(ROOT, "dir", 0o755, 0)?;
+    client.symlink(ROOT, "link", "x")?;
+    client.mknod(ROOT, "node", libc::S_IFREG | 0o644, 0, 0)?;
+    let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o644, 0)?;
+    client.release(entry.nodeid, open.fh)?;
+    let (entry, open) = client.tmpfile(ROOT, libc::O_RDWR, 0o644)?;
+    client.link(entry.nodeid, ROOT, "tmpfile")?;
+    client.release(entry.nodeid, open.fh)
+}
+
+const KINDS: [&str; 5] = ["dir", "link", "node", "file", "tmpfile"];
+
+#[test]
+fn what_is_created_belongs_to_the_callers_host_ids() {
+    let (_directory, backend, session) = on_disk(&SHIFTED);
+    make_one_of_each(&session.client().user(5, 6)).unwrap();
+    for kind in KINDS {
+        assert_eq!(owners(&backend.path(kind)), (100_005, 200_006), "{kind}");
+    }
+    // The guest's root is nobody special on the host, but may create wherever it likes.
+    fs::set_permissions(backend.path("dir"), fs::Permissions::from_mode(0o700)).unwrap();
+    let dir = session.client().lookup(ROOT, "dir").unwrap().nodeid;
+    session.client().mkdir(dir, "roots", 0o755, 0).unwrap();
+    assert_eq!(owners(&backend.path("dir/roots")), (100_000, 200_000));
+    // Who has no rule keeps the number.
+    session.client().user(1000, 1001).mkdir(ROOT, "beyond", 0o755, 0).unwrap();
+    assert_eq!(owners(&backend.path("beyond")), (1000, 1001));
+}
+
+#[test]
+fn every_reply_shows_the_guests_ids() {
+    let (_directory, backend, session) = on_disk(&SHIFTED);
+    let path = backend.path("file");
+    fs::write(&path, "x").unwrap();
+    chown(&path, Some(100_007), Some(200_008)).unwrap();
+    let client = session.client();
+    let entry = client.lookup(ROOT, "file").unwrap();
+    let node = entry.nodeid;
+    assert_eq!((entry.attr.uid, entry.attr.gid), (7, 8), "LOOKUP");
+    let attr = client.getattr(node).unwrap();
+    assert_eq!((attr.uid, attr.gid), (7, 8), "GETATTR");
+    let stat = client.statx(node, libc::STATX_BASIC_STATS).unwrap();
+    assert_eq!((stat.uid, stat.gid), (7, 8), "STATX");
+    let fh = client.opendir(ROOT).unwrap().fh;
+    let listed = client.readdirplus(ROOT, fh, 0, 4096).unwrap();
+    let plus = listed.iter().find(|entry| entry.name == b"file").unwrap().entry.unwrap();
+    assert_eq!((plus.attr.uid, plus.attr.gid), (7, 8), "READDIRPLUS");
+    let attr = client.setattr(node, Change::none().mode(0o600)).unwrap();
+    assert_eq!((attr.uid, attr.gid), (7, 8), "SETATTR");
+    let link = client.link(node, ROOT, "link").unwrap();
+    assert_eq!((link.attr.uid, link.attr.gid), (7, 8), "LINK");
+    // ACCESS goes by the guest's ids as well.
+    client.user(7, 1).access(node, libc::R_OK).unwrap();
+    assert_eq!(common::errno(client.user(100_007, 1).access(node, libc::R_OK)), libc::EACCES);
+}
+
+#[test]
+fn a_new_owner_is_translated() {
+    let (_directory, backend, session) = on_disk(&SHIFTED);
+    fs::write(backend.path("file"), "").unwrap();
+    let client = session.client();
+    let node = client.lookup(ROOT, "file").unwrap().nodeid;
+    let attr = client.setattr(node, Change::none().uid(9).gid(10)).unwrap();
+    assert_eq!((attr.uid, attr.gid), (9, 10));
+    assert_eq!(owners(&backend.path("file")), (100_009, 200_010));
+    client.setattr(node, Change::none().gid(11)).unwrap();
+    assert_eq!(owners(&backend.path("file")), (100_009, 200_011));
+}
+
+#[test]
+fn supplementary_groups_are_translated() {
+    let (_directory, backend, session) = on_disk(&SHIFTED);
+    fs::create_dir(backend.path("team")).unwrap();
+    chown(backend.path("team"), Some(0), Some(200_077)).unwrap();
+    fs::set_permissions(backend.path("team"), fs::Permissions::from_mode(0o2770)).unwrap();
+    let entry = session.client().lookup(ROOT, "team").unwrap();
+    assert_eq!(entry.attr.gid, 77);
+    let member = session.client().caller(Caller { uid: 5, gid: 6, pid: 1, group: Some(77) });
+    member.mkdir(entry.nodeid, "yes", 0o755, 0).unwrap();
+    assert_eq!(owners(&backend.path("team/yes")), (100_005, 200_077));
+    let other = session.client().caller(Caller { uid: 5, gid: 6, pid: 1, group: Some(78) });
+    assert_eq!(common::errno(other.mkdir(entry.nodeid, "no", 0o755, 0)), libc::EACCES);
+}
+
+#[test]
+fn forbidden_ids_create_and_own_nothing() {
+    let args = ["--translate-uid=forbid-guest:0:1000", "--translate-gid=forbid-guest:0:1000"];
+    let (_directory, backend, session) = on_disk(&args);
+    for (uid, gid, group) in [(999, 1000, None), (1000, 999, None), (1000, 1000, Some(999)), (0, 0, None)] {
+        let client = session.client().caller(Caller { uid, gid, pid: 1, group });
+        let refusals = [
+            client.mkdir(ROOT, "dir", 0o755, 0).map(drop),
+            client.symlink(ROOT, "link", "x").map(drop),
+            client.mknod(ROOT, "node", libc::S_IFREG | 0o644, 0, 0).map(drop),
+            client.create(ROOT, "file", libc::O_RDWR, 0o644, 0).map(drop),
+            client.tmpfile(ROOT, libc::O_RDWR, 0o644).map(drop),
+        ];
+        for refusal in refusals {
+            assert_eq!(common::errno(refusal), libc::EPERM, "{uid} {gid} {group:?}");
+        }
+    }
+    assert_eq!(fs::read_dir(backend.share()).unwrap().count(), 0);
+    make_one_of_each(&session.client().user(1000, 1000)).unwrap();
+    // A change that is refused leaves nothing half done, whoever asks.
+    fs::set_permissions(backend.path("file"), fs::Permissions::from_mode(0o640)).unwrap();
+    let node = session.client().lookup(ROOT, "file").unwrap().nodeid;
+    for change in [Change::none().uid(0), Change::none().gid(999), Change::none().uid(1000).gid(0)] {
+        let refused = session.client().setattr(node, change.mode(0o777));
+        assert_eq!(common::errno(refused), libc::EPERM);
+    }
+    assert_eq!(owners(&backend.path("file")), (1000, 1000));
+    assert_eq!(fs::metadata(backend.path("file")).unwrap().mode() & 0o7777, 0o640);
+    // A whiteout would be a new inode.
+    let whiteout = session.client().rename2(ROOT, "file", ROOT, "moved", libc::RENAME_WHITEOUT);
+    assert_eq!(common::errno(whiteout), libc::EPERM);
+    session.client().rename(ROOT, "file", ROOT, "moved").unwrap();
+}
+
+#[test]
+fn a_whiteout_belongs_to_the_caller() {
+    let (_directory, backend, session) = on_disk(&SHIFTED);
+    fs::write(backend.path("file"), "").unwrap();
+    session.client().user(0, 0).rename2(ROOT, "file", ROOT, "moved", libc::RENAME_WHITEOUT).unwrap();
+    assert_eq!(owners(&backend.path("file")), (100_000, 200_000));
+    assert_eq!(fs::metadata(backend.path("file")).unwrap().mode() & libc::S_IFMT, libc::S_IFCHR);
+}
+
+#[test]
+fn all_users_may_be_one_on_the_host() {
+    let (_directory, backend, session) = on_disk(&[
+        "--translate-uid=squash-guest:0:1001:4294967295",
+        "--translate-gid",
+        "squash-guest:0:100:4294967295",
+        "--translate-uid",
+        "host:1001:1000:1",
+        "--translate-gid=squash-host:0:1000:4294967295",
+    ]);
+    for (uid, gid) in [(0, 0), (1000, 1000), (4_294_967_294, 4_294_967_294)] {
+        let name = format!("of-{uid}");
+        let entry = session.client().user(uid, gid).mkdir(ROOT, &name, 0o700, 0).unwrap();
+        assert_eq!((entry.attr.uid, entry.attr.gid), (1000, 1000));
+        assert_eq!(owners(&backend.path(&name)), (1001, 100));
+    }
+    // The number that means "unchanged" is nobody.
+    let nobody = session.client().user(u32::MAX, 0).mkdir(ROOT, "nobody", 0o700, 0);
+    assert_eq!(common::errno(nobody), libc::EINVAL);
+}
+
+#[test]
+fn overlapping_rules_are_refused_at_start() {
+    let share = tempfile::tempdir().unwrap();
+    let base = ["--sandbox=none", "--fd=3", "--shared-dir", share.path().to_str().unwrap()];
+    for (rules, words) in [
+        (["--translate-uid=map:0:0:10", "--translate-uid=guest:9:0:1"], ["--translate-uid", "guest:9:0:1"]),
+        (["--translate-gid=host:0:0:10", "--translate-gid=squash-host:9:0:1"], ["gid", "squash-host:9:0:1"]),
+        (["--translate-gid=map:1:0:4294967295", "--readonly"], ["--translate-gid", "last id"]),
+        (["--translate-uid=1000:1000:1", "--readonly"], ["--translate-uid", "forbid-guest:GUEST:COUNT"]),
+    ] {
+        let (status, stderr) = Backend::of(common::program()).bare().args(base).args(rules).refuse().unwrap();
+        assert_eq!(status.code(), Some(1), "{stderr}");
+        assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
+        for word in words {
+            assert!(stderr.contains(word), "{word} is missing in: {stderr}");
+        }
+    }
+}
