@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use clap::{ArgAction, Parser, ValueEnum};
 use log::LevelFilter;
+use rustix::thread::CapabilitySet;
 use thiserror::Error;
 
 use crate::config::{
-    CachePolicy, Config, DeviceConfig, FsConfig, Listen, ParallelDirectWrites, Sandbox, Store,
+    CachePolicy, CapabilityChanges, Config, DeviceConfig, FsConfig, Listen, ParallelDirectWrites, Sandbox,
+    Store,
 };
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
@@ -112,6 +114,10 @@ pub struct Options {
     #[arg(long, value_enum, help_heading = "Security")]
     sandbox: Option<SandboxMode>,
 
+    /// Capabilities to keep besides the usual ones, and usual ones to give up, as in +sys_admin:-mknod
+    #[arg(long, value_name = "CHANGES", allow_hyphen_values = true, help_heading = "Security")]
+    modcaps: Option<String>,
+
     /// Most detailed messages to print [default: info, or what RUST_LOG says]
     #[arg(long, value_name = "LEVEL", help_heading = "Messages")]
     log_level: Option<LevelFilter>,
@@ -184,6 +190,10 @@ pub enum OptionError {
     BadStore(String),
     #[error("--cpus {0} is no list of CPUs: give numbers and ranges like 0-3,6")]
     BadCpus(String),
+    #[error(
+        "--modcaps {0} is not understood: give names like +sys_admin or -mknod, with colons between them"
+    )]
+    BadCapabilities(String),
     #[error("--rlimit-nofile must be at least 64")]
     BadLimit,
 }
@@ -252,6 +262,7 @@ impl Options {
                 SandboxMode::Chroot => Sandbox::Chroot,
                 SandboxMode::None => Sandbox::None,
             }),
+            capabilities: self.modcaps.as_deref().map_or(Ok(CapabilityChanges::NONE), parse_modcaps)?,
             rlimit_nofile: self.rlimit_nofile,
             log_level: self.log_level,
             syslog: self.syslog,
@@ -335,6 +346,26 @@ fn parse_cpus(text: &str) -> Result<Vec<usize>, OptionError> {
     Ok(cpus)
 }
 
+/// Names with a `+` or `-` each, and colons or commas between them. A later one counts.
+fn parse_modcaps(text: &str) -> Result<CapabilityChanges, OptionError> {
+    let mut changes = CapabilityChanges::NONE;
+    for part in text.split([':', ',']) {
+        let named = |name: &str| {
+            let name = name.to_ascii_uppercase();
+            CapabilitySet::from_name(name.strip_prefix("CAP_").unwrap_or(&name))
+        };
+        let (to, from, name) = match part.split_at_checked(1) {
+            Some(("+", name)) => (&mut changes.add, &mut changes.drop, name),
+            Some(("-", name)) => (&mut changes.drop, &mut changes.add, name),
+            _ => return Err(OptionError::BadCapabilities(text.to_owned())),
+        };
+        let capability = named(name).ok_or_else(|| OptionError::BadCapabilities(text.to_owned()))?;
+        to.insert(capability);
+        from.remove(capability);
+    }
+    Ok(changes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -384,6 +415,9 @@ mod tests {
             ("--shared-dir /d --fd 3 --store null:2", OptionError::BadStore("null:2".into())),
             ("--shared-dir /d --fd 3 --store null:2h", OptionError::BadStore("null:2h".into())),
             ("--shared-dir /d --fd 3 --cpus 3-1", OptionError::BadCpus("3-1".into())),
+            ("--shared-dir /d --fd 3 --modcaps mknod", OptionError::BadCapabilities("mknod".into())),
+            ("--shared-dir /d --fd 3 --modcaps +nil", OptionError::BadCapabilities("+nil".into())),
+            ("--shared-dir /d --fd 3 --modcaps=", OptionError::BadCapabilities("".into())),
             ("--shared-dir /d --fd 3 --cpus 1,,2", OptionError::BadCpus("1,,2".into())),
         ] {
             assert_eq!(config(arguments).unwrap_err(), error, "{arguments}");
@@ -398,6 +432,13 @@ mod tests {
         assert_eq!(config("--store null:50us").store, Store::Null { latency: Duration::from_micros(50) });
         assert_eq!(config("--store null:2ms").store, Store::Null { latency: Duration::from_millis(2) });
         assert_eq!(config("--cpus 0-2,5").cpus, Some(vec![0, 1, 2, 5]));
+        let kept = |add, drop| CapabilityChanges { add, drop };
+        let (admin, mknod) = (CapabilitySet::SYS_ADMIN, CapabilitySet::MKNOD);
+        assert_eq!(config("").capabilities, CapabilityChanges::NONE);
+        for text in ["+sys_admin:-mknod", "-CAP_MKNOD,+cap_sys_admin", "-sys_admin:+SYS_ADMIN:-mknod"] {
+            assert_eq!(config(&format!("--modcaps={text}")).capabilities, kept(admin, mknod), "{text}");
+        }
+        assert_eq!(config("--modcaps -mknod").capabilities, kept(CapabilitySet::empty(), mknod));
         assert_eq!(config("--cache none").fs.cache, CachePolicy::Never);
         assert_eq!(config("--sandbox chroot").sandbox, Some(Sandbox::Chroot));
         assert_eq!(config("--log-level debug").log_level, Some(LevelFilter::Debug));

@@ -4,6 +4,8 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use rustix::thread::CapabilitySet;
+
 /// Everything a start of the daemon is told.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -25,6 +27,8 @@ pub struct Config {
     pub store: Store,
     /// How the daemon confines itself; `None` for the safest way that can be had.
     pub sandbox: Option<Sandbox>,
+    /// Changes to the capabilities that are kept.
+    pub capabilities: CapabilityChanges,
     /// RLIMIT_NOFILE to set; `None` for as many descriptors as the host allows.
     pub rlimit_nofile: Option<u64>,
     /// CPUs to run on; `None` for all.
@@ -76,6 +80,21 @@ pub enum Sandbox {
     Chroot,
     /// No walls but the checks on names.
     None,
+}
+
+/// Changes to the capabilities that the daemon keeps while it serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CapabilityChanges {
+    /// Kept besides those that the other options need.
+    pub add: CapabilitySet,
+    /// Given up nevertheless.
+    pub drop: CapabilitySet,
+}
+
+impl CapabilityChanges {
+    /// None.
+    pub const NONE: CapabilityChanges =
+        CapabilityChanges { add: CapabilitySet::empty(), drop: CapabilitySet::empty() };
 }
 
 /// Settings of the passthrough file system.

@@ -13,7 +13,7 @@ use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::read_only::ReadOnly;
 use lanefsd::listen::Socket;
 use lanefsd::logging;
-use lanefsd::sandbox::{self, Sandboxed, Side};
+use lanefsd::sandbox::{self, Needs, Sandboxed, Side};
 use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
 use lanefsd::sys::signals;
@@ -62,6 +62,9 @@ fn run() -> Result<ExitCode> {
 }
 
 fn serve(config: &Config, socket: &Socket, sandboxed: Sandboxed) -> Result<()> {
+    // Before the first thread is started: capabilities belong to threads.
+    let needs = Needs { readonly: config.readonly, xattr: config.fs.xattr };
+    sandbox::give_up_capabilities(needs, config.capabilities)?;
     let signals = Signals::catch()?;
     let fs = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, config.fs.clone())
         .context("the share cannot be served")?;

@@ -3,6 +3,7 @@
 //! The file system does not rely on them: with [`Sandbox::None`] it reaches nothing outside the
 //! share either. They are there for the day on which it has a fault.
 
+mod capabilities;
 mod limits;
 mod namespace;
 mod process;
@@ -15,6 +16,7 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use thiserror::Error;
 
+pub use self::capabilities::{CapabilityError, Needs, give_up as give_up_capabilities};
 pub use self::limits::{LimitError, bind_to_cpus, raise_descriptor_limit};
 pub use self::process::Parent;
 use crate::config::Sandbox;
