@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use crate::config::{
     CachePolicy, CapabilityChanges, Config, DeviceConfig, FsConfig, Listen, ParallelDirectWrites, Sandbox,
-    Store,
+    Seccomp, Store,
 };
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
@@ -114,6 +114,10 @@ pub struct Options {
     #[arg(long, value_enum, help_heading = "Security")]
     sandbox: Option<SandboxMode>,
 
+    /// What happens at a system call that serving does not take
+    #[arg(long, value_enum, default_value = "kill", value_name = "ACTION", help_heading = "Security")]
+    seccomp: SeccompMode,
+
     /// Capabilities to keep besides the usual ones, and usual ones to give up, as in +sys_admin:-mknod
     #[arg(long, value_name = "CHANGES", allow_hyphen_values = true, help_heading = "Security")]
     modcaps: Option<String>,
@@ -166,6 +170,18 @@ enum SandboxMode {
     Chroot,
     /// None
     None,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SeccompMode {
+    /// It is carried out
+    None,
+    /// The daemon ends at once
+    Kill,
+    /// It is carried out, and the kernel's log tells of it
+    Log,
+    /// The daemon gets the signal SIGSYS, for debuggers
+    Trap,
 }
 
 /// Options that contradict each other or make no sense. Each is one sentence that says what to do.
@@ -262,6 +278,12 @@ impl Options {
                 SandboxMode::Chroot => Sandbox::Chroot,
                 SandboxMode::None => Sandbox::None,
             }),
+            seccomp: match self.seccomp {
+                SeccompMode::None => Seccomp::None,
+                SeccompMode::Kill => Seccomp::Kill,
+                SeccompMode::Log => Seccomp::Log,
+                SeccompMode::Trap => Seccomp::Trap,
+            },
             capabilities: self.modcaps.as_deref().map_or(Ok(CapabilityChanges::NONE), parse_modcaps)?,
             rlimit_nofile: self.rlimit_nofile,
             log_level: self.log_level,
@@ -391,6 +413,7 @@ mod tests {
         assert_eq!(config.device, DeviceConfig { tag: None, request_queues: 63, thread_pool_size: 16 });
         assert!(config.fs.readdirplus && config.fs.announce_submounts);
         assert!(!config.fs.xattr && !config.fs.writeback && !config.readonly && !config.keep_listening);
+        assert_eq!((config.seccomp, config.capabilities), (Seccomp::Kill, CapabilityChanges::NONE));
         assert_eq!((config.sandbox, config.log_level, config.rlimit_nofile), (None, None, None));
     }
 
@@ -441,6 +464,9 @@ mod tests {
         assert_eq!(config("--modcaps -mknod").capabilities, kept(CapabilitySet::empty(), mknod));
         assert_eq!(config("--cache none").fs.cache, CachePolicy::Never);
         assert_eq!(config("--sandbox chroot").sandbox, Some(Sandbox::Chroot));
+        assert_eq!(config("--seccomp=none").seccomp, Seccomp::None);
+        assert_eq!(config("--seccomp log").seccomp, Seccomp::Log);
+        assert_eq!(config("--seccomp trap").seccomp, Seccomp::Trap);
         assert_eq!(config("--log-level debug").log_level, Some(LevelFilter::Debug));
         assert!(!config("--no-announce-submounts").fs.announce_submounts);
         assert!(config("--announce-submounts").fs.announce_submounts);

@@ -27,6 +27,8 @@ pub struct Config {
     pub store: Store,
     /// How the daemon confines itself; `None` for the safest way that can be had.
     pub sandbox: Option<Sandbox>,
+    /// What happens at a system call that serving does not take.
+    pub seccomp: Seccomp,
     /// Changes to the capabilities that are kept.
     pub capabilities: CapabilityChanges,
     /// RLIMIT_NOFILE to set; `None` for as many descriptors as the host allows.
@@ -80,6 +82,19 @@ pub enum Sandbox {
     Chroot,
     /// No walls but the checks on names.
     None,
+}
+
+/// What happens at a system call that serving does not take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seccomp {
+    /// It is carried out: there is no filter.
+    None,
+    /// The daemon ends at once.
+    Kill,
+    /// It is carried out, and the kernel's log tells of it.
+    Log,
+    /// The daemon gets SIGSYS, which a debugger can catch.
+    Trap,
 }
 
 /// Changes to the capabilities that the daemon keeps while it serves.

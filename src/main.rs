@@ -75,6 +75,7 @@ fn serve(config: &Config, socket: &Socket, sandboxed: Sandboxed) -> Result<()> {
         (Store::Null { latency }, true) => Arc::new(ReadOnly::new(NullStore::new(fs, latency))),
     };
     let service = Arc::new(Service::new(fs));
+    sandbox::install_seccomp(config.seccomp)?;
     server::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! Walls around the daemon, raised before it serves, and what it needs from outside of them.
+//! Walls around the daemon, raised before it serves, and what it needs from outside of them:
+//! first a new root ([`enter`]), then capabilities, at last system calls.
 //!
 //! The file system does not rely on them: with [`Sandbox::None`] it reaches nothing outside the
 //! share either. They are there for the day on which it has a fault.
@@ -7,6 +8,7 @@ mod capabilities;
 mod limits;
 mod namespace;
 mod process;
+mod seccomp;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -19,6 +21,7 @@ use thiserror::Error;
 pub use self::capabilities::{CapabilityError, Needs, give_up as give_up_capabilities};
 pub use self::limits::{LimitError, bind_to_cpus, raise_descriptor_limit};
 pub use self::process::Parent;
+pub use self::seccomp::{SeccompError, install as install_seccomp};
 use crate::config::Sandbox;
 
 /// Why a sandbox cannot be had.
