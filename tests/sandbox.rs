@@ -50,6 +50,36 @@ fn in_sandbox(sandbox: &str, look: impl FnOnce(u32, &Path)) {
     assert!(!backend.socket().exists(), "the socket is left behind");
 }
 
+/// Where one gets from a directory that the process has open by going up for as long as it goes.
+fn top_of(directory: &Path) -> std::path::PathBuf {
+    let mut path = directory.join(".");
+    while identity(&path) != identity(path.join("..")) {
+        path.push("..");
+    }
+    path
+}
+
+/// All directories that the process has in its hands: open ones, the working one, the root.
+fn directories_of(pid: u32) -> Vec<std::path::PathBuf> {
+    let process = std::path::PathBuf::from(format!("/proc/{pid}"));
+    let open = fs::read_dir(process.join("fd")).unwrap().map(|entry| entry.unwrap().path());
+    let all = open.chain([process.join("cwd"), process.join("root")]);
+    all.filter(|path| fs::metadata(path).is_ok_and(|metadata| metadata.is_dir())).collect()
+}
+
+/// No directory that the process holds leads anywhere but to the share and its list of descriptors.
+fn no_way_out(pid: u32, share: &Path) {
+    let descriptors = format!("/proc/{pid}/cwd");
+    assert_eq!(identity(&descriptors), identity(format!("/proc/{pid}/fd")));
+    let directories = directories_of(pid);
+    assert!(directories.len() >= 4, "root and descriptors, each twice at least: {directories:?}");
+    for directory in directories {
+        let top = identity(top_of(&directory));
+        let allowed = [identity(share), identity(&descriptors)];
+        assert!(allowed.contains(&top), "{directory:?} leads out: {:?}", fs::read_link(&directory));
+    }
+}
+
 #[test]
 fn namespaces_hold_the_share_and_nothing_else() {
     in_sandbox("namespace", |pid, share| {
@@ -61,6 +91,7 @@ fn namespaces_hold_the_share_and_nothing_else() {
         let mounts = fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap();
         assert_eq!(mounts.lines().count(), 1, "more than the share is mounted:\n{mounts}");
         assert!(!Path::new(&format!("/proc/{pid}/root/proc")).exists());
+        no_way_out(pid, share);
     });
 }
 
@@ -68,6 +99,12 @@ fn namespaces_hold_the_share_and_nothing_else() {
 fn chroot_has_the_share_as_its_root() {
     in_sandbox("chroot", |pid, share| {
         assert_eq!(identity(format!("/proc/{pid}/root/")), identity(share));
+        // From here one gets out of the share, as the daemon's root is not ours; but not to /proc.
+        let descriptors = format!("/proc/{pid}/cwd");
+        assert!(
+            directories_of(pid).iter().filter(|path| identity(path) == identity(&descriptors)).count() > 1
+        );
+        assert_eq!(identity(format!("{descriptors}/..")), identity(&descriptors));
     });
 }
 

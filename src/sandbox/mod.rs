@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use log::warn;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
+use rustix::mount::{OpenTreeFlags, open_tree};
 use thiserror::Error;
 
 pub use self::capabilities::{CapabilityError, Needs, give_up as give_up_capabilities};
@@ -107,7 +108,11 @@ fn chroot(root: &OwnedFd) -> Result<Side, SandboxError> {
         return Ok(Side::Waiting(parent));
     }
     drop_groups();
-    let proc_self_fd = open_proc_self_fd()?;
+    let proc_self_fd = match detach_proc_self_fd() {
+        // Root of a container may lack the privilege, and old kernels the call.
+        Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => open_proc_self_fd()?,
+        result => result.map_err(step("detaching /proc/self/fd"))?,
+    };
     rustix::process::fchdir(root).map_err(step("changing to the share"))?;
     rustix::process::chroot(".").map_err(step("chroot(2)"))?;
     let root = openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
@@ -132,4 +137,12 @@ fn step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
 fn open_proc_self_fd() -> Result<OwnedFd, SandboxError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     openat(CWD, "/proc/self/fd", flags, Mode::empty()).map_err(step("opening /proc/self/fd"))
+}
+
+/// The same directory as the root of a mount that is mounted nowhere, so that no way leads up from
+/// it: neither to other processes nor to the switches of the kernel, which root may turn even
+/// without capabilities.
+fn detach_proc_self_fd() -> Result<OwnedFd, Errno> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    open_tree(CWD, "/proc/self/fd", flags)
 }

@@ -5,14 +5,12 @@ use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
-use rustix::mount::{
-    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind_recursive, mount_change, unmount,
-};
+use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind_recursive, mount_change, unmount};
 use rustix::process::{WaitOptions, chdir, pivot_root, waitpid};
 use rustix::thread::UnshareFlags;
 
 use super::process::{exit, fork, fork_server};
-use super::{SandboxError, Sandboxed, Side, drop_groups, open_proc_self_fd, open_share, step};
+use super::{SandboxError, Sandboxed, Side, detach_proc_self_fd, drop_groups, open_share, step};
 
 /// Moves into new namespaces. The process forks: the first process of a PID namespace is a child
 /// of the one that made it.
@@ -61,9 +59,7 @@ fn build_walls(share: &Path) -> Result<Sandboxed, SandboxError> {
     // Nothing that is mounted here shows outside; what is mounted outside still shows here.
     mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
         .map_err(step("making mounts private"))?;
-    let safe = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    mount("proc", "/proc", "proc", safe, None).map_err(step("mounting /proc"))?;
-    let proc_self_fd = open_proc_self_fd()?;
+    let proc_self_fd = detach_proc_self_fd().map_err(step("detaching /proc/self/fd"))?;
     mount_bind_recursive(share, share).map_err(step("mounting the share"))?;
     let root = open_share(share)?;
     become_root(&root)?;
