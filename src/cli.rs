@@ -1,16 +1,17 @@
 //! Options as users type them. The names are virtiofsd's wherever it has one.
 
+mod values;
+
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::{ArgAction, Parser, ValueEnum};
 use log::LevelFilter;
-use rustix::thread::CapabilitySet;
 use thiserror::Error;
 
+use self::values::{parse_cpus, parse_id_range, parse_modcaps, parse_store};
 use crate::config::{
-    CachePolicy, CapabilityChanges, Config, DeviceConfig, FsConfig, Listen, ParallelDirectWrites, Sandbox,
-    Seccomp, Store,
+    CachePolicy, CapabilityChanges, Config, DeviceConfig, FsConfig, IdMaps, Listen, ParallelDirectWrites,
+    Sandbox, Seccomp,
 };
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
@@ -114,6 +115,15 @@ pub struct Options {
     #[arg(long, value_enum, help_heading = "Security")]
     sandbox: Option<SandboxMode>,
 
+    /// User ids of the sandbox that stand for those of the host, as in :0:1000:1: (:INSIDE:OUTSIDE:COUNT:);
+    /// may be given several times
+    #[arg(long, value_name = "RANGE", help_heading = "Security")]
+    uid_map: Vec<String>,
+
+    /// The same for group ids
+    #[arg(long, value_name = "RANGE", help_heading = "Security")]
+    gid_map: Vec<String>,
+
     /// What happens at a system call that serving does not take
     #[arg(long, value_enum, default_value = "kill", value_name = "ACTION", help_heading = "Security")]
     seccomp: SeccompMode,
@@ -210,6 +220,14 @@ pub enum OptionError {
         "--modcaps {0} is not understood: give names like +sys_admin or -mknod, with colons between them"
     )]
     BadCapabilities(String),
+    #[error(
+        "{option} {text} is not understood: give the first id inside, the first on the host and their number, like :0:1000:1:"
+    )]
+    BadIdMap { option: &'static str, text: String },
+    #[error("{0} has to map id 0, which the daemon serves as: add a range like :0:1000:1:")]
+    NoRootInMap(&'static str),
+    #[error("--uid-map and --gid-map need --sandbox=namespace")]
+    MapNeedsNamespace,
     #[error("--rlimit-nofile must be at least 64")]
     BadLimit,
 }
@@ -255,6 +273,7 @@ impl Options {
         if self.rlimit_nofile.is_some_and(|limit| limit < 64) {
             return Err(OptionError::BadLimit);
         }
+        let id_maps = self.id_maps()?;
         let fs = self.fs_config();
         if fs.writeback && fs.parallel_direct_writes == ParallelDirectWrites::Always {
             return Err(OptionError::WritebackParallel);
@@ -278,6 +297,7 @@ impl Options {
                 SandboxMode::Chroot => Sandbox::Chroot,
                 SandboxMode::None => Sandbox::None,
             }),
+            id_maps,
             seccomp: match self.seccomp {
                 SeccompMode::None => Seccomp::None,
                 SeccompMode::Kill => Seccomp::Kill,
@@ -299,6 +319,25 @@ impl Options {
             (None, Some(fd)) => Ok(Listen::Fd(fd)),
             (Some(_), Some(_)) => Err(OptionError::TwoSockets),
             (None, None) => Err(OptionError::NoSocket),
+        }
+    }
+
+    fn id_maps(&self) -> Result<IdMaps, OptionError> {
+        let ranges = |option, texts: &[String]| {
+            let ranges =
+                texts.iter().map(|text| parse_id_range(option, text)).collect::<Result<Vec<_>, _>>()?;
+            let usable = ranges.is_empty() || ranges.iter().any(|range| range.inside == 0);
+            if usable { Ok(ranges) } else { Err(OptionError::NoRootInMap(option)) }
+        };
+        let maps = IdMaps {
+            users: ranges("--uid-map", &self.uid_map)?,
+            groups: ranges("--gid-map", &self.gid_map)?,
+        };
+        match self.sandbox {
+            Some(SandboxMode::Chroot | SandboxMode::None) if !maps.is_empty() => {
+                Err(OptionError::MapNeedsNamespace)
+            }
+            _ => Ok(maps),
         }
     }
 
@@ -327,71 +366,13 @@ impl Options {
     }
 }
 
-fn parse_store(text: &str) -> Result<Store, OptionError> {
-    let bad = || OptionError::BadStore(text.to_owned());
-    match text.split_once(':') {
-        None if text == "host" => Ok(Store::Host),
-        None if text == "null" => Ok(Store::Null { latency: Duration::ZERO }),
-        Some(("null", latency)) => {
-            parse_latency(latency).map(|latency| Store::Null { latency }).ok_or_else(bad)
-        }
-        _ => Err(bad()),
-    }
-}
-
-/// A number with a unit: `us`, `ms` or `s`.
-fn parse_latency(text: &str) -> Option<Duration> {
-    let unit_at = text.find(|c: char| !c.is_ascii_digit())?;
-    let (number, unit) = text.split_at_checked(unit_at)?;
-    let number: u32 = number.parse().ok()?;
-    match unit {
-        "us" => Some(Duration::from_micros(number.into())),
-        "ms" => Some(Duration::from_millis(number.into())),
-        "s" => Some(Duration::from_secs(number.into())),
-        _ => None,
-    }
-}
-
-/// Numbers and ranges, as taskset(1) takes them.
-fn parse_cpus(text: &str) -> Result<Vec<usize>, OptionError> {
-    let bad = || OptionError::BadCpus(text.to_owned());
-    let mut cpus = Vec::new();
-    for part in text.split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let first: usize = first.parse().map_err(|_| bad())?;
-        let last: usize = last.parse().map_err(|_| bad())?;
-        if first > last || last >= 1024 {
-            return Err(bad());
-        }
-        cpus.extend(first..=last);
-    }
-    Ok(cpus)
-}
-
-/// Names with a `+` or `-` each, and colons or commas between them. A later one counts.
-fn parse_modcaps(text: &str) -> Result<CapabilityChanges, OptionError> {
-    let mut changes = CapabilityChanges::NONE;
-    for part in text.split([':', ',']) {
-        let named = |name: &str| {
-            let name = name.to_ascii_uppercase();
-            CapabilitySet::from_name(name.strip_prefix("CAP_").unwrap_or(&name))
-        };
-        let (to, from, name) = match part.split_at_checked(1) {
-            Some(("+", name)) => (&mut changes.add, &mut changes.drop, name),
-            Some(("-", name)) => (&mut changes.drop, &mut changes.add, name),
-            _ => return Err(OptionError::BadCapabilities(text.to_owned())),
-        };
-        let capability = named(name).ok_or_else(|| OptionError::BadCapabilities(text.to_owned()))?;
-        to.insert(capability);
-        from.remove(capability);
-    }
-    Ok(changes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{IdRange, Store};
     use clap::CommandFactory;
+    use rustix::thread::CapabilitySet;
+    use std::time::Duration;
 
     fn config(arguments: &str) -> Result<Config, OptionError> {
         let words = ["lanefsd"].into_iter().chain(arguments.split_whitespace());
@@ -441,9 +422,22 @@ mod tests {
             ("--shared-dir /d --fd 3 --modcaps mknod", OptionError::BadCapabilities("mknod".into())),
             ("--shared-dir /d --fd 3 --modcaps +nil", OptionError::BadCapabilities("+nil".into())),
             ("--shared-dir /d --fd 3 --modcaps=", OptionError::BadCapabilities("".into())),
+            ("--shared-dir /d --fd 3 --uid-map=:1:1:1:", OptionError::NoRootInMap("--uid-map")),
+            ("--shared-dir /d --fd 3 --gid-map=:0:1:1: --sandbox none", OptionError::MapNeedsNamespace),
             ("--shared-dir /d --fd 3 --cpus 1,,2", OptionError::BadCpus("1,,2".into())),
         ] {
             assert_eq!(config(arguments).unwrap_err(), error, "{arguments}");
+        }
+    }
+
+    #[test]
+    fn ranges_of_ids_that_make_no_sense_are_refused() {
+        for text in ["", ":", "0:1:1", ":0:1:1", ":0:1:1:1:", ":0:1:0:", ":0:x:1:", ":0:-1:1:", "00100010"]
+            .into_iter()
+            .chain([":1:4294967295:1:", ":2:1:4294967294:", ":0:4294967296:1:"])
+        {
+            let error = OptionError::BadIdMap { option: "--gid-map", text: text.to_owned() };
+            assert_eq!(config(&format!("--shared-dir /d --fd 3 --gid-map={text}")).unwrap_err(), error);
         }
     }
 
@@ -455,6 +449,11 @@ mod tests {
         assert_eq!(config("--store null:50us").store, Store::Null { latency: Duration::from_micros(50) });
         assert_eq!(config("--store null:2ms").store, Store::Null { latency: Duration::from_millis(2) });
         assert_eq!(config("--cpus 0-2,5").cpus, Some(vec![0, 1, 2, 5]));
+        let maps = config("--uid-map=:0:1000:1: --uid-map :1:100000:65535: --gid-map=/0/7/1/").id_maps;
+        let range = |inside, outside, count| IdRange { inside, outside, count };
+        assert_eq!(maps.users, [range(0, 1000, 1), range(1, 100_000, 65_535)]);
+        assert_eq!(maps.groups, [range(0, 7, 1)]);
+        assert!(config("--sandbox=none").id_maps.is_empty());
         let kept = |add, drop| CapabilityChanges { add, drop };
         let (admin, mknod) = (CapabilitySet::SYS_ADMIN, CapabilitySet::MKNOD);
         assert_eq!(config("").capabilities, CapabilityChanges::NONE);

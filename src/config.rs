@@ -27,6 +27,8 @@ pub struct Config {
     pub store: Store,
     /// How the daemon confines itself; `None` for the safest way that can be had.
     pub sandbox: Option<Sandbox>,
+    /// The ids that exist in the namespace sandbox.
+    pub id_maps: IdMaps,
     /// What happens at a system call that serving does not take.
     pub seccomp: Seccomp,
     /// Changes to the capabilities that are kept.
@@ -82,6 +84,33 @@ pub enum Sandbox {
     Chroot,
     /// No walls but the checks on names.
     None,
+}
+
+/// The ids that exist in a user namespace; without any there is none but the daemon's own, as 0.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IdMaps {
+    /// Users.
+    pub users: Vec<IdRange>,
+    /// Groups.
+    pub groups: Vec<IdRange>,
+}
+
+impl IdMaps {
+    /// Whether nothing was asked for.
+    pub fn is_empty(&self) -> bool {
+        self.users.is_empty() && self.groups.is_empty()
+    }
+}
+
+/// Ids of a user namespace, one after the other, that stand for as many ids outside of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdRange {
+    /// The first inside.
+    pub inside: u32,
+    /// The first outside.
+    pub outside: u32,
+    /// How many, at least 1.
+    pub count: u32,
 }
 
 /// What happens at a system call that serving does not take.

@@ -45,7 +45,7 @@ fn run() -> Result<ExitCode> {
     // From here on there is something to clean up.
     signals::hold();
     let mut socket = Socket::open(&config.listen, config.socket_group.as_deref())?;
-    match sandbox::enter(config.sandbox, &config.shared_dir)? {
+    match sandbox::enter(config.sandbox, &config.shared_dir, &config.id_maps)? {
         Side::Waiting(parent) => {
             let signals = Signals::catch()?;
             let status = parent.wait(signals.as_fd())?;

@@ -5,6 +5,7 @@
 //! share either. They are there for the day on which it has a fault.
 
 mod capabilities;
+mod id_map;
 mod limits;
 mod namespace;
 mod process;
@@ -23,7 +24,7 @@ pub use self::capabilities::{CapabilityError, Needs, give_up as give_up_capabili
 pub use self::limits::{LimitError, bind_to_cpus, raise_descriptor_limit};
 pub use self::process::Parent;
 pub use self::seccomp::{SeccompError, install as install_seccomp};
-use crate::config::Sandbox;
+use crate::config::{IdMaps, Sandbox};
 
 /// Why a sandbox cannot be had.
 #[derive(Debug, Error)]
@@ -39,6 +40,9 @@ pub enum SandboxError {
     /// Asked for without the privilege.
     #[error("--sandbox=chroot needs root; start the daemon as root, or with --sandbox=none")]
     ChrootNeedsRoot,
+    /// The user namespace cannot have the ids that it is to have.
+    #[error("the ids of --uid-map and --gid-map cannot be had: {0}")]
+    Ids(String),
     /// A step failed.
     #[error("the sandbox cannot be set up: {step} failed; try --sandbox=chroot or --sandbox=none")]
     Step {
@@ -72,15 +76,17 @@ pub enum Side {
 /// Raises the walls that were asked for around `share`, or the best that can be had.
 ///
 /// Must be called while the process has one thread, since it may fork.
-pub fn enter(wanted: Option<Sandbox>, share: &Path) -> Result<Side, SandboxError> {
+pub fn enter(wanted: Option<Sandbox>, share: &Path, ids: &IdMaps) -> Result<Side, SandboxError> {
     let root = open_share(share)?;
     let is_root = rustix::process::geteuid().is_root();
     match wanted {
         Some(Sandbox::None) => no_walls(root),
         Some(Sandbox::Chroot) if !is_root => Err(SandboxError::ChrootNeedsRoot),
         Some(Sandbox::Chroot) => chroot(&root),
-        Some(Sandbox::Namespace) => namespace::enter(share),
-        None if is_root || namespace::user_namespaces_work() => namespace::enter(share),
+        Some(Sandbox::Namespace) => namespace::enter(share, ids),
+        None if is_root || !ids.is_empty() || namespace::user_namespaces_work() => {
+            namespace::enter(share, ids)
+        }
         None => {
             warn!(
                 "user namespaces cannot be had here, so the daemon runs without a sandbox; start it as root for one, or give --sandbox=none to run without this message"

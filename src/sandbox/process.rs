@@ -62,9 +62,13 @@ pub(super) fn fork_server() -> Result<Option<Parent>, SandboxError> {
     if let Some(child) = fork().map_err(step("fork(2)"))? {
         return Ok(Some(Parent { child }));
     }
-    set_parent_process_death_signal(Some(Signal::TERM))
-        .map_err(step("asking for the parent's death signal"))?;
+    end_with_parent()?;
     Ok(None)
+}
+
+/// Asks for SIGTERM when the process that waits for this one dies.
+pub(super) fn end_with_parent() -> Result<(), SandboxError> {
+    set_parent_process_death_signal(Some(Signal::TERM)).map_err(step("asking for the parent's death signal"))
 }
 
 /// The child's id in the parent, `None` in the child.
