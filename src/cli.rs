@@ -1,5 +1,6 @@
 //! Options as users type them. The names are virtiofsd's wherever it has one.
 
+mod old_form;
 mod values;
 
 use std::path::PathBuf;
@@ -136,6 +137,10 @@ pub struct Options {
     #[arg(long, value_name = "LEVEL", help_heading = "Messages")]
     log_level: Option<LevelFilter>,
 
+    /// Print messages for debugging, as --log-level=debug does
+    #[arg(short, help_heading = "Messages")]
+    debug: bool,
+
     /// Send messages to the system log instead of standard error
     #[arg(long, help_heading = "Messages")]
     syslog: bool,
@@ -143,6 +148,16 @@ pub struct Options {
     /// Print what the daemon can do as JSON, and exit
     #[arg(long, action = ArgAction::SetTrue, help_heading = "Messages")]
     print_capabilities: bool,
+
+    /// Options in the old form: source=DIRECTORY, cache=, sandbox=, modcaps=, log_level=, and with or
+    /// without no_: xattr, flock, posix_lock, readdirplus, writeback, announce_submounts,
+    /// allow_direct_io
+    #[arg(short = 'o', value_name = "LIST", help_heading = "Old forms")]
+    old_form: Vec<String>,
+
+    /// Stay in the foreground, as the daemon always does
+    #[arg(short, help_heading = "Old forms")]
+    foreground: bool,
 
     /// Benchmarks only: with null or null:LATENCY (2ms, 50us), written data is dropped
     #[arg(long, value_name = "STORE", default_value = "host", help_heading = "Benchmarks")]
@@ -208,6 +223,8 @@ pub enum OptionError {
     BadFd(i32),
     #[error("--tag must have 1 to {TAG_SIZE} bytes")]
     BadTag,
+    #[error("-o {0} is unknown, or its value is; --help lists what can stand there")]
+    OldForm(String),
     #[error("--request-queues must be 1 to {}", MAX_QUEUES - 1)]
     BadQueues,
     #[error("--writeback and --parallel-direct-writes=always exclude each other: leave one of them out")]
@@ -223,7 +240,7 @@ pub enum OptionError {
     #[error(
         "{option} {text} is not understood: give the first id inside, the first on the host and their number, like :0:1000:1:"
     )]
-    BadIdMap { option: &'static str, text: String },
+    BadIdRange { option: &'static str, text: String },
     #[error("{0} has to map id 0, which the daemon serves as: add a range like :0:1000:1:")]
     NoRootInMap(&'static str),
     #[error("--uid-map and --gid-map need --sandbox=namespace")]
@@ -262,7 +279,8 @@ pub fn parse(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<
 }
 
 impl Options {
-    fn into_config(self) -> Result<Config, OptionError> {
+    fn into_config(mut self) -> Result<Config, OptionError> {
+        self.take_old_form()?;
         let listen = self.listen()?;
         if self.tag.as_ref().is_some_and(|tag| tag.is_empty() || tag.len() > TAG_SIZE) {
             return Err(OptionError::BadTag);
@@ -306,7 +324,7 @@ impl Options {
             },
             capabilities: self.modcaps.as_deref().map_or(Ok(CapabilityChanges::NONE), parse_modcaps)?,
             rlimit_nofile: self.rlimit_nofile,
-            log_level: self.log_level,
+            log_level: if self.debug { self.log_level.max(Some(LevelFilter::Debug)) } else { self.log_level },
             syslog: self.syslog,
         })
     }
@@ -369,12 +387,11 @@ impl Options {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{IdRange, Store};
+    use crate::config::Store;
     use clap::CommandFactory;
-    use rustix::thread::CapabilitySet;
     use std::time::Duration;
 
-    fn config(arguments: &str) -> Result<Config, OptionError> {
+    pub(super) fn config(arguments: &str) -> Result<Config, OptionError> {
         let words = ["lanefsd"].into_iter().chain(arguments.split_whitespace());
         Options::try_parse_from(words).unwrap().into_config()
     }
@@ -431,17 +448,6 @@ mod tests {
     }
 
     #[test]
-    fn ranges_of_ids_that_make_no_sense_are_refused() {
-        for text in ["", ":", "0:1:1", ":0:1:1", ":0:1:1:1:", ":0:1:0:", ":0:x:1:", ":0:-1:1:", "00100010"]
-            .into_iter()
-            .chain([":1:4294967295:1:", ":2:1:4294967294:", ":0:4294967296:1:"])
-        {
-            let error = OptionError::BadIdMap { option: "--gid-map", text: text.to_owned() };
-            assert_eq!(config(&format!("--shared-dir /d --fd 3 --gid-map={text}")).unwrap_err(), error);
-        }
-    }
-
-    #[test]
     fn values_are_understood() {
         let base = "--shared-dir /d --fd 3";
         let config = |more: &str| config(&format!("{base} {more}")).unwrap();
@@ -449,18 +455,6 @@ mod tests {
         assert_eq!(config("--store null:50us").store, Store::Null { latency: Duration::from_micros(50) });
         assert_eq!(config("--store null:2ms").store, Store::Null { latency: Duration::from_millis(2) });
         assert_eq!(config("--cpus 0-2,5").cpus, Some(vec![0, 1, 2, 5]));
-        let maps = config("--uid-map=:0:1000:1: --uid-map :1:100000:65535: --gid-map=/0/7/1/").id_maps;
-        let range = |inside, outside, count| IdRange { inside, outside, count };
-        assert_eq!(maps.users, [range(0, 1000, 1), range(1, 100_000, 65_535)]);
-        assert_eq!(maps.groups, [range(0, 7, 1)]);
-        assert!(config("--sandbox=none").id_maps.is_empty());
-        let kept = |add, drop| CapabilityChanges { add, drop };
-        let (admin, mknod) = (CapabilitySet::SYS_ADMIN, CapabilitySet::MKNOD);
-        assert_eq!(config("").capabilities, CapabilityChanges::NONE);
-        for text in ["+sys_admin:-mknod", "-CAP_MKNOD,+cap_sys_admin", "-sys_admin:+SYS_ADMIN:-mknod"] {
-            assert_eq!(config(&format!("--modcaps={text}")).capabilities, kept(admin, mknod), "{text}");
-        }
-        assert_eq!(config("--modcaps -mknod").capabilities, kept(CapabilitySet::empty(), mknod));
         assert_eq!(config("--cache none").fs.cache, CachePolicy::Never);
         assert_eq!(config("--sandbox chroot").sandbox, Some(Sandbox::Chroot));
         assert_eq!(config("--seccomp=none").seccomp, Seccomp::None);

@@ -71,7 +71,7 @@ pub(super) fn parse_modcaps(text: &str) -> Result<CapabilityChanges, OptionError
 
 /// A range of ids as `:inside:outside:count:`, with any character in place of the colons.
 pub(super) fn parse_id_range(option: &'static str, text: &str) -> Result<IdRange, OptionError> {
-    let bad = || OptionError::BadIdMap { option, text: text.to_owned() };
+    let bad = || OptionError::BadIdRange { option, text: text.to_owned() };
     let separator = text.chars().next().filter(|first| !first.is_ascii_digit()).ok_or_else(bad)?;
     let fields: Vec<&str> = text.split(separator).collect();
     let &["", inside, outside, count, ""] = fields.as_slice() else { return Err(bad()) };
@@ -80,4 +80,38 @@ pub(super) fn parse_id_range(option: &'static str, text: &str) -> Result<IdRange
     // The last id of all means "none".
     let fits = |first: u32| first.checked_add(range.count).is_some();
     if range.count == 0 || !fits(range.inside) || !fits(range.outside) { Err(bad()) } else { Ok(range) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::tests::config;
+
+    #[test]
+    fn ranges_of_ids_that_make_no_sense_are_refused() {
+        for text in ["", ":", "0:1:1", ":0:1:1", ":0:1:1:1:", ":0:1:0:", ":0:x:1:", ":0:-1:1:", "00100010"]
+            .into_iter()
+            .chain([":1:4294967295:1:", ":2:1:4294967294:", ":0:4294967296:1:"])
+        {
+            let error = OptionError::BadIdRange { option: "--gid-map", text: text.to_owned() };
+            assert_eq!(config(&format!("--shared-dir /d --fd 3 --gid-map={text}")).unwrap_err(), error);
+        }
+    }
+
+    #[test]
+    fn ids_and_capabilities_are_understood() {
+        let config = |more: &str| config(&format!("--shared-dir /d --fd 3 {more}")).unwrap();
+        let maps = config("--uid-map=:0:1000:1: --uid-map :1:100000:65535: --gid-map=/0/7/1/").id_maps;
+        let range = |inside, outside, count| IdRange { inside, outside, count };
+        assert_eq!(maps.users, [range(0, 1000, 1), range(1, 100_000, 65_535)]);
+        assert_eq!(maps.groups, [range(0, 7, 1)]);
+        assert!(config("--sandbox=none").id_maps.is_empty());
+        let kept = |add, drop| CapabilityChanges { add, drop };
+        let (admin, mknod) = (CapabilitySet::SYS_ADMIN, CapabilitySet::MKNOD);
+        assert_eq!(config("").capabilities, CapabilityChanges::NONE);
+        for text in ["+sys_admin:-mknod", "-CAP_MKNOD,+cap_sys_admin", "-sys_admin:+SYS_ADMIN:-mknod"] {
+            assert_eq!(config(&format!("--modcaps={text}")).capabilities, kept(admin, mknod), "{text}");
+        }
+        assert_eq!(config("--modcaps -mknod").capabilities, kept(CapabilitySet::empty(), mknod));
+    }
 }
