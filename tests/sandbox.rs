@@ -16,6 +16,13 @@ use std::path::Path;
 use lanefsd_frontend::SessionOptions;
 use lanefsd_frontend::client::{Change, ROOT};
 
+fn as_root() {
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "run the tests as root: without it there are no such walls"
+    );
+}
+
 /// The process that serves: the one that was started, or its child.
 fn serving(started: u32) -> u32 {
     let children = fs::read_to_string(format!("/proc/{started}/task/{started}/children")).unwrap();
@@ -29,10 +36,7 @@ fn identity(path: impl AsRef<Path>) -> (u64, u64) {
 
 /// Starts a daemon in a sandbox, has it serve a little, and ends it; `look` sees the serving process.
 fn in_sandbox(sandbox: &str, look: impl FnOnce(u32, &Path)) {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("needs root; nothing was tested");
-        return;
-    }
+    as_root();
     let mut backend = common::starter().args([&format!("--sandbox={sandbox}"), "--xattr"]).start().unwrap();
     let session = backend.connect(SessionOptions::default()).unwrap();
     let client = session.client();
@@ -117,9 +121,7 @@ fn none_leaves_everything_in_sight() {
 
 #[test]
 fn a_signal_ends_the_serving_process_too() {
-    if !rustix::process::geteuid().is_root() {
-        return;
-    }
+    as_root();
     let mut backend = common::starter().args(["--sandbox=namespace", "--keep-listening"]).start().unwrap();
     let session = backend.connect(SessionOptions::default()).unwrap();
     session.client().getattr(ROOT).unwrap();
@@ -180,10 +182,7 @@ const SETFCAP: u32 = 31;
 
 #[test]
 fn capabilities_that_are_not_needed_are_gone() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("needs root; nothing was tested");
-        return;
-    }
+    as_root();
     let usual = [CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD];
     for sandbox in ["namespace", "chroot", "none"] {
         assert_eq!(capabilities_in(sandbox, &[]), bits(&usual), "{sandbox}");
@@ -196,9 +195,7 @@ fn capabilities_that_are_not_needed_are_gone() {
 
 #[test]
 fn a_capability_that_is_not_there_cannot_be_kept() {
-    if !rustix::process::geteuid().is_root() {
-        return;
-    }
+    as_root();
     let directory = tempfile::tempdir().unwrap();
     // Without it in the bounding set, nobody below has it.
     let output = std::process::Command::new("setpriv")
@@ -213,4 +210,22 @@ fn a_capability_that_is_not_there_cannot_be_kept() {
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("--modcaps") && stderr.contains("lease"), "{stderr}");
+}
+
+/// As root of a container may be: without the right to make namespaces and mounts.
+#[test]
+fn root_without_sys_admin_has_the_share_as_its_root() {
+    as_root();
+    for (args, warned) in [(&["--sandbox=chroot"][..], false), (&[], true)] {
+        let starter = lanefsd_frontend::Backend::of("setpriv");
+        let starter = starter.args(["--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]);
+        let mut backend = starter.args([common::program()]).args(args).start().unwrap();
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        session.client().mkdir(ROOT, "dir", 0o700, 0).unwrap();
+        let pid = serving(backend.pid());
+        assert_eq!(identity(format!("/proc/{pid}/root/")), identity(backend.path("")));
+        drop(session);
+        backend.expect_success().unwrap();
+        assert_eq!(backend.stderr().contains("--sandbox=chroot"), warned, "{}", backend.stderr());
+    }
 }

@@ -18,6 +18,7 @@ use log::warn;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
+use rustix::thread::{CapabilitySet, capabilities};
 use thiserror::Error;
 
 pub use self::capabilities::{CapabilityError, Needs, give_up as give_up_capabilities};
@@ -79,19 +80,33 @@ pub enum Side {
 pub fn enter(wanted: Option<Sandbox>, share: &Path, ids: &IdMaps) -> Result<Side, SandboxError> {
     let root = open_share(share)?;
     let is_root = rustix::process::geteuid().is_root();
-    match wanted {
-        Some(Sandbox::None) => no_walls(root),
-        Some(Sandbox::Chroot) if !is_root => Err(SandboxError::ChrootNeedsRoot),
-        Some(Sandbox::Chroot) => chroot(&root),
-        Some(Sandbox::Namespace) => namespace::enter(share, ids),
-        None if is_root || !ids.is_empty() || namespace::user_namespaces_work() => {
-            namespace::enter(share, ids)
+    match wanted.unwrap_or_else(|| safest(is_root, ids)) {
+        Sandbox::None => no_walls(root),
+        Sandbox::Chroot if !is_root => Err(SandboxError::ChrootNeedsRoot),
+        Sandbox::Chroot => chroot(&root),
+        Sandbox::Namespace => namespace::enter(share, ids),
+    }
+}
+
+/// The best walls that can be had here.
+fn safest(is_root: bool, ids: &IdMaps) -> Sandbox {
+    let may = |capability| capabilities(None).is_ok_and(|sets| sets.effective.contains(capability));
+    match is_root {
+        // There is no other way to have these ids.
+        _ if !ids.is_empty() => Sandbox::Namespace,
+        true if may(CapabilitySet::SYS_ADMIN) => Sandbox::Namespace,
+        true if may(CapabilitySet::SYS_CHROOT) => {
+            warn!(
+                "without CAP_SYS_ADMIN there are no namespaces, so the daemon only takes the share as its root directory; give --sandbox=chroot to run without this message"
+            );
+            Sandbox::Chroot
         }
-        None => {
+        false if namespace::user_namespaces_work() => Sandbox::Namespace,
+        _ => {
             warn!(
                 "user namespaces cannot be had here, so the daemon runs without a sandbox; start it as root for one, or give --sandbox=none to run without this message"
             );
-            no_walls(root)
+            Sandbox::None
         }
     }
 }

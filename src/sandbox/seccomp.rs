@@ -67,6 +67,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_setresuid,
     libc::SYS_setresgid,
     libc::SYS_setgroups,
+    libc::SYS_umask,
     libc::SYS_capget,
     libc::SYS_capset,
     // Queues, and the connection with the front end.
@@ -180,6 +181,8 @@ fn restricted() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, BackendError> {
         (libc::SYS_mmap, vec![no_code()?]),
         (libc::SYS_mprotect, vec![no_code()?]),
         (libc::SYS_clone, vec![thread]),
+        // A umask of a thread's own; namespaces are other flags.
+        (libc::SYS_unshare, vec![argument(0, SeccompCmpOp::Eq, libc::CLONE_FS.unsigned_abs())?]),
         (libc::SYS_tgkill, vec![own_threads]),
         (libc::SYS_prctl, vec![argument(0, SeccompCmpOp::Eq, libc::PR_SET_NAME.unsigned_abs())?]),
         (libc::SYS_socketpair, vec![argument(0, SeccompCmpOp::Eq, libc::AF_UNIX.unsigned_abs())?]),
@@ -292,6 +295,12 @@ mod tests {
             ("a process", libc::SYS_clone, [long(libc::SIGCHLD), 0, 0, 0], Some([no_thread, 0, 0, 0])),
             ("a user namespace", libc::SYS_clone, [thread | long(libc::CLONE_NEWUSER), 0, 0, 0], None),
             ("a mount namespace", libc::SYS_clone, [thread | long(libc::CLONE_NEWNS), 0, 0, 0], None),
+            (
+                "unshare",
+                libc::SYS_unshare,
+                [long(libc::CLONE_FS | libc::CLONE_NEWNS), 0, 0, 0],
+                Some([long(libc::CLONE_FS), 0, 0, 0]),
+            ),
             ("tgkill of others", libc::SYS_tgkill, me(0), None),
             ("fcntl", libc::SYS_fcntl, [0, 8 /* F_SETOWN */, 0, 0], Some([0, long(libc::F_GETFD), 0, 0])),
             (
