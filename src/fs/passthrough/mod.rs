@@ -139,6 +139,11 @@ impl PassthroughFs {
         })
     }
 
+    /// Whether inodes may be held by file handles, which takes a capability and two system calls.
+    pub fn uses_file_handles(&self) -> bool {
+        self.inodes.uses_file_handles()
+    }
+
     fn session(&self) -> Session {
         *self.session.read().unwrap_or_else(PoisonError::into_inner)
     }

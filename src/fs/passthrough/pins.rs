@@ -58,6 +58,11 @@ impl Descriptors {
         Ok(descriptors)
     }
 
+    /// Whether inodes may have to give up descriptors.
+    pub fn are_limited(&self) -> bool {
+        self.allowed.load(Ordering::Relaxed) != usize::MAX
+    }
+
     /// Whether inodes should give up descriptors.
     pub fn are_scarce(&self) -> bool {
         self.taken.load(Ordering::Relaxed) > self.allowed.load(Ordering::Relaxed)

@@ -108,7 +108,8 @@ fn main() -> Result<()> {
     raise_descriptor_limit(config.rlimit_nofile)?;
     signals::hold();
     let socket = Socket::open(&config.listen, config.socket_group.as_deref())?;
-    let Side::Serving(sandboxed) = sandbox::enter(Some(Sandbox::None), &config.shared_dir)? else {
+    let Side::Serving(sandboxed) = sandbox::enter(Some(Sandbox::None), &config.shared_dir, &config.id_maps)?
+    else {
         bail!("without a sandbox there is nobody who waits");
     };
     let signals = Signals::catch()?;

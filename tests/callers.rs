@@ -1,0 +1,178 @@
+//! The programs that start such a daemon, and what they write on its command line: each line has
+//! to start it and to serve a request.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+mod common;
+
+use std::fs;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use lanefsd_frontend::backend::Starter;
+use lanefsd_frontend::client::ROOT;
+use lanefsd_frontend::{Backend, Session, SessionOptions};
+use tempfile::TempDir;
+
+/// What callers write, with FD and SOCKET for the listening socket and SHARE for the directory.
+const LINES: &[(&str, &str)] = &[
+    ("libvirt 11", "--fd=FD --shared-dir SHARE"),
+    (
+        "libvirt 11",
+        "--fd=FD --shared-dir SHARE --cache never --sandbox namespace --xattr --thread-pool-size=16 --rlimit-nofile=16384 --log-level debug",
+    ),
+    ("libvirt 11", "--fd=FD --shared-dir SHARE --cache always --sandbox chroot --thread-pool-size=0"),
+    ("libvirt 11, read-only", "--fd=FD --shared-dir SHARE --xattr --readonly"),
+    (
+        "libvirt 11, ids mapped",
+        "--fd=FD --shared-dir SHARE --uid-map=:0:0:1: --uid-map=:1:100000:65535: --gid-map=:0:0:1: --gid-map=:1:100000:65535:",
+    ),
+    ("libvirt 9", "--fd=FD -o source=SHARE"),
+    (
+        "libvirt 9",
+        "--fd=FD -o source=SHARE,cache=none,sandbox=namespace,xattr,flock,posix_lock --thread-pool-size=64 -d",
+    ),
+    ("libvirt 9", "--fd=FD -o source=SHARE,cache=always,sandbox=chroot,no_xattr,no_flock,no_posix_lock"),
+    ("Kata runtime-rs", "--socket-path SOCKET --shared-dir SHARE --cache never"),
+    (
+        "Kata runtime-rs",
+        "--socket-path SOCKET --shared-dir SHARE --cache auto --thread-pool-size=1 -o announce_submounts",
+    ),
+    ("Podman machine", "--sandbox none --socket-path SOCKET --shared-dir . --seccomp=none"),
+    ("cloud-hypervisor", "--socket-path SOCKET --shared-dir SHARE --cache=never"),
+    ("cloud-hypervisor", "--socket-path SOCKET --shared-dir SHARE --cache=never --thread-pool-size=4"),
+    (
+        "runcvm",
+        "-o modcaps=+sys_admin -o cache=always -o announce_submounts -o xattr --socket-path=SOCKET -o source=SHARE -o sandbox=chroot",
+    ),
+];
+
+/// A directory for one start.
+struct Place(TempDir);
+
+impl Place {
+    /// The share's name has a comma in it, which libvirt doubles.
+    fn new() -> Place {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "run the tests as root, as which callers start the daemon"
+        );
+        let place = Place(tempfile::tempdir().unwrap());
+        fs::create_dir(place.share()).unwrap();
+        fs::write(place.share().join("from-host"), "hello").unwrap();
+        place
+    }
+
+    fn share(&self) -> PathBuf {
+        self.0.path().join("the,share")
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.0.path().join("socket")
+    }
+
+    /// The words of a line.
+    fn words(&self, line: &str) -> Vec<String> {
+        let share = self.share().to_str().unwrap().to_owned();
+        let old = share.replace(',', ",,");
+        let fill = |word: &str| {
+            let word = word.replace("source=SHARE", &format!("source={old}")).replace("SHARE", &share);
+            word.replace("SOCKET", self.socket().to_str().unwrap()).replace("--fd=FD", "--fd=3")
+        };
+        line.split_whitespace().map(fill).collect()
+    }
+
+    /// Starts the daemon as a caller does, and connects.
+    fn start(&self, starter: Starter, line: &str) -> (Backend, Session) {
+        let starter = starter.bare().args(self.words(line)).current_dir(self.share());
+        let by_fd = line.contains("--fd=");
+        let backend = if by_fd { starter.by_fd().spawn() } else { starter.spawn() }.unwrap();
+        let socket = if by_fd { backend.socket().to_owned() } else { self.socket() };
+        wait_until(|| socket.exists(), "the socket");
+        let session = Session::connect(&socket, SessionOptions::default());
+        (backend, session.unwrap_or_else(|error| panic!("{line}: {error}")))
+    }
+
+    /// Has requests served: what the host has written is there, and the other way round.
+    fn use_it(&self, session: &Session, readonly: bool) {
+        let client = session.client();
+        let node = client.lookup(ROOT, "from-host").unwrap().nodeid;
+        assert_eq!(client.read_file(node).unwrap(), b"hello");
+        let created = client.create(ROOT, "from-guest", libc::O_RDWR, 0o600, 0);
+        if readonly {
+            assert_eq!(common::errno(created), libc::EROFS);
+            return;
+        }
+        let (entry, open) = created.unwrap();
+        client.write(entry.nodeid, open.fh, 0, b"hello").unwrap();
+        assert_eq!(fs::read(self.share().join("from-guest")).unwrap(), b"hello");
+    }
+}
+
+fn wait_until(done: impl Fn() -> bool, what: &str) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what} is waited for in vain");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn every_line_starts_and_serves() {
+    for (caller, line) in LINES {
+        eprintln!("{caller}: {line}");
+        let place = Place::new();
+        let (mut backend, session) = place.start(Backend::of(common::program()), line);
+        place.use_it(&session, line.contains("--readonly"));
+        drop(session);
+        backend.expect_success().unwrap();
+        assert!(!place.socket().exists(), "{caller}: the socket is left behind");
+    }
+}
+
+#[test]
+fn podman_wants_errors_alone() {
+    let place = Place::new();
+    let line = "--sandbox none --socket-path SOCKET --shared-dir . --seccomp=none";
+    let (mut backend, session) = place.start(Backend::of(common::program()).env("RUST_LOG", "ERROR"), line);
+    place.use_it(&session, false);
+    drop(session);
+    backend.expect_success().unwrap();
+    assert_eq!(backend.stderr(), "");
+}
+
+/// Kata gives its messages to the system log, which is one of the test's here: in a mount
+/// namespace of its own the daemon finds it where the host would have it.
+#[test]
+fn kata_wants_the_system_log() {
+    let place = Place::new();
+    let path = place.0.path().join("log");
+    let log = UnixDatagram::bind(&path).unwrap();
+    log.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let script = "if [ -e /dev/log ]; then mount --bind $0 /dev/log; \
+                  else mount -t tmpfs none /run && ln -s $0 /run/syslog; fi && exec \"$@\"";
+    let starter = Backend::of("unshare").args(["--mount", "sh", "-c", script]).args([Path::new(&path)]);
+    let starter = starter.args([common::program()]);
+    let line = "--syslog --cache=auto --shared-dir=SHARE --fd=FD --thread-pool-size=1 --announce-submounts";
+    let (mut backend, session) = place.start(starter, line);
+    place.use_it(&session, false);
+    // The second one comes from a worker, behind all walls.
+    for words in ["Waiting for vhost-user socket connection", "session begins"] {
+        let mut message = [0; 1000];
+        loop {
+            let length = log.recv(&mut message).unwrap_or_else(|error| panic!("{words}: {error}"));
+            if String::from_utf8_lossy(&message[..length]).contains(words) {
+                break;
+            }
+        }
+    }
+    drop(session);
+    backend.expect_success().unwrap();
+    assert_eq!(backend.stderr(), "");
+}
