@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from . import guest_modules, initramfs, kernels
+from . import debug_kernel, guest_modules, initramfs, kernels
 from .paths import HarnessError, build_daemon, need
 
 HOST_PROGRAMS = ["qemu-system-x86_64:qemu-system-x86", "busybox:busybox-static", "cpio", "fio", "depmod:kmod",
@@ -31,6 +31,9 @@ def prepare(kernel_name=kernels.DEFAULT, stock_modules=False, daemon=True):
     need(*HOST_PROGRAMS)
     if daemon:
         build_daemon()
+    if kernel_name == debug_kernel.NAME:
+        kernel = debug_kernel.fetch()
+        return kernel, initramfs.make(kernel, debug_kernel.modules(kernel))
     kernel = kernels.fetch(kernel_name)
     patched = not stock_modules and kernel.name in guest_modules.SERIES
     modules = guest_modules.build(kernel.release) if patched else None
