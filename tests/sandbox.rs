@@ -233,3 +233,18 @@ fn root_without_sys_admin_has_the_share_as_its_root() {
         assert_eq!(backend.stderr().contains("--sandbox=chroot"), warned, "{}", backend.stderr());
     }
 }
+
+/// Kata's Go runtime ends a daemon by SIGKILL.
+#[test]
+fn a_killed_parent_takes_the_serving_process_along() {
+    as_root();
+    for sandbox in ["namespace", "chroot"] {
+        let mut backend = common::starter().args([&format!("--sandbox={sandbox}")]).start().unwrap();
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        session.client().getattr(ROOT).unwrap();
+        let serving = serving(backend.pid());
+        backend.signal(libc::SIGKILL).unwrap();
+        backend.wait(std::time::Duration::from_secs(5)).unwrap();
+        common::expect_end(serving);
+    }
+}
