@@ -98,6 +98,12 @@ pub struct FsConfig {
     pub xattr: bool,
     /// Let the guest evaluate POSIX ACLs.
     pub posix_acl: Insistence,
+    /// Let the guest label what it creates.
+    pub security_label: Insistence,
+    /// Clear set-id bits where the guest asks for it, instead of by requests of its own.
+    pub killpriv_v2: bool,
+    /// Pass O_NOATIME of the guest's applications on to the host.
+    pub preserve_noatime: bool,
     /// What extended attributes are called on the host; `None` for the guest's names.
     pub xattr_map: Option<XattrMap>,
     /// Take POSIX locks on the host.
@@ -125,6 +131,9 @@ impl Default for FsConfig {
             readdirplus: true,
             xattr: false,
             posix_acl: Insistence::Never,
+            security_label: Insistence::Never,
+            killpriv_v2: true,
+            preserve_noatime: false,
             xattr_map: None,
             posix_lock: false,
             flock: false,

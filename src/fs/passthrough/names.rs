@@ -28,6 +28,7 @@ impl PassthroughFs {
     ) -> Result<Entry> {
         let name = name.as_c_str();
         self.create_as(ctx, mode, umask, |mode| mkdirat(parent.path(), name, mode))?;
+        self.label_entry(ctx, parent, name, AtFlags::REMOVEDIR)?;
         self.look_up(parent, name)
     }
 
@@ -47,6 +48,7 @@ impl PassthroughFs {
         };
         let device = decode_device(rdev);
         self.create_as(ctx, mode, umask, |mode| mknodat(parent.path(), name, kind, mode, device))?;
+        self.label_entry(ctx, parent, name, AtFlags::empty())?;
         self.look_up(parent, name)
     }
 
@@ -59,6 +61,7 @@ impl PassthroughFs {
     ) -> Result<Entry> {
         let name = name.as_c_str();
         self.create_as(ctx, 0, 0, |_| symlinkat(target, parent.path(), name))?;
+        self.label_entry(ctx, parent, name, AtFlags::empty())?;
         self.look_up(parent, name)
     }
 
