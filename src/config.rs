@@ -162,6 +162,12 @@ pub struct FsConfig {
     pub inode_file_handles: InodeFileHandles,
     /// Let the guest evaluate POSIX ACLs.
     pub posix_acl: Insistence,
+    /// Let the guest label what it creates.
+    pub security_label: Insistence,
+    /// Clear set-id bits where the guest asks for it, instead of by requests of its own.
+    pub killpriv_v2: bool,
+    /// Pass O_NOATIME of the guest's applications on to the host.
+    pub preserve_noatime: bool,
     /// What extended attributes are called on the host; `None` for the guest's names.
     pub xattr_map: Option<XattrMap>,
     /// Take POSIX locks on the host.
@@ -190,6 +196,9 @@ impl Default for FsConfig {
             xattr: false,
             inode_file_handles: InodeFileHandles::Prefer,
             posix_acl: Insistence::Never,
+            security_label: Insistence::Never,
+            killpriv_v2: true,
+            preserve_noatime: false,
             xattr_map: None,
             posix_lock: false,
             flock: false,

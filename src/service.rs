@@ -11,8 +11,8 @@ use zerocopy::{FromZeros, Immutable, IntoBytes};
 use crate::fs::{Context, FileSystem, Opened, XattrReply};
 use crate::fuse::abi;
 use crate::fuse::decode::{DecodeError, argument_bytes};
-use crate::fuse::flags::{InitFlags, SetxattrFlags};
-use crate::fuse::init::{self, negotiate};
+use crate::fuse::flags::SetxattrFlags;
+use crate::fuse::init::{self, Layout, negotiate};
 use crate::fuse::opcode::Opcode;
 use crate::fuse::reply::{DirectoryWriter, OUT_HEADER_SIZE};
 use crate::fuse::request::{CopyFileRange, Init, Operation, Read, Request, Write};
@@ -23,8 +23,10 @@ use crate::sys::guest_buffers::{GuestReader, GuestWriter, Reserved};
 const NO_SESSION: u8 = 0;
 /// Requests are served.
 const SESSION: u8 = 1;
-/// Requests are served, and SETXATTR has its long form.
-const SESSION_LONG_SETXATTR: u8 = 2;
+/// Beside it: SETXATTR has its long form.
+const LONG_SETXATTR: u8 = 2;
+/// Beside it: labels follow the arguments.
+const TRAILING_LABELS: u8 = 4;
 
 /// Room that a worker keeps from request to request.
 #[derive(Debug, Default)]
@@ -116,10 +118,13 @@ impl Service {
         scratch.arguments.resize(arguments, 0);
         input.read(&mut scratch.arguments);
         let session = self.session.load(Ordering::SeqCst);
-        let request =
-            Request::decode(header, &scratch.arguments, session == SESSION_LONG_SETXATTR).map_err(refused)?;
+        let layout = Layout {
+            long_setxattr: session & LONG_SETXATTR != 0,
+            trailing_labels: session & TRAILING_LABELS != 0,
+        };
+        let request = Request::decode(header, &scratch.arguments, layout).map_err(refused)?;
         trace!("{request:?}");
-        let ctx = Context::from(&request.header);
+        let ctx = Context::from(&request);
         if session == NO_SESSION && !matches!(request.operation, Operation::Init(_)) {
             return Err(Errno::NOTCONN);
         }
@@ -154,8 +159,10 @@ impl Service {
         self.end_session();
         self.fs.init(&negotiated);
         info!("session begins: FUSE 7.{}, {:?}", negotiated.minor, negotiated.flags);
-        let long = negotiated.flags.contains(InitFlags::SETXATTR_EXT);
-        self.session.store(if long { SESSION_LONG_SETXATTR } else { SESSION }, Ordering::SeqCst);
+        let layout = negotiated.layout();
+        let long = if layout.long_setxattr { LONG_SETXATTR } else { 0 };
+        let trailing = if layout.trailing_labels { TRAILING_LABELS } else { 0 };
+        self.session.store(SESSION | long | trailing, Ordering::SeqCst);
         body.put(&negotiated.to_wire())
     }
 

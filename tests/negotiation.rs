@@ -16,7 +16,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use lanefsd::fuse::abi::{InitIn, InitOut};
-use lanefsd::fuse::flags::InitFlags;
+use lanefsd::fuse::flags::{AttrFlags, InitFlags};
 use lanefsd::fuse::opcode::Opcode;
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::connection::Connection;
@@ -143,6 +143,38 @@ fn init_for_guests_of_every_age() {
         assert!(u32::from(reply.max_pages) * 4096 >= reply.max_write);
         assert!(reply.max_background >= 64);
         session.client().getattr(ROOT).unwrap();
+    }
+}
+
+#[test]
+fn set_id_bits_are_left_to_the_guest_if_asked_for() {
+    for (args, agreed) in [
+        (&[][..], true),
+        (&["--killpriv-v2"], true),
+        (&["--no-killpriv-v2"], false),
+        (&["--no-killpriv-v2", "--killpriv-v2"], true),
+        (&["--killpriv-v2", "--no-killpriv-v2"], false),
+    ] {
+        let (_backend, session) = common::serve(args);
+        assert_eq!(session.init_flags().contains(InitFlags::HANDLE_KILLPRIV_V2), agreed, "{args:?}");
+    }
+}
+
+#[test]
+fn submounts_are_announced_unless_told_otherwise() {
+    // /proc is another file system wherever there is one at all.
+    for (args, told) in [
+        (&[][..], AttrFlags::SUBMOUNT),
+        (&["--announce-submounts"], AttrFlags::SUBMOUNT),
+        (&["--no-announce-submounts"], AttrFlags::empty()),
+    ] {
+        let backend = common::starter().args(args).share("/").start().unwrap();
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        assert_eq!(session.init_flags().contains(InitFlags::SUBMOUNTS), !told.is_empty(), "{args:?}");
+        for (name, flags) in [("proc", told), ("usr", AttrFlags::empty())] {
+            let attr = session.client().lookup(ROOT, name).unwrap().attr;
+            assert_eq!(AttrFlags::from_bits_retain(attr.flags), flags, "{args:?} {name}");
+        }
     }
 }
 

@@ -37,6 +37,39 @@ fn session(args: &[&str]) -> (lanefsd_frontend::Backend, Session) {
     common::serve_with(args, SessionOptions { queues: 4, ..SessionOptions::default() })
 }
 
+/// Flags that the daemon's process has an open file of this name open with.
+fn host_flags(backend: &lanefsd_frontend::Backend, name: &str) -> Vec<i32> {
+    let proc = std::path::PathBuf::from(format!("/proc/{}", backend.pid()));
+    let mut found = Vec::new();
+    for entry in proc.join("fd").read_dir().unwrap().flatten() {
+        let is_it = std::fs::read_link(entry.path()).is_ok_and(|target| target.ends_with(name));
+        let info = std::fs::read_to_string(proc.join("fdinfo").join(entry.file_name())).unwrap();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim();
+        let flags = i32::from_str_radix(flags, 8).unwrap();
+        if is_it && flags & libc::O_PATH == 0 {
+            found.push(flags);
+        }
+    }
+    found
+}
+
+#[test]
+fn noatime_is_passed_on_if_asked_for() {
+    for (args, passed) in [(&[][..], 0), (&["--preserve-noatime"], libc::O_NOATIME)] {
+        let (backend, session) = session(args);
+        std::fs::write(backend.path("old"), "x").unwrap();
+        let client = session.client();
+        let node = client.lookup(ROOT, "old").unwrap().nodeid;
+        client.open(node, libc::O_RDONLY | libc::O_NOATIME).unwrap();
+        client.create(ROOT, "new", libc::O_RDWR | libc::O_NOATIME, 0o600, 0).unwrap();
+        for name in ["old", "new"] {
+            let flags = host_flags(&backend, name);
+            assert_eq!(flags.len(), 1);
+            assert_eq!(flags[0] & libc::O_NOATIME, passed, "{args:?} {name}");
+        }
+    }
+}
+
 #[test]
 fn the_policy_decides_for_open_and_create() {
     let cases: [(&[&str], OpenReplyFlags, OpenReplyFlags); 6] = [

@@ -11,6 +11,7 @@ use lanefsd::fs::null::NullStore;
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::read_only::ReadOnly;
 use lanefsd::fs::{Context, FileSystem, Opened};
+use lanefsd::fuse::extensions::Labels;
 use lanefsd::fuse::flags::{InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags, WriteFlags};
 use lanefsd::fuse::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
 use lanefsd::fuse::name::{LookupName, Name};
@@ -44,10 +45,10 @@ fn share() -> (TempDir, PassthroughFs) {
     (directory, fs)
 }
 
-fn context() -> Context {
+fn context() -> Context<'static> {
     let uid = GuestUid(rustix::process::geteuid().as_raw());
     let gid = GuestGid(rustix::process::getegid().as_raw());
-    Context { unique: Unique(1), uid, gid, pid: 1, supplementary_group: None }
+    Context { unique: Unique(1), uid, gid, pid: 1, supplementary_group: None, labels: Labels::default() }
 }
 
 fn name(name: &CStr) -> Name<'_> {

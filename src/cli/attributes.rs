@@ -30,6 +30,26 @@ pub(super) struct AttributeOptions {
         default_value = "never", default_missing_value = "always"
     )]
     posix_acl: Mode,
+
+    /// Security labels (SELinux) that the guest gives what it creates (implies --xattr); without a
+    /// MODE: always
+    #[arg(
+        long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true,
+        default_value = "never", default_missing_value = "always"
+    )]
+    security_label: Mode,
+
+    /// Let the guest leave it to the host to clear set-id bits when a file changes (the default)
+    #[arg(long, overrides_with = "no_killpriv_v2")]
+    killpriv_v2: bool,
+
+    /// Let the guest clear set-id bits itself, for host file systems that do not (NFS)
+    #[arg(long)]
+    no_killpriv_v2: bool,
+
+    /// Pass O_NOATIME of the guest's programs on to the host, which may refuse it
+    #[arg(long)]
+    preserve_noatime: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -60,7 +80,13 @@ impl AttributeOptions {
                 .map_err(|source| OptionError::BadIdMap { ids: "uid", source })?,
             gid_map: id_map(&self.translate_gid)
                 .map_err(|source| OptionError::BadIdMap { ids: "gid", source })?,
-            xattr: config.xattr || self.xattrmap.is_some() || self.posix_acl != Mode::Never,
+            xattr: config.xattr
+                || self.xattrmap.is_some()
+                || self.posix_acl != Mode::Never
+                || self.security_label != Mode::Never,
+            security_label: self.security_label.into(),
+            killpriv_v2: !self.no_killpriv_v2,
+            preserve_noatime: self.preserve_noatime,
             posix_acl: self.posix_acl.into(),
             xattr_map: self
                 .xattrmap

@@ -11,6 +11,7 @@ use std::ffi::CStr;
 
 use rustix::io::Errno;
 
+use crate::fuse::extensions::Labels;
 use crate::fuse::flags::{FsyncFlags, InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
 use crate::fuse::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
 use crate::fuse::init::Negotiated;
@@ -25,7 +26,7 @@ pub type Result<T> = std::result::Result<T, Errno>;
 
 /// Who asks.
 #[derive(Clone, Copy, Debug)]
-pub struct Context {
+pub struct Context<'a> {
     /// The guest's number for the request.
     pub unique: Unique,
     /// The caller's user.
@@ -36,16 +37,20 @@ pub struct Context {
     pub pid: u32,
     /// The one supplementary group that matters for creating calls.
     pub supplementary_group: Option<GuestGid>,
+    /// Security labels of what is created.
+    pub labels: Labels<'a>,
 }
 
-impl From<&request::Header> for Context {
-    fn from(header: &request::Header) -> Context {
+impl<'a> From<&request::Request<'a>> for Context<'a> {
+    fn from(request: &request::Request<'a>) -> Context<'a> {
+        let header = &request.header;
         Context {
             unique: header.unique,
             uid: header.uid,
             gid: header.gid,
             pid: header.pid,
             supplementary_group: header.supplementary_group,
+            labels: request.labels,
         }
     }
 }

@@ -477,6 +477,12 @@ wire! {
         typ: u32,
     }
 
+    /// One label of a labels extension; its name and value follow.
+    struct Secctx("fuse_secctx") {
+        size: u32,
+        padding: u32,
+    }
+
     /// Body of a groups extension; `nr_groups` group ids follow.
     struct SuppGroups("fuse_supp_groups") {
         nr_groups: u32,

@@ -7,8 +7,10 @@ use thiserror::Error;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::abi;
+use super::extensions::Extensions;
 use super::flags::{FsyncFlags, LockFlags, OpenRequestFlags, ReleaseFlags, SetxattrFlags, WriteFlags};
 use super::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
+use super::init::Layout;
 use super::name::{LookupName, Name, NameError};
 use super::opcode::Opcode;
 use super::request::{
@@ -89,11 +91,11 @@ pub fn argument_bytes(header: &abi::InHeader, readable: usize) -> Result<usize> 
 }
 
 impl<'a> Request<'a> {
-    /// Decodes `arguments`, the [`argument_bytes`] behind `header`. `long_setxattr` tells that
-    /// SETXATTR_EXT was negotiated.
-    pub fn decode(raw: &abi::InHeader, arguments: &'a [u8], long_setxattr: bool) -> Result<Request<'a>> {
+    /// Decodes `arguments`, the [`argument_bytes`] behind `header`.
+    pub fn decode(raw: &abi::InHeader, arguments: &'a [u8], layout: Layout) -> Result<Request<'a>> {
         let opcode = Opcode::from_number(raw.opcode).ok_or(DecodeError::UnknownOpcode(raw.opcode))?;
         let (arguments, extensions) = split_extensions(opcode, raw, arguments)?;
+        let mut extensions = Extensions::parse(opcode, extensions)?;
         let header = Header {
             unique: Unique(raw.unique),
             opcode,
@@ -101,15 +103,18 @@ impl<'a> Request<'a> {
             uid: GuestUid(raw.uid),
             gid: GuestGid(raw.gid),
             pid: raw.pid,
-            supplementary_group: supplementary_group(opcode, extensions)?,
+            supplementary_group: extensions.group,
         };
         let mut cursor = Cursor { opcode, rest: arguments };
         let operation = match opcode {
-            Opcode::Setxattr => cursor.setxattr(long_setxattr)?,
+            Opcode::Setxattr => cursor.setxattr(layout.long_setxattr)?,
             Opcode::Write => cursor.write(raw)?,
             _ => cursor.operation()?,
         };
-        Ok(Request { header, operation })
+        if layout.trailing_labels && opcode.creates() {
+            extensions = Extensions::parse(opcode, cursor.rest)?;
+        }
+        Ok(Request { header, operation, labels: extensions.labels })
     }
 }
 
@@ -125,27 +130,6 @@ fn split_extensions<'a>(
     }
     let split = arguments.len().checked_sub(extensions).ok_or(DecodeError::Extensions(opcode))?;
     arguments.split_at_checked(split).ok_or(DecodeError::Extensions(opcode))
-}
-
-/// The group of a groups extension; security contexts and unknown extensions are passed over.
-fn supplementary_group(opcode: Opcode, mut rest: &[u8]) -> Result<Option<GuestGid>> {
-    let malformed = DecodeError::Extensions(opcode);
-    let mut group = None;
-    while !rest.is_empty() {
-        let (header, _) = abi::ExtHeader::read_from_prefix(rest).map_err(|_| malformed)?;
-        let size = usize::try_from(header.size).map_err(|_| malformed)?;
-        let (this, next) = rest.split_at_checked(size).ok_or(malformed)?;
-        let body = this.get(size_of::<abi::ExtHeader>()..).ok_or(malformed)?;
-        if header.typ == abi::EXT_GROUPS {
-            let (groups, ids) = abi::SuppGroups::read_from_prefix(body).map_err(|_| malformed)?;
-            if groups.nr_groups > 0 {
-                let (id, _) = u32::read_from_prefix(ids).map_err(|_| malformed)?;
-                group = Some(GuestGid(id));
-            }
-        }
-        rest = next;
-    }
-    Ok(group)
 }
 
 /// Takes arguments off the front.
@@ -310,6 +294,7 @@ impl<'a> Cursor<'a> {
     /// The name that Linux sends along is that of an unnamed dentry and means nothing.
     fn tmpfile(&mut self) -> Result<Operation<'a>> {
         let raw: abi::CreateIn = self.take()?;
+        let _meaningless = self.c_str();
         Ok(Operation::Tmpfile(Tmpfile {
             flags: raw.flags,
             mode: raw.mode,
@@ -450,7 +435,8 @@ mod tests {
     fn decode(opcode: Opcode, arguments: &[u8]) -> Result<String> {
         let header = header(opcode as u32, IN_HEADER_SIZE + arguments.len());
         let count = argument_bytes(&header, IN_HEADER_SIZE + arguments.len())?;
-        Request::decode(&header, &arguments[..count], false).map(|request| format!("{:?}", request.operation))
+        Request::decode(&header, &arguments[..count], Layout::default())
+            .map(|request| format!("{:?}", request.operation))
     }
 
     #[test]
@@ -494,7 +480,7 @@ mod tests {
         for (len, good) in [(180, true), (179, false), (181, false), (80, false), (60, false)] {
             let header = header(Opcode::Write as u32, len);
             let count = argument_bytes(&header, len).unwrap();
-            let decoded = Request::decode(&header, &write.as_bytes()[..count], false);
+            let decoded = Request::decode(&header, &write.as_bytes()[..count], Layout::default());
             assert_eq!(decoded.is_ok(), good, "{len}");
         }
     }
@@ -517,12 +503,18 @@ mod tests {
         bytes.extend([16u32, 32, 1, 4711].iter().flat_map(|word| word.to_le_bytes()));
         let mut header = header(Opcode::Mkdir as u32, IN_HEADER_SIZE + bytes.len());
         header.total_extlen = 2;
-        let request = Request::decode(&header, &bytes, false).unwrap();
+        let request = Request::decode(&header, &bytes, Layout::default()).unwrap();
         assert_eq!(request.header.supplementary_group, Some(GuestGid(4711)));
         header.total_extlen = 100;
-        assert!(matches!(Request::decode(&header, &bytes, false), Err(DecodeError::Extensions(_))));
+        assert!(matches!(
+            Request::decode(&header, &bytes, Layout::default()),
+            Err(DecodeError::Extensions(_))
+        ));
         header.total_extlen = 1;
-        assert!(matches!(Request::decode(&header, &bytes, false), Err(DecodeError::Extensions(_))));
+        assert!(matches!(
+            Request::decode(&header, &bytes, Layout::default()),
+            Err(DecodeError::Extensions(_))
+        ));
     }
 
     #[test]
@@ -544,7 +536,8 @@ mod tests {
             header.total_extlen = extensions;
             if let Ok(count) = argument_bytes(&header, IN_HEADER_SIZE + bytes.len()) {
                 prop_assert!(count <= bytes.len());
-                let _ = Request::decode(&header, &bytes[..count], long);
+                let layout = Layout { long_setxattr: long, trailing_labels: !long };
+                let _ = Request::decode(&header, &bytes[..count], layout);
             }
         }
 

@@ -19,6 +19,8 @@ const DEFAULT_PAGES: u32 = 32;
 const MAX_BACKGROUND: u16 = 1024;
 /// Background requests from which on the guest counts the device as congested.
 const CONGESTION_THRESHOLD: u16 = 768;
+/// Minor version from which on the header announces extensions (Linux 6.3).
+const MINOR_EXTENSIONS: u32 = 38;
 /// Minor version from which on DIRECT_IO_ALLOW_MMAP and parallel direct writes go together (Linux 6.9).
 const MINOR_ALLOW_MMAP: u32 = 40;
 
@@ -36,6 +38,16 @@ pub enum InitError {
         /// The guest's minor version.
         minor: u32,
     },
+}
+
+/// How requests of a session are laid out, where that was agreed on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Layout {
+    /// SETXATTR has its long form (SETXATTR_EXT).
+    pub long_setxattr: bool,
+    /// Labels of new inodes follow the arguments without being announced in the header: Linux 5.17
+    /// to 6.2.
+    pub trailing_labels: bool,
 }
 
 /// What both sides agreed on.
@@ -76,6 +88,14 @@ pub fn major_mismatch() -> abi::InitOut {
 }
 
 impl Negotiated {
+    /// How requests are laid out.
+    pub fn layout(&self) -> Layout {
+        Layout {
+            long_setxattr: self.flags.contains(InitFlags::SETXATTR_EXT),
+            trailing_labels: self.flags.contains(InitFlags::SECURITY_CTX) && self.minor < MINOR_EXTENSIONS,
+        }
+    }
+
     /// The reply's body.
     pub fn to_wire(&self) -> abi::InitOut {
         let [b0, b1, b2, b3, b4, b5, b6, b7] = self.flags.bits().to_le_bytes();

@@ -6,6 +6,7 @@
 
 pub mod abi;
 pub mod decode;
+pub mod extensions;
 pub mod flags;
 pub mod ids;
 pub mod init;

@@ -82,4 +82,10 @@ impl Opcode {
     pub fn has_no_reply(self) -> bool {
         matches!(self, Opcode::Forget | Opcode::BatchForget)
     }
+
+    /// Whether such a request makes a new inode.
+    pub fn creates(self) -> bool {
+        use Opcode::{Create, Mkdir, Mknod, Symlink, Tmpfile};
+        matches!(self, Create | Mkdir | Mknod | Symlink | Tmpfile)
+    }
 }

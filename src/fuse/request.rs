@@ -5,6 +5,7 @@ use std::ffi::CStr;
 use zerocopy::FromBytes;
 
 use super::abi;
+use super::extensions::Labels;
 use super::flags::{
     FsyncFlags, GetattrFlags, InitFlags, OpenRequestFlags, ReleaseFlags, SetattrValid, SetxattrFlags,
     WriteFlags,
@@ -20,6 +21,8 @@ pub struct Request<'a> {
     pub header: Header,
     /// What is asked for.
     pub operation: Operation<'a>,
+    /// Security labels for what is created (SECURITY_CTX).
+    pub labels: Labels<'a>,
 }
 
 /// The header of a request, and what its extensions say.

@@ -1,5 +1,9 @@
 //! A umask of a thread's own. Linux keeps umask and working directory in one place that threads
 //! share until one of them asks for its own (`CLONE_FS` of unshare(2)).
+//!
+//! A thread that is started by one with a umask of its own begins with that one, and must not take
+//! it for the usual. So the usual is the one that the process has: 0, from the start of the file
+//! system on.
 
 use std::cell::Cell;
 
@@ -12,10 +16,10 @@ thread_local! {
     static HAS_OWN: Cell<bool> = const { Cell::new(false) };
 }
 
-/// The calling thread has another umask until this is dropped.
+/// The calling thread has another umask until this is dropped; 0 afterwards.
 #[derive(Debug)]
 #[must_use = "the umask is changed back when this is dropped"]
-pub struct UmaskGuard(Mode);
+pub struct UmaskGuard(());
 
 /// Sets the umask of the calling thread, and of no other. The first call of a thread gives it a
 /// working directory of its own as well, which stays where it is.
@@ -26,12 +30,13 @@ pub fn set_thread_umask(mask: Mode) -> Result<UmaskGuard> {
         unsafe { unshare_unsafe(UnshareFlags::FS) }?;
         HAS_OWN.set(true);
     }
-    Ok(UmaskGuard(umask(mask)))
+    umask(mask);
+    Ok(UmaskGuard(()))
 }
 
 impl Drop for UmaskGuard {
     fn drop(&mut self) {
-        umask(self.0);
+        umask(Mode::empty());
     }
 }
 
@@ -48,7 +53,7 @@ mod tests {
             let file = options.write(true).create_new(true).mode(0o666).open(directory.path().join(name));
             file.unwrap().metadata().unwrap().mode() & 0o777
         };
-        let before = mode_of_new("before");
+        umask(Mode::empty());
         std::thread::scope(|scope| {
             for i in 0..4u32 {
                 let mode_of_new = &mode_of_new;
@@ -57,11 +62,22 @@ mod tests {
                         let guard = set_thread_umask(Mode::from_raw_mode(0o100 << i | 0o066)).unwrap();
                         assert_eq!(mode_of_new(&format!("{i}-{round}")), 0o666 & !(0o100 << i | 0o066));
                         drop(guard);
-                        assert_eq!(mode_of_new(&format!("{i}-{round}-after")), before);
+                        assert_eq!(mode_of_new(&format!("{i}-{round}-after")), 0o666);
                     }
                 });
             }
         });
-        assert_eq!(mode_of_new("after"), before);
+        // One that is started meanwhile keeps nothing of it.
+        let guard = set_thread_umask(Mode::from_raw_mode(0o077)).unwrap();
+        let mode_of_new = &mode_of_new;
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                drop(set_thread_umask(Mode::from_raw_mode(0o011)).unwrap());
+                assert_eq!(mode_of_new("child"), 0o666);
+            });
+        });
+        assert_eq!(mode_of_new("guarded"), 0o600);
+        drop(guard);
+        assert_eq!(mode_of_new("after"), 0o666);
     }
 }

@@ -47,6 +47,15 @@ pub fn disk_directory() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("share-").tempdir_in(target).expect("a directory below target/")
 }
 
+/// Waits until the back end has written these words to stderr.
+pub fn wait_for_words(backend: &mut Backend, words: &str) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    while !backend.stderr().contains(words) {
+        assert!(std::time::Instant::now() < deadline, "no {words} in stderr: {}", backend.stderr());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
 /// The errno of a request that has to be refused.
 pub fn errno<T: std::fmt::Debug>(result: lanefsd_frontend::Result<T>) -> i32 {
     match result {

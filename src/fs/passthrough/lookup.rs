@@ -18,7 +18,7 @@ use crate::fuse::reply::{Attributes, Entry};
 /// What is asked of the host about an inode: all that replies need, and the mount.
 const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 /// An O_PATH descriptor of an entry itself, whatever it is: nothing is opened or followed.
-const PATH: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+pub(super) const PATH: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// Attributes of what `fd` refers to.
 pub(super) fn stat(fd: impl AsFd) -> Result<Statx> {

@@ -13,6 +13,7 @@ mod handles;
 mod identity;
 mod inodes;
 pub mod io_mode;
+mod labels;
 pub mod locks;
 mod lookup;
 mod names;
@@ -60,10 +61,12 @@ struct Session {
     leaves_umask: bool,
     /// The guest evaluates ACLs, and so may see and set them.
     acls: bool,
+    /// What is created gets the guest's security labels.
+    labels: bool,
 }
 
 /// Why a directory cannot be served as it was asked for.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum StartError {
     /// The host's file system has no ACLs.
     #[error("the share's file system has no POSIX ACLs: leave --posix-acl out, or give --posix-acl=auto")]
@@ -80,6 +83,23 @@ pub enum StartError {
          leave out --inode-file-handles=mandatory"
     )]
     NoFileHandles,
+    /// The host's file system has no attributes for labels.
+    #[error(
+        "the share's file system cannot keep security labels: leave --security-label out, or give \
+         --security-label=auto"
+    )]
+    NoLabels,
+    /// Rules forbid the names of labels.
+    #[error(
+        "--security-label needs the attribute security.selinux, but --xattrmap forbids it: change the rules"
+    )]
+    LabelsAreForbidden,
+    /// The daemon may not write labels.
+    #[error(
+        "--security-label needs the attribute {0}, which the daemon must not write: give it --modcaps=+sys_admin, \
+         or leave --security-label out"
+    )]
+    LabelsNeedPrivilege(String),
     /// A system call failed.
     #[error(transparent)]
     System(#[from] Errno),
@@ -96,6 +116,8 @@ pub struct PassthroughFs {
     waits: Waits,
     /// ACLs can be had on the host, and were asked for.
     offers_acls: bool,
+    /// The same with security labels.
+    offers_labels: bool,
     /// See [`xattr::mapped_capability`].
     mapped_capability: Option<CString>,
     session: RwLock<Session>,
@@ -117,6 +139,7 @@ impl PassthroughFs {
         rustix::process::fchdir(&proc_self_fd)?;
         let stat = lookup::stat(&root)?;
         let offers_acls = xattr::acls_can_be_had(&root, &config)?;
+        let offers_labels = labels::can_be_had(&root, &config)?;
         let descriptors = descriptors(config.inode_file_handles, &root)?;
         let inodes = InodeTable::new(root, lookup::key(&stat), descriptors);
         let session = Session {
@@ -125,9 +148,11 @@ impl PassthroughFs {
             groups_are_sent: false,
             leaves_umask: false,
             acls: false,
+            labels: false,
         };
         Ok(PassthroughFs {
             offers_acls,
+            offers_labels,
             mapped_capability: xattr::mapped_capability(&config),
             config,
             own: OwnIds::current(),
@@ -139,11 +164,6 @@ impl PassthroughFs {
         })
     }
 
-    /// Whether inodes may be held by file handles, which takes a capability and two system calls.
-    pub fn uses_file_handles(&self) -> bool {
-        self.inodes.uses_file_handles()
-    }
-
     fn session(&self) -> Session {
         *self.session.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -151,6 +171,11 @@ impl PassthroughFs {
     fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
         self.inodes.get(node)
     }
+}
+
+/// Whether inodes may be held by file handles, which takes a capability and two system calls.
+pub fn uses_file_handles(wanted: InodeFileHandles, root: &OwnedFd) -> std::result::Result<bool, StartError> {
+    descriptors(wanted, root).map(|descriptors| descriptors.are_limited())
 }
 
 /// How inodes share what descriptors there are.
@@ -178,12 +203,13 @@ impl FileSystem for PassthroughFs {
             | InitFlags::AUTO_INVAL_DATA
             | InitFlags::ASYNC_DIO
             | InitFlags::PARALLEL_DIROPS
-            | InitFlags::HANDLE_KILLPRIV_V2
             | InitFlags::CREATE_SUPP_GROUP
             | InitFlags::SETXATTR_EXT;
         let config = &self.config;
         flags.set(InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO, config.readdirplus);
+        flags.set(InitFlags::SECURITY_CTX, self.offers_labels);
         flags.set(InitFlags::POSIX_ACL | InitFlags::DONT_MASK, self.offers_acls);
+        flags.set(InitFlags::HANDLE_KILLPRIV_V2, config.killpriv_v2);
         flags.set(InitFlags::SUBMOUNTS, config.announce_submounts);
         flags.set(InitFlags::POSIX_LOCKS, config.posix_lock);
         flags.set(InitFlags::FLOCK_LOCKS, config.flock);
@@ -194,10 +220,10 @@ impl FileSystem for PassthroughFs {
     }
 
     fn required_flags(&self) -> InitFlags {
-        match self.config.posix_acl {
-            Insistence::Always => InitFlags::POSIX_ACL,
-            Insistence::Never | Insistence::Auto => InitFlags::empty(),
-        }
+        let mut flags = InitFlags::empty();
+        flags.set(InitFlags::POSIX_ACL, self.config.posix_acl == Insistence::Always);
+        flags.set(InitFlags::SECURITY_CTX, self.config.security_label == Insistence::Always);
+        flags
     }
 
     fn init(&self, negotiated: &Negotiated) {
@@ -208,6 +234,7 @@ impl FileSystem for PassthroughFs {
             groups_are_sent: flags.contains(InitFlags::CREATE_SUPP_GROUP),
             leaves_umask: flags.contains(InitFlags::DONT_MASK),
             acls: flags.contains(InitFlags::POSIX_ACL),
+            labels: flags.contains(InitFlags::SECURITY_CTX),
         };
     }
 

@@ -29,6 +29,7 @@ impl PassthroughFs {
         let name = name.as_c_str();
         let path = parent.path()?;
         self.create_as(ctx, mode, umask, |mode| mkdirat(&path, name, mode))?;
+        self.label_entry(ctx, parent, name, AtFlags::REMOVEDIR)?;
         self.look_up(parent, name)
     }
 
@@ -49,6 +50,7 @@ impl PassthroughFs {
         let device = decode_device(rdev);
         let path = parent.path()?;
         self.create_as(ctx, mode, umask, |mode| mknodat(&path, name, kind, mode, device))?;
+        self.label_entry(ctx, parent, name, AtFlags::empty())?;
         self.look_up(parent, name)
     }
 
@@ -62,6 +64,7 @@ impl PassthroughFs {
         let name = name.as_c_str();
         let path = parent.path()?;
         self.create_as(ctx, 0, 0, |_| symlinkat(target, &path, name))?;
+        self.label_entry(ctx, parent, name, AtFlags::empty())?;
         self.look_up(parent, name)
     }
 

@@ -59,9 +59,14 @@ impl PassthroughFs {
             | OFlags::EXCL
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
-        let path = parent.path()?;
-        let create_new = |mode| openat(&path, name, flags, mode);
-        match self.create_as(ctx, create.mode, create.umask, create_new) {
+        let created = if self.is_labelled(ctx) {
+            self.create_labelled(ctx, parent, name, (create.mode, create.umask), flags)
+        } else {
+            let path = parent.path()?;
+            let create_new = |mode| openat(&path, name, flags, mode);
+            self.create_as(ctx, create.mode, create.umask, create_new)
+        };
+        match created {
             Ok(file) => {
                 let (entry, inode) = self.adopt(self.path_of(&file)?, Some(parent))?;
                 self.open_entry(entry, || self.add_file(&inode, file, create.flags))
@@ -90,6 +95,7 @@ impl PassthroughFs {
         let file = self.create_as(ctx, tmpfile.mode, tmpfile.umask, |mode| {
             openat(&self.proc_self_fd, directory, flags | OFlags::CLOEXEC, mode)
         })?;
+        self.write_labels(ctx, &file)?;
         let (entry, inode) = self.adopt(self.path_of(&file)?, Some(parent))?;
         self.open_entry(entry, || self.add_file(&inode, file, tmpfile.flags))
     }
@@ -135,6 +141,7 @@ impl PassthroughFs {
     fn host_flags(&self, flags: u32) -> OFlags {
         let guest = OFlags::from_bits_retain(flags);
         let mut host = guest & PASSED_ON;
+        host.set(OFlags::NOATIME, self.config.preserve_noatime && guest.contains(OFlags::NOATIME));
         host.set(OFlags::DIRECT, self.config.allow_direct_io && guest.contains(OFlags::DIRECT));
         // A guest that writes back pages reads them first.
         if self.session().policy.writeback && guest & OFlags::RWMODE == OFlags::WRONLY {

@@ -145,10 +145,7 @@ impl PassthroughFs {
     /// What an attribute of the guest is called on the host. A guest that does not evaluate ACLs
     /// has none: it would take the mode's group bits, which an ACL makes wider, for the group's.
     fn host_name<'a>(&self, name: &'a CStr) -> std::result::Result<Cow<'a, CStr>, Refusal> {
-        let host = match &self.config.xattr_map {
-            None => Cow::Borrowed(name),
-            Some(map) => map.to_host(name)?,
-        };
+        let host = host_name(&self.config, name)?;
         let is_acl = is_acl(name) || is_acl(&host);
         if is_acl && !self.session().acls { Err(Refusal::Unsupported) } else { Ok(host) }
     }
@@ -166,8 +163,19 @@ impl PassthroughFs {
     }
 }
 
+/// What an attribute of the guest is called on the host, by the rules alone.
+pub(super) fn host_name<'a>(
+    config: &FsConfig,
+    name: &'a CStr,
+) -> std::result::Result<Cow<'a, CStr>, Refusal> {
+    match &config.xattr_map {
+        None => Ok(Cow::Borrowed(name)),
+        Some(map) => map.to_host(name),
+    }
+}
+
 /// What a change of a refused attribute is answered with.
-fn refused(refusal: Refusal) -> Errno {
+pub(super) fn refused(refusal: Refusal) -> Errno {
     match refusal {
         Refusal::Bad => Errno::PERM,
         Refusal::Unsupported => Errno::NOTSUP,

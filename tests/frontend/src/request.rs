@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use lanefsd::fuse::abi::{EXT_GROUPS, ExtHeader, InHeader, OutHeader, SuppGroups};
+use lanefsd::fuse::abi::{EXT_GROUPS, ExtHeader, InHeader, OutHeader, Secctx, SuppGroups};
 use lanefsd::fuse::opcode::Opcode;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -43,6 +43,8 @@ pub struct Request<'a> {
     pub reply: Option<usize>,
     /// Room for the reply's data, as of READ.
     pub reply_data: usize,
+    /// A security label of what is created (SECURITY_CTX), as an extension.
+    pub label: Vec<u8>,
 }
 
 impl<'a> Request<'a> {
@@ -56,6 +58,7 @@ impl<'a> Request<'a> {
             data: &[],
             reply: Some(0),
             reply_data: 0,
+            label: Vec::new(),
         }
     }
 
@@ -70,6 +73,12 @@ impl<'a> Request<'a> {
         let mut bytes = name.as_ref().to_vec();
         bytes.push(0);
         self.args.push(bytes);
+        self
+    }
+
+    /// Labels what is created with this extended attribute.
+    pub fn label(mut self, name: &str, value: &[u8]) -> Self {
+        self.label = label_extension(name, value);
         self
     }
 
@@ -105,10 +114,11 @@ impl<'a> Request<'a> {
     /// The bytes of the request before its data, header first.
     pub fn parts(&self, unique: u64) -> Vec<Vec<u8>> {
         let creates = [Opcode::Mknod, Opcode::Mkdir, Opcode::Symlink, Opcode::Create, Opcode::Tmpfile];
-        let extension = match self.caller.group {
+        let mut extension = self.label.clone();
+        extension.extend(match self.caller.group {
             Some(group) if creates.iter().any(|&op| op as u32 == self.opcode) => group_extension(group),
             _ => Vec::new(),
-        };
+        });
         let len = size_of::<InHeader>() + self.args.iter().map(Vec::len).sum::<usize>();
         let header = InHeader {
             len: (len + extension.len() + self.data.len()) as u32,
@@ -151,6 +161,17 @@ impl<'a> Request<'a> {
         writable.write(0, &[0xff; size_of::<OutHeader>()]);
         Ok(Chain { readable, writable, placement: Placement::Auto, keep: None })
     }
+}
+
+/// A label as Linux sends it; from 5.17 to 6.2 these bytes follow the arguments unannounced.
+pub fn label_extension(name: &str, value: &[u8]) -> Vec<u8> {
+    let mut label = Secctx { size: value.len() as u32, padding: 0 }.as_bytes().to_vec();
+    label.extend_from_slice(name.as_bytes());
+    label.push(0);
+    label.extend_from_slice(value);
+    label.resize(label.len().next_multiple_of(8), 0);
+    let size = (size_of::<ExtHeader>() + label.len()) as u32;
+    [ExtHeader { size, typ: 1 }.as_bytes(), &label].concat()
 }
 
 fn group_extension(group: u32) -> Vec<u8> {

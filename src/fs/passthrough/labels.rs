@@ -1,0 +1,135 @@
+//! Security labels that the guest gives what it creates, with `--security-label`.
+//!
+//! No system call creates a file with an extended attribute. A regular file gets its label before
+//! it gets its name, so that nobody meets it without. Anything else has its name for a moment
+//! before, and loses it again if the label cannot be written.
+
+use std::borrow::Cow;
+use std::ffi::CStr;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags, linkat, openat, removexattr, setxattr, unlinkat};
+use rustix::io::Errno;
+use rustix::path::DecInt;
+
+use super::inodes::Inode;
+use super::lookup::{PATH, PROC};
+use super::xattr::{host_name, refused};
+use super::{Context, PassthroughFs, StartError};
+use crate::config::{FsConfig, Insistence};
+use crate::fs::Result;
+
+/// What is tried at start. Which label it is does not matter: an unknown one is refused otherwise
+/// than one that must not be written.
+const PROBED: &CStr = c"security.selinux";
+const PROBE: &[u8] = b"system_u:object_r:unlabeled_t:s0\0";
+
+/// Whether labels are to be offered to guests: if they were asked for and can be written.
+pub(super) fn can_be_had(root: &OwnedFd, config: &FsConfig) -> std::result::Result<bool, StartError> {
+    if config.security_label == Insistence::Never {
+        return Ok(false);
+    }
+    let missing = match host_name(config, PROBED) {
+        Err(_) => StartError::LabelsAreForbidden,
+        Ok(name) => match probe(root, &name) {
+            Err(Errno::NOTSUP) => StartError::NoLabels,
+            Err(Errno::PERM | Errno::ACCESS) => {
+                StartError::LabelsNeedPrivilege(name.to_string_lossy().into_owned())
+            }
+            // Whatever else there is to say, each request that creates something hears it.
+            _ => return Ok(true),
+        },
+    };
+    if config.security_label == Insistence::Always {
+        return Err(missing);
+    }
+    log::info!("security labels are not offered to the guest: {missing}");
+    Ok(false)
+}
+
+/// Tries to label a file that has no name and goes at once.
+fn probe(root: &OwnedFd, name: &CStr) -> Result<()> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    match openat(PROC, DecInt::from_fd(root), flags, Mode::empty()) {
+        Ok(file) => {
+            setxattr(DecInt::from_fd(&file), name, PROBE, XattrFlags::empty())?;
+            removexattr(DecInt::from_fd(&file), name)
+        }
+        // A share where nothing can be written, or no file can be without a name: ask instead.
+        Err(_) => match rustix::fs::getxattr_query(DecInt::from_fd(root), name) {
+            Err(Errno::NODATA) => Ok(()),
+            result => result.map(drop),
+        },
+    }
+}
+
+impl PassthroughFs {
+    /// Whether what this request creates is to be labelled.
+    pub(super) fn is_labelled(&self, ctx: &Context) -> bool {
+        self.session().labels && !ctx.labels.is_empty()
+    }
+
+    /// Labels the entry `name`, which was just created, or takes it away.
+    pub(super) fn label_entry(
+        &self,
+        ctx: &Context,
+        parent: &Inode,
+        name: &CStr,
+        removal: AtFlags,
+    ) -> Result<()> {
+        if !self.is_labelled(ctx) {
+            return Ok(());
+        }
+        let directory = parent.path()?;
+        let path = openat(&directory, name, PATH, Mode::empty());
+        path.and_then(|path| self.write_labels(ctx, &path)).inspect_err(|_| {
+            // The label's errno says more than that of a removal that fails too.
+            let _ = unlinkat(&directory, name, removal);
+        })
+    }
+
+    /// CREATE with labels, with `flags` as for openat(2): the file is made without a name,
+    /// labelled, and linked. The descriptor is open for reading and writing.
+    pub(super) fn create_labelled(
+        &self,
+        ctx: &Context,
+        parent: &Inode,
+        name: &CStr,
+        (mode, umask): (u32, u32),
+        flags: OFlags,
+    ) -> Result<OwnedFd> {
+        let unnamed = ((flags - (OFlags::RWMODE | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW))
+            | OFlags::TMPFILE)
+            | OFlags::RDWR;
+        let directory = parent.path()?;
+        let made =
+            self.create_as(ctx, mode, umask, |mode| openat(PROC, DecInt::from_fd(&directory), unnamed, mode));
+        match made {
+            Ok(file) => {
+                self.write_labels(ctx, &file)?;
+                linkat(PROC, DecInt::from_fd(&file), &directory, name, AtFlags::SYMLINK_FOLLOW)?;
+                Ok(file)
+            }
+            // A file system without unnamed files (NFS, say).
+            Err(Errno::NOTSUP | Errno::ISDIR) => {
+                let make = |mode| openat(&directory, name, flags, mode);
+                let file = self.create_as(ctx, mode, umask, make)?;
+                self.write_labels(ctx, &file).inspect_err(|_| {
+                    let _ = unlinkat(&directory, name, AtFlags::empty());
+                })?;
+                Ok(file)
+            }
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// Writes the request's labels to what `file` refers to, with the daemon's own privileges: the
+    /// guest's kernel has decided on them.
+    pub(super) fn write_labels(&self, ctx: &Context, file: impl AsFd) -> Result<()> {
+        for label in ctx.labels.iter().filter(|_| self.session().labels) {
+            let name: Cow<'_, CStr> = host_name(&self.config, label.name).map_err(refused)?;
+            setxattr(DecInt::from_fd(file.as_fd()), &*name, label.value, XattrFlags::empty())?;
+        }
+        Ok(())
+    }
+}
