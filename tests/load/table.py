@@ -79,7 +79,7 @@ def checks(row, columns, best, earlier, cpu_target):
     if "limit" in columns:
         check("limit", ours["rate"] / columns["limit"]["rate"], targets.get("limit"), True)
     if "queues" in targets:
-        one = [entry for entry in earlier if entry["name"] == "queues-1"]
+        one = [entry for entry in earlier if entry["name"] == row["name"].replace("-4", "-1")]
         if one and "lanefsd" in one[0]["columns"]:
             check("queues", ours["rate"] / one[0]["columns"]["lanefsd"]["rate"], targets["queues"], True)
     return found
