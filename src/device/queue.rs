@@ -193,24 +193,36 @@ impl Queue {
     pub(super) fn advance(&self, done: Option<Done>) -> Option<Next> {
         let memory = self.memory.memory();
         let hold = self.notifications_to_hold();
-        let (notify, next) = {
+        let (notify, mut next) = {
             let mut state = self.lock();
             let given = done.map_or(Ok(()), |done| state.give_back(&memory, done));
             given.unwrap_or_else(|e| self.broke(&mut state, &e));
-            let stop = state.broken || self.stopping.load(Ordering::Relaxed);
-            let taken = if stop { Ok(None) } else { state.take(&memory) };
-            let next = taken.unwrap_or_else(|e| {
-                self.broke(&mut state, &e);
-                None
-            });
+            // A guest that hears of a reply often sends the next request at once. Without a kick
+            // this worker finds it when it looks again; a kick would wake another one.
+            let next = self.take(&mut state, &memory, done.is_none());
             let may_hold = next.is_some_and(|next| next.backlog) && state.held < hold;
             (if may_hold { None } else { self.flush(&mut state, &memory) }, next)
         };
+        self.notify(notify);
+        if next.is_none() && done.is_some() {
+            next = self.take(&mut self.lock(), &memory, true);
+        }
         if next.is_some() {
             self.statistics.requests.fetch_add(1, Ordering::Relaxed);
         }
-        self.notify(notify);
         next
+    }
+
+    /// Takes the next chain; if there is none, and it is the `last_look` before the worker sleeps,
+    /// the guest is asked to kick.
+    fn take(&self, state: &mut State, memory: &GuestMemoryMmap, last_look: bool) -> Option<Next> {
+        if state.broken || self.stopping.load(Ordering::Relaxed) {
+            return None;
+        }
+        state.take(memory, last_look).unwrap_or_else(|e| {
+            self.broke(state, &e);
+            None
+        })
     }
 
     /// How many chains may be given back before the guest has to hear of the first one, as long as
@@ -340,14 +352,18 @@ impl State {
         Ok(if self.ring.wants_notification(memory)? { self.call.clone() } else { None })
     }
 
-    /// Takes a chain. The guest kicks for the next one exactly if none waits behind this one.
-    fn take(&mut self, memory: &GuestMemoryMmap) -> Result<Option<Next>, RingError> {
+    /// Takes a chain. The guest kicks for the next one exactly if none waits behind this one. If
+    /// there is none at all, it kicks only if this is the `last_look` before the worker sleeps.
+    fn take(&mut self, memory: &GuestMemoryMmap, last_look: bool) -> Result<Option<Next>, RingError> {
         let mut waiting = self.ring.waiting(memory)?;
-        if waiting == 0 {
+        if waiting == 0 && last_look {
             self.ring.ask_for_kick(memory)?;
             waiting = self.ring.waiting(memory)?;
         }
         if waiting == 0 {
+            if !last_look {
+                self.ring.refuse_kicks(memory)?;
+            }
             return Ok(None);
         }
         let head = self.ring.take(memory)?;
