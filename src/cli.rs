@@ -1,17 +1,20 @@
 //! Options as users type them. The names are virtiofsd's wherever it has one.
 
 mod attributes;
+mod old_form;
+mod values;
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::{ArgAction, Parser, ValueEnum};
 use log::LevelFilter;
 use thiserror::Error;
 
 use self::attributes::AttributeOptions;
+use self::values::{parse_cpus, parse_id_range, parse_modcaps, parse_store};
 use crate::config::{
-    CachePolicy, Config, DeviceConfig, FsConfig, Listen, ParallelDirectWrites, Sandbox, Store,
+    CachePolicy, CapabilityChanges, Config, DeviceConfig, FsConfig, IdMaps, InodeFileHandles, Listen,
+    ParallelDirectWrites, Sandbox, Seccomp,
 };
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
@@ -112,6 +115,10 @@ pub struct Options {
     #[arg(long, value_name = "NUMBER", help_heading = "Resources")]
     rlimit_nofile: Option<u64>,
 
+    /// Whether inodes may be held by file handles when descriptors are scarce
+    #[arg(long, value_enum, default_value = "prefer", value_name = "WHETHER", help_heading = "Resources")]
+    inode_file_handles: FileHandles,
+
     /// CPUs to run on, as in 0-3,6
     #[arg(long, value_name = "LIST", help_heading = "Resources")]
     cpus: Option<String>,
@@ -120,9 +127,30 @@ pub struct Options {
     #[arg(long, value_enum, help_heading = "Security")]
     sandbox: Option<SandboxMode>,
 
+    /// User ids of the sandbox that stand for those of the host, as in :0:1000:1: (:INSIDE:OUTSIDE:COUNT:);
+    /// may be given several times
+    #[arg(long, value_name = "RANGE", help_heading = "Security")]
+    uid_map: Vec<String>,
+
+    /// The same for group ids
+    #[arg(long, value_name = "RANGE", help_heading = "Security")]
+    gid_map: Vec<String>,
+
+    /// What happens at a system call that serving does not take
+    #[arg(long, value_enum, default_value = "kill", value_name = "ACTION", help_heading = "Security")]
+    seccomp: SeccompMode,
+
+    /// Capabilities to keep besides the usual ones, and usual ones to give up, as in +sys_admin:-mknod
+    #[arg(long, value_name = "CHANGES", allow_hyphen_values = true, help_heading = "Security")]
+    modcaps: Option<String>,
+
     /// Most detailed messages to print [default: info, or what RUST_LOG says]
     #[arg(long, value_name = "LEVEL", help_heading = "Messages")]
     log_level: Option<LevelFilter>,
+
+    /// Print messages for debugging, as --log-level=debug does
+    #[arg(short, help_heading = "Messages")]
+    debug: bool,
 
     /// Send messages to the system log instead of standard error
     #[arg(long, help_heading = "Messages")]
@@ -131,6 +159,16 @@ pub struct Options {
     /// Print what the daemon can do as JSON, and exit
     #[arg(long, action = ArgAction::SetTrue, help_heading = "Messages")]
     print_capabilities: bool,
+
+    /// Options in the old form: source=DIRECTORY, cache=, sandbox=, modcaps=, log_level=, and with or
+    /// without no_: xattr, flock, posix_lock, readdirplus, writeback, announce_submounts,
+    /// allow_direct_io
+    #[arg(short = 'o', value_name = "LIST", help_heading = "Old forms")]
+    old_form: Vec<String>,
+
+    /// Stay in the foreground, as the daemon always does
+    #[arg(short, help_heading = "Old forms")]
+    foreground: bool,
 
     /// Benchmarks only: with null or null:LATENCY (2ms, 50us), written data is dropped
     #[arg(long, value_name = "STORE", default_value = "host", help_heading = "Benchmarks")]
@@ -161,6 +199,16 @@ enum Parallel {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
+enum FileHandles {
+    /// A descriptor for each inode that the guest knows, and an error when there are no more
+    Never,
+    /// Where the host can do it
+    Prefer,
+    /// Do not start where the host cannot do it
+    Mandatory,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum SandboxMode {
     /// Own mount, PID and network namespaces, with the share as the root
     Namespace,
@@ -168,6 +216,18 @@ enum SandboxMode {
     Chroot,
     /// None
     None,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SeccompMode {
+    /// It is carried out
+    None,
+    /// The daemon ends at once
+    Kill,
+    /// It is carried out, and the kernel's log tells of it
+    Log,
+    /// The daemon gets the signal SIGSYS, for debuggers
+    Trap,
 }
 
 /// Options that contradict each other or make no sense. Each is one sentence that says what to do.
@@ -184,6 +244,8 @@ pub enum OptionError {
     BadFd(i32),
     #[error("--tag must have 1 to {TAG_SIZE} bytes")]
     BadTag,
+    #[error("-o {0} is unknown, or its value is; --help lists what can stand there")]
+    OldForm(String),
     #[error("--request-queues must be 1 to {}", MAX_QUEUES - 1)]
     BadQueues,
     #[error("--writeback and --parallel-direct-writes=always exclude each other: leave one of them out")]
@@ -192,6 +254,18 @@ pub enum OptionError {
     BadStore(String),
     #[error("--cpus {0} is no list of CPUs: give numbers and ranges like 0-3,6")]
     BadCpus(String),
+    #[error(
+        "--modcaps {0} is not understood: give names like +sys_admin or -mknod, with colons between them"
+    )]
+    BadCapabilities(String),
+    #[error(
+        "{option} {text} is not understood: give the first id inside, the first on the host and their number, like :0:1000:1:"
+    )]
+    BadIdRange { option: &'static str, text: String },
+    #[error("{0} has to map id 0, which the daemon serves as: add a range like :0:1000:1:")]
+    NoRootInMap(&'static str),
+    #[error("--uid-map and --gid-map need --sandbox=namespace")]
+    MapNeedsNamespace,
     #[error("--rlimit-nofile must be at least 64")]
     BadLimit,
     #[error("--translate-{ids} cannot be used")]
@@ -231,7 +305,8 @@ pub fn parse(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<
 }
 
 impl Options {
-    fn into_config(self) -> Result<Config, OptionError> {
+    fn into_config(mut self) -> Result<Config, OptionError> {
+        self.take_old_form()?;
         let listen = self.listen()?;
         if self.tag.as_ref().is_some_and(|tag| tag.is_empty() || tag.len() > TAG_SIZE) {
             return Err(OptionError::BadTag);
@@ -242,6 +317,7 @@ impl Options {
         if self.rlimit_nofile.is_some_and(|limit| limit < 64) {
             return Err(OptionError::BadLimit);
         }
+        let id_maps = self.id_maps()?;
         let fs = self.attributes.add_to(self.fs_config())?;
         if fs.writeback && fs.parallel_direct_writes == ParallelDirectWrites::Always {
             return Err(OptionError::WritebackParallel);
@@ -265,8 +341,16 @@ impl Options {
                 SandboxMode::Chroot => Sandbox::Chroot,
                 SandboxMode::None => Sandbox::None,
             }),
+            id_maps,
+            seccomp: match self.seccomp {
+                SeccompMode::None => Seccomp::None,
+                SeccompMode::Kill => Seccomp::Kill,
+                SeccompMode::Log => Seccomp::Log,
+                SeccompMode::Trap => Seccomp::Trap,
+            },
+            capabilities: self.modcaps.as_deref().map_or(Ok(CapabilityChanges::NONE), parse_modcaps)?,
             rlimit_nofile: self.rlimit_nofile,
-            log_level: self.log_level,
+            log_level: if self.debug { self.log_level.max(Some(LevelFilter::Debug)) } else { self.log_level },
             syslog: self.syslog,
         })
     }
@@ -279,6 +363,25 @@ impl Options {
             (None, Some(fd)) => Ok(Listen::Fd(fd)),
             (Some(_), Some(_)) => Err(OptionError::TwoSockets),
             (None, None) => Err(OptionError::NoSocket),
+        }
+    }
+
+    fn id_maps(&self) -> Result<IdMaps, OptionError> {
+        let ranges = |option, texts: &[String]| {
+            let ranges =
+                texts.iter().map(|text| parse_id_range(option, text)).collect::<Result<Vec<_>, _>>()?;
+            let usable = ranges.is_empty() || ranges.iter().any(|range| range.inside == 0);
+            if usable { Ok(ranges) } else { Err(OptionError::NoRootInMap(option)) }
+        };
+        let maps = IdMaps {
+            users: ranges("--uid-map", &self.uid_map)?,
+            groups: ranges("--gid-map", &self.gid_map)?,
+        };
+        match self.sandbox {
+            Some(SandboxMode::Chroot | SandboxMode::None) if !maps.is_empty() => {
+                Err(OptionError::MapNeedsNamespace)
+            }
+            _ => Ok(maps),
         }
     }
 
@@ -300,6 +403,11 @@ impl Options {
             allow_direct_io: self.allow_direct_io,
             readdirplus: !self.no_readdirplus,
             xattr: self.xattr,
+            inode_file_handles: match self.inode_file_handles {
+                FileHandles::Never => InodeFileHandles::Never,
+                FileHandles::Prefer => InodeFileHandles::Prefer,
+                FileHandles::Mandatory => InodeFileHandles::Mandatory,
+            },
             posix_lock: self.posix_lock,
             flock: self.flock,
             announce_submounts: !self.no_announce_submounts,
@@ -308,53 +416,14 @@ impl Options {
     }
 }
 
-fn parse_store(text: &str) -> Result<Store, OptionError> {
-    let bad = || OptionError::BadStore(text.to_owned());
-    match text.split_once(':') {
-        None if text == "host" => Ok(Store::Host),
-        None if text == "null" => Ok(Store::Null { latency: Duration::ZERO }),
-        Some(("null", latency)) => {
-            parse_latency(latency).map(|latency| Store::Null { latency }).ok_or_else(bad)
-        }
-        _ => Err(bad()),
-    }
-}
-
-/// A number with a unit: `us`, `ms` or `s`.
-fn parse_latency(text: &str) -> Option<Duration> {
-    let unit_at = text.find(|c: char| !c.is_ascii_digit())?;
-    let (number, unit) = text.split_at_checked(unit_at)?;
-    let number: u32 = number.parse().ok()?;
-    match unit {
-        "us" => Some(Duration::from_micros(number.into())),
-        "ms" => Some(Duration::from_millis(number.into())),
-        "s" => Some(Duration::from_secs(number.into())),
-        _ => None,
-    }
-}
-
-/// Numbers and ranges, as taskset(1) takes them.
-fn parse_cpus(text: &str) -> Result<Vec<usize>, OptionError> {
-    let bad = || OptionError::BadCpus(text.to_owned());
-    let mut cpus = Vec::new();
-    for part in text.split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let first: usize = first.parse().map_err(|_| bad())?;
-        let last: usize = last.parse().map_err(|_| bad())?;
-        if first > last || last >= 1024 {
-            return Err(bad());
-        }
-        cpus.extend(first..=last);
-    }
-    Ok(cpus)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Store;
     use clap::CommandFactory;
+    use std::time::Duration;
 
-    fn config(arguments: &str) -> Result<Config, OptionError> {
+    pub(super) fn config(arguments: &str) -> Result<Config, OptionError> {
         let words = ["lanefsd"].into_iter().chain(arguments.split_whitespace());
         Options::try_parse_from(words).unwrap().into_config()
     }
@@ -374,6 +443,7 @@ mod tests {
         assert_eq!(config.device, DeviceConfig { tag: None, request_queues: 63, thread_pool_size: 16 });
         assert!(config.fs.readdirplus && config.fs.announce_submounts);
         assert!(!config.fs.xattr && !config.fs.writeback && !config.readonly && !config.keep_listening);
+        assert_eq!((config.seccomp, config.capabilities), (Seccomp::Kill, CapabilityChanges::NONE));
         assert_eq!((config.sandbox, config.log_level, config.rlimit_nofile), (None, None, None));
     }
 
@@ -398,6 +468,11 @@ mod tests {
             ("--shared-dir /d --fd 3 --store null:2", OptionError::BadStore("null:2".into())),
             ("--shared-dir /d --fd 3 --store null:2h", OptionError::BadStore("null:2h".into())),
             ("--shared-dir /d --fd 3 --cpus 3-1", OptionError::BadCpus("3-1".into())),
+            ("--shared-dir /d --fd 3 --modcaps mknod", OptionError::BadCapabilities("mknod".into())),
+            ("--shared-dir /d --fd 3 --modcaps +nil", OptionError::BadCapabilities("+nil".into())),
+            ("--shared-dir /d --fd 3 --modcaps=", OptionError::BadCapabilities("".into())),
+            ("--shared-dir /d --fd 3 --uid-map=:1:1:1:", OptionError::NoRootInMap("--uid-map")),
+            ("--shared-dir /d --fd 3 --gid-map=:0:1:1: --sandbox none", OptionError::MapNeedsNamespace),
             ("--shared-dir /d --fd 3 --cpus 1,,2", OptionError::BadCpus("1,,2".into())),
         ] {
             assert_eq!(config(arguments).unwrap_err(), error, "{arguments}");
@@ -414,6 +489,9 @@ mod tests {
         assert_eq!(config("--cpus 0-2,5").cpus, Some(vec![0, 1, 2, 5]));
         assert_eq!(config("--cache none").fs.cache, CachePolicy::Never);
         assert_eq!(config("--sandbox chroot").sandbox, Some(Sandbox::Chroot));
+        assert_eq!(config("--seccomp=none").seccomp, Seccomp::None);
+        assert_eq!(config("--seccomp log").seccomp, Seccomp::Log);
+        assert_eq!(config("--seccomp trap").seccomp, Seccomp::Trap);
         assert_eq!(config("--log-level debug").log_level, Some(LevelFilter::Debug));
         assert!(!config("--no-announce-submounts").fs.announce_submounts);
         assert!(config("--announce-submounts").fs.announce_submounts);

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::mapping::ids::{GidMap, UidMap};
 use crate::mapping::xattrs::XattrMap;
+use rustix::thread::CapabilitySet;
 
 /// Everything a start of the daemon is told.
 #[derive(Clone, Debug)]
@@ -28,6 +29,12 @@ pub struct Config {
     pub store: Store,
     /// How the daemon confines itself; `None` for the safest way that can be had.
     pub sandbox: Option<Sandbox>,
+    /// The ids that exist in the namespace sandbox.
+    pub id_maps: IdMaps,
+    /// What happens at a system call that serving does not take.
+    pub seccomp: Seccomp,
+    /// Changes to the capabilities that are kept.
+    pub capabilities: CapabilityChanges,
     /// RLIMIT_NOFILE to set; `None` for as many descriptors as the host allows.
     pub rlimit_nofile: Option<u64>,
     /// CPUs to run on; `None` for all.
@@ -81,6 +88,61 @@ pub enum Sandbox {
     None,
 }
 
+/// The ids that exist in a user namespace; without any there is none but the daemon's own, as 0.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IdMaps {
+    /// Users.
+    pub users: Vec<IdRange>,
+    /// Groups.
+    pub groups: Vec<IdRange>,
+}
+
+impl IdMaps {
+    /// Whether nothing was asked for.
+    pub fn is_empty(&self) -> bool {
+        self.users.is_empty() && self.groups.is_empty()
+    }
+}
+
+/// Ids of a user namespace, one after the other, that stand for as many ids outside of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdRange {
+    /// The first inside.
+    pub inside: u32,
+    /// The first outside.
+    pub outside: u32,
+    /// How many, at least 1.
+    pub count: u32,
+}
+
+/// What happens at a system call that serving does not take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seccomp {
+    /// It is carried out: there is no filter.
+    None,
+    /// The daemon ends at once.
+    Kill,
+    /// It is carried out, and the kernel's log tells of it.
+    Log,
+    /// The daemon gets SIGSYS, which a debugger can catch.
+    Trap,
+}
+
+/// Changes to the capabilities that the daemon keeps while it serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CapabilityChanges {
+    /// Kept besides those that the other options need.
+    pub add: CapabilitySet,
+    /// Given up nevertheless.
+    pub drop: CapabilitySet,
+}
+
+impl CapabilityChanges {
+    /// None.
+    pub const NONE: CapabilityChanges =
+        CapabilityChanges { add: CapabilitySet::empty(), drop: CapabilitySet::empty() };
+}
+
 /// Settings of the passthrough file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FsConfig {
@@ -96,6 +158,8 @@ pub struct FsConfig {
     pub readdirplus: bool,
     /// Serve extended attributes.
     pub xattr: bool,
+    /// Whether inodes that are seldom used may be held by file handles instead of descriptors.
+    pub inode_file_handles: InodeFileHandles,
     /// Let the guest evaluate POSIX ACLs.
     pub posix_acl: Insistence,
     /// Let the guest label what it creates.
@@ -130,6 +194,7 @@ impl Default for FsConfig {
             allow_direct_io: false,
             readdirplus: true,
             xattr: false,
+            inode_file_handles: InodeFileHandles::Prefer,
             posix_acl: Insistence::Never,
             security_label: Insistence::Never,
             killpriv_v2: true,
@@ -183,6 +248,17 @@ impl CachePolicy {
     pub fn bypasses_page_cache(self) -> bool {
         matches!(self, CachePolicy::Never | CachePolicy::Metadata)
     }
+}
+
+/// Whether inodes may be held by file handles (`--inode-file-handles`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InodeFileHandles {
+    /// By descriptors only.
+    Never,
+    /// Where the host can do it.
+    Prefer,
+    /// Do not start where the host cannot.
+    Mandatory,
 }
 
 /// Which files are opened for parallel direct writes (`--parallel-direct-writes`).

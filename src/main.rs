@@ -13,7 +13,7 @@ use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::read_only::ReadOnly;
 use lanefsd::listen::Socket;
 use lanefsd::logging;
-use lanefsd::sandbox::{self, Sandboxed, Side};
+use lanefsd::sandbox::{self, Needs, Sandboxed, Side};
 use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
 use lanefsd::sys::signals;
@@ -45,7 +45,7 @@ fn run() -> Result<ExitCode> {
     // From here on there is something to clean up.
     signals::hold();
     let mut socket = Socket::open(&config.listen, config.socket_group.as_deref())?;
-    match sandbox::enter(config.sandbox, &config.shared_dir)? {
+    match sandbox::enter(config.sandbox, &config.shared_dir, &config.id_maps)? {
         Side::Waiting(parent) => {
             let signals = Signals::catch()?;
             let status = parent.wait(signals.as_fd())?;
@@ -62,9 +62,14 @@ fn run() -> Result<ExitCode> {
 }
 
 fn serve(config: &Config, socket: &Socket, sandboxed: Sandboxed) -> Result<()> {
-    let signals = Signals::catch()?;
-    let fs = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, config.fs.clone())
+    let mut fs = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, config.fs.clone())
         .context("the share cannot be served")?;
+    let file_handles = fs.uses_file_handles();
+    // Before the first thread is started: capabilities belong to threads.
+    let needs = Needs { readonly: config.readonly, xattr: config.fs.xattr, file_handles };
+    sandbox::give_up_capabilities(needs, config.capabilities)?;
+    fs.try_labels().context("the share cannot be served")?;
+    let signals = Signals::catch()?;
     let fs: Arc<dyn FileSystem> = match (config.store, config.readonly) {
         (Store::Host, false) => Arc::new(fs),
         (Store::Host, true) => Arc::new(ReadOnly::new(fs)),
@@ -72,6 +77,7 @@ fn serve(config: &Config, socket: &Socket, sandboxed: Sandboxed) -> Result<()> {
         (Store::Null { latency }, true) => Arc::new(ReadOnly::new(NullStore::new(fs, latency))),
     };
     let service = Arc::new(Service::new(fs));
+    sandbox::install_seccomp(config.seccomp, file_handles)?;
     server::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
     Ok(())
 }

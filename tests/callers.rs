@@ -1,247 +1,190 @@
-//! Many callers at once, on all workers of two queues: what one creates is never another's, and
-//! no worker keeps anything of whom it served.
+//! The programs that start such a daemon, and what they write on its command line: each line has
+//! to start it and to serve a request.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
     clippy::indexing_slicing,
-    clippy::cast_possible_truncation,
-    clippy::cast_possible_wrap,
-    clippy::cast_sign_loss,
     reason = "a test fails by panicking"
 )]
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use lanefsd::fuse::flags::WriteFlags;
-use lanefsd_frontend::client::{Change, ROOT};
-use lanefsd_frontend::random::Random;
-use lanefsd_frontend::{Backend, Caller, Client, Session, SessionOptions};
-use rustix::fs::{XattrFlags, setxattr};
+use lanefsd_frontend::backend::Starter;
+use lanefsd_frontend::client::ROOT;
+use lanefsd_frontend::{Backend, Session, SessionOptions};
+use tempfile::TempDir;
 
-/// The group that directory `team` belongs to.
-const TEAM: u32 = 777;
-/// The user who must not be used.
-const FORBIDDEN: u32 = 4000;
-/// rwx for owner and group, nothing for others.
-const ACL: [u8; 28] = [
-    2, 0, 0, 0, //
-    1, 0, 7, 0, 255, 255, 255, 255, //
-    4, 0, 7, 0, 255, 255, 255, 255, //
-    32, 0, 0, 0, 255, 255, 255, 255,
+/// What callers write, with FD and SOCKET for the listening socket and SHARE for the directory.
+const LINES: &[(&str, &str)] = &[
+    ("libvirt 11", "--fd=FD --shared-dir SHARE"),
+    (
+        "libvirt 11",
+        "--fd=FD --shared-dir SHARE --cache never --sandbox namespace --xattr --thread-pool-size=16 --rlimit-nofile=16384 --log-level debug",
+    ),
+    ("libvirt 11", "--fd=FD --shared-dir SHARE --cache always --sandbox chroot --thread-pool-size=0"),
+    ("libvirt 11, read-only", "--fd=FD --shared-dir SHARE --xattr --readonly"),
+    (
+        "libvirt 11, ids mapped",
+        "--fd=FD --shared-dir SHARE --uid-map=:0:0:1: --uid-map=:1:100000:65535: --gid-map=:0:0:1: --gid-map=:1:100000:65535:",
+    ),
+    ("libvirt 9", "--fd=FD -o source=SHARE"),
+    (
+        "libvirt 9",
+        "--fd=FD -o source=SHARE,cache=none,sandbox=namespace,xattr,flock,posix_lock --thread-pool-size=64 -d",
+    ),
+    ("libvirt 9", "--fd=FD -o source=SHARE,cache=always,sandbox=chroot,no_xattr,no_flock,no_posix_lock"),
+    ("Kata runtime-rs", "--socket-path SOCKET --shared-dir SHARE --cache never"),
+    (
+        "Kata runtime-rs",
+        "--socket-path SOCKET --shared-dir SHARE --cache auto --thread-pool-size=1 -o announce_submounts",
+    ),
+    ("Podman machine", "--sandbox none --socket-path SOCKET --shared-dir . --seccomp=none"),
+    (
+        "Incus",
+        "--fd=FD --cache=never --shared-dir=SHARE --translate-uid=map:0:100000:65536 --translate-uid=forbid-guest:65536:4294901759 --translate-gid=map:0:100000:65536 --translate-gid=forbid-guest:65536:4294901759 --posix-acl=auto",
+    ),
+    (
+        "Incus",
+        "--fd=FD --cache=auto --shared-dir=SHARE --translate-uid=forbid-guest:1000:4294966295 --posix-acl",
+    ),
+    (
+        "KubeVirt",
+        "--socket-path=SOCKET --shared-dir=SHARE --sandbox=chroot --cache=auto --modcaps=+sys_admin --inode-file-handles=prefer --translate-uid=squash-guest:0:107:4294967295 --translate-gid=squash-guest:0:107:4294967295 --xattr",
+    ),
+    ("cloud-hypervisor", "--socket-path SOCKET --shared-dir SHARE --cache=never"),
+    ("cloud-hypervisor", "--socket-path SOCKET --shared-dir SHARE --cache=never --thread-pool-size=4"),
+    (
+        "runcvm",
+        "-o modcaps=+sys_admin -o cache=always -o announce_submounts -o xattr --socket-path=SOCKET -o source=SHARE -o sandbox=chroot",
+    ),
 ];
 
-/// How the daemon runs, and what that does to ids and modes.
-struct Setting {
-    args: &'static [&'static str],
-    /// What the host's ids are higher by.
-    shift: u32,
-    /// A default ACL sets umasks aside.
-    acls: bool,
-}
+/// A directory for one start.
+struct Place(TempDir);
 
-const SETTINGS: [Setting; 3] = [
-    Setting { args: &["--translate-uid=forbid-guest:4000:1"], shift: 0, acls: false },
-    Setting { args: &["--translate-uid=forbid-guest:4000:1", "--posix-acl"], shift: 0, acls: true },
-    Setting {
-        args: &[
-            "--posix-acl",
-            "--translate-uid=forbid-guest:4000:1",
-            "--translate-uid=map:0:100000:4000",
-            "--translate-gid=map:0:100000:4000",
-        ],
-        shift: 100_000,
-        acls: true,
-    },
-];
-
-/// Ids, groups, capabilities and umask of each thread that serves, with the number of such threads.
-fn thread_states(backend: &Backend) -> BTreeMap<String, usize> {
-    let mut states = BTreeMap::new();
-    for task in fs::read_dir(format!("/proc/{}/task", backend.pid())).unwrap().flatten() {
-        // A worker that was not needed any more may have gone.
-        let Ok(status) = fs::read_to_string(task.path().join("status")) else { continue };
-        let told = ["Umask:", "Uid:", "Gid:", "Groups:", "CapPrm:", "CapEff:", "CapInh:", "CapBnd:"];
-        let lines: Vec<_> =
-            status.lines().filter(|line| told.iter().any(|name| line.starts_with(name))).collect();
-        *states.entry(lines.join("\n")).or_default() += 1;
+impl Place {
+    /// The share's name has a comma in it, which libvirt doubles.
+    fn new() -> Place {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "run the tests as root, as which callers start the daemon"
+        );
+        let place = Place(tempfile::tempdir().unwrap());
+        fs::create_dir(place.share()).unwrap();
+        fs::write(place.share().join("from-host"), "hello").unwrap();
+        place
     }
-    states
-}
 
-/// The directories of the share, as the guest knows them.
-#[derive(Clone, Copy)]
-struct Directories {
-    open: u64,
-    team: u64,
-    acl: u64,
-    private: u64,
-}
-
-fn set_up(backend: &Backend, setting: &Setting, client: &Client<'_>) -> Directories {
-    let node = |name: &str, mode: u32, gid: u32| {
-        let path = backend.path(name);
-        fs::create_dir(&path).unwrap();
-        chown(&path, Some(setting.shift), Some(gid + setting.shift)).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-        client.lookup(ROOT, name).unwrap().nodeid
-    };
-    let directories = Directories {
-        open: node("open", 0o777, 0),
-        team: node("team", 0o2770, TEAM),
-        acl: node("acl", 0o777, 0),
-        private: node("private", 0o700, 0),
-    };
-    setxattr(backend.path("acl"), "system.posix_acl_default", &ACL, XattrFlags::empty()).unwrap();
-    directories
-}
-
-fn any_caller(random: &mut Random) -> Caller {
-    let uid = [0, 1, 1000, 1001, 2000 + random.below(100) as u32][random.below(5)];
-    let gid = [0, 5, 1000, 3000 + random.below(100) as u32][random.below(4)];
-    let group = [None, Some(TEAM), Some(88)][random.below(3)];
-    Caller { uid, gid, pid: 1, group }
-}
-
-/// Creates something of a random kind and returns whether it went well.
-fn create(
-    client: &Client<'_>,
-    parent: u64,
-    name: &str,
-    kind: usize,
-    mode: u32,
-    umask: u32,
-) -> Result<(), i32> {
-    let result = match kind {
-        0 => client.mkdir(parent, name, mode, umask).map(drop_value),
-        1 => client.mknod(parent, name, libc::S_IFREG | mode, 0, umask).map(drop_value),
-        2 => client.symlink(parent, name, "x").map(drop_value),
-        3 => client
-            .create(parent, name, libc::O_RDWR, mode, umask)
-            .and_then(|(entry, open)| client.release(entry.nodeid, open.fh)),
-        _ => client.tmpfile_with(parent, libc::O_RDWR, mode, umask).and_then(|(entry, open)| {
-            client.link(entry.nodeid, parent, name)?;
-            client.release(entry.nodeid, open.fh)
-        }),
-    };
-    result.map_err(|error| error.errno().unwrap().0)
-}
-
-fn drop_value<T>(_value: T) {}
-
-/// One creation that has to go well, looked at on the host.
-fn create_and_check(
-    setting: &Setting,
-    backend: &Backend,
-    client: &Client<'_>,
-    (directory, node): (&str, u64),
-    random: &mut Random,
-    name: &str,
-) {
-    let caller = any_caller(random);
-    let (mode, umask) = (random.below(0o1000) as u32, random.below(0o1000) as u32);
-    let kind = random.below(5);
-    let result = create(&client.caller(caller), node, name, kind, mode, umask);
-    let what = format!("{directory}/{name} of kind {kind}, {mode:o} with umask {umask:o}, by {caller:?}");
-    let may = directory != "team" || caller.uid == 0 || caller.gid == TEAM || caller.group == Some(TEAM);
-    if !may {
-        assert_eq!(result, Err(libc::EACCES), "{what}");
-        return;
+    fn share(&self) -> PathBuf {
+        self.0.path().join("the,share")
     }
-    assert_eq!(result, Ok(()), "{what}");
-    let host = fs::symlink_metadata(backend.path(directory).join(name)).unwrap();
-    let gid = if directory == "team" { TEAM } else { caller.gid };
-    assert_eq!((host.uid(), host.gid()), (caller.uid + setting.shift, gid + setting.shift), "{what}");
-    let expected = match (kind, directory) {
-        (2, _) => 0o777,
-        (_, "acl") if setting.acls => mode & 0o770,
-        (_, "acl") => mode & !umask & 0o770,
-        (0, "team") => mode & !umask | 0o2000,
-        _ => mode & !umask,
-    };
-    assert_eq!(host.mode() & 0o7777, expected, "{what}");
-}
 
-/// One request that has to fail, at a different step of its service each.
-fn fail(client: &Client<'_>, directories: Directories, random: &mut Random) {
-    let client = client.caller(Caller { uid: 1000, gid: 1000, pid: 1, group: Some(88) });
-    let (mode, umask) = (0o777, random.below(0o1000) as u32);
-    let kind = random.below(5);
-    let long = "n".repeat(256);
-    let (expected, got) = match random.below(6) {
-        0 => (libc::EACCES, create(&client, directories.private, "x", kind, mode, umask)),
-        1 => (libc::EPERM, create(&client.user(FORBIDDEN, 1000), directories.open, "x", kind, mode, umask)),
-        2 => (libc::EINVAL, create(&client.user(1000, u32::MAX), directories.open, "x", kind, mode, umask)),
-        3 => (libc::ESTALE, create(&client, 1 << 40, "x", kind, mode, umask)),
-        4 => (libc::EEXIST, create(&client, ROOT, "open", kind % 3, mode, umask)),
-        _ => (libc::ENAMETOOLONG, create(&client, directories.open, &long, kind % 4, mode, umask)),
-    };
-    assert_eq!(got, Err(expected), "kind {kind}");
-}
-
-/// A request that takes a capability off its worker for a while.
-fn clear_set_id_bits(client: &Client<'_>, backend: &Backend, node: u64, name: &str) {
-    let root = client.caller(Caller::default());
-    let (entry, open) = root.create(node, name, libc::O_RDWR, 0o666, 0).unwrap();
-    for flags in [WriteFlags::KILL_SUIDGID, WriteFlags::empty()] {
-        root.setattr(entry.nodeid, Change::none().mode(0o6777)).unwrap();
-        root.write_with(entry.nodeid, open.fh, 0, b"x", flags, libc::O_RDWR).unwrap();
-        let left = fs::metadata(backend.path("open").join(name)).unwrap().mode() & 0o6000;
-        assert_eq!(left, if flags.is_empty() { 0o6000 } else { 0 });
+    fn socket(&self) -> PathBuf {
+        self.0.path().join("socket")
     }
-    root.release(entry.nodeid, open.fh).unwrap();
-}
 
-fn work(setting: &Setting, backend: &Backend, session: &Session, directories: Directories, thread: u64) {
-    let mut random = Random::new(thread);
-    let client = session.client().on(1 + thread as usize % 2);
-    for round in 0..120 {
-        let name = format!("{thread}-{round}");
-        let (directory, node) =
-            [("open", directories.open), ("team", directories.team), ("acl", directories.acl)]
-                [random.below(3)];
-        match random.below(4) {
-            0 => fail(&client, directories, &mut random),
-            1 => clear_set_id_bits(&client, backend, directories.open, &name),
-            _ => create_and_check(setting, backend, &client, (directory, node), &mut random, &name),
+    /// The words of a line.
+    fn words(&self, line: &str) -> Vec<String> {
+        let share = self.share().to_str().unwrap().to_owned();
+        let old = share.replace(',', ",,");
+        let fill = |word: &str| {
+            let word = word.replace("source=SHARE", &format!("source={old}")).replace("SHARE", &share);
+            word.replace("SOCKET", self.socket().to_str().unwrap()).replace("--fd=FD", "--fd=3")
+        };
+        line.split_whitespace().map(fill).collect()
+    }
+
+    /// Starts the daemon as a caller does, and connects.
+    fn start(&self, starter: Starter, line: &str) -> (Backend, Session) {
+        let starter = starter.bare().args(self.words(line)).current_dir(self.share());
+        let by_fd = line.contains("--fd=");
+        let backend = if by_fd { starter.by_fd().spawn() } else { starter.spawn() }.unwrap();
+        let socket = if by_fd { backend.socket().to_owned() } else { self.socket() };
+        wait_until(|| socket.exists(), "the socket");
+        let session = Session::connect(&socket, SessionOptions::default());
+        (backend, session.unwrap_or_else(|error| panic!("{line}: {error}")))
+    }
+
+    /// Has requests served: what the host has written is there, and the other way round.
+    fn use_it(&self, session: &Session, readonly: bool) {
+        let client = session.client();
+        let node = client.lookup(ROOT, "from-host").unwrap().nodeid;
+        assert_eq!(client.read_file(node).unwrap(), b"hello");
+        let created = client.create(ROOT, "from-guest", libc::O_RDWR, 0o600, 0);
+        if readonly {
+            assert_eq!(common::errno(created), libc::EROFS);
+            return;
         }
+        let (entry, open) = created.unwrap();
+        client.write(entry.nodeid, open.fh, 0, b"hello").unwrap();
+        assert_eq!(fs::read(self.share().join("from-guest")).unwrap(), b"hello");
+    }
+}
+
+fn wait_until(done: impl Fn() -> bool, what: &str) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what} is waited for in vain");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
 #[test]
-fn callers_never_get_mixed_up() {
-    for setting in &SETTINGS {
-        let directory = common::disk_directory();
-        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        let backend = common::starter()
-            .args(setting.args)
-            .args(["--thread-pool-size=8"])
-            .share(directory.path())
-            .start()
-            .unwrap();
-        let options = SessionOptions { queues: 2, ..SessionOptions::default() };
-        let session = backend.connect(options).unwrap();
-        session.client().getattr(ROOT).unwrap();
-        let before = thread_states(&backend);
-        assert_eq!(before.len(), 1, "all threads begin alike: {before:#?}");
-        let directories = set_up(&backend, setting, &session.client());
-        std::thread::scope(|scope| {
-            for thread in 0..16 {
-                let (backend, session) = (&backend, &session);
-                scope.spawn(move || work(setting, backend, session, directories, thread));
-            }
-        });
-        let after = thread_states(&backend);
-        assert_eq!(
-            after.keys().collect::<Vec<_>>(),
-            before.keys().collect::<Vec<_>>(),
-            "a thread kept something"
-        );
-        let workers = after.values().sum::<usize>() - before.values().sum::<usize>();
-        assert!(workers >= 2, "only {workers} workers joined those that were there at the start: {before:?}");
+fn every_line_starts_and_serves() {
+    for (caller, line) in LINES {
+        eprintln!("{caller}: {line}");
+        let place = Place::new();
+        let (mut backend, session) = place.start(Backend::of(common::program()), line);
+        place.use_it(&session, line.contains("--readonly"));
+        drop(session);
+        backend.expect_success().unwrap();
+        assert!(!place.socket().exists(), "{caller}: the socket is left behind");
     }
+}
+
+#[test]
+fn podman_wants_errors_alone() {
+    let place = Place::new();
+    let line = "--sandbox none --socket-path SOCKET --shared-dir . --seccomp=none";
+    let (mut backend, session) = place.start(Backend::of(common::program()).env("RUST_LOG", "ERROR"), line);
+    place.use_it(&session, false);
+    drop(session);
+    backend.expect_success().unwrap();
+    assert_eq!(backend.stderr(), "");
+}
+
+/// Kata gives its messages to the system log, which is one of the test's here: in a mount
+/// namespace of its own the daemon finds it where the host would have it.
+#[test]
+fn kata_wants_the_system_log() {
+    let place = Place::new();
+    let path = place.0.path().join("log");
+    let log = UnixDatagram::bind(&path).unwrap();
+    log.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let script = "if [ -e /dev/log ]; then mount --bind $0 /dev/log; \
+                  else mount -t tmpfs none /run && ln -s $0 /run/syslog; fi && exec \"$@\"";
+    let starter = Backend::of("unshare").args(["--mount", "sh", "-c", script]).args([Path::new(&path)]);
+    let starter = starter.args([common::program()]);
+    let line = "--syslog --cache=auto --shared-dir=SHARE --fd=FD --thread-pool-size=1 --announce-submounts";
+    let (mut backend, session) = place.start(starter, line);
+    place.use_it(&session, false);
+    // The second one comes from a worker, behind all walls.
+    for words in ["Waiting for vhost-user socket connection", "session begins"] {
+        let mut message = [0; 1000];
+        loop {
+            let length = log.recv(&mut message).unwrap_or_else(|error| panic!("{words}: {error}"));
+            if String::from_utf8_lossy(&message[..length]).contains(words) {
+                break;
+            }
+        }
+    }
+    drop(session);
+    backend.expect_success().unwrap();
+    assert_eq!(backend.stderr(), "");
 }

@@ -124,6 +124,11 @@ impl<'a> DirectoryWriter<'a> {
         self.buffer.is_empty()
     }
 
+    /// Bytes that are left for records.
+    pub fn room(&self) -> usize {
+        self.limit.saturating_sub(self.buffer.len())
+    }
+
     /// Whether a record for a name of `name_len` bytes still fits. To be asked before a lookup
     /// that [`DirectoryWriter::push`] would otherwise waste.
     pub fn fits(&self, name_len: usize) -> bool {

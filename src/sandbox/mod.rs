@@ -1,11 +1,15 @@
-//! Walls around the daemon, raised before it serves, and what it needs from outside of them.
+//! Walls around the daemon, raised before it serves, and what it needs from outside of them:
+//! first a new root ([`enter`]), then capabilities, at last system calls.
 //!
 //! The file system does not rely on them: with [`Sandbox::None`] it reaches nothing outside the
 //! share either. They are there for the day on which it has a fault.
 
+mod capabilities;
+mod id_map;
 mod limits;
 mod namespace;
 mod process;
+mod seccomp;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -13,11 +17,15 @@ use std::path::{Path, PathBuf};
 use log::warn;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
+use rustix::mount::{OpenTreeFlags, open_tree};
+use rustix::thread::{CapabilitySet, capabilities};
 use thiserror::Error;
 
+pub use self::capabilities::{CapabilityError, Needs, give_up as give_up_capabilities};
 pub use self::limits::{LimitError, bind_to_cpus, raise_descriptor_limit};
 pub use self::process::Parent;
-use crate::config::Sandbox;
+pub use self::seccomp::{SeccompError, install as install_seccomp};
+use crate::config::{IdMaps, Sandbox};
 
 /// Why a sandbox cannot be had.
 #[derive(Debug, Error)]
@@ -33,6 +41,9 @@ pub enum SandboxError {
     /// Asked for without the privilege.
     #[error("--sandbox=chroot needs root; start the daemon as root, or with --sandbox=none")]
     ChrootNeedsRoot,
+    /// The user namespace cannot have the ids that it is to have.
+    #[error("the ids of --uid-map and --gid-map cannot be had: {0}")]
+    Ids(String),
     /// A step failed.
     #[error("the sandbox cannot be set up: {step} failed; try --sandbox=chroot or --sandbox=none")]
     Step {
@@ -66,20 +77,36 @@ pub enum Side {
 /// Raises the walls that were asked for around `share`, or the best that can be had.
 ///
 /// Must be called while the process has one thread, since it may fork.
-pub fn enter(wanted: Option<Sandbox>, share: &Path) -> Result<Side, SandboxError> {
+pub fn enter(wanted: Option<Sandbox>, share: &Path, ids: &IdMaps) -> Result<Side, SandboxError> {
     let root = open_share(share)?;
     let is_root = rustix::process::geteuid().is_root();
-    match wanted {
-        Some(Sandbox::None) => no_walls(root),
-        Some(Sandbox::Chroot) if !is_root => Err(SandboxError::ChrootNeedsRoot),
-        Some(Sandbox::Chroot) => chroot(&root),
-        Some(Sandbox::Namespace) => namespace::enter(share),
-        None if is_root || namespace::user_namespaces_work() => namespace::enter(share),
-        None => {
+    match wanted.unwrap_or_else(|| safest(is_root, ids)) {
+        Sandbox::None => no_walls(root),
+        Sandbox::Chroot if !is_root => Err(SandboxError::ChrootNeedsRoot),
+        Sandbox::Chroot => chroot(&root),
+        Sandbox::Namespace => namespace::enter(share, ids),
+    }
+}
+
+/// The best walls that can be had here.
+fn safest(is_root: bool, ids: &IdMaps) -> Sandbox {
+    let may = |capability| capabilities(None).is_ok_and(|sets| sets.effective.contains(capability));
+    match is_root {
+        // There is no other way to have these ids.
+        _ if !ids.is_empty() => Sandbox::Namespace,
+        true if may(CapabilitySet::SYS_ADMIN) => Sandbox::Namespace,
+        true if may(CapabilitySet::SYS_CHROOT) => {
+            warn!(
+                "without CAP_SYS_ADMIN there are no namespaces, so the daemon only takes the share as its root directory; give --sandbox=chroot to run without this message"
+            );
+            Sandbox::Chroot
+        }
+        false if namespace::user_namespaces_work() => Sandbox::Namespace,
+        _ => {
             warn!(
                 "user namespaces cannot be had here, so the daemon runs without a sandbox; start it as root for one, or give --sandbox=none to run without this message"
             );
-            no_walls(root)
+            Sandbox::None
         }
     }
 }
@@ -102,7 +129,11 @@ fn chroot(root: &OwnedFd) -> Result<Side, SandboxError> {
         return Ok(Side::Waiting(parent));
     }
     drop_groups();
-    let proc_self_fd = open_proc_self_fd()?;
+    let proc_self_fd = match detach_proc_self_fd() {
+        // Root of a container may lack the privilege, and old kernels the call.
+        Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => open_proc_self_fd()?,
+        result => result.map_err(step("detaching /proc/self/fd"))?,
+    };
     rustix::process::fchdir(root).map_err(step("changing to the share"))?;
     rustix::process::chroot(".").map_err(step("chroot(2)"))?;
     let root = openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
@@ -127,4 +158,12 @@ fn step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
 fn open_proc_self_fd() -> Result<OwnedFd, SandboxError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     openat(CWD, "/proc/self/fd", flags, Mode::empty()).map_err(step("opening /proc/self/fd"))
+}
+
+/// The same directory as the root of a mount that is mounted nowhere, so that no way leads up from
+/// it: neither to other processes nor to the switches of the kernel, which root may turn even
+/// without capabilities.
+fn detach_proc_self_fd() -> Result<OwnedFd, Errno> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    open_tree(CWD, "/proc/self/fd", flags)
 }

@@ -5,36 +5,33 @@ use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
-use rustix::mount::{
-    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind_recursive, mount_change, unmount,
-};
+use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind_recursive, mount_change, unmount};
 use rustix::process::{WaitOptions, chdir, pivot_root, waitpid};
 use rustix::thread::UnshareFlags;
 
-use super::process::{exit, fork, fork_server};
-use super::{SandboxError, Sandboxed, Side, drop_groups, open_proc_self_fd, open_share, step};
+use super::process::{end_with_parent, exit, fork, fork_server};
+use super::{SandboxError, Sandboxed, Side, detach_proc_self_fd, drop_groups, id_map, open_share, step};
+use crate::config::IdMaps;
 
 /// Moves into new namespaces. The process forks: the first process of a PID namespace is a child
 /// of the one that made it.
-pub(super) fn enter(share: &Path) -> Result<Side, SandboxError> {
+pub(super) fn enter(share: &Path, maps: &IdMaps) -> Result<Side, SandboxError> {
     // The child makes the mount namespace: this process has to keep its root, to remove the socket.
-    let mut flags = UnshareFlags::NEWPID;
-    let user = rustix::process::geteuid();
-    let group = rustix::process::getegid();
-    if !user.is_root() {
-        flags |= UnshareFlags::NEWUSER;
+    let flags = UnshareFlags::NEWPID;
+    let own_users = !rustix::process::geteuid().is_root() || !maps.is_empty();
+    match own_users {
+        true => id_map::unshare(flags, maps)?,
+        false => unshare(flags).map_err(step("making namespaces"))?,
     }
-    unshare(flags).map_err(step("making namespaces"))?;
-    if !user.is_root() {
-        // The user is root inside, so that what the guest's root makes belongs to the user.
-        write_map("/proc/self/setgroups", "deny")?;
-        write_map("/proc/self/uid_map", &format!("0 {} 1", user.as_raw()))?;
-        write_map("/proc/self/gid_map", &format!("0 {} 1", group.as_raw()))?;
+    if let Some(parent) = fork_server()? {
+        return Ok(Side::Waiting(parent));
     }
-    match fork_server()? {
-        Some(parent) => Ok(Side::Waiting(parent)),
-        None => build_walls(share).map(Side::Serving),
+    if own_users {
+        id_map::become_root()?;
+        // With another id the signal is forgotten.
+        end_with_parent()?;
     }
+    build_walls(share).map(Side::Serving)
 }
 
 /// Whether a user without privileges may make namespaces here. Tried in a child, which leaves this
@@ -61,9 +58,7 @@ fn build_walls(share: &Path) -> Result<Sandboxed, SandboxError> {
     // Nothing that is mounted here shows outside; what is mounted outside still shows here.
     mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
         .map_err(step("making mounts private"))?;
-    let safe = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    mount("proc", "/proc", "proc", safe, None).map_err(step("mounting /proc"))?;
-    let proc_self_fd = open_proc_self_fd()?;
+    let proc_self_fd = detach_proc_self_fd().map_err(step("detaching /proc/self/fd"))?;
     mount_bind_recursive(share, share).map_err(step("mounting the share"))?;
     let root = open_share(share)?;
     become_root(&root)?;
@@ -84,12 +79,7 @@ fn become_root(root: &OwnedFd) -> Result<(), SandboxError> {
     chdir("/").map_err(step("changing to the new root"))
 }
 
-fn write_map(path: &str, text: &str) -> Result<(), SandboxError> {
-    let file = openat(CWD, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
-    file.and_then(|file| rustix::io::write(file, text.as_bytes())).map(drop).map_err(step("mapping ids"))
-}
-
-fn unshare(flags: UnshareFlags) -> Result<(), Errno> {
+pub(super) fn unshare(flags: UnshareFlags) -> Result<(), Errno> {
     // SAFETY: the descriptor table stays shared (no CLONE_FILES), which is all that could
     // invalidate what Rust code holds.
     unsafe { rustix::thread::unshare_unsafe(flags) }

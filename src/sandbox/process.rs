@@ -2,10 +2,12 @@
 
 use std::os::fd::BorrowedFd;
 
+use log::error;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, set_parent_process_death_signal, waitpid,
+    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, kill_process, pidfd_open,
+    set_parent_process_death_signal, waitpid,
 };
 
 use super::{SandboxError, step};
@@ -34,8 +36,7 @@ impl Parent {
             if let Some((_, status)) =
                 waitpid(Some(self.child), WaitOptions::NOHANG).map_err(step("waiting for the daemon"))?
             {
-                let by_signal = || 128 + status.terminating_signal().unwrap_or_default();
-                return Ok(status.exit_status().unwrap_or_else(by_signal));
+                return Ok(exit_status(status));
             }
             if !told && fds.last().is_some_and(|fd| !fd.revents().is_empty()) {
                 told = true;
@@ -45,15 +46,29 @@ impl Parent {
     }
 }
 
+/// The status to exit with for that of the serving process, as shells have it.
+fn exit_status(status: WaitStatus) -> i32 {
+    if status.terminating_signal() == Some(libc::SIGSYS) {
+        error!(
+            "the daemon made a system call that its filter forbids, and was ended; the kernel's log has the call's number (type=1326). If no attack is behind it, please report it, and start with --seccomp=log meanwhile"
+        );
+    }
+    status.exit_status().unwrap_or_else(|| 128 + status.terminating_signal().unwrap_or_default())
+}
+
 /// Forks the process that is to serve: `None` in it, and what waits for it in the other. It gets
 /// SIGTERM when the other one dies.
 pub(super) fn fork_server() -> Result<Option<Parent>, SandboxError> {
     if let Some(child) = fork().map_err(step("fork(2)"))? {
         return Ok(Some(Parent { child }));
     }
-    set_parent_process_death_signal(Some(Signal::TERM))
-        .map_err(step("asking for the parent's death signal"))?;
+    end_with_parent()?;
     Ok(None)
+}
+
+/// Asks for SIGTERM when the process that waits for this one dies.
+pub(super) fn end_with_parent() -> Result<(), SandboxError> {
+    set_parent_process_death_signal(Some(Signal::TERM)).map_err(step("asking for the parent's death signal"))
 }
 
 /// The child's id in the parent, `None` in the child.

@@ -63,3 +63,13 @@ pub fn errno<T: std::fmt::Debug>(result: lanefsd_frontend::Result<T>) -> i32 {
         Err(error) => error.errno().unwrap_or_else(|| panic!("the request failed otherwise: {error}")).0,
     }
 }
+
+/// Waits until a process runs no more, though whose child it is may not have asked for its status yet.
+pub fn expect_end(pid: u32) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    let state = || std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    while !state().is_empty() && !state().contains("State:\tZ") {
+        assert!(std::time::Instant::now() < deadline, "process {pid} runs on");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}

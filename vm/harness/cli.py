@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from . import initramfs, kernels
+from . import debug_kernel, guest_modules, initramfs, kernels
 from .paths import HarnessError, build_daemon, need
 
 HOST_PROGRAMS = ["qemu-system-x86_64:qemu-system-x86", "busybox:busybox-static", "cpio", "fio", "depmod:kmod",
@@ -24,10 +24,17 @@ def main(function):
 
 
 def prepare(kernel_name=kernels.DEFAULT, stock_modules=False, daemon=True):
-    """Makes sure of everything that a guest needs; returns its kernel and initramfs."""
+    """Makes sure of everything that a guest needs; returns its kernel and initramfs.
+
+    Kernels that we have patches for get our modules, unless `stock_modules` says otherwise.
+    """
     need(*HOST_PROGRAMS)
     if daemon:
         build_daemon()
+    if kernel_name == debug_kernel.NAME:
+        kernel = debug_kernel.fetch()
+        return kernel, initramfs.make(kernel, debug_kernel.modules(kernel))
     kernel = kernels.fetch(kernel_name)
-    modules = None if stock_modules else initramfs.patched_modules(kernel)
+    patched = not stock_modules and kernel.name in guest_modules.SERIES
+    modules = guest_modules.build(kernel.release) if patched else None
     return kernel, initramfs.make(kernel, modules)

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 
-from .paths import DAEMON, LOGS, HarnessError
+from .paths import DAEMON, FAULTY_DAEMON, LOGS, HarnessError
 
 COUNTER = itertools.count(1)
 
@@ -18,14 +18,17 @@ COUNTER = itertools.count(1)
 class Daemon:
     """A running back end; a context manager that ends it."""
 
-    def __init__(self, share, arguments=(), command=None, name="daemon"):
-        """`command` runs another back end; {socket} and {share} in it are replaced."""
+    def __init__(self, share, arguments=(), command=None, name="daemon", faults=None):
+        """`command` runs another back end; {socket} and {share} in it are replaced. With `faults`, which are
+        options of vm/faulty-daemon, ours runs with those."""
         LOGS.mkdir(parents=True, exist_ok=True)
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="lanefsd-daemon-"))
         self.socket = self.directory / "socket"
         self.logfile = LOGS / f"{name}-{os.getpid()}-{next(COUNTER)}.log"
         if command:
             words = [word.format(socket=self.socket, share=share) for word in shlex.split(command)]
+        elif faults is not None:
+            words = [str(FAULTY_DAEMON), *faults, "--", "--socket-path", str(self.socket), "--shared-dir", str(share)]
         else:
             words = [str(DAEMON), "--socket-path", str(self.socket), "--shared-dir", str(share)]
         self.process = subprocess.Popen([*words, *arguments], stdin=subprocess.DEVNULL,
@@ -54,12 +57,16 @@ class Daemon:
         except subprocess.TimeoutExpired:
             raise HarnessError(f"the daemon still runs after {timeout} s: {self.log()}") from None
 
-    def kill(self):
-        """Ends it without warning, with the process that serves in its place, if there is one."""
+    def signal(self, number):
+        """Sends a signal to it, and to the process that serves in its place, if there is one."""
         children = pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         for child in children.read_text().split():
-            os.kill(int(child), signal.SIGKILL)
-        self.process.kill()
+            os.kill(int(child), number)
+        self.process.send_signal(number)
+
+    def kill(self):
+        """Ends it without warning."""
+        self.signal(signal.SIGKILL)
         self.process.wait()
 
     def close(self):

@@ -47,7 +47,7 @@ class Guest:
         command = ["qemu-system-x86_64", "-machine", "q35", *accelerator(), "-smp", str(cpus), "-m", memory,
                    "-object", f"memory-backend-memfd,id=mem,size={memory},share=on", "-numa", "node,memdev=mem",
                    "-kernel", str(kernel.image), "-initrd", str(initramfs),
-                   "-append", "console=ttyS0 quiet panic=-1 oops=panic net.ifnames=0",
+                   "-append", "console=ttyS0 quiet panic=0 oops=panic net.ifnames=0",
                    "-display", "none", "-no-reboot", "-nic", "none", "-monitor", "none",
                    "-qmp", f"unix:{self.directory}/qmp,server=on,wait=off"]
         if interactive:
@@ -149,6 +149,8 @@ class Guest:
                 self.buffer += data
             elif self.process.poll() is not None:
                 raise self.error(f"QEMU ended while {doing}")
+            elif "Kernel panic" in self.log():
+                raise self.error(f"the guest's kernel panicked while {doing}")
 
     def qmp(self, command):
         """Runs one QMP command."""
@@ -172,7 +174,10 @@ class Guest:
         return self.console.read_text(errors="replace") if self.console.exists() else ""
 
     def error(self, what):
-        tail = "\n".join(self.log().splitlines()[-25:])
+        lines = self.log().splitlines()
+        # A crash begins with its cause; otherwise the end tells most.
+        crash = next((number for number, line in enumerate(lines) if "kernel BUG" in line or "BUG: " in line), None)
+        tail = "\n".join(lines[-25:] if crash is None else lines[crash:crash + 40])
         qemu = self.console.with_suffix(".qemu")
         said = qemu.read_text(errors="replace")[-1000:] if qemu.exists() else ""
         return GuestError(f"{what}; console log {self.console}:\n{tail}\n{said}")

@@ -82,12 +82,6 @@ def copy_with_libraries(program, root):
             shutil.copy(library, target)
 
 
-def patched_modules(kernel):
-    """The folder with our fuse.ko and virtiofs.ko for a kernel, if they were built."""
-    folder = REPO / "guest-kernel" / "out" / kernel.release
-    return folder if (folder / "fuse.ko").exists() else None
-
-
 def kind(image):
     """Whether an initramfs has patched or stock modules."""
     return image.name.rpartition("-")[2].partition(".")[0]

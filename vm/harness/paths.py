@@ -10,6 +10,7 @@ TARGET = REPO / "target"
 CACHE = TARGET / "vm"
 LOGS = CACHE / "logs"
 DAEMON = TARGET / "release" / "lanefsd"
+FAULTY_DAEMON = TARGET / "release" / "lanefsd-faulty"
 
 
 class HarnessError(Exception):
@@ -50,7 +51,8 @@ def build_daemon():
         raise HarnessError("cargo is missing; install a Rust toolchain (see rust-version in Cargo.toml)")
     if not DAEMON.exists():
         say("building lanefsd (about a minute)")
-    run(["cargo", "build", "--release", "--locked"], cwd=REPO, env=cargo_environment())
+    run(["cargo", "build", "--release", "--locked", "-p", "lanefsd", "-p", "lanefsd-faulty"], cwd=REPO,
+        env=cargo_environment())
 
 
 def cargo_environment():

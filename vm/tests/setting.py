@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 
+from harness import initramfs
 from harness.daemon import Daemon
 from harness.guest import Guest
 
@@ -17,29 +18,49 @@ class Setting:
     full: bool
 
     def __str__(self):
-        return f"Linux {self.kernel.name}, {self.queues} queue{'s' if self.queues > 1 else ''}"
+        kind = "patched, " if self.patched else ""
+        return f"Linux {self.kernel.name}, {kind}{self.queues} queue{'s' if self.queues > 1 else ''}"
+
+    @property
+    def patched(self):
+        """Whether the guest has our FUSE modules."""
+        return initramfs.kind(self.image) == "patched"
+
+    @property
+    def parallel(self):
+        """Whether the guest knows parallel direct writes at all."""
+        return self.patched or self.kernel.name != "5.10"
 
     @contextlib.contextmanager
-    def guest(self, share, *arguments, mount=True):
+    def guest(self, share, *arguments, faults=None, queue_size=1024):
         """A guest that has `share` mounted; yields it and the daemon."""
-        with Daemon(share, arguments, name="test") as daemon, self.boot(daemon) as guest:
-            if mount:
-                guest.mount()
+        with Daemon(share, arguments, name="test", faults=faults) as daemon, \
+                self.boot(daemon, queue_size=queue_size) as guest:
+            guest.mount()
             yield guest, daemon
 
-    def boot(self, *daemons):
+    def boot(self, *daemons, queue_size=1024):
         """A guest with a device for each daemon: tags share, share1, share2 …"""
         devices = [("share" if not number else f"share{number}", daemon.socket, self.queues)
                    for number, daemon in enumerate(daemons)]
-        return Guest(self.kernel, self.image, devices, self.cpus, name="test")
+        return Guest(self.kernel, self.image, devices, self.cpus, queue_size=queue_size, name="test")
+
+    def with_queues(self, number):
+        """The same with this many queues and CPUs."""
+        return dataclasses.replace(self, queues=number, cpus=number)
 
     def seconds(self, short, full):
         """How long to torture."""
         return full if self.full else short
 
 
+# What a kernel says when something is wrong.
+TROUBLE = ("BUG:", "WARNING:", "Oops", "possible recursive locking", "circular locking", "hung task",
+           "blocked for more", "KASAN", "stale page cache", "suspicious RCU", "sleeping function")
+
+
 def clean(guest):
     """Nothing in the kernel's log tells of trouble."""
     log = guest.output("dmesg")
-    for word in ("BUG:", "WARNING:", "Oops", "lockdep", "hung task", "blocked for more"):
+    for word in TROUBLE:
         assert word not in log, f"the guest's kernel says:\n{log}"

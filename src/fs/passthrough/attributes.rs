@@ -53,7 +53,7 @@ fn encode_device(major: u32, minor: u32) -> u32 {
 
 /// Figures of the file system that an inode is on.
 pub(super) fn file_system(inode: &Inode) -> Result<abi::Kstatfs> {
-    let vfs = fstatvfs(inode.path())?;
+    let vfs = fstatvfs(inode.path()?)?;
     let narrow = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
     Ok(abi::Kstatfs {
         blocks: vfs.f_blocks,
@@ -70,13 +70,13 @@ pub(super) fn file_system(inode: &Inode) -> Result<abi::Kstatfs> {
 
 impl PassthroughFs {
     pub(super) fn attributes(&self, inode: &Inode) -> Result<Attributes> {
-        let stat = stat(inode.path())?;
+        let stat = stat(inode.path()?)?;
         Ok(Attributes { attr: attr(&stat, self.owner(&stat)), valid: self.config.cache.timeout() })
     }
 
     /// STATX. The host is asked for what the guest wants, but never to synchronize with a server.
     pub(super) fn extended_attributes(&self, inode: &Inode, _wanted: &request::Statx) -> Result<StatxReply> {
-        let stat = stat(inode.path())?;
+        let stat = stat(inode.path()?)?;
         let owner = self.owner(&stat);
         let time = |time: rustix::fs::StatxTimestamp| abi::SxTime {
             tv_sec: time.tv_sec,
@@ -121,7 +121,7 @@ impl PassthroughFs {
         }
         if uid.is_some() || gid.is_some() {
             self.drop_mapped_capability(&inode)?;
-            chownat(inode.path(), c"", uid, gid, AtFlags::EMPTY_PATH)?;
+            chownat(inode.path()?, c"", uid, gid, AtFlags::EMPTY_PATH)?;
         }
         if let Some(size) = set.size {
             self.set_size(&inode, set.handle, size, set.kill_suidgid)?;
@@ -129,7 +129,7 @@ impl PassthroughFs {
         if set.atime.is_some() || set.mtime.is_some() {
             let times =
                 Timestamps { last_access: timespec(set.atime)?, last_modification: timespec(set.mtime)? };
-            utimensat(inode.path(), c"", &times, AtFlags::EMPTY_PATH)?;
+            utimensat(inode.path()?, c"", &times, AtFlags::EMPTY_PATH)?;
         }
         self.attributes(&inode)
     }
@@ -138,7 +138,7 @@ impl PassthroughFs {
         match inode.kind {
             // A symbolic link has no mode that could be set.
             FileType::Symlink => Err(Errno::OPNOTSUPP),
-            _ => chmodat(PROC, proc_name(inode), Mode::from_raw_mode(mode), AtFlags::empty()),
+            _ => chmodat(PROC, proc_name(&*inode.path()?), Mode::from_raw_mode(mode), AtFlags::empty()),
         }
     }
 
@@ -149,7 +149,7 @@ impl PassthroughFs {
             _ => return Err(Errno::INVAL),
         }
         self.drop_mapped_capability(inode)?;
-        let _guard = inode.ranges.write_from(size.min(stat(inode.path())?.stx_size));
+        let _guard = inode.ranges.write_from(size.min(stat(inode.path()?)?.stx_size));
         let _unprivileged = kill_suidgid.then(without_fsetid).transpose()?;
         let handle = handle.and_then(|handle| self.handles.get(inode.node, handle).ok());
         if let Some(handle) = handle {
@@ -165,7 +165,7 @@ impl PassthroughFs {
     /// ACCESS, which guests send when they do not check permissions themselves: by owner, group
     /// and mode, as the caller's other groups are not known here.
     pub(super) fn check_access(&self, ctx: &Context, inode: &Inode, mask: u32) -> Result<()> {
-        let stat = stat(inode.path())?;
+        let stat = stat(inode.path()?)?;
         let (mode, owner) = (u32::from(stat.stx_mode), self.owner(&stat));
         let wanted = mask & 0o7;
         if ctx.uid.0 == 0 {

@@ -11,8 +11,12 @@ use crate::fs::Result;
 use crate::fuse::ids::NodeId;
 use crate::fuse::reply::{DirectoryEntry, DirectoryWriter, Full};
 
-/// Bytes of directory that are read from the host at once.
+/// Most bytes of directory that are read from the host at once.
 const BUFFER_SIZE: usize = 16 << 10;
+/// Fewest: one entry with the longest name takes 280.
+const SMALLEST_READ: usize = 512;
+/// A record of READDIRPLUS is about so many times as long as the host's, with the usual names.
+const PLUS_GROWTH: usize = 5;
 
 impl PassthroughFs {
     /// Lists from `offset` on, which is 0 or what an earlier entry gave as its next offset. The
@@ -26,7 +30,10 @@ impl PassthroughFs {
         // The stream stands behind what was read, which is more than what found room: unless all
         // of it did, the next call has to seek.
         let mut buffer = [MaybeUninit::<u8>::uninit(); BUFFER_SIZE];
-        let mut stream = RawDir::new(handle.fd(), &mut buffer);
+        // To read much more than finds room would be to read it again with the next call.
+        let wanted = if out.plus() { out.room() / PLUS_GROWTH } else { out.room() };
+        let (part, _) = buffer.split_at_mut(wanted.clamp(SMALLEST_READ, BUFFER_SIZE));
+        let mut stream = RawDir::new(handle.fd(), part);
         while let Some(entry) = stream.next() {
             let entry = match entry {
                 Ok(entry) => entry,

@@ -1,7 +1,7 @@
 //! The inodes a guest knows: found by node id, and by what they are on the host.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -10,8 +10,9 @@ use rustix::io::Errno;
 
 use super::io_mode::IoMode;
 use super::locks::InodeLocks;
+use super::pins::{Descriptors, Pin};
 use super::range_lock::RangeLock;
-use super::shards::Shards;
+use super::shards::{SHARDS, Shards};
 use crate::fs::Result;
 use crate::fuse::ids::NodeId;
 
@@ -41,17 +42,18 @@ pub struct Inode {
     pub ranges: RangeLock,
     /// Locks that the guest's programs hold.
     pub locks: InodeLocks,
-    /// An O_PATH descriptor: it pins the inode, and opens nothing.
-    path: OwnedFd,
+    /// What keeps hold of it.
+    pin: Pin,
     /// How often the guest has looked it up and not forgotten it. Goes up only under the lock of
     /// the inode's key, so that a count of 0 seen there is final.
     lookups: AtomicU64,
 }
 
 impl Inode {
-    /// A descriptor for system calls that take AT_EMPTY_PATH, or names relative to a directory.
-    pub fn path(&self) -> BorrowedFd<'_> {
-        self.path.as_fd()
+    /// An O_PATH descriptor for system calls that take AT_EMPTY_PATH, or names relative to a
+    /// directory. It stays open for as long as the caller holds it.
+    pub fn path(&self) -> Result<Arc<OwnedFd>> {
+        self.pin.path()
     }
 }
 
@@ -62,16 +64,23 @@ pub struct InodeTable {
     by_key: Shards<Mutex<HashMap<InodeKey, Arc<Inode>>>>,
     next_node: AtomicU64,
     root: Arc<Inode>,
+    descriptors: Arc<Descriptors>,
+    /// The part of the table that is next to give up descriptors; held by who makes it do so.
+    next_to_give_up: Mutex<u64>,
 }
 
 impl InodeTable {
     /// A table that knows the root alone.
-    pub fn new(root: OwnedFd, key: InodeKey) -> InodeTable {
+    pub fn new(root: OwnedFd, key: InodeKey, descriptors: Descriptors) -> InodeTable {
+        let descriptors = Arc::new(descriptors);
+        let pin = Pin::new(root, Arc::clone(&descriptors));
         let table = InodeTable {
             by_node: Shards::default(),
             by_key: Shards::default(),
             next_node: AtomicU64::new(NodeId::ROOT.0 + 1),
-            root: Arc::new(new_inode(NodeId::ROOT, key, FileType::Directory, root)),
+            root: Arc::new(new_inode(NodeId::ROOT, key, FileType::Directory, pin)),
+            descriptors,
+            next_to_give_up: Mutex::new(0),
         };
         table.insert_root();
         table
@@ -79,6 +88,9 @@ impl InodeTable {
 
     /// The inode with this id; ESTALE if the guest has forgotten it or never knew it.
     pub fn get(&self, node: NodeId) -> Result<Arc<Inode>> {
+        if self.descriptors.are_scarce() {
+            self.give_up_descriptors();
+        }
         if node == NodeId::ROOT {
             return Ok(Arc::clone(&self.root));
         }
@@ -96,13 +108,17 @@ impl InodeTable {
 
     /// The inode with this key, which `path` refers to; it counts as looked up once more.
     pub fn find_or_insert(&self, key: InodeKey, kind: FileType, path: OwnedFd) -> Arc<Inode> {
+        if self.descriptors.are_scarce() {
+            self.give_up_descriptors();
+        }
         let mut shard = self.key_shard(&key);
         if let Some(inode) = shard.get(&key) {
             inode.lookups.fetch_add(1, Ordering::Relaxed);
             return Arc::clone(inode);
         }
         let node = NodeId(self.next_node.fetch_add(1, Ordering::Relaxed));
-        let inode = Arc::new(new_inode(node, key, kind, path));
+        let pin = Pin::new(path, Arc::clone(&self.descriptors));
+        let inode = Arc::new(new_inode(node, key, kind, pin));
         inode.lookups.store(1, Ordering::Relaxed);
         shard.insert(key, Arc::clone(&inode));
         self.node_shard(node)
@@ -133,6 +149,25 @@ impl InodeTable {
         }
     }
 
+    /// Lets inodes that were not used lately give up their descriptors, part by part of the table,
+    /// until an eighth of all that are allowed is free. One thread does that at a time.
+    fn give_up_descriptors(&self) {
+        let Ok(mut next) = self.next_to_give_up.try_lock() else { return };
+        // An inode that was used is asked in one round and gives up in the next.
+        for _ in 0..2 * SHARDS {
+            let part = self.by_node.of(*next);
+            *next = next.wrapping_add(1);
+            part.read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .values()
+                .for_each(|inode| inode.pin.give_up());
+            if self.descriptors.are_plenty() {
+                return;
+            }
+        }
+        self.descriptors.allow_more();
+    }
+
     /// Forgets all but the root.
     pub fn clear(&self) {
         for shard in self.by_key.iter() {
@@ -142,6 +177,11 @@ impl InodeTable {
             shard.write().unwrap_or_else(PoisonError::into_inner).clear();
         }
         self.insert_root();
+    }
+
+    /// Whether inodes may be held by file handles.
+    pub fn uses_file_handles(&self) -> bool {
+        self.descriptors.are_limited()
     }
 
     /// Inodes beside the root.
@@ -165,7 +205,7 @@ impl InodeTable {
     }
 }
 
-fn new_inode(node: NodeId, key: InodeKey, kind: FileType, path: OwnedFd) -> Inode {
+fn new_inode(node: NodeId, key: InodeKey, kind: FileType, pin: Pin) -> Inode {
     Inode {
         node,
         key,
@@ -173,7 +213,7 @@ fn new_inode(node: NodeId, key: InodeKey, kind: FileType, path: OwnedFd) -> Inod
         io_mode: IoMode::default(),
         ranges: RangeLock::default(),
         locks: InodeLocks::default(),
-        path,
+        pin,
         lookups: AtomicU64::new(0),
     }
 }
@@ -191,7 +231,7 @@ mod tests {
     }
 
     fn table() -> InodeTable {
-        InodeTable::new(any_fd(), key(1))
+        InodeTable::new(any_fd(), key(1), Descriptors::unlimited())
     }
 
     #[test]

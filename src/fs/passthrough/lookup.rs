@@ -43,11 +43,11 @@ impl PassthroughFs {
     /// Looks up an entry: one system call for an inode that the guest knows, three for a new one.
     pub(super) fn look_up(&self, parent: &Inode, name: &CStr) -> Result<Entry> {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
-        let seen = statx(parent.path(), name, flags, WANTED)?;
+        let seen = statx(parent.path()?, name, flags, WANTED)?;
         if let Some(inode) = self.inodes.find(&key(&seen)) {
             return Ok(self.entry(&inode, &seen, Some(parent)));
         }
-        let path = openat(parent.path(), name, PATH, Mode::empty())?;
+        let path = openat(parent.path()?, name, PATH, Mode::empty())?;
         self.adopt(path, Some(parent)).map(|(entry, _)| entry)
     }
 
@@ -60,7 +60,7 @@ impl PassthroughFs {
 
     /// LOOKUP of `.`.
     pub(super) fn look_up_self(&self, inode: &Inode) -> Result<Entry> {
-        let stat = stat(inode.path())?;
+        let stat = stat(inode.path()?)?;
         let inode = self.inodes.find(&key(&stat)).ok_or(Errno::STALE)?;
         Ok(self.entry(&inode, &stat, None))
     }
@@ -74,7 +74,7 @@ impl PassthroughFs {
         if inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
-        let stat = statx(inode.path(), c"..", AtFlags::NO_AUTOMOUNT, WANTED)?;
+        let stat = statx(inode.path()?, c"..", AtFlags::NO_AUTOMOUNT, WANTED)?;
         let parent = self.inodes.find(&key(&stat)).ok_or(Errno::STALE)?;
         Ok(self.entry(&parent, &stat, None))
     }
@@ -98,8 +98,8 @@ impl PassthroughFs {
             FileType::Symlink => return Err(Errno::LOOP),
             _ => return Err(Errno::NXIO),
         }
-        let number = DecInt::from_fd(inode.path());
-        openat(&self.proc_self_fd, number, flags | OFlags::CLOEXEC, Mode::empty())
+        let path = inode.path()?;
+        openat(&self.proc_self_fd, DecInt::from_fd(&path), flags | OFlags::CLOEXEC, Mode::empty())
     }
 
     /// An O_PATH descriptor of what `file` has open.
@@ -111,8 +111,10 @@ impl PassthroughFs {
 /// The name of an inode below the working directory, which is `/proc/self/fd`: for the system calls
 /// that take no descriptor. The kernel goes from there straight to the inode, also if it is a
 /// symbolic link.
-pub(super) fn proc_name(inode: &Inode) -> DecInt {
-    DecInt::from_fd(inode.path())
+///
+/// `path` has to stay open for as long as the name is used.
+pub(super) fn proc_name(path: &OwnedFd) -> DecInt {
+    DecInt::from_fd(path)
 }
 
 /// Where [`proc_name`] is looked up.

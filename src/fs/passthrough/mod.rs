@@ -1,7 +1,7 @@
 //! A host directory as a guest's file system.
 //!
-//! [`inodes`] holds an O_PATH descriptor for every inode that the guest knows; [`handles`] what it
-//! has open. No file is ever reached by a path: a name is one component, looked up in the
+//! [`inodes`] holds every inode that the guest knows, by an O_PATH descriptor or a file handle;
+//! [`handles`] what it has open. No file is ever reached by a path: a name is one component, looked up in the
 //! descriptor of its directory without following links, and only regular files and directories
 //! are opened.
 
@@ -18,6 +18,7 @@ pub mod locks;
 mod lookup;
 mod names;
 mod open;
+mod pins;
 pub mod range_lock;
 mod shards;
 mod xattr;
@@ -36,8 +37,9 @@ use self::handles::HandleTable;
 use self::inodes::{Inode, InodeTable};
 use self::io_mode::IoPolicy;
 use self::locks::Waits;
+use self::pins::Descriptors;
 use super::{Context, FileSystem, Opened, Result, XattrReply};
-use crate::config::{FsConfig, Insistence};
+use crate::config::{FsConfig, InodeFileHandles, Insistence};
 use crate::fuse::abi;
 use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
 use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
@@ -88,10 +90,16 @@ pub enum StartError {
     LabelsAreForbidden,
     /// The daemon may not write labels.
     #[error(
-        "--security-label needs the attribute {0}, which the daemon must not write: give it CAP_SYS_ADMIN, or \
-         leave --security-label out"
+        "--security-label needs the attribute {0}, which the daemon must not write: give it CAP_SYS_ADMIN with \
+         --modcaps=+sys_admin, or leave --security-label out"
     )]
     LabelsNeedPrivilege(String),
+    /// `--inode-file-handles=mandatory` cannot be had.
+    #[error(
+        "inodes cannot be held by file handles, which takes CAP_DAC_READ_SEARCH and a file system that has them: \
+         leave out --inode-file-handles=mandatory"
+    )]
+    NoFileHandles,
     /// A system call failed.
     #[error(transparent)]
     System(#[from] Errno),
@@ -131,8 +139,8 @@ impl PassthroughFs {
         rustix::process::fchdir(&proc_self_fd)?;
         let stat = lookup::stat(&root)?;
         let offers_acls = xattr::acls_can_be_had(&root, &config)?;
-        let offers_labels = labels::can_be_had(&root, &config)?;
-        let inodes = InodeTable::new(root, lookup::key(&stat));
+        let descriptors = descriptors(config.inode_file_handles, &root)?;
+        let inodes = InodeTable::new(root, lookup::key(&stat), descriptors);
         let session = Session {
             policy: policy(&config, false),
             submounts: false,
@@ -143,7 +151,7 @@ impl PassthroughFs {
         };
         Ok(PassthroughFs {
             offers_acls,
-            offers_labels,
+            offers_labels: false,
             mapped_capability: xattr::mapped_capability(&config),
             config,
             own: OwnIds::current(),
@@ -155,12 +163,38 @@ impl PassthroughFs {
         })
     }
 
+    /// Whether inodes may be held by file handles, which takes a capability and two system calls.
+    pub fn uses_file_handles(&self) -> bool {
+        self.inodes.uses_file_handles()
+    }
+
+    /// Finds out whether security labels can be written, with the capabilities that the process has
+    /// by now. Without this they are not offered to guests.
+    pub fn try_labels(&mut self) -> std::result::Result<(), StartError> {
+        let root = self.inode(NodeId::ROOT)?.path()?;
+        self.offers_labels = labels::can_be_had(&root, &self.config)?;
+        Ok(())
+    }
+
     fn session(&self) -> Session {
         *self.session.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
         self.inodes.get(node)
+    }
+}
+
+/// How inodes share what descriptors there are.
+fn descriptors(wanted: InodeFileHandles, root: &OwnedFd) -> std::result::Result<Descriptors, StartError> {
+    match (wanted, Descriptors::limited(root)) {
+        (InodeFileHandles::Never, _) => Ok(Descriptors::unlimited()),
+        (_, Ok(descriptors)) => Ok(descriptors),
+        (InodeFileHandles::Mandatory, Err(_)) => Err(StartError::NoFileHandles),
+        (InodeFileHandles::Prefer, Err(errno)) => {
+            debug!("inodes cannot be held by file handles here: {errno}");
+            Ok(Descriptors::unlimited())
+        }
     }
 }
 

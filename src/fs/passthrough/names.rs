@@ -1,6 +1,7 @@
 //! Changes to directories: new names, and names that go.
 
 use std::ffi::CStr;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use rustix::fs::{
@@ -27,8 +28,9 @@ impl PassthroughFs {
         umask: u32,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        self.create_as(ctx, mode, umask, |mode| mkdirat(parent.path(), name, mode))?;
-        self.label_entry(ctx, parent, name, AtFlags::REMOVEDIR)?;
+        let path = parent.path()?;
+        self.create_as(ctx, mode, umask, |mode| mkdirat(&path, name, mode))?;
+        self.label_entry(ctx, path.as_fd(), name, AtFlags::REMOVEDIR)?;
         self.look_up(parent, name)
     }
 
@@ -47,8 +49,9 @@ impl PassthroughFs {
             _ => FileType::from_raw_mode(mode),
         };
         let device = decode_device(rdev);
-        self.create_as(ctx, mode, umask, |mode| mknodat(parent.path(), name, kind, mode, device))?;
-        self.label_entry(ctx, parent, name, AtFlags::empty())?;
+        let path = parent.path()?;
+        self.create_as(ctx, mode, umask, |mode| mknodat(&path, name, kind, mode, device))?;
+        self.label_entry(ctx, path.as_fd(), name, AtFlags::empty())?;
         self.look_up(parent, name)
     }
 
@@ -60,14 +63,15 @@ impl PassthroughFs {
         target: &CStr,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        self.create_as(ctx, 0, 0, |_| symlinkat(target, parent.path(), name))?;
-        self.label_entry(ctx, parent, name, AtFlags::empty())?;
+        let path = parent.path()?;
+        self.create_as(ctx, 0, 0, |_| symlinkat(target, &path, name))?;
+        self.label_entry(ctx, path.as_fd(), name, AtFlags::empty())?;
         self.look_up(parent, name)
     }
 
     pub(super) fn make_link(&self, inode: &Arc<Inode>, parent: &Inode, name: Name<'_>) -> Result<Entry> {
         let name = name.as_c_str();
-        linkat(PROC, proc_name(inode), parent.path(), name, AtFlags::SYMLINK_FOLLOW)?;
+        linkat(PROC, proc_name(&*inode.path()?), parent.path()?, name, AtFlags::SYMLINK_FOLLOW)?;
         self.look_up(parent, name)
     }
 
@@ -75,12 +79,12 @@ impl PassthroughFs {
         if inode.kind != FileType::Symlink {
             return Err(Errno::INVAL);
         }
-        readlinkat(inode.path(), c"", Vec::new()).map(|target| target.into_bytes())
+        readlinkat(inode.path()?, c"", Vec::new()).map(|target| target.into_bytes())
     }
 
     pub(super) fn remove_name(&self, parent: &Inode, name: Name<'_>, directory: bool) -> Result<()> {
         let flags = if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-        unlinkat(parent.path(), name.as_c_str(), flags)
+        unlinkat(parent.path()?, name.as_c_str(), flags)
     }
 
     /// RENAME and RENAME2. A whiteout that is left behind belongs to the caller.
@@ -94,11 +98,11 @@ impl PassthroughFs {
         let (name, new_name) = (rename.name.as_c_str(), rename.new_name.as_c_str());
         match RenameFlags::from_bits(rename.flags) {
             None => Err(Errno::INVAL),
-            Some(flags) if flags.is_empty() => renameat(from.path(), name, to.path(), new_name),
+            Some(flags) if flags.is_empty() => renameat(from.path()?, name, to.path()?, new_name),
             Some(flags) => {
                 let whiteout = flags.contains(RenameFlags::WHITEOUT);
                 let _caller = whiteout.then(|| self.become_caller_without_groups(ctx)).transpose()?;
-                renameat_with(from.path(), name, to.path(), new_name, flags)
+                renameat_with(from.path()?, name, to.path()?, new_name, flags)
             }
         }
     }

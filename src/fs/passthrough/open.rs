@@ -1,6 +1,6 @@
 //! Opening and creating files and directories.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags, openat};
@@ -59,10 +59,11 @@ impl PassthroughFs {
             | OFlags::EXCL
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
+        let path = parent.path()?;
         let created = if self.is_labelled(ctx) {
-            self.create_labelled(ctx, parent, name, (create.mode, create.umask), flags)
+            self.create_labelled(ctx, path.as_fd(), name, (create.mode, create.umask), flags)
         } else {
-            let create_new = |mode| openat(parent.path(), name, flags, mode);
+            let create_new = |mode| openat(&path, name, flags, mode);
             self.create_as(ctx, create.mode, create.umask, create_new)
         };
         match created {
@@ -89,7 +90,8 @@ impl PassthroughFs {
     ) -> Result<(Entry, Opened)> {
         let keep_unnamed = OFlags::from_bits_retain(tmpfile.flags) & OFlags::EXCL;
         let flags = (self.host_flags(tmpfile.flags) - OFlags::TRUNC) | OFlags::TMPFILE | keep_unnamed;
-        let directory = rustix::path::DecInt::from_fd(parent.path());
+        let path = parent.path()?;
+        let directory = rustix::path::DecInt::from_fd(&path);
         let file = self.create_as(ctx, tmpfile.mode, tmpfile.umask, |mode| {
             openat(&self.proc_self_fd, directory, flags | OFlags::CLOEXEC, mode)
         })?;

@@ -1,7 +1,7 @@
 //! Tables cut into parts with a lock each, so that workers seldom meet.
 
 /// Number of parts.
-const SHARDS: usize = 32;
+pub const SHARDS: usize = 32;
 
 /// `SHARDS` things, of which a number chooses one.
 #[derive(Debug)]

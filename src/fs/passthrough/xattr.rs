@@ -86,7 +86,7 @@ impl PassthroughFs {
         if acl_kill_sgid && *name == *ACCESS {
             return set_acl_and_clear_sgid(inode, &value, flags);
         }
-        setxattr(proc_name(inode), &*name, &value, flags)
+        setxattr(proc_name(&*inode.path()?), &*name, &value, flags)
     }
 
     pub(super) fn get_xattr(&self, inode: &Inode, name: &CStr, size: u32) -> Result<XattrReply> {
@@ -96,7 +96,8 @@ impl PassthroughFs {
             // What the guest must not have is not there.
             Refusal::Bad | Refusal::TooLong => Errno::NODATA,
         })?;
-        let path = proc_name(inode);
+        let pin = inode.path()?;
+        let path = proc_name(&pin);
         let mut reply = answer(
             size,
             || getxattr_query(path.as_c_str(), &*name),
@@ -127,14 +128,14 @@ impl PassthroughFs {
 
     pub(super) fn remove_xattr(&self, inode: &Inode, name: &CStr) -> Result<()> {
         self.check_xattr()?;
-        removexattr(proc_name(inode), &*self.host_name(name).map_err(refused)?)
+        removexattr(proc_name(&*inode.path()?), &*self.host_name(name).map_err(refused)?)
     }
 
     /// Takes capabilities off a file whose data or owner is about to change, where the host's
     /// kernel does not do it.
     pub(super) fn drop_mapped_capability(&self, inode: &Inode) -> Result<()> {
         let Some(name) = &self.mapped_capability else { return Ok(()) };
-        match removexattr(proc_name(inode), name) {
+        match removexattr(proc_name(&*inode.path()?), name) {
             // Most files have none; on some inodes and file systems there is no such attribute.
             Err(Errno::NODATA | Errno::NOTSUP | Errno::PERM) => Ok(()),
             result => result,
@@ -185,18 +186,19 @@ pub(super) fn refused(refusal: Refusal) -> Errno {
 /// Sets an access ACL for a caller who is not in the file's group: the set-group-id bit goes.
 fn set_acl_and_clear_sgid(inode: &Inode, value: &[u8], flags: XattrFlags) -> Result<()> {
     let _unprivileged = without_fsetid()?;
-    setxattr(proc_name(inode), ACCESS, value, flags)?;
+    setxattr(proc_name(&*inode.path()?), ACCESS, value, flags)?;
     // The host has done so by itself, unless the file's group is the daemon's own.
-    let mode = Mode::from_raw_mode(u32::from(stat(inode.path())?.stx_mode));
+    let mode = Mode::from_raw_mode(u32::from(stat(inode.path()?)?.stx_mode));
     if mode.contains(Mode::SGID) && inode.kind != FileType::Symlink {
-        chmodat(PROC, proc_name(inode), mode - Mode::SGID, AtFlags::empty())?;
+        chmodat(PROC, proc_name(&*inode.path()?), mode - Mode::SGID, AtFlags::empty())?;
     }
     Ok(())
 }
 
 /// All names that the host has, each with its NUL.
 fn host_names(inode: &Inode) -> Result<Vec<u8>> {
-    let path = proc_name(inode);
+    let pin = inode.path()?;
+    let path = proc_name(&pin);
     for size in [USUAL_LIST, SIZE_MAX] {
         let mut names = vec![0; size];
         match listxattr(path.as_c_str(), names.as_mut_slice()) {

@@ -77,9 +77,15 @@ impl Starter {
         self
     }
 
-    /// Adds neither `--shared-dir` nor a socket: the caller's options are all there is.
+    /// Adds neither `--shared-dir` nor `--socket-path` nor `--fd`: the caller's options are all there is.
     pub fn bare(mut self) -> Starter {
         self.bare = true;
+        self
+    }
+
+    /// Starts the process in this directory.
+    pub fn current_dir(mut self, directory: impl AsRef<Path>) -> Starter {
+        self.command.current_dir(directory);
         self
     }
 
@@ -100,16 +106,19 @@ impl Starter {
         };
         // Lives until the child has its own copy.
         let mut listener = None;
-        if !self.bare {
-            self.command.arg("--shared-dir").arg(&share);
-            if self.by_fd {
-                let listening = UnixListener::bind(&socket)
-                    .map_err(Error::system(format!("listen on {}", socket.display())))?;
-                self.command.arg(format!("--fd={SOCKET_FD}"));
-                pass_fd(&mut self.command, listening.as_raw_fd());
-                listener = Some(listening);
-            } else {
-                self.command.arg("--socket-path").arg(&socket);
+        if self.by_fd {
+            let listening = UnixListener::bind(&socket)
+                .map_err(Error::system(format!("listen on {}", socket.display())))?;
+            pass_fd(&mut self.command, listening.as_raw_fd());
+            listener = Some(listening);
+        }
+        match (self.bare, self.by_fd) {
+            (true, _) => {}
+            (false, true) => {
+                self.command.arg("--shared-dir").arg(&share).arg(format!("--fd={SOCKET_FD}"));
+            }
+            (false, false) => {
+                self.command.arg("--shared-dir").arg(&share).arg("--socket-path").arg(&socket);
             }
         }
         self.command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

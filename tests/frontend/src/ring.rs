@@ -277,6 +277,17 @@ impl<T> Ring<T> {
         Ok(Some((chain.tag, len)))
     }
 
+    /// Takes the next used entry as the device wrote it, head and length, and nothing else: for drivers
+    /// that keep their own books of chains that they [`Ring::offer`] again and again.
+    pub fn take_used_entry(&mut self) -> Option<(u32, u32)> {
+        let index = self.next_used;
+        if index == self.used_index() {
+            return None;
+        }
+        self.next_used = index.wrapping_add(1);
+        Some(self.used_entry(usize::from(index)))
+    }
+
     fn retire(&mut self, head: u16) -> Option<InFlight<T>> {
         let chain = self.in_flight.get_mut(usize::from(head))?.take()?;
         self.free.extend(chain.descriptors.iter().rev());

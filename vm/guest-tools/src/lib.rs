@@ -130,3 +130,84 @@ pub fn wait_for_start() -> Result<()> {
     std::io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())
 }
+
+/// Lets this process write no file beyond `bytes`: EFBIG instead of SIGXFSZ.
+pub fn limit_file_size(bytes: u64) -> Result<()> {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    // SAFETY: ignoring a signal touches no memory of ours.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    setrlimit(Resource::Fsize, Rlimit { current: Some(bytes), maximum: Some(bytes) })
+        .context("the limit cannot be set")
+}
+
+/// Small numbers that are different enough; not for secrets.
+pub struct Dice(u64);
+
+impl Dice {
+    /// The same numbers for the same seed.
+    pub fn new(seed: u64) -> Dice {
+        Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// A number below `end`, which must not be 0.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % end
+    }
+}
+
+/// A mapping of a file's beginning.
+pub struct Mapping {
+    start: *mut u8,
+    len: usize,
+}
+
+impl Mapping {
+    /// Maps `len` bytes, shared and writable or private.
+    pub fn new(file: &File, len: usize, shared: bool) -> Result<Mapping> {
+        use rustix::mm::{MapFlags, ProtFlags, mmap};
+        let flags = if shared { MapFlags::SHARED } else { MapFlags::PRIVATE };
+        let protection = if shared { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+        // SAFETY: the kernel chooses a free place, so nothing of ours is unmapped.
+        let start = unsafe { mmap(std::ptr::null_mut(), len, protection, flags, file, 0) };
+        Ok(Mapping { start: start.context("mapping the file failed")?.cast(), len })
+    }
+
+    /// The bytes from `offset` on, as they are now.
+    pub fn read(&self, offset: usize, len: usize) -> Result<Vec<u8>> {
+        let byte = |at: usize| {
+            // SAFETY: below the mapping's length, see below. Others may write at any time: a byte
+            // at a time, volatile, is all that is assumed.
+            unsafe { self.start.add(at).read_volatile() }
+        };
+        let end = offset.checked_add(len).filter(|end| *end <= self.len).context("beyond the mapping")?;
+        Ok((offset..end).map(byte).collect())
+    }
+
+    /// Sets bytes of a shared mapping.
+    pub fn write(&self, offset: usize, data: &[u8]) -> Result<()> {
+        let end = offset.checked_add(data.len()).context("beyond the mapping")?;
+        ensure!(end <= self.len, "beyond the mapping");
+        for (at, byte) in (offset..).zip(data) {
+            // SAFETY: below the mapping's length, which is writable if it is shared.
+            unsafe { self.start.add(at).write_volatile(*byte) };
+        }
+        Ok(())
+    }
+
+    /// Waits until what was written is with the server.
+    pub fn sync(&self) -> Result<()> {
+        // SAFETY: the whole of our own mapping.
+        unsafe { rustix::mm::msync(self.start.cast(), self.len, rustix::mm::MsyncFlags::SYNC) }
+            .context("msync failed")
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the whole of our own mapping, which nobody uses any more.
+        let _ = unsafe { rustix::mm::munmap(self.start.cast(), self.len) };
+    }
+}

@@ -1,12 +1,14 @@
 //! Many processes write one file, each its own stripes: stripe `s` belongs to writer `s % writers`.
+//! Others may watch meanwhile: what a writer has been told is written has to be there.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
-use lanefsd_guest_tools::{Buffer, Crowd, fill, open, pattern, wait_for_start};
+use lanefsd_guest_tools::{Buffer, Crowd, fill, limit_file_size, open, pattern, wait_for_start};
 
 #[derive(Parser)]
 #[command(about)]
@@ -31,6 +33,21 @@ struct Options {
     /// Begin with an empty file instead of one of full size
     #[arg(long)]
     extend: bool,
+    /// Processes that read while others write; needs --progress
+    #[arg(long, default_value_t = 0)]
+    watchers: u64,
+    /// Directory in which a file for each writer grows by a byte with each stripe that is written
+    #[arg(long)]
+    progress: Option<PathBuf>,
+    /// A writer ends at its first error and says which one it was; that is no failure
+    #[arg(long)]
+    tolerate: bool,
+    /// Bytes that the first writer may write to a file at most (RLIMIT_FSIZE)
+    #[arg(long)]
+    limit_first: Option<u64>,
+    /// Check only the first stripes of each writer: as many as this list says, from writer 0 on
+    #[arg(long, value_delimiter = ',')]
+    done: Vec<u64>,
     /// Do the part of one process
     #[arg(long, hide = true)]
     one: Option<u64>,
@@ -50,7 +67,8 @@ fn main() -> Result<()> {
     match (options.action, options.one) {
         (Action::Verify, _) => verify(&options),
         (Action::Write, None) => write_all(&options),
-        (Action::Write, Some(writer)) => write_one(&options, writer),
+        (Action::Write, Some(writer)) if writer < options.writers => write_one(&options, writer),
+        (Action::Write, Some(_)) => watch(&options),
     }
 }
 
@@ -63,7 +81,13 @@ fn write_all(options: &Options) -> Result<()> {
             .context("the file cannot be allocated")?;
     }
     drop(file);
-    let crowd = Crowd::gather(options.writers)?;
+    if let Some(folder) = &options.progress {
+        std::fs::create_dir_all(folder)?;
+        for writer in 0..options.writers {
+            File::create(folder.join(writer.to_string()))?;
+        }
+    }
+    let crowd = Crowd::gather(options.writers + options.watchers)?;
     let start = Instant::now();
     crowd.run()?;
     println!("bytes {} seconds {:.6}", options.size, start.elapsed().as_secs_f64());
@@ -72,19 +96,80 @@ fn write_all(options: &Options) -> Result<()> {
 
 fn write_one(options: &Options, writer: u64) -> Result<()> {
     let file = open(&options.file, options.direct, false)?;
+    let mut progress = options.progress.as_ref().map(|folder| append_to(&folder.join(writer.to_string())));
+    if let (0, Some(limit)) = (writer, options.limit_first) {
+        limit_file_size(limit)?;
+    }
     let mut buffer = Buffer::new(usize::try_from(options.stripe)?)?;
     let mut highest = 0;
     wait_for_start()?;
-    for (offset, len) in
-        stripes(options).filter(|(offset, _)| (offset / options.stripe) % options.writers == writer)
-    {
+    for (offset, len) in stripes(options).filter(|(offset, _)| owner(options, *offset) == writer) {
         let data = buffer.get_mut(..usize::try_from(len)?).context("a stripe is too long")?;
         fill(data, writer, offset);
-        file.write_all_at(data, offset).with_context(|| format!("writing {len} bytes at {offset} failed"))?;
+        if let Err(error) = file.write_all_at(data, offset) {
+            ensure!(options.tolerate, "writing {len} bytes at {offset} failed: {error}");
+            eprintln!("writer {writer} error {}", error.raw_os_error().unwrap_or_default());
+            return Ok(());
+        }
+        if let Some(progress) = &mut progress {
+            std::io::Write::write_all(progress.as_mut().map_err(|error| anyhow::anyhow!("{error}"))?, b".")?;
+        }
         // The file never ends before what this process has written.
         let size = file.metadata()?.len();
         highest = highest.max(offset + len);
         ensure!(size >= highest, "the file has {size} bytes after a write up to {highest}");
+    }
+    Ok(())
+}
+
+fn append_to(path: &std::path::Path) -> std::io::Result<File> {
+    File::options().append(true).open(path)
+}
+
+/// Reads what writers have finished, until all of it is; the size must never get smaller.
+fn watch(options: &Options) -> Result<()> {
+    let folder = options.progress.as_ref().context("--watchers needs --progress")?;
+    let file = File::open(&options.file)?;
+    let total = options.size.div_ceil(options.stripe);
+    let mut buffer = vec![0; usize::try_from(options.stripe)?];
+    let (mut largest, mut round) = (0, 0_u64);
+    wait_for_start()?;
+    loop {
+        let mut finished = 0;
+        for writer in 0..options.writers {
+            let done = std::fs::metadata(folder.join(writer.to_string()))?.len();
+            finished += done;
+            if done == 0 {
+                continue;
+            }
+            round += 1;
+            // The latest half of the time, any other one the other half.
+            let number = if round.is_multiple_of(2) { done - 1 } else { round * 7919 % done };
+            let offset = (number * options.writers + writer) * options.stripe;
+            let len = options.stripe.min(options.size - offset);
+            let size = file.metadata()?.len();
+            ensure!(size >= largest, "the file shrank from {largest} to {size} bytes");
+            ensure!(size >= offset + len, "the file has {size} bytes after a write up to {}", offset + len);
+            largest = size;
+            check(&file, &mut buffer, writer, offset, len)?;
+        }
+        if finished >= total {
+            return Ok(());
+        }
+    }
+}
+
+/// The writer that a stripe belongs to.
+fn owner(options: &Options, offset: u64) -> u64 {
+    (offset / options.stripe) % options.writers
+}
+
+/// Reads a stripe and compares it with what its writer wrote.
+fn check(file: &File, buffer: &mut [u8], writer: u64, offset: u64, len: u64) -> Result<()> {
+    let data = buffer.get_mut(..usize::try_from(len)?).context("a stripe is too long")?;
+    file.read_exact_at(data, offset).with_context(|| format!("reading {len} bytes at {offset} failed"))?;
+    if let Some((at, byte)) = (offset..).zip(data.iter()).find(|(at, byte)| **byte != pattern(writer, *at)) {
+        bail!("byte {at} is {byte:#x} instead of {:#x} of writer {writer}", pattern(writer, at));
     }
     Ok(())
 }
@@ -99,21 +184,21 @@ fn stripes(options: &Options) -> impl Iterator<Item = (u64, u64)> {
 }
 
 fn verify(options: &Options) -> Result<()> {
-    let path: &Path = &options.file;
-    let file = std::fs::File::open(path).with_context(|| format!("{} cannot be opened", path.display()))?;
+    let file =
+        File::open(&options.file).with_context(|| format!("{} cannot be opened", options.file.display()))?;
     let size = file.metadata()?.len();
-    ensure!(size == options.size, "the file has {size} bytes instead of {}", options.size);
+    let whole = options.done.is_empty();
+    ensure!(!whole || size == options.size, "the file has {size} bytes instead of {}", options.size);
     let mut buffer = vec![0; usize::try_from(options.stripe)?];
-    for (offset, len) in stripes(options) {
-        let writer = (offset / options.stripe) % options.writers;
-        let data = buffer.get_mut(..usize::try_from(len)?).context("a stripe is too long")?;
-        file.read_exact_at(data, offset)?;
-        if let Some((at, byte)) =
-            (offset..).zip(data.iter()).find(|(at, byte)| **byte != pattern(writer, *at))
-        {
-            bail!("byte {at} is {byte:#x} instead of {:#x} of writer {writer}", pattern(writer, at));
+    let mut checked = 0_u64;
+    for (number, (offset, len)) in (0_u64..).zip(stripes(options)) {
+        let writer = owner(options, offset);
+        let done = options.done.get(usize::try_from(writer)?).copied().unwrap_or_default();
+        if whole || number / options.writers < done {
+            check(&file, &mut buffer, writer, offset, len)?;
+            checked += len;
         }
     }
-    println!("verified {size} bytes");
+    println!("verified {checked} bytes");
     Ok(())
 }

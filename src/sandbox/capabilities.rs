@@ -1,0 +1,106 @@
+//! Capabilities: what is not needed to serve is given up for good.
+
+use rustix::io::Errno;
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set, clear_ambient_capability_set,
+    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
+};
+use thiserror::Error;
+
+use crate::config::CapabilityChanges;
+
+/// To serve any file to anybody: who may do what is for the guest's kernel to say.
+const TO_READ: CapabilitySet = CapabilitySet::DAC_OVERRIDE.union(CapabilitySet::FOWNER);
+/// To make files that belong to the guest's users, and to keep set-id bits where POSIX does.
+const TO_CHANGE: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::MKNOD);
+
+/// Why the capabilities cannot be given up.
+#[derive(Debug, Error)]
+pub enum CapabilityError {
+    /// --modcaps names a capability that the process was not started with.
+    #[error(
+        "--modcaps adds {0}, which the daemon was not started with; leave it out, or start the daemon with it"
+    )]
+    NotHeld(String),
+    /// A system call failed.
+    #[error("the daemon's capabilities cannot be given up: {step} failed")]
+    Step {
+        /// What was tried.
+        step: &'static str,
+        /// What the system call said.
+        source: Errno,
+    },
+}
+
+/// What the daemon does with the share, as far as it takes capabilities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// Nothing is changed.
+    pub readonly: bool,
+    /// Extended attributes are served, file capabilities among them.
+    pub xattr: bool,
+    /// Inodes may be held by file handles.
+    pub file_handles: bool,
+}
+
+impl Needs {
+    fn capabilities(self) -> CapabilitySet {
+        let mut needed = TO_READ;
+        if !self.readonly {
+            needed |= TO_CHANGE;
+        }
+        if !self.readonly && self.xattr {
+            needed |= CapabilitySet::SETFCAP;
+        }
+        if self.file_handles {
+            needed |= CapabilitySet::DAC_READ_SEARCH;
+        }
+        needed
+    }
+}
+
+/// Gives up all capabilities but those that `needs` and `changes` ask for, in every set, and the
+/// ways to get others. What the process does not have it does not get.
+///
+/// Only the calling thread and those that it starts later are meant, so there must be no others.
+pub fn give_up(needs: Needs, changes: CapabilityChanges) -> Result<(), CapabilityError> {
+    let held = capabilities(None).map_err(step("capget(2)"))?;
+    let missing = changes.add - held.permitted;
+    if !missing.is_empty() {
+        let names: Vec<_> = missing.iter_names().map(|(name, _)| name.to_ascii_lowercase()).collect();
+        return Err(CapabilityError::NotHeld(names.join(" and ")));
+    }
+    let kept = held.permitted & ((needs.capabilities() | changes.add) - changes.drop);
+    set_no_new_privs(true).map_err(step("PR_SET_NO_NEW_PRIVS"))?;
+    if held.effective.contains(CapabilitySet::SETPCAP) {
+        shrink_bounding_set(kept)?;
+    }
+    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+    set_capabilities(None, sets).map_err(step("capset(2)"))?;
+    clear_ambient_capability_set().map_err(step("clearing the ambient set"))
+}
+
+/// Takes all but `kept` off the bounding set, also capabilities that have no name here yet.
+fn shrink_bounding_set(kept: CapabilitySet) -> Result<(), CapabilityError> {
+    for number in 0..u64::BITS {
+        let capability = CapabilitySet::from_bits_retain(1 << number);
+        match capability_is_in_bounding_set(capability) {
+            // The kernel knows no more.
+            Err(Errno::INVAL) => break,
+            Err(source) => return Err(step("PR_CAPBSET_READ")(source)),
+            Ok(true) if !kept.contains(capability) => {
+                remove_capability_from_bounding_set(capability).map_err(step("PR_CAPBSET_DROP"))?;
+            }
+            Ok(_) => {}
+        }
+    }
+    Ok(())
+}
+
+fn step(step: &'static str) -> impl Fn(Errno) -> CapabilityError {
+    move |source| CapabilityError::Step { step, source }
+}

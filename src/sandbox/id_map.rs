@@ -1,0 +1,136 @@
+//! User namespaces, and which ids of the host exist in them.
+//!
+//! What the kernel lets nobody but a privileged process map is mapped by newuidmap(1) and
+//! newgidmap(1), as far as /etc/subuid and /etc/subgid allow it.
+
+use std::fmt::Write as _;
+use std::fs::OpenOptions;
+use std::io::{self, ErrorKind, Write as _};
+use std::os::fd::OwnedFd;
+use std::process::Command;
+
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Gid, Pid, Uid, WaitOptions, getegid, geteuid, getpid, waitpid};
+use rustix::thread::{UnshareFlags, set_thread_res_gid, set_thread_res_uid};
+
+use super::process::{exit, fork};
+use super::{SandboxError, namespace, step};
+use crate::config::{IdMaps, IdRange};
+
+/// One of the two maps of a namespace.
+struct Map<'a> {
+    /// Its name in /proc/PID.
+    file: &'static str,
+    /// The program that may write it.
+    tool: &'static str,
+    ranges: &'a [IdRange],
+    /// The only id that can be mapped without privileges.
+    own: u32,
+}
+
+/// Moves into the new namespaces `flags` and a user namespace with the ids in `maps`.
+///
+/// The maps are written by a helper that stays outside, where the privilege to do so is.
+pub(super) fn unshare(flags: UnshareFlags, maps: &IdMaps) -> Result<(), SandboxError> {
+    let made = |pipe: Result<_, Errno>| pipe.map_err(step("pipe(2)"));
+    let (started, start) = made(pipe_with(PipeFlags::CLOEXEC))?;
+    let (answer, answering) = made(pipe_with(PipeFlags::CLOEXEC))?;
+    let target = getpid();
+    let Some(helper) = fork().map_err(step("fork(2)"))? else {
+        drop(start);
+        help(&started, &answering, target, maps);
+    };
+    drop((started, answering));
+    let result = namespace::unshare(flags | UnshareFlags::NEWUSER).map_err(step("making namespaces"));
+    if result.is_ok() {
+        rustix::io::write(&start, b"!").map_err(step("mapping ids"))?;
+    }
+    drop(start);
+    let mut complaint = String::new();
+    let read = io::Read::read_to_string(&mut std::fs::File::from(answer), &mut complaint);
+    let ended = waitpid(Some(helper), WaitOptions::empty()).map_err(step("mapping ids"))?;
+    result?;
+    let well = matches!(ended, Some((_, status)) if status.exit_status() == Some(0));
+    match (read, well, complaint.as_str()) {
+        (Ok(_), true, "") => Ok(()),
+        (Ok(_), true, _) => Err(SandboxError::Ids(complaint)),
+        _ => Err(SandboxError::Ids("the process that was to map them has failed".into())),
+    }
+}
+
+/// What the helper does: it waits for the word, writes the maps, and says what went wrong.
+fn help(started: &OwnedFd, answering: &OwnedFd, target: Pid, maps: &IdMaps) -> ! {
+    let mut word = [0];
+    if rustix::io::read(started, &mut word) == Ok(1)
+        && let Err(complaint) = write_maps(target, maps)
+        && rustix::io::write(answering, complaint.as_bytes()).is_err()
+    {
+        exit(1);
+    }
+    exit(0)
+}
+
+fn write_maps(target: Pid, maps: &IdMaps) -> Result<(), String> {
+    let own = (geteuid().as_raw(), getegid().as_raw());
+    let only = |id| [IdRange { inside: 0, outside: id, count: 1 }];
+    let (own_user, own_group) = (only(own.0), only(own.1));
+    let or = |ranges, own| if <[_]>::is_empty(ranges) { own } else { ranges };
+    let users: &[IdRange] = or(&maps.users, &own_user);
+    let groups: &[IdRange] = or(&maps.groups, &own_group);
+    write_map(target, &Map { file: "uid_map", tool: "newuidmap", ranges: users, own: own.0 })?;
+    write_map(target, &Map { file: "gid_map", tool: "newgidmap", ranges: groups, own: own.1 })
+}
+
+fn write_map(target: Pid, map: &Map<'_>) -> Result<(), String> {
+    let mut text = String::new();
+    for IdRange { inside, outside, count } in map.ranges {
+        // Nothing can fail that writes to a string.
+        let _ = writeln!(text, "{inside} {outside} {count}");
+    }
+    match write(target, map.file, &text) {
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {}
+        result => return result.map_err(|error| format!("writing {} failed: {error}", map.file)),
+    }
+    let own_alone = matches!(map.ranges, [range] if range.count == 1 && range.outside == map.own);
+    if !own_alone {
+        return run_tool(target, map);
+    }
+    // An own group may be mapped by him who lets go of setgroups(2): leaving a group can open what
+    // is closed to it.
+    let result = write(target, "setgroups", "deny").and_then(|()| write(target, map.file, &text));
+    result.map_err(|error| format!("writing {} failed: {error}", map.file))
+}
+
+fn write(target: Pid, file: &str, text: &str) -> io::Result<()> {
+    let path = format!("/proc/{}/{file}", target.as_raw_nonzero());
+    // The kernel wants all of it in one piece.
+    OpenOptions::new().write(true).open(path)?.write_all(text.as_bytes())
+}
+
+fn run_tool(target: Pid, map: &Map<'_>) -> Result<(), String> {
+    let tool = map.tool;
+    let mut command = Command::new(tool);
+    command.arg(target.as_raw_nonzero().to_string());
+    for IdRange { inside, outside, count } in map.ranges {
+        command.args([inside, outside, count].map(ToString::to_string));
+    }
+    match command.output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => Err(format!(
+            "{tool} refuses, so see what /etc/subuid and /etc/subgid allow ({})",
+            String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ")
+        )),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            Err(format!("it takes {tool}, which is not there; install the package uidmap or shadow-utils"))
+        }
+        Err(error) => Err(format!("{tool} cannot be run: {error}")),
+    }
+}
+
+/// Becomes root of the user namespace, which has all files that the namespace has ids for.
+pub(super) fn become_root() -> Result<(), SandboxError> {
+    let (uid, gid) = (Uid::ROOT, Gid::ROOT);
+    set_thread_res_gid(gid, gid, gid).map_err(step("becoming the namespace's root group"))?;
+    set_thread_res_uid(uid, uid, uid).map_err(step("becoming the namespace's root"))
+}

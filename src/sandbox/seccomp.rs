@@ -1,0 +1,369 @@
+//! System calls: those that serving takes stay, all others are gone for good.
+//!
+//! A call that is not on the list ends the daemon (`--seccomp=kill`): its own code makes none, so
+//! somebody else's must be running.
+
+use std::collections::BTreeMap;
+
+use libc::c_long;
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter_all_threads,
+};
+use thiserror::Error;
+
+use crate::config::Seccomp;
+
+/// Why there is no filter.
+#[derive(Debug, Error)]
+pub enum SeccompError {
+    /// There is no list for this machine, or it makes no sense.
+    #[error("the list of system calls cannot be translated; start the daemon with --seccomp=none")]
+    Build(#[from] BackendError),
+    /// The kernel refuses it.
+    #[error("the kernel takes no filter of system calls; --seccomp=none starts the daemon without one")]
+    Install(#[source] seccompiler::Error),
+}
+
+/// Calls that are allowed whatever their arguments are.
+const ALLOWED: &[c_long] = &[
+    // Files and directories.
+    libc::SYS_openat,
+    libc::SYS_close,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_lseek,
+    libc::SYS_statx,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_fstatfs,
+    libc::SYS_getdents64,
+    libc::SYS_readlinkat,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_symlinkat,
+    libc::SYS_linkat,
+    libc::SYS_unlinkat,
+    RENAMEAT,
+    libc::SYS_renameat2,
+    libc::SYS_fchmodat,
+    libc::SYS_fchownat,
+    libc::SYS_utimensat,
+    libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_copy_file_range,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_syncfs,
+    libc::SYS_flock,
+    libc::SYS_getxattr,
+    libc::SYS_setxattr,
+    libc::SYS_listxattr,
+    libc::SYS_removexattr,
+    // The caller's identity.
+    libc::SYS_setresuid,
+    libc::SYS_setresgid,
+    libc::SYS_setgroups,
+    libc::SYS_umask,
+    libc::SYS_capget,
+    libc::SYS_capset,
+    // Queues, and the connection with the front end.
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_eventfd2,
+    libc::SYS_ppoll,
+    libc::SYS_accept4,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    // Signals and messages for the system log, on sockets that are there already.
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+    // Memory.
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    // Threads, time and signals.
+    libc::SYS_futex,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    // What a stopped process goes on with.
+    libc::SYS_restart_syscall,
+    libc::SYS_clock_nanosleep,
+    // In user space on most machines, but not on all.
+    libc::SYS_clock_gettime,
+    libc::SYS_getrandom,
+    // For the backtrace of a panic.
+    libc::SYS_getcwd,
+];
+
+/// Older forms of calls, which only x86-64 has.
+#[cfg(target_arch = "x86_64")]
+const ALLOWED_HERE: &[c_long] = &[libc::SYS_poll, libc::SYS_unlink, libc::SYS_readlink];
+#[cfg(not(target_arch = "x86_64"))]
+const ALLOWED_HERE: &[c_long] = &[];
+
+#[cfg(target_arch = "x86_64")]
+const RENAMEAT: c_long = libc::SYS_renameat;
+/// The libc crate has no name for it; `__NR_renameat` of asm-generic/unistd.h.
+#[cfg(not(target_arch = "x86_64"))]
+const RENAMEAT: c_long = 38;
+
+/// What fcntl(2) may be asked for. Owners of descriptors, who get signals, are not among it.
+const FCNTL: &[i32] =
+    &[libc::F_GETFD, libc::F_DUPFD_CLOEXEC, libc::F_OFD_GETLK, libc::F_OFD_SETLK, libc::F_OFD_SETLKW];
+
+/// Calls by which inodes are held by file handles.
+const FILE_HANDLES: &[c_long] = &[libc::SYS_name_to_handle_at, libc::SYS_open_by_handle_at];
+
+/// Forbids all calls but those that serving takes, for all threads that are there or will be;
+/// those for file handles as well, unless they are used.
+///
+/// What happens at a forbidden one is for `mode` to say.
+pub fn install(mode: Seccomp, file_handles: bool) -> Result<(), SeccompError> {
+    let action = match mode {
+        Seccomp::None => return Ok(()),
+        Seccomp::Kill => SeccompAction::KillProcess,
+        Seccomp::Log => SeccompAction::Log,
+        Seccomp::Trap => SeccompAction::Trap,
+    };
+    for program in [without_clone3()?, allow_list(action, file_handles)?] {
+        apply_filter_all_threads(&program).map_err(SeccompError::Install)?;
+    }
+    Ok(())
+}
+
+/// Threads are made by clone(2), whose flags a filter can see; those of clone3(2) it cannot.
+/// With ENOSYS for that one the C library takes the other.
+fn without_clone3() -> Result<BpfProgram, BackendError> {
+    let enosys = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    SeccompFilter::new(rules, SeccompAction::Allow, enosys, architecture()?)?.try_into()
+}
+
+/// Everything that is not on the lists meets `action`.
+fn allow_list(action: SeccompAction, file_handles: bool) -> Result<BpfProgram, BackendError> {
+    let mut rules = restricted()?;
+    rules.extend(ALLOWED.iter().chain(ALLOWED_HERE).map(|call| (*call, Vec::new())));
+    if file_handles {
+        rules.extend(FILE_HANDLES.iter().map(|call| (*call, Vec::new())));
+    }
+    // The other filter, which is stricter, answers it.
+    rules.insert(libc::SYS_clone3, Vec::new());
+    SeccompFilter::new(rules, action, SeccompAction::Allow, architecture()?)?.try_into()
+}
+
+/// Calls that are allowed with some arguments only.
+fn restricted() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, BackendError> {
+    let commands = FCNTL.iter().map(|command| argument(1, SeccompCmpOp::Eq, command.unsigned_abs()));
+    // No code is ever made.
+    let no_code = || argument(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC.unsigned_abs().into()), 0);
+    // A thread of this process, in the namespaces that it has.
+    let namespaces = libc::CLONE_NEWNS
+        | libc::CLONE_NEWCGROUP
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUSER
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWNET;
+    let thread = (libc::CLONE_THREAD | libc::CLONE_VM).cast_unsigned();
+    let thread = argument(0, SeccompCmpOp::MaskedEq(u64::from(namespaces.cast_unsigned() | thread)), thread)?;
+    let own_threads = argument(0, SeccompCmpOp::Eq, std::process::id())?;
+    Ok(BTreeMap::from([
+        (libc::SYS_fcntl, commands.collect::<Result<_, _>>()?),
+        (libc::SYS_mmap, vec![no_code()?]),
+        (libc::SYS_mprotect, vec![no_code()?]),
+        (libc::SYS_clone, vec![thread]),
+        // A umask of a thread's own; namespaces are other flags.
+        (libc::SYS_unshare, vec![argument(0, SeccompCmpOp::Eq, libc::CLONE_FS.unsigned_abs())?]),
+        (libc::SYS_tgkill, vec![own_threads]),
+        (libc::SYS_prctl, vec![argument(0, SeccompCmpOp::Eq, libc::PR_SET_NAME.unsigned_abs())?]),
+        (libc::SYS_socketpair, vec![argument(0, SeccompCmpOp::Eq, libc::AF_UNIX.unsigned_abs())?]),
+    ]))
+}
+
+/// The rule that the lower half of an argument compares so; these arguments are no longer.
+fn argument(number: u8, comparison: SeccompCmpOp, value: u32) -> Result<SeccompRule, BackendError> {
+    let condition = SeccompCondition::new(number, SeccompCmpArgLen::Dword, comparison, value.into())?;
+    SeccompRule::new(vec![condition])
+}
+
+fn architecture() -> Result<TargetArch, BackendError> {
+    TargetArch::try_from(std::env::consts::ARCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::backtrace::Backtrace;
+    use std::os::unix::process::ExitStatusExt;
+    use std::panic::catch_unwind;
+    use std::process::ExitStatus;
+
+    /// Makes one system call under the filter, in a process of its own, and says how that ended:
+    /// 0 if it came back, whatever the answer, and 1 if the answer was ENOSYS.
+    fn attempt(mode: SeccompAction, call: c_long, arguments: [c_long; 4]) -> ExitStatus {
+        // The filter of the child has its own id in it.
+        let programs = |action| [without_clone3().unwrap(), allow_list(action, false).unwrap()];
+        let [a, b, c, d] = arguments;
+        // SAFETY: the child does nothing but system calls, and memory that the C library's fork
+        // has put in order.
+        unsafe {
+            let child = libc::fork();
+            if child == 0 {
+                for program in programs(mode) {
+                    if seccompiler::apply_filter(&program).is_err() {
+                        libc::_exit(2);
+                    }
+                }
+                let answer = libc::syscall(call, a, b, c, d);
+                libc::_exit(i32::from(answer == -1 && *libc::__errno_location() == libc::ENOSYS));
+            }
+            let mut status = 0;
+            assert_eq!(libc::waitpid(child, &mut status, 0), child);
+            ExitStatus::from_raw(status)
+        }
+    }
+
+    fn killed(call: c_long, arguments: [c_long; 4]) -> bool {
+        attempt(SeccompAction::KillProcess, call, arguments).signal() == Some(libc::SIGSYS)
+    }
+
+    fn long(number: i32) -> c_long {
+        number.into()
+    }
+
+    #[test]
+    fn what_serving_does_not_take_ends_the_process() {
+        let at_cwd = long(libc::AT_FDCWD);
+        for (name, call, arguments) in [
+            ("execve", libc::SYS_execve, [0; 4]),
+            ("execveat", libc::SYS_execveat, [at_cwd, 0, 0, 0]),
+            ("ptrace", libc::SYS_ptrace, [0; 4]),
+            ("mount", libc::SYS_mount, [0; 4]),
+            ("umount", libc::SYS_umount2, [0; 4]),
+            ("chroot", libc::SYS_chroot, [0; 4]),
+            ("pivot_root", libc::SYS_pivot_root, [0; 4]),
+            ("setns", libc::SYS_setns, [-1, 0, 0, 0]),
+            ("unshare", libc::SYS_unshare, [long(libc::CLONE_NEWUSER), 0, 0, 0]),
+            ("bpf", libc::SYS_bpf, [-1, 0, 0, 0]),
+            ("io_uring_setup", libc::SYS_io_uring_setup, [0; 4]),
+            ("open_by_handle_at", libc::SYS_open_by_handle_at, [-1, 0, 0, 0]),
+            ("socket", libc::SYS_socket, [long(libc::AF_UNIX), long(libc::SOCK_STREAM), 0, 0]),
+            ("connect", libc::SYS_connect, [-1, 0, 0, 0]),
+            ("ioctl", libc::SYS_ioctl, [-1, 0, 0, 0]),
+            ("kill", libc::SYS_kill, [0, 0, 0, 0]),
+            ("memfd_create", libc::SYS_memfd_create, [0; 4]),
+            ("process_vm_readv", libc::SYS_process_vm_readv, [0; 4]),
+            ("init_module", libc::SYS_init_module, [0; 4]),
+            ("seccomp", libc::SYS_seccomp, [-1, 0, 0, 0]),
+            ("keyctl", libc::SYS_keyctl, [-1, 0, 0, 0]),
+            ("a number that is no call", 100_000, [0; 4]),
+        ] {
+            assert!(killed(call, arguments), "{name}");
+        }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn other_ways_into_the_kernel_are_shut() {
+        const X32: c_long = 0x4000_0000;
+        assert!(killed(X32 | libc::SYS_getpid, [0; 4]), "x32");
+        assert!(killed(libc::SYS_fork, [0; 4]), "fork");
+        assert!(killed(libc::SYS_vfork, [0; 4]), "vfork");
+        assert!(killed(libc::SYS_open, [0; 4]), "open");
+    }
+
+    #[test]
+    fn arguments_are_looked_at() {
+        let anonymous = long(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let (read, exec) = (long(libc::PROT_READ), long(libc::PROT_READ | libc::PROT_EXEC));
+        let thread = long(libc::CLONE_VM | libc::CLONE_THREAD);
+        // Flags that the kernel refuses, so that no thread is made of those that the filter lets pass.
+        let no_thread = thread & !long(libc::CLONE_SIGHAND);
+        let me = |signal| [long(i32::try_from(std::process::id()).unwrap()), 1, signal, 0];
+        for (name, call, bad, good) in [
+            ("mmap", libc::SYS_mmap, [0, 4096, exec, anonymous], Some([0, 4096, read, anonymous])),
+            ("mprotect", libc::SYS_mprotect, [0, 0, exec, 0], Some([0, 0, read, 0])),
+            ("a process", libc::SYS_clone, [long(libc::SIGCHLD), 0, 0, 0], Some([no_thread, 0, 0, 0])),
+            ("a user namespace", libc::SYS_clone, [thread | long(libc::CLONE_NEWUSER), 0, 0, 0], None),
+            ("a mount namespace", libc::SYS_clone, [thread | long(libc::CLONE_NEWNS), 0, 0, 0], None),
+            (
+                "unshare",
+                libc::SYS_unshare,
+                [long(libc::CLONE_FS | libc::CLONE_NEWNS), 0, 0, 0],
+                Some([long(libc::CLONE_FS), 0, 0, 0]),
+            ),
+            ("tgkill of others", libc::SYS_tgkill, me(0), None),
+            ("fcntl", libc::SYS_fcntl, [0, 8 /* F_SETOWN */, 0, 0], Some([0, long(libc::F_GETFD), 0, 0])),
+            (
+                "fcntl",
+                libc::SYS_fcntl,
+                [0, long(libc::F_SETFL), 0, 0],
+                Some([-1, long(libc::F_OFD_SETLK), 0, 0]),
+            ),
+            ("prctl", libc::SYS_prctl, [long(libc::PR_SET_DUMPABLE), 1, 0, 0], None),
+            ("prctl", libc::SYS_prctl, [long(libc::PR_CAPBSET_DROP), 0, 0, 0], None),
+            ("socketpair", libc::SYS_socketpair, [long(libc::AF_INET), 1, 0, 0], Some([1, 1, 0, 0])),
+        ] {
+            assert!(killed(call, bad), "{name}: {bad:?}");
+            if let Some(good) = good {
+                let status = attempt(SeccompAction::KillProcess, call, good);
+                assert_eq!(status.code(), Some(0), "{name}: {good:?} ends with {status}");
+            }
+        }
+    }
+
+    #[test]
+    fn each_mode_does_what_it_says() {
+        let forbidden = |mode| attempt(mode, libc::SYS_socket, [-1, 0, 0, 0]);
+        assert_eq!(forbidden(SeccompAction::Log).code(), Some(0));
+        assert_eq!(forbidden(SeccompAction::Trap).signal(), Some(libc::SIGSYS));
+        assert_eq!(forbidden(SeccompAction::KillProcess).signal(), Some(libc::SIGSYS));
+    }
+
+    #[test]
+    fn threads_have_a_way_left() {
+        // ENOSYS, upon which the C library takes clone(2).
+        assert_eq!(attempt(SeccompAction::KillProcess, libc::SYS_clone3, [0; 4]).code(), Some(1));
+    }
+
+    /// All of it in one thread of the tests: a filter that is not right ends them all.
+    #[test]
+    fn a_worker_gets_along_with_it() {
+        let work = || {
+            for program in [without_clone3().unwrap(), allow_list(SeccompAction::KillProcess, false).unwrap()]
+            {
+                seccompiler::apply_filter(&program).unwrap();
+            }
+            let inherited = || std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            let status = std::thread::Builder::new().name("below".into()).spawn(inherited).unwrap();
+            let status = status.join().unwrap();
+            assert!(status.contains("Seccomp:\t2") && status.contains("Name:\tbelow"), "{status}");
+            // A fault in the daemon is caught, and its trace is printed.
+            assert!(catch_unwind(|| panic!("on purpose")).is_err());
+            assert!(Backtrace::force_capture().to_string().contains("a_worker_gets_along_with_it"));
+            // Memory by the megabyte, which is mapped and moved.
+            let mut memory = vec![1u8; 1 << 20];
+            memory.resize(1 << 26, 2);
+            memory.truncate(1 << 16);
+            memory.shrink_to_fit();
+            assert_eq!(memory.iter().map(|byte| u64::from(*byte)).sum::<u64>(), 1 << 16);
+        };
+        std::thread::spawn(work).join().unwrap();
+    }
+}

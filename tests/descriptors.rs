@@ -1,0 +1,93 @@
+//! A guest that knows more inodes than the daemon may have descriptors.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use lanefsd_frontend::SessionOptions;
+use lanefsd_frontend::client::{Change, ROOT};
+
+/// RLIMIT_NOFILE of the back end.
+const LIMIT: usize = 300;
+const FILES: usize = 2000;
+
+#[test]
+fn a_guest_may_know_more_inodes_than_there_are_descriptors() {
+    let directory = common::disk_directory();
+    for number in 0..FILES {
+        fs::write(directory.path().join(format!("file{number}")), format!("{number}")).unwrap();
+    }
+    let args = ["--rlimit-nofile=300", "--inode-file-handles=mandatory", "--xattr"];
+    let backend = common::starter().args(args).share(directory.path()).start().unwrap();
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    let client = session.client();
+    let nodes: Vec<_> =
+        (0..FILES).map(|number| client.lookup(ROOT, format!("file{number}")).unwrap().nodeid).collect();
+    assert!(backend.descriptors().unwrap().len() <= LIMIT);
+
+    for (number, &node) in nodes.iter().enumerate().rev() {
+        let path = backend.path(&format!("file{number}"));
+        assert_eq!(client.getattr(node).unwrap().ino, fs::metadata(&path).unwrap().ino());
+        if number % 7 == 0 {
+            let handle = client.open(node, libc::O_RDWR).unwrap().fh;
+            assert_eq!(client.read(node, handle, 0, 100).unwrap(), number.to_string().as_bytes());
+            client.release(node, handle).unwrap();
+            client.setattr(node, Change::none().mode(0o600)).unwrap();
+            assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+            client.setxattr(node, "user.number", number.to_string().as_bytes(), 0).unwrap();
+            assert_eq!(client.getxattr(node, "user.number", 10).unwrap(), number.to_string().as_bytes());
+            client.link(node, ROOT, format!("link{number}")).unwrap();
+            client.forget(node, 1).unwrap();
+        }
+        // The same inode is found by its name, as the same node.
+        let again = client.lookup(ROOT, format!("file{number}")).unwrap();
+        assert_eq!(again.nodeid, node);
+        client.forget(node, 1).unwrap();
+    }
+    assert!(backend.descriptors().unwrap().len() <= LIMIT);
+
+    // An inode that is gone on the host is gone for the guest.
+    fs::remove_file(backend.path("file1")).unwrap();
+    for number in 2..FILES {
+        client.getattr(*nodes.get(number).unwrap()).unwrap();
+    }
+    assert_eq!(common::errno(client.getattr(*nodes.get(1).unwrap())), libc::ESTALE);
+    for &node in &nodes {
+        client.forget(node, 1).unwrap();
+    }
+    client.lookup(ROOT, "file2").unwrap();
+}
+
+#[test]
+fn without_file_handles_descriptors_run_out() {
+    let directory = common::disk_directory();
+    for number in 0..LIMIT {
+        fs::write(directory.path().join(format!("file{number}")), "").unwrap();
+    }
+    let args = ["--rlimit-nofile=300", "--inode-file-handles=never"];
+    let backend = common::starter().args(args).share(directory.path()).start().unwrap();
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    let client = session.client();
+    let mut nodes = Vec::new();
+    let refused = (0..LIMIT)
+        .map(|number| client.lookup(ROOT, format!("file{number}")).map(|entry| nodes.push(entry.nodeid)))
+        .find(Result::is_err)
+        .unwrap();
+    assert_eq!(common::errno(refused), libc::EMFILE);
+    // What it lets go of can be had again.
+    for node in nodes {
+        client.forget(node, 1).unwrap();
+    }
+    client.lookup(ROOT, "file250").unwrap();
+}
+
+#[test]
+fn handles_that_cannot_be_had_are_refused_at_the_start() {
+    // /proc has no file handles.
+    let (status, text) =
+        common::starter().args(["--inode-file-handles=mandatory"]).share("/proc/sys").refuse().unwrap();
+    assert_eq!(status.code(), Some(1));
+    assert!(text.contains("file handles") && text.contains("--inode-file-handles"), "{text}");
+}

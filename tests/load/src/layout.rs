@@ -1,0 +1,112 @@
+//! The files that are worked on. They are made once and then used by every measurement, whichever
+//! program made them: all find the same blocks.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use lanefsd_frontend::client::{Client, ROOT};
+
+use crate::error::{LoadError, Result};
+use crate::options::Work;
+
+/// The data file.
+pub const DATA: &str = "load.data";
+/// The directory where files come and go.
+pub const CHURN: &str = "load.churn";
+/// Length of a name made by [`entry_name`].
+pub const NAME_LEN: usize = 9;
+/// Bytes that are written at once.
+const PIECE: usize = 256 << 10;
+
+/// The directory with this many files.
+pub fn many(entries: u32) -> String {
+    format!("load.many.{entries}")
+}
+
+/// The name of a file in a directory of ours.
+pub fn entry_name(index: u32) -> String {
+    format!("f{index:08}")
+}
+
+/// A directory in the root, through a back end; made if it is not there.
+pub fn directory(client: &Client<'_>, name: &str) -> Result<u64> {
+    match client.lookup(ROOT, name) {
+        Ok(entry) => Ok(entry.nodeid),
+        Err(error) if error.errno().is_some_and(|errno| errno.0 == libc::ENOENT) => {
+            Ok(client.mkdir(ROOT, name, 0o755, 0)?.nodeid)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The data file through a back end, open: its node and handle.
+pub fn data_file(client: &Client<'_>, work: &Work) -> Result<(u64, u64)> {
+    let node = match client.lookup(ROOT, DATA) {
+        Ok(entry) if entry.attr.size >= work.file_size => entry.nodeid,
+        Ok(entry) => {
+            let fh = client.open(entry.nodeid, libc::O_RDWR)?.fh;
+            fill(client, entry.nodeid, fh, work.file_size)?
+        }
+        Err(error) if error.errno().is_some_and(|errno| errno.0 == libc::ENOENT) => {
+            let (entry, opened) = client.create(ROOT, DATA, libc::O_RDWR, 0o644, 0)?;
+            fill(client, entry.nodeid, opened.fh, work.file_size)?
+        }
+        Err(error) => return Err(error.into()),
+    };
+    Ok((node, client.open(node, work.open_flags())?.fh))
+}
+
+fn fill(client: &Client<'_>, node: u64, fh: u64, size: u64) -> Result<u64> {
+    let piece = vec![0x5a; PIECE];
+    for offset in (0..size).step_by(PIECE) {
+        let len = usize::try_from(size - offset).unwrap_or(PIECE).min(PIECE);
+        client.write(node, fh, offset, piece.get(..len).unwrap_or_default())?;
+    }
+    client.fsync(node, fh, false)?;
+    client.release(node, fh)?;
+    Ok(node)
+}
+
+/// The directory with many files through a back end: its node, and the files' nodes if they are
+/// wanted.
+pub fn entries(client: &Client<'_>, count: u32, want_nodes: bool) -> Result<(u64, Vec<u64>)> {
+    let dir = directory(client, &many(count))?;
+    if client.lookup(dir, entry_name(count - 1)).is_err() {
+        for index in 0..count {
+            let (entry, opened) = client.create(dir, entry_name(index), libc::O_RDWR, 0o644, 0)?;
+            client.release(entry.nodeid, opened.fh)?;
+        }
+    }
+    let wanted = if want_nodes { 0..count } else { 0..0 };
+    let look_up = |index| Ok(client.lookup(dir, entry_name(index))?.nodeid);
+    Ok((dir, wanted.map(look_up).collect::<Result<_>>()?))
+}
+
+/// Makes all of it without a back end.
+pub fn prepare(share: &Path, work: &Work) -> Result<()> {
+    let say = |path: &Path| format!("make {}", path.display());
+    let data = share.join(DATA);
+    let file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(&data);
+    let file = file.map_err(LoadError::system(say(&data)))?;
+    let len = file.metadata().map_err(LoadError::system(say(&data)))?.len();
+    if len < work.file_size {
+        let piece = vec![0x5a; PIECE];
+        for offset in (0..work.file_size).step_by(PIECE) {
+            let len = usize::try_from(work.file_size - offset).unwrap_or(PIECE).min(PIECE);
+            file.write_all_at(&piece[..len], offset).map_err(LoadError::system(say(&data)))?;
+        }
+        file.sync_all().map_err(LoadError::system(say(&data)))?;
+    }
+    let (churn, many) = (share.join(CHURN), share.join(many(work.entries)));
+    for dir in [&churn, &many] {
+        fs::create_dir_all(dir).map_err(LoadError::system(say(dir)))?;
+    }
+    if !many.join(entry_name(work.entries - 1)).exists() {
+        for index in 0..work.entries {
+            let path = many.join(entry_name(index));
+            fs::File::create(&path).map_err(LoadError::system(say(&path)))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,151 @@
+"""From single runs to medians, ratios and a page in Markdown."""
+
+from statistics import median
+
+INTRODUCTION = """\
+# The engine against its peer
+
+Written by `tests/load/compare`; every figure is the median of its runs. `load` plays the guest with no
+VM (one thread per queue, prepared requests, EVENT_IDX), so generator and daemon share the machine's
+CPUs. *Limit* is the same work as plain system calls, with as many threads as operations in flight; it
+shares its CPUs with no generator. *Peer* is {peer}, the fastest of its pools (0 is serial), started
+like lanefsd with `--sandbox=none --cache=auto`, and `--inode-file-handles=never`. Rows with O_DIRECT
+give both `--allow-direct-io`; ext4 and XFS lie on loop devices over files in memory, so they show
+the cost of system calls and waking, not of a disk.
+
+{date}, commit {commit}{dirty}, Linux {kernel}, {cpus} CPUs ({model}); {rounds} rounds of {seconds} s in turns.
+"""
+
+
+def column_medians(runs):
+    """Medians of the runs of one column."""
+    def of(*path):
+        values = []
+        for run in runs:
+            for key in path:
+                run = run[key]
+            if run is not None:
+                values.append(run)
+        return median(values) if values else None
+    return {
+        "rate": of("operations_per_second"),
+        "p50": of("latency_us", "p50"),
+        "p99": of("latency_us", "p99"),
+        "p999": of("latency_us", "p999"),
+        "cpu": of("cpu_us_per_operation", "total"),
+        "user": of("cpu_us_per_operation", "user"),
+        "system": of("cpu_us_per_operation", "system"),
+        "voluntary": of("switches_per_operation", "voluntary"),
+        "involuntary": of("switches_per_operation", "involuntary"),
+        "notifications": of("notifications_per_operation"),
+        "system_calls": of("system_calls_per_operation"),
+        "generator": of("generator_cpu_us_per_operation"),
+        "others": of("foreign_cpus"),
+        "lowest": min(run["operations_per_second"] for run in runs),
+        "highest": max(run["operations_per_second"] for run in runs),
+    }
+
+
+def results(rows, reports, cpu_target):
+    """One entry per row: medians per column, and what the targets say."""
+    found = []
+    for row in rows:
+        columns = {name: column_medians(runs) for name, runs in reports[row["name"]].items() if runs}
+        peers = [name for name in columns if name.startswith("virtiofsd")]
+        best = max(peers, key=lambda name: columns[name]["rate"], default=None)
+        if "latency" in row["targets"] and "virtiofsd-0" in columns:
+            best = "virtiofsd-0"
+        entry = {"name": row["name"], "title": row["title"], "columns": columns, "peer": best}
+        entry["checks"] = checks(row, columns, best, found, cpu_target) if "lanefsd" in columns else []
+        found.append(entry)
+    return found
+
+
+def checks(row, columns, best, earlier, cpu_target):
+    """Each: what is compared, the ratio, the target, and whether a higher ratio is better."""
+    ours, targets, found = columns["lanefsd"], row["targets"], []
+
+    def check(what, ratio, target, higher):
+        met = None if target is None else (ratio >= target if higher else ratio <= target)
+        found.append({"what": what, "ratio": ratio, "target": target, "higher": higher, "met": met})
+
+    if best:
+        peer = columns[best]
+        check("rate", ours["rate"] / peer["rate"], targets.get("rate"), True)
+        if "latency" in targets:
+            check("p50", ours["p50"] / peer["p50"], targets["latency"], False)
+            check("p99", ours["p99"] / peer["p99"], targets["latency"], False)
+        check("CPU", ours["cpu"] / peer["cpu"], cpu_target, False)
+    if "limit" in columns:
+        check("limit", ours["rate"] / columns["limit"]["rate"], targets.get("limit"), True)
+    if "queues" in targets:
+        one = [entry for entry in earlier if entry["name"] == "queues-1"]
+        if one and "lanefsd" in one[0]["columns"]:
+            check("queues", ours["rate"] / one[0]["columns"]["lanefsd"]["rate"], targets["queues"], True)
+    return found
+
+
+def number(value, digits=1):
+    if value is None:
+        return "–"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}f}"
+
+
+def verdict(checks, what):
+    for check in checks:
+        if check["what"] == what:
+            text = f"{check['ratio']:.2f}"
+            if check["target"] is not None:
+                sign = "≥" if check["higher"] else "≤"
+                text += f" ({sign} {check['target']:g} {'met' if check['met'] else '**missed**'})"
+            return text
+    return "–"
+
+
+def page(found, facts):
+    """The page."""
+    dirty = " with changes" if facts["changes"] else ""
+    lines = [INTRODUCTION.format(dirty=dirty, **facts), "## Ratios", ""]
+    lines.append("| row | limit op/s | lanefsd op/s | peer op/s (pool) | against peer | against limit"
+                 " | p50, p99 against peer | CPU per operation against peer |")
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for entry in found:
+        columns, checks = entry["columns"], entry["checks"]
+        rate = {name: number(column["rate"], 0) for name, column in columns.items()}
+        best = entry["peer"]
+        peer = f"{rate[best]} ({best.removeprefix('virtiofsd-')})" if best else "–"
+        against_peer = verdict(checks, "rate")
+        if best is None and verdict(checks, "queues") != "–":
+            against_peer = "one queue: " + verdict(checks, "queues")
+        latency = ", ".join(text for text in (verdict(checks, "p50"), verdict(checks, "p99")) if text != "–")
+        lines.append(f"| {entry['title']} | {rate.get('limit', '–')} | {rate.get('lanefsd', '–')} | {peer}"
+                     f" | {against_peer} | {verdict(checks, 'limit')} | {latency or '–'}"
+                     f" | {verdict(checks, 'CPU')} |")
+    targets = [check for entry in found for check in entry["checks"] if check["target"] is not None]
+    met = sum(1 for check in targets if check["met"])
+    others = [column["others"] for entry in found for column in entry["columns"].values()]
+    lines += ["", f"{met} of {len(targets)} targets are met. While it ran, other work (loop devices of the"
+              f" O_DIRECT rows included) kept {median(others):.2f} CPUs busy in the median, {max(others):.2f}"
+              " at most. *Lowest* and *highest* below show how far the runs of one column lay apart.", ""]
+    return "\n".join(lines) + details(found)
+
+
+def details(found):
+    lines = ["## All columns", "",
+             "Latency and CPU time in µs per operation; context switches of the daemon as voluntary/others.", ""]
+    lines.append("| row | column | op/s | lowest | highest | p50 | p99 | p99.9 | CPU (user + system)"
+                 " | switches | notifications | system calls | generator CPU | others' CPUs |")
+    lines.append("|---" * 14 + "|")
+    for entry in found:
+        for name, column in entry["columns"].items():
+            cells = [entry["name"], name, number(column["rate"], 0), number(column["lowest"], 0),
+                     number(column["highest"], 0), number(column["p50"]), number(column["p99"]),
+                     number(column["p999"]),
+                     f"{number(column['cpu'], 2)} ({number(column['user'], 2)} + {number(column['system'], 2)})",
+                     f"{number(column['voluntary'], 2)}/{number(column['involuntary'], 2)}",
+                     number(column["notifications"], 2), number(column["system_calls"], 2),
+                     number(column["generator"], 2), number(column["others"], 2)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,120 @@
+//! lanefsd with faults on cue: `faulty-daemon [FAULTS] -- LANEFSD'S OPTIONS`.
+//!
+//! Guests are tested with it for what a good daemon does not do: an error for one range of a file,
+//! slow writes, and openers of one file that are told different things.
+
+use std::ffi::OsString;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use clap::Parser;
+use lanefsd::cli::{self, Command};
+use lanefsd::config::Sandbox;
+use lanefsd::fs::passthrough::PassthroughFs;
+use lanefsd::fs::{Context, FileSystem, Opened};
+use lanefsd::fuse::flags::{OpenReplyFlags, OpenRequestFlags};
+use lanefsd::fuse::ids::NodeId;
+use lanefsd::fuse::reply::Entry;
+use lanefsd::fuse::request::{Create, Write};
+use lanefsd::listen::Socket;
+use lanefsd::sandbox::{self, Side};
+use lanefsd::server::{self, Signals};
+use lanefsd::service::Service;
+use lanefsd::sys::guest_buffers::GuestReader;
+use lanefsd::sys::signals;
+use lanefsd::{logging, sandbox::raise_descriptor_limit};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+#[derive(Clone, Debug, Parser)]
+#[command(about)]
+struct Faults {
+    /// Writes that touch bytes from here on get EIO
+    #[arg(long, default_value_t = u64::MAX)]
+    fail_from: u64,
+    /// … up to here
+    #[arg(long, default_value_t = u64::MAX)]
+    fail_to: u64,
+    /// Milliseconds that each write takes longer
+    #[arg(long, default_value_t = 0)]
+    delay: u64,
+    /// Openers with O_DIRECT get parallel direct writes, the others of the same file its cache
+    #[arg(long)]
+    mixed_modes: bool,
+    /// Options of lanefsd
+    #[arg(last = true)]
+    options: Vec<OsString>,
+}
+
+/// The file system below, with faults.
+struct Faulty<F> {
+    inner: F,
+    faults: Faults,
+}
+
+impl<F: FileSystem> Faulty<F> {
+    fn opened(&self, opened: Opened, flags: u32) -> Opened {
+        if !self.faults.mixed_modes {
+            return opened;
+        }
+        let flags = match flags & OFlags::DIRECT.bits() != 0 {
+            true => OpenReplyFlags::DIRECT_IO | OpenReplyFlags::PARALLEL_DIRECT_WRITES,
+            false => OpenReplyFlags::KEEP_CACHE,
+        };
+        Opened { flags, ..opened }
+    }
+}
+
+impl<F: FileSystem> FileSystem for Faulty<F> {
+    fn below(&self) -> Result<&dyn FileSystem, Errno> {
+        Ok(&self.inner)
+    }
+
+    fn open(&self, ctx: &Context, node: NodeId, flags: u32, more: OpenRequestFlags) -> Result<Opened, Errno> {
+        self.inner.open(ctx, node, flags, more).map(|opened| self.opened(opened, flags))
+    }
+
+    fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened), Errno> {
+        let (entry, opened) = self.inner.create(ctx, parent, create)?;
+        Ok((entry, self.opened(opened, create.flags)))
+    }
+
+    fn write(
+        &self,
+        ctx: &Context,
+        node: NodeId,
+        write: &Write,
+        data: &mut GuestReader<'_>,
+    ) -> Result<usize, Errno> {
+        thread::sleep(Duration::from_millis(self.faults.delay));
+        let end = write.offset.saturating_add(u64::from(write.size));
+        if write.offset < self.faults.fail_to && end > self.faults.fail_from {
+            return Err(Errno::IO);
+        }
+        self.inner.write(ctx, node, write, data)
+    }
+}
+
+fn main() -> Result<()> {
+    let faults = Faults::parse();
+    let program = OsString::from("lanefsd");
+    let Command::Serve(config) = cli::parse(std::iter::once(program).chain(faults.options.iter().cloned()))?
+    else {
+        bail!("this daemon only serves");
+    };
+    logging::start(config.log_level, config.syslog)?;
+    raise_descriptor_limit(config.rlimit_nofile)?;
+    signals::hold();
+    let socket = Socket::open(&config.listen, config.socket_group.as_deref())?;
+    let Side::Serving(sandboxed) = sandbox::enter(Some(Sandbox::None), &config.shared_dir, &config.id_maps)?
+    else {
+        bail!("without a sandbox there is nobody who waits");
+    };
+    let signals = Signals::catch()?;
+    let inner = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, config.fs.clone())?;
+    let service = Arc::new(Service::new(Arc::new(Faulty { inner, faults })));
+    server::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
+    Ok(())
+}

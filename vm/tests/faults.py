@@ -1,0 +1,79 @@
+"""Errors and signals in the middle of parallel writes: each writer gets its own, the others' data is there."""
+
+import errno
+import os
+import re
+import signal
+import time
+
+from harness import disk
+
+from .concurrency import verify_on_host
+from .setting import clean
+
+WRITERS = 8
+STRIPE = 40_961
+SIZE = 6_000_001
+STRIPES = f"--writers {WRITERS} --stripe {STRIPE}"
+WRITE = f"stripes write /mnt/file {STRIPES} --extend --tolerate --progress /tmp/done"
+
+
+def errors(output):
+    """Writer to the error that it got."""
+    return {int(writer): int(error) for writer, error in re.findall(r"writer (\d+) error (\d+)", output)}
+
+
+def check_what_was_written(guest, share, size=SIZE):
+    """All stripes that writers were told are written are there, and both sides agree on the size."""
+    done = guest.output(f"cd /tmp/done; for i in $(seq 0 {WRITERS - 1}); do stat -c %s $i; done").split()
+    verify_on_host("stripes", share / "file", *STRIPES.split(), "--size", size, "--done", ",".join(done))
+    assert int(guest.output("stat -c %s /mnt/file")) == (share / "file").stat().st_size
+    clean(guest)
+    return [int(count) for count in done]
+
+
+def a_full_file_system_is_every_writers_error(setting):
+    size = 64 << 20
+    with disk.mounted("ext4", 32) as share, setting.guest(share, "--cache=never") as (guest, _):
+        output = guest.output(f"{WRITE} --size {size}")
+        assert errors(output) == {writer: errno.ENOSPC for writer in range(WRITERS)}, output
+        assert sum(check_what_was_written(guest, share, size)) * STRIPE > 8 << 20
+        guest.output("rm /mnt/file; echo room >/mnt/file; sync")
+
+
+def a_file_size_limit_is_one_writers_error(setting):
+    with disk.directory() as share, setting.guest(share, "--cache=never") as (guest, _):
+        output = guest.output(f"{WRITE} --size {SIZE} --limit-first {SIZE // 2}")
+        assert errors(output) == {0: errno.EFBIG}, output
+        check_what_was_written(guest, share)
+
+
+def a_failing_store_is_one_writers_error(setting):
+    bad = STRIPE * (WRITERS * 5 + 3) + 1
+    faults = ["--fail-from", str(bad), "--fail-to", str(bad + 1)]
+    with disk.directory() as share, setting.guest(share, "--cache=never", faults=faults) as (guest, _):
+        output = guest.output(f"{WRITE} --size {SIZE}")
+        assert errors(output) == {3: errno.EIO}, output
+        check_what_was_written(guest, share)
+        assert os.stat(share / "file").st_size == SIZE
+
+
+def killed_writers_leave_the_others_alone(setting):
+    with disk.directory() as share, setting.guest(share, "--cache=never", faults=["--delay", "150"]) as (guest, daemon):
+        guest.output(f"({WRITE} --size {SIZE} >/tmp/out 2>&1; echo end >>/tmp/out) >/dev/null 2>&1 & sleep 1")
+        guest.output("ps | grep -- '--one [25]$' | awk '{print $1}' | xargs kill -9")
+        # And the daemon takes a rest.
+        daemon.signal(signal.SIGSTOP)
+        time.sleep(1)
+        daemon.signal(signal.SIGCONT)
+        output = guest.output("while ! grep -q end /tmp/out; do sleep 0.2; done; cat /tmp/out", 60)
+        assert "2 processes failed" in output, output
+        done = check_what_was_written(guest, share)
+        total = -(-SIZE // STRIPE)
+        for writer, count in enumerate(done):
+            whole = len(range(writer, total, WRITERS))
+            assert count < whole if writer in (2, 5) else count == whole, done
+
+
+TESTS = (a_full_file_system_is_every_writers_error, a_file_size_limit_is_one_writers_error,
+         a_failing_store_is_one_writers_error, killed_writers_leave_the_others_alone)

@@ -1,0 +1,87 @@
+"""One file and many writers of one guest: growing it, appending to it, and others in their way."""
+
+import re
+
+from harness import disk
+
+from .concurrency import verify_on_host
+from .setting import clean
+
+WRITERS = 12
+
+
+def extending_writers_are_whole(setting):
+    """Readers watch meanwhile: the file never shrinks, and what was written is there."""
+    crowds = ((2, 33_333), (7, 10_007), (16, 65_537), (32, 4_099)) if setting.full else ((3, 10_007), (32, 4_099))
+    with disk.directory() as share, setting.guest(share, "--cache=never") as (guest, _):
+        for writers, stripe in crowds:
+            common = f"--writers {writers} --size 6000001 --stripe {stripe}"
+            guest.output(f"rm -f /mnt/file; stripes write /mnt/file {common} --extend --watchers 2 --progress /tmp/done")
+            verify_on_host("stripes", share / "file", *common.split())
+            assert int(guest.output("stat -c %s /mnt/file")) == 6000001
+        clean(guest)
+
+
+def appended_blocks_are_whole(setting):
+    with disk.directory() as share, setting.guest(share, "--cache=never", "--allow-direct-io") as (guest, _):
+        for name, record, more in (("direct", 4096, "--direct"), ("odd", 5003, "")):
+            common = f"--writers {16 if setting.full else 8} --records 40 --record {record}"
+            guest.output(f"append run /mnt/{name} {common} {more}")
+            verify_on_host("append", share / name, *common.split())
+            guest.output(f"append verify /mnt/{name} {common}")
+        clean(guest)
+
+
+def writers_and_truncation_keep_apart(setting):
+    """Truncating, punching holes, allocating, renaming and unlinking while others write."""
+    milliseconds = setting.seconds(3, 20) * 1000
+    with disk.directory() as share, setting.guest(share, "--cache=never") as (guest, _):
+        guest.output(f"disturb run /mnt/file --time {milliseconds}")
+        verify_on_host("disturb", share / "file")
+        guest.output("disturb verify /mnt/file")
+        guest.output(f"disturb run /mnt/gone --unlink --time {milliseconds // 2}")
+        assert not (share / "gone").exists()
+        clean(guest)
+
+
+# Many writers of one file, {file}; the file is the first argument of each.
+STRIPES = f"stripes write {{file}} --writers {WRITERS} --size 6291456 --stripe 16384"
+WAYS = {
+    "overwriting": STRIPES,
+    "extending": f"{STRIPES} --extend",
+    "appending": f"append run {{file}} --writers {WRITERS} --records 8",
+}
+
+
+def in_flight(setting, *arguments, latency="30ms"):
+    """For each way of writing, the most writes of one file that the daemon has had at once."""
+    with disk.directory() as share:
+        options = ("--cache=never", f"--store=null:{latency}", *arguments)
+        with setting.guest(share, *options) as (guest, daemon):
+            for name, command in WAYS.items():
+                guest.output(command.format(file=f"/mnt/{name}"))
+            guest.output("umount /mnt")
+        daemon.close()
+        # The files have been known one after the other.
+        seen = {int(node): int(count) for node, count in re.findall(r"node (\d+): (\d+) writes in flight", daemon.log())}
+        assert len(seen) == len(WAYS), daemon.log()
+        return dict(zip(WAYS, (seen[node] for node in sorted(seen))))
+
+
+def writers_of_one_file_are_in_flight_together(setting):
+    """The guest's lock lets them through where it should, and nowhere else: seen in the null store."""
+    together = {"overwriting": setting.parallel, "extending": setting.patched, "appending": False}
+    for name, most in in_flight(setting).items():
+        if together[name]:
+            assert most >= WRITERS - 1, f"{name}: only {most} of {WRITERS} writers were in flight at once"
+        else:
+            assert most == 1, f"{name}: {most} writers were in flight at once"
+
+
+def without_the_flag_writers_take_turns(setting):
+    for name, most in in_flight(setting, "--parallel-direct-writes=never", latency="5ms").items():
+        assert most == 1, f"{name}: {most} writers were in flight at once"
+
+
+TESTS = (extending_writers_are_whole, appended_blocks_are_whole, writers_and_truncation_keep_apart,
+         writers_of_one_file_are_in_flight_together, without_the_flag_writers_take_turns)
