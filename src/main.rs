@@ -9,7 +9,7 @@ use lanefsd::cli::{self, CAPABILITIES, Command};
 use lanefsd::config::{Config, Store};
 use lanefsd::fs::FileSystem;
 use lanefsd::fs::null::NullStore;
-use lanefsd::fs::passthrough::{self, PassthroughFs};
+use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::read_only::ReadOnly;
 use lanefsd::listen::Socket;
 use lanefsd::logging;
@@ -62,15 +62,14 @@ fn run() -> Result<ExitCode> {
 }
 
 fn serve(config: &Config, socket: &Socket, sandboxed: Sandboxed) -> Result<()> {
-    let refused = "the share cannot be served";
-    let file_handles =
-        passthrough::uses_file_handles(config.fs.inode_file_handles, &sandboxed.root).context(refused)?;
+    let mut fs = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, config.fs.clone())
+        .context("the share cannot be served")?;
+    let file_handles = fs.uses_file_handles();
     // Before the first thread is started: capabilities belong to threads.
     let needs = Needs { readonly: config.readonly, xattr: config.fs.xattr, file_handles };
     sandbox::give_up_capabilities(needs, config.capabilities)?;
+    fs.try_labels().context("the share cannot be served")?;
     let signals = Signals::catch()?;
-    let fs =
-        PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, config.fs.clone()).context(refused)?;
     let fs: Arc<dyn FileSystem> = match (config.store, config.readonly) {
         (Store::Host, false) => Arc::new(fs),
         (Store::Host, true) => Arc::new(ReadOnly::new(fs)),

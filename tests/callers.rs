@@ -45,6 +45,18 @@ const LINES: &[(&str, &str)] = &[
         "--socket-path SOCKET --shared-dir SHARE --cache auto --thread-pool-size=1 -o announce_submounts",
     ),
     ("Podman machine", "--sandbox none --socket-path SOCKET --shared-dir . --seccomp=none"),
+    (
+        "Incus",
+        "--fd=FD --cache=never --shared-dir=SHARE --translate-uid=map:0:100000:65536 --translate-uid=forbid-guest:65536:4294901759 --translate-gid=map:0:100000:65536 --translate-gid=forbid-guest:65536:4294901759 --posix-acl=auto",
+    ),
+    (
+        "Incus",
+        "--fd=FD --cache=auto --shared-dir=SHARE --translate-uid=forbid-guest:1000:4294966295 --posix-acl",
+    ),
+    (
+        "KubeVirt",
+        "--socket-path=SOCKET --shared-dir=SHARE --sandbox=chroot --cache=auto --modcaps=+sys_admin --inode-file-handles=prefer --translate-uid=squash-guest:0:107:4294967295 --translate-gid=squash-guest:0:107:4294967295 --xattr",
+    ),
     ("cloud-hypervisor", "--socket-path SOCKET --shared-dir SHARE --cache=never"),
     ("cloud-hypervisor", "--socket-path SOCKET --shared-dir SHARE --cache=never --thread-pool-size=4"),
     (

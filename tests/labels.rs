@@ -14,10 +14,7 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use lanefsd::fuse::abi::{CreateIn, EntryOut, MkdirIn, MknodIn, OpenOut};
 use lanefsd::fuse::flags::InitFlags;
@@ -31,6 +28,8 @@ use rustix::io::Errno;
 use tempfile::TempDir;
 
 const SELINUX: &str = "security.selinux";
+/// What it takes to write labels where the host's kernel has no SELinux.
+const PRIVILEGE: &str = "--modcaps=+sys_admin";
 const LABEL: &[u8] = b"system_u:object_r:user_home_t:s0\0";
 const KINDS: [&str; 5] = ["dir", "node", "link", "file", "tmpfile"];
 
@@ -41,7 +40,8 @@ fn with_labels() -> SessionOptions {
 fn on_disk(args: &[&str], options: SessionOptions) -> (TempDir, Backend, Session) {
     let directory = common::disk_directory();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let backend = common::starter().args(args).share(directory.path()).start().unwrap();
+    let starter = common::starter().args(args).args([PRIVILEGE]).share(directory.path());
+    let backend = starter.start().unwrap();
     let session = backend.connect(options).unwrap();
     (directory, backend, session)
 }
@@ -139,8 +139,7 @@ fn a_new_file_is_readable_and_writable_at_once() {
 #[test]
 fn labels_have_their_mapped_names() {
     let map = "--xattrmap=:map:security.selinux:trusted.virtiofs.:";
-    let (_directory, backend, session) =
-        on_disk(&["--security-label", map, "--modcaps=+sys_admin"], with_labels());
+    let (_directory, backend, session) = on_disk(&["--security-label", map], with_labels());
     make_one_of_each(&session.client(), SELINUX).unwrap();
     for kind in KINDS {
         let path = backend.path(kind);
@@ -153,8 +152,7 @@ fn labels_have_their_mapped_names() {
 fn what_cannot_be_labelled_is_not_there() {
     // user.* attributes are for files and directories alone.
     let map = "--xattrmap=:map:security.selinux:user.virtiofs.:";
-    let (_directory, backend, session) =
-        on_disk(&["--security-label", map, "--modcaps=+sys_admin"], with_labels());
+    let (_directory, backend, session) = on_disk(&["--security-label", map], with_labels());
     let client = session.client();
     for kind in ["node", "link"] {
         let refused = client.call_bytes(&creation(kind, 0).label(SELINUX, LABEL));
@@ -208,8 +206,11 @@ fn labels_are_agreed_on_or_left_alone() {
         assert_eq!(host_xattr(&backend.path("dir"), SELINUX).is_ok(), offered, "{args:?}");
     }
     let directory = common::disk_directory();
-    let mut backend =
-        common::starter().args(["--security-label=always"]).share(directory.path()).start().unwrap();
+    let mut backend = common::starter()
+        .args(["--security-label=always", PRIVILEGE])
+        .share(directory.path())
+        .start()
+        .unwrap();
     let session =
         Session::start(Connection::connect(backend.socket()).unwrap(), SessionOptions::default()).unwrap();
     assert_eq!(common::errno(session.init()), libc::EPROTO);
@@ -237,33 +238,13 @@ fn a_host_that_cannot_keep_labels_is_told_at_start() {
 
 #[test]
 fn a_daemon_that_may_not_write_labels_says_so_at_start() {
-    let share = common::disk_directory();
-    let socket = share.path().join("socket");
-    let mut command = Command::new(common::program());
     // With SELinux in the host's kernel, security.selinux itself would take no capability.
-    let map = "--xattrmap=:map:security.selinux:trusted.virtiofs.:";
-    command.args(["--sandbox=none", "--security-label", map, "--log-level=error", "--shared-dir"]);
-    command.arg(share.path()).arg("--socket-path").arg(&socket);
-    let drop_sys_admin = || {
-        // CAP_SYS_ADMIN is number 21.
-        // SAFETY: the call takes numbers alone.
-        match unsafe { libc::prctl(libc::PR_CAPBSET_DROP, 21, 0, 0, 0) } {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        }
-    };
-    // SAFETY: the closure makes one system call and allocates nothing.
-    unsafe { command.pre_exec(drop_sys_admin) };
-    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while child.try_wait().unwrap().is_none() && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    // Does nothing to one that has ended.
-    child.kill().unwrap();
-    let output = child.wait_with_output().unwrap();
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let args =
+        ["--security-label", "--xattrmap=:map:security.selinux:trusted.virtiofs.:", "--log-level=error"];
+    let share = common::disk_directory();
+    let (status, stderr) = common::starter().args(args).share(share.path()).refuse().unwrap();
+    assert_eq!(status.code(), Some(1), "{stderr}");
+    assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
     assert!(stderr.contains("security.selinux") && stderr.contains("--modcaps=+sys_admin"), "{stderr}");
     assert_eq!(fs::read_dir(share.path()).unwrap().count(), 0);
 }

@@ -22,14 +22,14 @@ pub(super) struct AttributeOptions {
 
     /// Other names for extended attributes on the host, as in :map::user.guest.: (implies --xattr)
     #[arg(long, value_name = "RULES")]
-    xattrmap: Option<String>,
+    pub(super) xattrmap: Option<String>,
 
     /// POSIX ACLs, which the guest evaluates (implies --xattr); without a MODE: always
     #[arg(
         long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true,
         default_value = "never", default_missing_value = "always"
     )]
-    posix_acl: Mode,
+    pub(super) posix_acl: Mode,
 
     /// Security labels (SELinux) that the guest gives what it creates (implies --xattr); without a
     /// MODE: always
@@ -37,7 +37,7 @@ pub(super) struct AttributeOptions {
         long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true,
         default_value = "never", default_missing_value = "always"
     )]
-    security_label: Mode,
+    pub(super) security_label: Mode,
 
     /// Let the guest leave it to the host to clear set-id bits when a file changes (the default)
     #[arg(long, overrides_with = "no_killpriv_v2")]
@@ -45,7 +45,7 @@ pub(super) struct AttributeOptions {
 
     /// Let the guest clear set-id bits itself, for host file systems that do not (NFS)
     #[arg(long)]
-    no_killpriv_v2: bool,
+    pub(super) no_killpriv_v2: bool,
 
     /// Pass O_NOATIME of the guest's programs on to the host, which may refuse it
     #[arg(long)]
@@ -53,7 +53,7 @@ pub(super) struct AttributeOptions {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Mode {
+pub(super) enum Mode {
     /// Off
     Never,
     /// If the guest and the host's file system have it
@@ -101,4 +101,41 @@ impl AttributeOptions {
 fn id_map<G: Id, H: Id>(rules: &[String]) -> Result<IdMap<G, H>, IdMapError> {
     let rules: Vec<_> = rules.iter().map(|rule| rule.parse()).collect::<Result<_, _>>()?;
     IdMap::new(&rules)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::tests::config;
+
+    fn fs(more: &str) -> FsConfig {
+        config(&format!("--fd 3 --shared-dir /d {more}")).unwrap().fs
+    }
+
+    #[test]
+    fn an_empty_command_line_asks_for_the_defaults() {
+        assert_eq!(fs(""), FsConfig::default());
+    }
+
+    #[test]
+    fn modes_are_understood() {
+        for (option, mode) in [
+            ("=never", Insistence::Never),
+            ("=auto", Insistence::Auto),
+            ("=always", Insistence::Always),
+            // Without a mode; the word after it is not taken for one.
+            (" --readonly", Insistence::Always),
+        ] {
+            assert_eq!(fs(&format!("--posix-acl{option}")).posix_acl, mode, "{option}");
+            assert_eq!(fs(&format!("--security-label{option}")).security_label, mode, "{option}");
+        }
+    }
+
+    #[test]
+    fn attributes_are_served_where_an_option_needs_them() {
+        assert!(!fs("--posix-acl=never --security-label=never --translate-uid=map:0:1:1").xattr);
+        for option in ["--xattrmap=:ok:all:::", "--posix-acl=auto", "--security-label=auto", "--xattr"] {
+            assert!(fs(option).xattr, "{option}");
+        }
+    }
 }

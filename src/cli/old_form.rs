@@ -3,6 +3,7 @@
 
 use clap::ValueEnum;
 
+use super::attributes::Mode;
 use super::{Cache, OptionError, Options, SandboxMode};
 
 impl Options {
@@ -27,6 +28,7 @@ impl Options {
             "cache" => self.cache = Cache::from_str(value, false).ok()?,
             "sandbox" => self.sandbox = Some(SandboxMode::from_str(value, false).ok()?),
             "modcaps" => self.modcaps = Some(value.to_owned()),
+            "xattrmap" => self.attributes.xattrmap = Some(value.to_owned()),
             "log_level" => self.log_level = Some(value.parse().ok()?),
             _ => return None,
         }
@@ -43,11 +45,18 @@ impl Options {
             "writeback" => self.writeback = on,
             "allow_direct_io" => self.allow_direct_io = on,
             "readdirplus" => self.no_readdirplus = !on,
+            "posix_acl" => self.attributes.posix_acl = always_or_never(on),
+            "security_label" => self.attributes.security_label = always_or_never(on),
+            "killpriv_v2" => self.attributes.no_killpriv_v2 = !on,
             "announce_submounts" => self.no_announce_submounts = !on,
             _ => return None,
         }
         Some(())
     }
+}
+
+fn always_or_never(on: bool) -> Mode {
+    if on { Mode::Always } else { Mode::Never }
 }
 
 /// The items between commas. A comma in a value is doubled by QEMU and libvirt, and has a backslash
@@ -94,7 +103,7 @@ mod tests {
         let fs = |more: &str| with(more).unwrap().fs;
         for name in ["xattr", "flock", "posix_lock", "readdirplus", "writeback", "announce_submounts"]
             .into_iter()
-            .chain(["allow_direct_io"])
+            .chain(["allow_direct_io", "posix_acl", "security_label", "killpriv_v2"])
         {
             let (on, off) = (fs(&format!("-o {name}")), fs(&format!("-ono_{name}")));
             assert_ne!(on, off, "{name}");
@@ -103,6 +112,7 @@ mod tests {
             assert!(on == fs("") || off == fs(""), "{name}");
         }
         assert!(!fs("--xattr -o no_xattr").xattr, "the old form counts");
+        assert_eq!(fs("-o xattrmap=:map::user.x.:"), fs("--xattrmap=:map::user.x.:"));
         assert_eq!(with("-o modcaps=+sys_admin").unwrap().capabilities.add, CapabilitySet::SYS_ADMIN);
         assert_eq!(with("-o log_level=warn").unwrap().log_level, Some(LevelFilter::Warn));
         assert_eq!(with("-d --log-level trace").unwrap().log_level, Some(LevelFilter::Trace));

@@ -179,6 +179,11 @@ impl InodeTable {
         self.insert_root();
     }
 
+    /// Whether inodes may be held by file handles.
+    pub fn uses_file_handles(&self) -> bool {
+        self.descriptors.are_limited()
+    }
+
     /// Inodes beside the root.
     pub fn len(&self) -> usize {
         let count =

@@ -6,13 +6,12 @@
 
 use std::borrow::Cow;
 use std::ffi::CStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags, linkat, openat, removexattr, setxattr, unlinkat};
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
-use super::inodes::Inode;
 use super::lookup::{PATH, PROC};
 use super::xattr::{host_name, refused};
 use super::{Context, PassthroughFs, StartError};
@@ -73,18 +72,17 @@ impl PassthroughFs {
     pub(super) fn label_entry(
         &self,
         ctx: &Context,
-        parent: &Inode,
+        parent: BorrowedFd<'_>,
         name: &CStr,
         removal: AtFlags,
     ) -> Result<()> {
         if !self.is_labelled(ctx) {
             return Ok(());
         }
-        let directory = parent.path()?;
-        let path = openat(&directory, name, PATH, Mode::empty());
+        let path = openat(parent, name, PATH, Mode::empty());
         path.and_then(|path| self.write_labels(ctx, &path)).inspect_err(|_| {
             // The label's errno says more than that of a removal that fails too.
-            let _ = unlinkat(&directory, name, removal);
+            let _ = unlinkat(parent, name, removal);
         })
     }
 
@@ -93,7 +91,7 @@ impl PassthroughFs {
     pub(super) fn create_labelled(
         &self,
         ctx: &Context,
-        parent: &Inode,
+        parent: BorrowedFd<'_>,
         name: &CStr,
         (mode, umask): (u32, u32),
         flags: OFlags,
@@ -101,21 +99,20 @@ impl PassthroughFs {
         let unnamed = ((flags - (OFlags::RWMODE | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW))
             | OFlags::TMPFILE)
             | OFlags::RDWR;
-        let directory = parent.path()?;
         let made =
-            self.create_as(ctx, mode, umask, |mode| openat(PROC, DecInt::from_fd(&directory), unnamed, mode));
+            self.create_as(ctx, mode, umask, |mode| openat(PROC, DecInt::from_fd(parent), unnamed, mode));
         match made {
             Ok(file) => {
                 self.write_labels(ctx, &file)?;
-                linkat(PROC, DecInt::from_fd(&file), &directory, name, AtFlags::SYMLINK_FOLLOW)?;
+                linkat(PROC, DecInt::from_fd(&file), parent, name, AtFlags::SYMLINK_FOLLOW)?;
                 Ok(file)
             }
             // A file system without unnamed files (NFS, say).
             Err(Errno::NOTSUP | Errno::ISDIR) => {
-                let make = |mode| openat(&directory, name, flags, mode);
+                let make = |mode| openat(parent, name, flags, mode);
                 let file = self.create_as(ctx, mode, umask, make)?;
                 self.write_labels(ctx, &file).inspect_err(|_| {
-                    let _ = unlinkat(&directory, name, AtFlags::empty());
+                    let _ = unlinkat(parent, name, AtFlags::empty());
                 })?;
                 Ok(file)
             }

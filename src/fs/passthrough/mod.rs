@@ -77,12 +77,6 @@ pub enum StartError {
          :ok:all:system.posix_acl_:system.posix_acl_: first"
     )]
     AclsAreMapped,
-    /// `--inode-file-handles=mandatory` cannot be had.
-    #[error(
-        "inodes cannot be held by file handles, which takes CAP_DAC_READ_SEARCH and a file system that has them: \
-         leave out --inode-file-handles=mandatory"
-    )]
-    NoFileHandles,
     /// The host's file system has no attributes for labels.
     #[error(
         "the share's file system cannot keep security labels: leave --security-label out, or give \
@@ -96,10 +90,16 @@ pub enum StartError {
     LabelsAreForbidden,
     /// The daemon may not write labels.
     #[error(
-        "--security-label needs the attribute {0}, which the daemon must not write: give it --modcaps=+sys_admin, \
-         or leave --security-label out"
+        "--security-label needs the attribute {0}, which the daemon must not write: give it CAP_SYS_ADMIN with \
+         --modcaps=+sys_admin, or leave --security-label out"
     )]
     LabelsNeedPrivilege(String),
+    /// `--inode-file-handles=mandatory` cannot be had.
+    #[error(
+        "inodes cannot be held by file handles, which takes CAP_DAC_READ_SEARCH and a file system that has them: \
+         leave out --inode-file-handles=mandatory"
+    )]
+    NoFileHandles,
     /// A system call failed.
     #[error(transparent)]
     System(#[from] Errno),
@@ -139,7 +139,6 @@ impl PassthroughFs {
         rustix::process::fchdir(&proc_self_fd)?;
         let stat = lookup::stat(&root)?;
         let offers_acls = xattr::acls_can_be_had(&root, &config)?;
-        let offers_labels = labels::can_be_had(&root, &config)?;
         let descriptors = descriptors(config.inode_file_handles, &root)?;
         let inodes = InodeTable::new(root, lookup::key(&stat), descriptors);
         let session = Session {
@@ -152,7 +151,7 @@ impl PassthroughFs {
         };
         Ok(PassthroughFs {
             offers_acls,
-            offers_labels,
+            offers_labels: false,
             mapped_capability: xattr::mapped_capability(&config),
             config,
             own: OwnIds::current(),
@@ -164,6 +163,19 @@ impl PassthroughFs {
         })
     }
 
+    /// Whether inodes may be held by file handles, which takes a capability and two system calls.
+    pub fn uses_file_handles(&self) -> bool {
+        self.inodes.uses_file_handles()
+    }
+
+    /// Finds out whether security labels can be written, with the capabilities that the process has
+    /// by now. Without this they are not offered to guests.
+    pub fn try_labels(&mut self) -> std::result::Result<(), StartError> {
+        let root = self.inode(NodeId::ROOT)?.path()?;
+        self.offers_labels = labels::can_be_had(&root, &self.config)?;
+        Ok(())
+    }
+
     fn session(&self) -> Session {
         *self.session.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -171,11 +183,6 @@ impl PassthroughFs {
     fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
         self.inodes.get(node)
     }
-}
-
-/// Whether inodes may be held by file handles, which takes a capability and two system calls.
-pub fn uses_file_handles(wanted: InodeFileHandles, root: &OwnedFd) -> std::result::Result<bool, StartError> {
-    descriptors(wanted, root).map(|descriptors| descriptors.are_limited())
 }
 
 /// How inodes share what descriptors there are.

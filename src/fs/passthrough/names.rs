@@ -1,6 +1,7 @@
 //! Changes to directories: new names, and names that go.
 
 use std::ffi::CStr;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use rustix::fs::{
@@ -29,7 +30,7 @@ impl PassthroughFs {
         let name = name.as_c_str();
         let path = parent.path()?;
         self.create_as(ctx, mode, umask, |mode| mkdirat(&path, name, mode))?;
-        self.label_entry(ctx, parent, name, AtFlags::REMOVEDIR)?;
+        self.label_entry(ctx, path.as_fd(), name, AtFlags::REMOVEDIR)?;
         self.look_up(parent, name)
     }
 
@@ -50,7 +51,7 @@ impl PassthroughFs {
         let device = decode_device(rdev);
         let path = parent.path()?;
         self.create_as(ctx, mode, umask, |mode| mknodat(&path, name, kind, mode, device))?;
-        self.label_entry(ctx, parent, name, AtFlags::empty())?;
+        self.label_entry(ctx, path.as_fd(), name, AtFlags::empty())?;
         self.look_up(parent, name)
     }
 
@@ -64,7 +65,7 @@ impl PassthroughFs {
         let name = name.as_c_str();
         let path = parent.path()?;
         self.create_as(ctx, 0, 0, |_| symlinkat(target, &path, name))?;
-        self.label_entry(ctx, parent, name, AtFlags::empty())?;
+        self.label_entry(ctx, path.as_fd(), name, AtFlags::empty())?;
         self.look_up(parent, name)
     }
 

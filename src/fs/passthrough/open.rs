@@ -1,6 +1,6 @@
 //! Opening and creating files and directories.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags, openat};
@@ -59,10 +59,10 @@ impl PassthroughFs {
             | OFlags::EXCL
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
+        let path = parent.path()?;
         let created = if self.is_labelled(ctx) {
-            self.create_labelled(ctx, parent, name, (create.mode, create.umask), flags)
+            self.create_labelled(ctx, path.as_fd(), name, (create.mode, create.umask), flags)
         } else {
-            let path = parent.path()?;
             let create_new = |mode| openat(&path, name, flags, mode);
             self.create_as(ctx, create.mode, create.umask, create_new)
         };
