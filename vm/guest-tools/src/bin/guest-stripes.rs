@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -33,6 +33,9 @@ struct Options {
     /// Begin with an empty file instead of one of full size
     #[arg(long)]
     extend: bool,
+    /// Each writer has a file of its own, FILE.NUMBER, which holds its stripes one after the other
+    #[arg(long)]
+    files: bool,
     /// Processes that read while others write; needs --progress
     #[arg(long, default_value_t = 0)]
     watchers: u64,
@@ -73,14 +76,10 @@ fn main() -> Result<()> {
 }
 
 fn write_all(options: &Options) -> Result<()> {
-    let file = open(&options.file, false, false)?;
-    if options.extend {
-        file.set_len(0)?;
-    } else if file.metadata()?.len() != options.size {
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, options.size)
-            .context("the file cannot be allocated")?;
+    let files = if options.files { options.writers } else { 1 };
+    for number in 0..files {
+        prepare(options, &path(options, number), options.size.div_ceil(files))?;
     }
-    drop(file);
     if let Some(folder) = &options.progress {
         std::fs::create_dir_all(folder)?;
         for writer in 0..options.writers {
@@ -94,8 +93,28 @@ fn write_all(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Makes a file empty, or `size` bytes long.
+fn prepare(options: &Options, path: &Path, size: u64) -> Result<()> {
+    let file = open(path, false, false)?;
+    if options.extend {
+        file.set_len(0)?;
+    } else if file.metadata()?.len() != size {
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size)
+            .context("the file cannot be allocated")?;
+    }
+    Ok(())
+}
+
+/// The file that a writer writes.
+fn path(options: &Options, writer: u64) -> PathBuf {
+    match options.files {
+        true => PathBuf::from(format!("{}.{writer}", options.file.display())),
+        false => options.file.clone(),
+    }
+}
+
 fn write_one(options: &Options, writer: u64) -> Result<()> {
-    let file = open(&options.file, options.direct, false)?;
+    let file = open(&path(options, writer), options.direct, false)?;
     let mut progress = options.progress.as_ref().map(|folder| append_to(&folder.join(writer.to_string())));
     if let (0, Some(limit)) = (writer, options.limit_first) {
         limit_file_size(limit)?;
@@ -106,6 +125,7 @@ fn write_one(options: &Options, writer: u64) -> Result<()> {
     for (offset, len) in stripes(options).filter(|(offset, _)| owner(options, *offset) == writer) {
         let data = buffer.get_mut(..usize::try_from(len)?).context("a stripe is too long")?;
         fill(data, writer, offset);
+        let offset = if options.files { own_offset(options, offset) } else { offset };
         if let Err(error) = file.write_all_at(data, offset) {
             ensure!(options.tolerate, "writing {len} bytes at {offset} failed: {error}");
             eprintln!("writer {writer} error {}", error.raw_os_error().unwrap_or_default());
@@ -122,7 +142,7 @@ fn write_one(options: &Options, writer: u64) -> Result<()> {
     Ok(())
 }
 
-fn append_to(path: &std::path::Path) -> std::io::Result<File> {
+fn append_to(path: &Path) -> std::io::Result<File> {
     File::options().append(true).open(path)
 }
 
@@ -157,6 +177,11 @@ fn watch(options: &Options) -> Result<()> {
             return Ok(());
         }
     }
+}
+
+/// Where a stripe is in its writer's own file.
+fn own_offset(options: &Options, offset: u64) -> u64 {
+    offset / options.stripe / options.writers * options.stripe
 }
 
 /// The writer that a stripe belongs to.
