@@ -1,9 +1,10 @@
 """A Debian userland for the guest: a disk image, mounted read-write and thrown away afterwards."""
 
+import contextlib
 import shutil
 import time
 
-from .kernels import MIRROR
+from .kernels import MIRROR, SECURITY
 from .paths import CACHE, need, run, say
 
 PACKAGES = ["git", "rsync", "sqlite3", "make", "gcc", "libc6-dev", "xz-utils", "attr", "acl", "procps", "bc",
@@ -51,3 +52,43 @@ def set_clock(guest):
     At boot it is behind by up to a second, and make(1) would warn of files from the future.
     """
     guest.output(f"chroot {INSIDE} /bin/date -s @{time.time() + 0.5}")
+
+
+def system():
+    """A directory with an installed Debian: kernel, headers, initramfs, and what builds modules. Made once."""
+    target = CACHE / "debian-system"
+    if target.exists():
+        return target
+    need("debootstrap")
+    say("making a Debian system with a kernel (a few minutes, once)")
+    scratch = target.with_suffix(".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    run(["debootstrap", "--variant=minbase", "--include=kmod,dkms,make,gcc,libc6-dev", "bookworm", scratch, MIRROR])
+    with inside(scratch) as chroot:
+        # The headers have to be those of the kernel: both are the newest.
+        (scratch / "etc/apt/sources.list").write_text(
+            f"deb {MIRROR} bookworm main\ndeb {SECURITY} bookworm-security main\n")
+        (scratch / "etc/kernel-img.conf").write_text("do_symlinks = no\n")
+        chroot("apt-get update")
+        chroot("apt-get install -y --no-install-recommends linux-image-cloud-amd64 linux-headers-cloud-amd64 initramfs-tools")
+        # What the guest's disk needs before the root is there.
+        with open(scratch / "etc/initramfs-tools/modules", "a") as modules:
+            modules.write("virtio_pci\nvirtio_blk\next4\n")
+        chroot("update-initramfs -u -k all; apt-get clean")
+    scratch.rename(target)
+    return target
+
+
+@contextlib.contextmanager
+def inside(root):
+    """Yields a function that runs a shell command in a Debian root; its /proc, /sys and /dev are there meanwhile."""
+    with contextlib.ExitStack() as stack:
+        for kind, folder in (("proc", "proc"), ("sysfs", "sys"), ("devtmpfs", "dev")):
+            run(["mount", "-t", kind, kind, root / folder])
+            stack.callback(run, ["umount", "--lazy", root / folder])
+
+        def chroot(command):
+            environment = "PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C DEBIAN_FRONTEND=noninteractive"
+            return run(["chroot", root, "/usr/bin/env", "-i", *environment.split(), "/bin/sh", "-ec", command])
+
+        yield chroot

@@ -35,9 +35,9 @@ class Guest:
     """A booted guest; a context manager that leaves nothing running."""
 
     def __init__(self, kernel, initramfs, devices, cpus=2, memory="1G", disks=(), queue_size=1024,
-                 interactive=False, name="guest", patience=1):
+                 interactive=False, name="guest", patience=1, append=""):
         """`devices` are (tag, socket path, request queues); `disks` are image files. All that the guest does may
-        take `patience` times as long as usual."""
+        take `patience` times as long as usual. `append` goes to the kernel's command line."""
         LOGS.mkdir(parents=True, exist_ok=True)
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="lanefsd-vm-"))
         self.console = LOGS / f"{name}-{os.getpid()}-{next(COUNTER)}.console"
@@ -49,7 +49,7 @@ class Guest:
         command = ["qemu-system-x86_64", "-machine", "q35", *accelerator(), "-smp", str(cpus), "-m", memory,
                    "-object", f"memory-backend-memfd,id=mem,size={memory},share=on", "-numa", "node,memdev=mem",
                    "-kernel", str(kernel.image), "-initrd", str(initramfs),
-                   "-append", "console=ttyS0 quiet panic=0 oops=panic net.ifnames=0",
+                   "-append", f"console=ttyS0 quiet panic=0 oops=panic net.ifnames=0 {append}",
                    "-display", "none", "-no-reboot", "-nic", "none", "-monitor", "none",
                    "-qmp", f"unix:{self.directory}/qmp,server=on,wait=off"]
         if interactive:

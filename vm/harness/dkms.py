@@ -1,0 +1,111 @@
+"""The Debian package that builds our modules for a guest's own kernel."""
+
+import re
+import shutil
+import textwrap
+
+from . import guest_modules
+from .paths import CACHE, REPO, need, run, say
+
+NAME = "lanefs-fuse"
+
+MAKEFILE = """\
+# Called by dkms with the release and the headers of the kernel to build for.
+SERIES := $(shell echo $(KREL) | cut -d. -f1,2)
+
+modules:
+	rm -rf build
+	cp -r $(SERIES) build
+	$(MAKE) -C $(KDIR) M=$(CURDIR)/build CONFIG_FUSE_FS=m CONFIG_VIRTIO_FS=m \\
+		KCFLAGS='-DLANEFS_VERSION=\\"@MODULE_VERSION@\\"' modules
+
+clean:
+	rm -rf build
+"""
+
+DKMS = """\
+PACKAGE_NAME="@NAME@"
+PACKAGE_VERSION="@VERSION@"
+MAKE[0]="make modules KREL=$kernelver KDIR=$kernel_source_dir"
+CLEAN="make clean"
+BUILT_MODULE_NAME[0]="fuse"
+BUILT_MODULE_LOCATION[0]="build"
+DEST_MODULE_LOCATION[0]="/updates/dkms"
+BUILT_MODULE_NAME[1]="virtiofs"
+BUILT_MODULE_LOCATION[1]="build"
+DEST_MODULE_LOCATION[1]="/updates/dkms"
+BUILD_EXCLUSIVE_KERNEL="^(@SERIES@)\\."
+AUTOINSTALL="yes"
+"""
+
+CONTROL = """\
+Package: @NAME@-dkms
+Version: @VERSION@
+Architecture: all
+Maintainer: lanefsd developers <lanefsd@localhost>
+Depends: dkms, make, gcc
+Section: kernel
+Priority: optional
+Description: FUSE and virtio-fs modules with parallel extending writes
+ The kernel's own fuse and virtiofs modules with the patches of lanefsd: direct
+ writes that extend a file run in parallel, virtio-fs uses all request queues,
+ and the page cache agrees with direct writes. For Linux @SERIES_WORDS@.
+"""
+
+POSTINST = """\
+#!/bin/sh
+set -e
+if [ "$1" = configure ]; then
+    /usr/lib/dkms/common.postinst @NAME@ @VERSION@ "" "" "$2"
+fi
+"""
+
+PRERM = """\
+#!/bin/sh
+set -e
+if [ "$1" = remove ] || [ "$1" = upgrade ]; then
+    dkms remove -m @NAME@ -v @VERSION@ --all
+fi
+"""
+
+
+def package():
+    """Builds the package; returns its path."""
+    need("dpkg-deb:dpkg", "patch", "xz:xz-utils")
+    version = guest_modules.version().removeprefix("lanefsd-")
+    out = guest_modules.ROOM / "out" / f"{NAME}-dkms_{version}_all.deb"
+    root = CACHE / "dkms-package"
+    shutil.rmtree(root, ignore_errors=True)
+    say(f"packing {out.name}")
+    source = root / "usr/src" / f"{NAME}-{version}"
+    source.mkdir(parents=True)
+    words = {"@NAME@": NAME, "@VERSION@": version, "@MODULE_VERSION@": guest_modules.version(),
+             "@SERIES@": "|".join(re.escape(series) for series in guest_modules.SERIES),
+             "@SERIES_WORDS@": " and ".join(guest_modules.SERIES)}
+    for series in guest_modules.SERIES:
+        scratch = CACHE / f"dkms-{series}"
+        guest_modules.patched_source(series, scratch)
+        shutil.move(scratch / "fs/fuse", source / series)
+        shutil.rmtree(scratch)
+    for path, text, mode in (
+        (source / "Makefile", MAKEFILE, 0o644), (source / "dkms.conf", DKMS, 0o644),
+        (root / "DEBIAN/control", CONTROL, 0o644), (root / "DEBIAN/postinst", POSTINST, 0o755),
+        (root / "DEBIAN/prerm", PRERM, 0o755), (root / "usr/share/doc" / f"{NAME}-dkms" / "copyright", copyright_text(), 0o644),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for word, value in words.items():
+            text = text.replace(word, value)
+        path.write_text(text)
+        path.chmod(mode)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    run(["dpkg-deb", "--root-owner-group", "-Zgzip", "--build", root, out])
+    shutil.rmtree(root)
+    return out
+
+
+def copyright_text():
+    return textwrap.dedent("""\
+        The modules are those of Linux, with changes by the lanefsd developers.
+        License: GPL-2.0-only
+        On Debian systems the full text is in /usr/share/common-licenses/GPL-2.
+        """) + f"Patches: {REPO.name}/guest-kernel/patches\n"
