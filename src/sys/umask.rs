@@ -1,5 +1,6 @@
-//! A umask of a thread's own. Linux keeps umask and working directory in one place that threads
-//! share until one of them asks for its own (`CLONE_FS` of unshare(2)).
+//! The umask: none for the process, and for a thread that asks for it one of its own. Linux keeps
+//! umask and working directory in one place that threads share until one of them asks for a copy
+//! (`CLONE_FS` of unshare(2)).
 
 use std::cell::Cell;
 
@@ -12,13 +13,21 @@ thread_local! {
     static HAS_OWN: Cell<bool> = const { Cell::new(false) };
 }
 
-/// The calling thread has another umask until this is dropped.
+/// The calling thread has a umask until this is dropped.
 #[derive(Debug)]
-#[must_use = "the umask is changed back when this is dropped"]
-pub struct UmaskGuard(Mode);
+#[must_use = "the umask goes when this is dropped"]
+pub struct UmaskGuard(());
+
+/// Leaves the process without a umask: modes are what system calls are given.
+pub fn clear_umask() {
+    umask(Mode::empty());
+}
 
 /// Sets the umask of the calling thread, and of no other. The first call of a thread gives it a
 /// working directory of its own as well, which stays where it is.
+///
+/// What it was before is not asked: a thread shares the place of the one that started it, where a
+/// umask may be set at the moment at which the copy is made.
 pub fn set_thread_umask(mask: Mode) -> Result<UmaskGuard> {
     if !HAS_OWN.get() {
         // SAFETY: what stops being shared is working directory, root directory and umask. No code
@@ -26,12 +35,13 @@ pub fn set_thread_umask(mask: Mode) -> Result<UmaskGuard> {
         unsafe { unshare_unsafe(UnshareFlags::FS) }?;
         HAS_OWN.set(true);
     }
-    Ok(UmaskGuard(umask(mask)))
+    umask(mask);
+    Ok(UmaskGuard(()))
 }
 
 impl Drop for UmaskGuard {
     fn drop(&mut self) {
-        umask(self.0);
+        clear_umask();
     }
 }
 
@@ -48,7 +58,7 @@ mod tests {
             let file = options.write(true).create_new(true).mode(0o666).open(directory.path().join(name));
             file.unwrap().metadata().unwrap().mode() & 0o777
         };
-        let before = mode_of_new("before");
+        clear_umask();
         std::thread::scope(|scope| {
             for i in 0..4u32 {
                 let mode_of_new = &mode_of_new;
@@ -57,11 +67,28 @@ mod tests {
                         let guard = set_thread_umask(Mode::from_raw_mode(0o100 << i | 0o066)).unwrap();
                         assert_eq!(mode_of_new(&format!("{i}-{round}")), 0o666 & !(0o100 << i | 0o066));
                         drop(guard);
-                        assert_eq!(mode_of_new(&format!("{i}-{round}-after")), before);
+                        assert_eq!(mode_of_new(&format!("{i}-{round}-after")), 0o666);
                     }
                 });
             }
         });
-        assert_eq!(mode_of_new("after"), before);
+        assert_eq!(mode_of_new("after"), 0o666);
+    }
+
+    #[test]
+    fn a_thread_does_not_inherit_what_is_set_for_a_moment() {
+        let threads = std::thread::scope(|scope| {
+            let outer = scope.spawn(|| {
+                let _guard = set_thread_umask(Mode::from_raw_mode(0o070)).unwrap();
+                // It shares the place of this thread, umask included, until it asks for its own.
+                let inner = std::thread::spawn(|| {
+                    drop(set_thread_umask(Mode::from_raw_mode(0o007)).unwrap());
+                    umask(Mode::empty())
+                });
+                (inner.join().unwrap(), umask(Mode::empty()))
+            });
+            outer.join().unwrap()
+        });
+        assert_eq!(threads, (Mode::empty(), Mode::from_raw_mode(0o070)));
     }
 }
