@@ -125,3 +125,33 @@ fn a_full_ring_of_requests_at_once() {
         }
     }
 }
+
+#[test]
+fn a_slow_request_does_not_hold_back_the_news_of_fast_ones() {
+    for workers in ["1", "16"] {
+        let pool = format!("--thread-pool-size={workers}");
+        let (_backend, session) = common::serve(&["--store=null:1s", "--cache=never", &pool]);
+        let client = session.client();
+        let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+        // Teaches the daemon that requests are fast: a handle that does not exist needs no system call.
+        for _ in 0..200 {
+            assert_eq!(common::errno(client.read(entry.nodeid, 99_999, 0, 1)), libc::EBADF);
+        }
+        let queue = session.queue(1);
+        let _ = queue.call_event().read();
+        assert!(!queue.with_ring(|ring| ring.ask_for_call()), "all requests were waited for");
+        let fast = Request::new(Opcode::Getattr, ROOT).arg(&GetattrIn::default()).reply_data(104);
+        let slow = data::write_request(entry.nodeid, open.fh, 0, b"x", WriteFlags::empty(), libc::O_RDWR);
+        let requests = [&fast, &slow, &fast];
+        let chain = |(i, request): (u64, &&Request<'_>)| {
+            request.to_chain(session.memory(), 90_000 + 2 * i, Cut::Linux, 64).unwrap()
+        };
+        let begin = Instant::now();
+        queue.submit_batch((0..).zip(&requests).map(chain)).unwrap();
+        while queue.call_event().read().is_err() {
+            assert!(begin.elapsed() < Duration::from_millis(500), "no news for {:?}", begin.elapsed());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        queue.drain().unwrap();
+    }
+}

@@ -79,6 +79,8 @@ pub(super) struct Next {
 struct State {
     ring: Ring,
     call: Option<Arc<OwnedFd>>,
+    /// Chains given back since the guest was last considered for a notification.
+    held: u32,
     /// Set when the guest broke the ring: nothing is taken from it until it is started anew.
     broken: bool,
 }
@@ -111,6 +113,11 @@ pub struct Queue {
     statistics: Statistics,
 }
 
+/// How long, in nanoseconds, a notification may be put off while more chains wait.
+const HOLD: u32 = 30_000;
+/// Most chains that are given back meanwhile.
+const MOST_HELD: u32 = 32;
+
 const KICK: u64 = 0;
 const HELP: u64 = 1;
 const STOP: u64 = 2;
@@ -137,7 +144,7 @@ impl Queue {
             index,
             memory,
             layout: ring.layout(),
-            state: Mutex::new(State { ring, call: call.map(Arc::new), broken: false }),
+            state: Mutex::new(State { ring, call: call.map(Arc::new), held: 0, broken: false }),
             epoll,
             _kick: kick,
             help,
@@ -180,26 +187,73 @@ impl Queue {
         self.lock().ring.next_available()
     }
 
-    /// Gives back the chain that was served, if any, and takes the next one.
+    /// Gives back the chain that was served, if any, and takes the next one. While more chains wait
+    /// and are served fast, the guest is notified of several at once; should one of them turn out
+    /// slow, [`Queue::flush_held`] has to be called.
     pub(super) fn advance(&self, done: Option<Done>) -> Option<Next> {
         let memory = self.memory.memory();
-        let (notify, next) = {
+        let hold = self.notifications_to_hold();
+        let (notify, mut next) = {
             let mut state = self.lock();
-            let notify = done
-                .and_then(|done| state.publish(&memory, done).unwrap_or_else(|e| self.broke(&mut state, &e)));
-            let stop = state.broken || self.stopping.load(Ordering::Relaxed);
-            let next =
-                if stop { None } else { state.take(&memory).unwrap_or_else(|e| self.broke(&mut state, &e)) };
-            (notify, next)
+            let given = done.map_or(Ok(()), |done| state.give_back(&memory, done));
+            given.unwrap_or_else(|e| self.broke(&mut state, &e));
+            // A guest that hears of a reply often sends the next request at once. Without a kick
+            // this worker finds it when it looks again; a kick would wake another one.
+            let next = self.take(&mut state, &memory, done.is_none());
+            let may_hold = next.is_some_and(|next| next.backlog) && state.held < hold;
+            (if may_hold { None } else { self.flush(&mut state, &memory) }, next)
         };
+        self.notify(notify);
+        if next.is_none() && done.is_some() {
+            next = self.take(&mut self.lock(), &memory, true);
+        }
         if next.is_some() {
             self.statistics.requests.fetch_add(1, Ordering::Relaxed);
         }
-        if let Some(call) = notify {
+        next
+    }
+
+    /// Takes the next chain; if there is none, and it is the `last_look` before the worker sleeps,
+    /// the guest is asked to kick.
+    fn take(&self, state: &mut State, memory: &GuestMemoryMmap, last_look: bool) -> Option<Next> {
+        if state.broken || self.stopping.load(Ordering::Relaxed) {
+            return None;
+        }
+        state.take(memory, last_look).unwrap_or_else(|e| {
+            self.broke(state, &e);
+            None
+        })
+    }
+
+    /// How many chains may be given back before the guest has to hear of the first one, as long as
+    /// others wait: as many as are served in [`HOLD`].
+    fn notifications_to_hold(&self) -> u32 {
+        (HOLD / self.service_time().max(1)).saturating_sub(1).min(MOST_HELD)
+    }
+
+    /// Notifies the guest of what was given back without its hearing of it.
+    pub(super) fn flush_held(&self) {
+        let memory = self.memory.memory();
+        let notify = {
+            let mut state = self.lock();
+            if state.held > 0 { self.flush(&mut state, &memory) } else { None }
+        };
+        self.notify(notify);
+    }
+
+    /// Whom to notify of what was given back, if the guest wants that.
+    fn flush(&self, state: &mut State, memory: &GuestMemoryMmap) -> Option<Arc<OwnedFd>> {
+        state.flush(memory).unwrap_or_else(|e| {
+            self.broke(state, &e);
+            None
+        })
+    }
+
+    fn notify(&self, call: Option<Arc<OwnedFd>>) {
+        if let Some(call) = call {
             self.statistics.notifications.fetch_add(1, Ordering::Relaxed);
             signal(&*call);
         }
-        next
     }
 
     /// Gives back a chain without taking the next one.
@@ -207,12 +261,10 @@ impl Queue {
         let memory = self.memory.memory();
         let notify = {
             let mut state = self.lock();
-            state.publish(&memory, done).unwrap_or_else(|e| self.broke(&mut state, &e))
+            state.give_back(&memory, done).unwrap_or_else(|e| self.broke(&mut state, &e));
+            self.flush(&mut state, &memory)
         };
-        if let Some(call) = notify {
-            self.statistics.notifications.fetch_add(1, Ordering::Relaxed);
-            signal(&*call);
-        }
+        self.notify(notify);
     }
 
     /// Whether chains wait that nobody has taken.
@@ -274,11 +326,10 @@ impl Queue {
     }
 
     /// Logs that the guest broke the ring, and stops taking chains from it.
-    fn broke<T>(&self, state: &mut State, error: &RingError) -> Option<T> {
+    fn broke(&self, state: &mut State, error: &RingError) {
         if !std::mem::replace(&mut state.broken, true) {
             error!("queue {}: {error}; it is not served until the guest resets the device", self.index);
         }
-        None
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -287,20 +338,32 @@ impl Queue {
 }
 
 impl State {
-    /// Writes the used entry; returns whom to notify, if the guest wants that.
-    fn publish(&mut self, memory: &GuestMemoryMmap, done: Done) -> Result<Option<Arc<OwnedFd>>, RingError> {
-        self.ring.give_back(memory, done.head, done.written)?;
+    /// Writes the used entry. The guest hears of it with the next [`State::flush`].
+    fn give_back(&mut self, memory: &GuestMemoryMmap, done: Done) -> Result<(), RingError> {
+        self.held = self.held.saturating_add(1);
+        self.ring.give_back(memory, done.head, done.written)
+    }
+
+    /// Returns whom to notify of all that was given back, if the guest wants that.
+    fn flush(&mut self, memory: &GuestMemoryMmap) -> Result<Option<Arc<OwnedFd>>, RingError> {
+        if std::mem::take(&mut self.held) == 0 {
+            return Ok(None);
+        }
         Ok(if self.ring.wants_notification(memory)? { self.call.clone() } else { None })
     }
 
-    /// Takes a chain. The guest kicks for the next one exactly if none waits behind this one.
-    fn take(&mut self, memory: &GuestMemoryMmap) -> Result<Option<Next>, RingError> {
+    /// Takes a chain. The guest kicks for the next one exactly if none waits behind this one. If
+    /// there is none at all, it kicks only if this is the `last_look` before the worker sleeps.
+    fn take(&mut self, memory: &GuestMemoryMmap, last_look: bool) -> Result<Option<Next>, RingError> {
         let mut waiting = self.ring.waiting(memory)?;
-        if waiting == 0 {
+        if waiting == 0 && last_look {
             self.ring.ask_for_kick(memory)?;
             waiting = self.ring.waiting(memory)?;
         }
         if waiting == 0 {
+            if !last_look {
+                self.ring.refuse_kicks(memory)?;
+            }
             return Ok(None);
         }
         let head = self.ring.take(memory)?;

@@ -179,6 +179,17 @@ impl Ring {
         if self.event_idx { Ok(()) } else { self.store(memory, self.layout.used, 0, SUPPRESS) }
     }
 
+    /// Takes back that the guest was asked to kick, until [`Ring::ask_for_kick`].
+    pub fn refuse_kicks(&self, memory: &GuestMemoryMmap) -> Result<()> {
+        if self.event_idx {
+            let avail_event_at = ENTRIES + u64::from(self.layout.size) * USED_ENTRY;
+            // An index that the guest has passed already.
+            self.store(memory, self.layout.used, avail_event_at, self.next_available.wrapping_sub(1))
+        } else {
+            self.store(memory, self.layout.used, 0, SUPPRESS)
+        }
+    }
+
     fn load(&self, memory: &GuestMemoryMmap, base: u64, offset: u64) -> Result<u16> {
         let address = base.wrapping_add(offset);
         memory
@@ -272,6 +283,32 @@ mod tests {
         assert_eq!(get(&memory, LAYOUT.used), SUPPRESS);
         ring.ask_for_kick(&memory).unwrap();
         assert_eq!(get(&memory, LAYOUT.used), 0);
+    }
+
+    /// As a Linux guest decides: does it kick after it made chains from `old` to `new` available?
+    fn guest_kicks(memory: &GuestMemoryMmap, old: u16, new: u16) -> bool {
+        let event = get(memory, LAYOUT.used + ENTRIES + 64);
+        new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+    }
+
+    #[test]
+    fn kicks_come_when_they_are_asked_for() {
+        for start in [0, 7, 65_535] {
+            let memory = memory();
+            set(&memory, LAYOUT.available + INDEX, start);
+            let ring = Ring::new(&memory, LAYOUT, start, true).unwrap();
+            for chains in 1..8 {
+                ring.ask_for_kick(&memory).unwrap();
+                assert!(guest_kicks(&memory, start, start.wrapping_add(chains)));
+                ring.refuse_kicks(&memory).unwrap();
+                assert!(!guest_kicks(&memory, start, start.wrapping_add(chains)));
+            }
+            let ring = Ring::new(&memory, LAYOUT, start, false).unwrap();
+            ring.refuse_kicks(&memory).unwrap();
+            assert_eq!(get(&memory, LAYOUT.used), SUPPRESS);
+            ring.ask_for_kick(&memory).unwrap();
+            assert_eq!(get(&memory, LAYOUT.used), 0);
+        }
     }
 
     proptest! {

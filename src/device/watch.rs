@@ -2,7 +2,8 @@
 //!
 //! While requests are fast, a worker with a backlog wakes nobody. Should one of its requests then
 //! take long after all, the rest would wait behind it: so as long as there is a backlog anywhere,
-//! the watch checks every millisecond that queues get on. Without a backlog it sleeps.
+//! the watch checks every millisecond that queues get on. It also sends the notifications that were
+//! put off until after such a request. Without a backlog it sleeps.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};

@@ -105,14 +105,17 @@ impl Crew {
         }
     }
 
-    /// Called by the watch: wakes a worker if chains wait and none was taken since the last call.
-    /// Returns whether chains wait.
+    /// Called by the watch: if no chain was taken since the last call, notifies the guest of those
+    /// given back, and wakes a worker if chains wait. Returns whether chains wait.
     pub fn check_progress(self: &Arc<Self>) -> bool {
         let requests = self.queue.statistics().requests.load(Ordering::Relaxed);
         let stands_still = self.seen_by_watch.swap(requests, Ordering::Relaxed) == requests;
         let backlog = self.queue.has_backlog();
-        if backlog && stands_still {
-            self.call_another();
+        if stands_still {
+            self.queue.flush_held();
+            if backlog {
+                self.call_another();
+            }
         }
         backlog
     }
@@ -183,14 +186,11 @@ impl Crew {
     /// Makes sure that while this worker serves, somebody hears the next kick, and that chains
     /// which wait already do not wait for this one.
     fn see_to_the_others(self: &Arc<Self>, next: Next) {
-        if self.limit == 1 {
-            return;
-        }
-        if self.queue.idle_workers() == 0 {
+        if self.limit > 1 && self.queue.idle_workers() == 0 {
             self.grow();
         }
         if next.backlog {
-            if self.queue.service_time() > SLOW {
+            if self.limit > 1 && self.queue.service_time() > SLOW {
                 self.call_another();
             } else {
                 self.watch.wake();

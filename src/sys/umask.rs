@@ -1,6 +1,9 @@
-//! The umask: none for the process, and for a thread that asks for it one of its own. Linux keeps
-//! umask and working directory in one place that threads share until one of them asks for a copy
-//! (`CLONE_FS` of unshare(2)).
+//! A umask of a thread's own. Linux keeps umask and working directory in one place that threads
+//! share until one of them asks for its own (`CLONE_FS` of unshare(2)).
+//!
+//! A thread that is started by one with a umask of its own begins with that one, and must not take
+//! it for the usual. So the usual is the one that the process has: 0, from the start of the file
+//! system on.
 
 use std::cell::Cell;
 
@@ -13,21 +16,13 @@ thread_local! {
     static HAS_OWN: Cell<bool> = const { Cell::new(false) };
 }
 
-/// The calling thread has a umask until this is dropped.
+/// The calling thread has another umask until this is dropped; 0 afterwards.
 #[derive(Debug)]
-#[must_use = "the umask goes when this is dropped"]
+#[must_use = "the umask is changed back when this is dropped"]
 pub struct UmaskGuard(());
-
-/// Leaves the process without a umask: modes are what system calls are given.
-pub fn clear_umask() {
-    umask(Mode::empty());
-}
 
 /// Sets the umask of the calling thread, and of no other. The first call of a thread gives it a
 /// working directory of its own as well, which stays where it is.
-///
-/// What it was before is not asked: a thread shares the place of the one that started it, where a
-/// umask may be set at the moment at which the copy is made.
 pub fn set_thread_umask(mask: Mode) -> Result<UmaskGuard> {
     if !HAS_OWN.get() {
         // SAFETY: what stops being shared is working directory, root directory and umask. No code
@@ -41,7 +36,7 @@ pub fn set_thread_umask(mask: Mode) -> Result<UmaskGuard> {
 
 impl Drop for UmaskGuard {
     fn drop(&mut self) {
-        clear_umask();
+        umask(Mode::empty());
     }
 }
 
@@ -58,7 +53,7 @@ mod tests {
             let file = options.write(true).create_new(true).mode(0o666).open(directory.path().join(name));
             file.unwrap().metadata().unwrap().mode() & 0o777
         };
-        clear_umask();
+        umask(Mode::empty());
         std::thread::scope(|scope| {
             for i in 0..4u32 {
                 let mode_of_new = &mode_of_new;
@@ -72,23 +67,17 @@ mod tests {
                 });
             }
         });
-        assert_eq!(mode_of_new("after"), 0o666);
-    }
-
-    #[test]
-    fn a_thread_does_not_inherit_what_is_set_for_a_moment() {
-        let threads = std::thread::scope(|scope| {
-            let outer = scope.spawn(|| {
-                let _guard = set_thread_umask(Mode::from_raw_mode(0o070)).unwrap();
-                // It shares the place of this thread, umask included, until it asks for its own.
-                let inner = std::thread::spawn(|| {
-                    drop(set_thread_umask(Mode::from_raw_mode(0o007)).unwrap());
-                    umask(Mode::empty())
-                });
-                (inner.join().unwrap(), umask(Mode::empty()))
+        // One that is started meanwhile keeps nothing of it.
+        let guard = set_thread_umask(Mode::from_raw_mode(0o077)).unwrap();
+        let mode_of_new = &mode_of_new;
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                drop(set_thread_umask(Mode::from_raw_mode(0o011)).unwrap());
+                assert_eq!(mode_of_new("child"), 0o666);
             });
-            outer.join().unwrap()
         });
-        assert_eq!(threads, (Mode::empty(), Mode::from_raw_mode(0o070)));
+        assert_eq!(mode_of_new("guarded"), 0o600);
+        drop(guard);
+        assert_eq!(mode_of_new("after"), 0o666);
     }
 }

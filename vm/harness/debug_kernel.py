@@ -64,7 +64,7 @@ def build(home):
         raise HarnessError(f"the configuration in {tree} lacks {', '.join(missing)}")
     run([*make, "bzImage", "modules"])
     run([*make, f"INSTALL_MOD_PATH={home}", "modules_install"])
-    release = run(["make", "-C", tree, "-s", f"LOCALVERSION={SUFFIX}", "kernelrelease"]).strip().splitlines()[-1]
+    release = run(["make", "--no-print-directory", "-C", tree, "-s", f"LOCALVERSION={SUFFIX}", "kernelrelease"]).strip().splitlines()[-1]
     (home / "boot").mkdir()
     shutil.copy(tree / "arch/x86/boot/bzImage", home / "boot" / f"vmlinuz-{release}")
     return release

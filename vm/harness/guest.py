@@ -35,8 +35,9 @@ class Guest:
     """A booted guest; a context manager that leaves nothing running."""
 
     def __init__(self, kernel, initramfs, devices, cpus=2, memory="1G", disks=(), queue_size=1024,
-                 interactive=False, name="guest"):
-        """`devices` are (tag, socket path, request queues); `disks` are image files."""
+                 interactive=False, name="guest", patience=1):
+        """`devices` are (tag, socket path, request queues); `disks` are image files. All that the guest does may
+        take `patience` times as long as usual."""
         LOGS.mkdir(parents=True, exist_ok=True)
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="lanefsd-vm-"))
         self.console = LOGS / f"{name}-{os.getpid()}-{next(COUNTER)}.console"
@@ -44,6 +45,7 @@ class Guest:
         self.buffer = b""
         self.words = itertools.count(1)
         self.process = None
+        self.patience = patience
         command = ["qemu-system-x86_64", "-machine", "q35", *accelerator(), "-smp", str(cpus), "-m", memory,
                    "-object", f"memory-backend-memfd,id=mem,size={memory},share=on", "-numa", "node,memdev=mem",
                    "-kernel", str(kernel.image), "-initrd", str(initramfs),
@@ -97,14 +99,14 @@ class Guest:
                 time.sleep(0.02)
 
     def wait_for_agent(self):
-        self.read_until(b"agent ready\n", BOOT_TIMEOUT, "booting")
+        self.read_until(b"agent ready\n", BOOT_TIMEOUT * self.patience, "booting")
 
     def run(self, command, timeout=120, sink=None, check=True):
         """Runs a shell command; returns (status, output). With `check` a status other than 0 raises."""
         word = f"end-{next(self.words)}-{os.urandom(4).hex()}"
         encoded = base64.b64encode(command.encode()).decode()
         self.agent.sendall(f"{word} {encoded}\n".encode())
-        output = self.read_until(f"\n{word} ".encode(), timeout, f"running {command!r}", sink)
+        output = self.read_until(f"\n{word} ".encode(), timeout * self.patience, f"running {command!r}", sink)
         status = int(self.read_until(b"\n", 10, "waiting for the exit status"))
         text = output.decode(errors="replace").removesuffix("\n")
         if check and status != 0:

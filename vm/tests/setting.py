@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 
-from harness import initramfs
+from harness import debug_kernel, initramfs
 from harness.daemon import Daemon
 from harness.guest import Guest
 
@@ -43,7 +43,8 @@ class Setting:
         """A guest with a device for each daemon: tags share, share1, share2 …"""
         devices = [("share" if not number else f"share{number}", daemon.socket, self.queues)
                    for number, daemon in enumerate(daemons)]
-        return Guest(self.kernel, self.image, devices, self.cpus, queue_size=queue_size, name="test")
+        return Guest(self.kernel, self.image, devices, self.cpus, queue_size=queue_size, name="test",
+                     patience=5 if self.kernel.name == debug_kernel.NAME else 1)
 
     def with_queues(self, number):
         """The same with this many queues and CPUs."""

@@ -28,6 +28,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use log::debug;
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use thiserror::Error;
 
@@ -47,7 +48,6 @@ use crate::fuse::name::{LookupName, Name};
 use crate::fuse::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
 use crate::fuse::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
-use crate::sys::umask::clear_umask;
 
 /// What guest and daemon agreed on, as far as it matters here.
 #[derive(Clone, Copy, Debug)]
@@ -135,7 +135,7 @@ impl PassthroughFs {
         proc_self_fd: OwnedFd,
         config: FsConfig,
     ) -> std::result::Result<PassthroughFs, StartError> {
-        clear_umask();
+        rustix::process::umask(Mode::empty());
         rustix::process::fchdir(&proc_self_fd)?;
         let stat = lookup::stat(&root)?;
         let offers_acls = xattr::acls_can_be_had(&root, &config)?;

@@ -34,7 +34,10 @@ pub fn limit(options: &LimitOptions) -> Result<Report> {
     layout::prepare(&options.share, work)?;
     let threads = work.in_flight().min(MOST_THREADS);
     let paths = Arc::new(paths(&options.share, work)?);
-    let workers = (0..threads).map(|number| Worker::new(&options.share, work, &paths, number));
+    let buffers = (0..threads).map(|_| Iovecs::new(work)).collect::<Result<Vec<_>>>()?;
+    let buffers = Arc::new(buffers);
+    let worker = |number| Worker::new(&options.share, work, &paths, &buffers, number);
+    let workers = (0..threads).map(worker);
     let workers = workers.collect::<Result<Vec<_>>>()?;
     let conductor = Conductor::default();
     thread::scope(|scope| {
@@ -73,8 +76,10 @@ struct Worker {
     paths: Arc<Vec<OwnedFd>>,
     names: Vec<String>,
     own_name: String,
-    iovecs: Iovecs,
-    first: u64,
+    /// Buffers of all threads, which take turns with them: as many bytes are touched as by requests in
+    /// flight, whichever threads happen to run.
+    buffers: Arc<Vec<Iovecs>>,
+    turn: usize,
     blocks: usize,
     random: Random,
 }
@@ -85,9 +90,11 @@ struct Iovecs {
     _memory: Arc<Memory>,
 }
 
-// SAFETY: the vectors point into the mapping that is kept beside them, and only the thread that owns
-// the value uses them.
+// SAFETY: the vectors point into the mapping that is kept beside them. They are only handed to the
+// kernel, and what the bytes are does not matter to anybody.
 unsafe impl Send for Iovecs {}
+// SAFETY: as above.
+unsafe impl Sync for Iovecs {}
 
 /// O_PATH descriptors of the many files if the operation needs them.
 fn paths(share: &Path, work: &Work) -> Result<Vec<OwnedFd>> {
@@ -108,7 +115,13 @@ fn open(path: &Path, flags: OFlags) -> Result<OwnedFd> {
 }
 
 impl Worker {
-    fn new(share: &Path, work: &Work, paths: &Arc<Vec<OwnedFd>>, number: usize) -> Result<Worker> {
+    fn new(
+        share: &Path,
+        work: &Work,
+        paths: &Arc<Vec<OwnedFd>>,
+        buffers: &Arc<Vec<Iovecs>>,
+        number: usize,
+    ) -> Result<Worker> {
         let dir = share.join(if matches!(work.op, Op::Create | Op::Small) {
             layout::CHURN.to_string()
         } else {
@@ -123,7 +136,7 @@ impl Worker {
             }
             _ => None,
         };
-        let blocks = work.file_size / work.in_flight() as u64 / work.block as u64;
+        let blocks = work.file_size / work.block as u64;
         Ok(Worker {
             op: work.op,
             work: work.clone(),
@@ -132,8 +145,8 @@ impl Worker {
             paths: Arc::clone(paths),
             names,
             own_name: format!("l{number:08}"),
-            iovecs: Iovecs::new(work)?,
-            first: number as u64 * blocks,
+            buffers: Arc::clone(buffers),
+            turn: number,
             blocks: usize::try_from(blocks).unwrap_or(usize::MAX),
             random: Random::new(number as u64 + 1),
         })
@@ -161,7 +174,8 @@ impl Worker {
     fn once(&mut self) -> std::io::Result<()> {
         match self.op {
             Op::Read | Op::Write => {
-                let block = self.first + self.random.below(self.blocks.max(1)) as u64;
+                let block = self.random.below(self.blocks.max(1)) as u64;
+                self.turn = (self.turn + 1) % self.buffers.len();
                 self.transfer(block * self.work.block as u64)
             }
             Op::Getattr => {
@@ -193,10 +207,10 @@ impl Worker {
 
     fn transfer(&self, offset: u64) -> std::io::Result<()> {
         let fd = self.data.as_ref().map_or(-1, AsRawFd::as_raw_fd);
-        let iovecs = &self.iovecs.list;
+        let iovecs = &self.buffers[self.turn].list;
         let count = iovecs.len() as libc::c_int;
         let offset = offset.cast_signed();
-        // SAFETY: the vectors point to memory that `iovecs` keeps mapped.
+        // SAFETY: the vectors point to memory that `buffers` keep mapped.
         let done = unsafe {
             if self.op == Op::Write {
                 libc::pwritev(fd, iovecs.as_ptr(), count, offset)

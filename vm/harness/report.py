@@ -1,0 +1,158 @@
+"""Tables and plots of the shared-file benchmark, from nothing but its JSON."""
+
+import json
+import math
+import statistics
+
+from .plot import plot
+
+PUBLISHED = {"4": 148.0, "8": 206.8, "16": 695.8, "32": 608.0}
+# A patched row, and the row that it is a gain over.
+PAIRS = {"5.10 patched": "5.10 unpatched", "6.1 patched": "6.1, flag never set", "6.1 stock": "6.1, flag never set"}
+SLOW, FAST = "null store, 2 ms", "null store"
+SHARED, EACH = "shared file", "file per job"
+
+
+def all_rates(results):
+    """Every figure that was measured."""
+    for part in ("null", "real"):
+        for rows in results.get(part, {}).values():
+            for kinds in rows.values():
+                for points in kinds.values():
+                    for values in points.values():
+                        yield from values
+
+
+def write(folder):
+    """Writes the documents of a JSON file beside it."""
+    results = json.loads((folder / "shared-file.json").read_text())
+    for name, text in render(results).items():
+        (folder / name).write_text(text)
+
+
+def render(results):
+    """File name to text, for everything that is made of the results."""
+    files = {"shared-file.md": markdown(results)}
+    slow = results.get("null", {}).get(SLOW)
+    if slow:
+        files["shared-file.svg"] = bandwidth_plot(slow)
+        files["shared-file-gain.svg"] = gain_plot(slow)
+    return files
+
+
+def medians(kinds, kind):
+    """Jobs to the median MiB/s."""
+    return {jobs: statistics.median(values) for jobs, values in kinds.get(kind, {}).items()}
+
+
+def ratios(kinds):
+    """Jobs to shared file over file per job."""
+    shared, each = medians(kinds, SHARED), medians(kinds, EACH)
+    return {jobs: shared[jobs] / each[jobs] for jobs in shared if each.get(jobs)}
+
+
+def gains(rows, name):
+    """Jobs to per cent more than the row without the feature, for the shared file."""
+    if name not in rows or PAIRS[name] not in rows:
+        return {}
+    ours, base = medians(rows[name], SHARED), medians(rows[PAIRS[name]], SHARED)
+    return {jobs: 100 * (ours[jobs] / base[jobs] - 1) for jobs in ours if base.get(jobs)}
+
+
+def geometric_mean(values):
+    return math.exp(sum(math.log(value) for value in values) / len(values)) if values else math.nan
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def markdown(results):
+    kernels = ", ".join(results.get("kernels", {}).values())
+    parts = [f"""# One shared file against a file per job
+
+Measured on {results['date']} on {results['cpus']} CPUs without hardware virtualization (TCG), {results['runtime']:g} s a point, each point the median of {results['repeat']}, rows in turns. Guest kernels: {kernels}. MiB/s of 1 MiB writes; ratios are what counts here.
+
+Repeat with `vm/bench/shared-file --runtime {results['runtime']:g} --repeat {results['repeat']}`. This page is made of `shared-file.json` by that command."""]
+    for store, rows in results.get("null", {}).items():
+        what = ("The null store takes 2 ms for each write: what limits is how many are in flight at once, as with remote "
+                "storage, until the CPUs do." if store == SLOW else
+                "The null store takes no time: what limits is the CPUs that guest and daemon share.")
+        parts += [f"## {store[0].upper()}{store[1:]}", what, rate_table(rows), ratio_table(rows), gain_table(rows)]
+    for place, rows in results.get("real", {}).items():
+        parts += [f"## Real data on ext4, {place}",
+                  "O_DIRECT in the guest and on the host. One guest (6.1 patched) with a mount for each back end.",
+                  rate_table(rows), peer_table(rows)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def job_numbers(rows):
+    return sorted({jobs for kinds in rows.values() for points in kinds.values() for jobs in points}, key=int)
+
+
+def rate_table(rows):
+    jobs = job_numbers(rows)
+    lines = []
+    for name, kinds in rows.items():
+        for kind in (SHARED, EACH):
+            found = medians(kinds, kind)
+            lines.append([name, kind, *(f"{found[number]:.0f}" if number in found else "" for number in jobs)])
+    return table(["MiB/s", "jobs:", *jobs], lines)
+
+
+def ratio_table(rows):
+    jobs = job_numbers(rows)
+    lines = []
+    for name, kinds in rows.items():
+        found = ratios(kinds)
+        many = [ratio for number, ratio in found.items() if int(number) > 1]
+        lines.append([name, *(f"{found[number]:.2f}" if number in found else "" for number in jobs),
+                      f"{geometric_mean(many):.2f}", f"{min(many, default=math.nan):.2f}"])
+    return "Shared file over file per job (geometric mean and least over 2 jobs and more):\n\n" + \
+        table(["", *jobs, "mean", "least"], lines)
+
+
+def gain_table(rows):
+    jobs = job_numbers(rows)
+    lines = []
+    for name, base in PAIRS.items():
+        found = gains(rows, name)
+        if found:
+            lines.append([f"{name} over {base}", *(f"{found[number]:+.0f} %" if number in found else "" for number in jobs)])
+    if not lines:
+        return ""
+    lines.append(["published", *(f"{PUBLISHED[number]:+.1f} %" if number in PUBLISHED else "" for number in jobs)])
+    return "Gain for the shared file:\n\n" + table(["", *jobs], lines)
+
+
+def peer_table(rows):
+    jobs = job_numbers(rows)
+    lines = []
+    for kind in (SHARED, EACH):
+        ours = medians(rows.get("lanefsd", {}), kind)
+        others = [medians(kinds, kind) for name, kinds in rows.items() if name != "lanefsd"]
+        best = {number: max((other.get(number, 0) for other in others), default=0) for number in jobs}
+        lines.append([kind, *(f"{ours[number] / best[number]:.2f}" if best.get(number) and number in ours else "" for number in jobs)])
+    return "lanefsd over the best of virtiofsd's four settings:\n\n" + table(["", *jobs], lines)
+
+
+def bandwidth_plot(rows):
+    series = {}
+    for name in ("5.10 unpatched", "5.10 patched", "6.1 patched"):
+        for kind, dashed in ((SHARED, False), (EACH, True)):
+            points = medians(rows.get(name, {}), kind)
+            if points:
+                series[f"{name}, {kind}"] = (sorted((int(x), y) for x, y in points.items()), dashed)
+    return plot("Null store with 2 ms latency: MiB/s over jobs", series)
+
+
+def gain_plot(rows):
+    series = {}
+    for name, base in list(PAIRS.items())[:2]:
+        points = gains(rows, name)
+        if points:
+            series[f"{name} over {base}"] = (sorted((int(x), y) for x, y in points.items()), False)
+    series["published"] = (sorted((int(x), y) for x, y in PUBLISHED.items()), True)
+    return plot("One shared file, null store with 2 ms latency: gain in % over jobs", series)
