@@ -187,6 +187,38 @@ fn all_users_may_be_one_on_the_host() {
 }
 
 #[test]
+fn a_daemon_without_privileges_makes_everybody_its_user() {
+    const USER: u32 = 4321;
+    let home = tempfile::tempdir().unwrap();
+    fs::set_permissions(home.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let (program, share) = (home.path().join("lanefsd"), home.path().join("share"));
+    fs::copy(common::program(), &program).unwrap();
+    fs::create_dir(&share).unwrap();
+    chown(&share, Some(USER), Some(USER)).unwrap();
+    let ids = format!("--reuid={USER} --regid={USER} --clear-groups");
+    let rules = format!(
+        "--sandbox=none --posix-acl --translate-uid=squash-guest:0:{USER}:4294967295 \
+         --translate-gid=squash-guest:0:{USER}:4294967295 --translate-uid=host:{USER}:1000:1 \
+         --translate-gid=host:{USER}:1001:1"
+    );
+    let starter = Backend::of("setpriv").args(ids.split_whitespace()).args([program]);
+    let backend = starter.args(rules.split_whitespace()).share(&share).by_fd().start().unwrap();
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    for (uid, gid, group) in [(0, 0, None), (1000, 1000, None), (5, 6, Some(7)), (70_000, 70_000, Some(0))] {
+        let client = session.client().caller(Caller { uid, gid, pid: 1, group });
+        let name = format!("of-{uid}");
+        let entry = client.mkdir(ROOT, &name, 0o777, 0o027).unwrap();
+        assert_eq!((entry.attr.uid, entry.attr.gid, entry.attr.mode & 0o7777), (1000, 1001, 0o750));
+        assert_eq!(owners(&share.join(&name)), (USER, USER));
+        let (file, open) = client.create(entry.nodeid, "file", libc::O_RDWR, 0o666, 0o022).unwrap();
+        client.write(file.nodeid, open.fh, 0, b"x").unwrap();
+        // Whoever it is given to is the same user.
+        client.setattr(file.nodeid, Change::none().uid(123).gid(456)).unwrap();
+        assert_eq!(owners(&share.join(name).join("file")), (USER, USER));
+    }
+}
+
+#[test]
 fn overlapping_rules_are_refused_at_start() {
     let share = tempfile::tempdir().unwrap();
     let base = ["--sandbox=none", "--fd=3", "--shared-dir", share.path().to_str().unwrap()];

@@ -49,6 +49,7 @@ const SETTINGS: [Setting; 3] = [
     Setting { args: &["--translate-uid=forbid-guest:4000:1", "--posix-acl"], shift: 0, acls: true },
     Setting {
         args: &[
+            "--sandbox=namespace",
             "--posix-acl",
             "--translate-uid=forbid-guest:4000:1",
             "--translate-uid=map:0:100000:4000",
@@ -62,7 +63,7 @@ const SETTINGS: [Setting; 3] = [
 /// Ids, groups, capabilities and umask of each thread that serves, with the number of such threads.
 fn thread_states(backend: &Backend) -> BTreeMap<String, usize> {
     let mut states = BTreeMap::new();
-    for task in fs::read_dir(format!("/proc/{}/task", backend.pid())).unwrap().flatten() {
+    for task in fs::read_dir(backend.proc("task")).unwrap().flatten() {
         // A worker that was not needed any more may have gone.
         let Ok(status) = fs::read_to_string(task.path().join("status")) else { continue };
         let told = ["Umask:", "Uid:", "Gid:", "Groups:", "CapPrm:", "CapEff:", "CapInh:", "CapBnd:"];

@@ -310,7 +310,7 @@ impl Backend {
     }
 
     /// A file in /proc of the process that serves: with a sandbox that may be a child of the one started.
-    fn proc(&self, file: &str) -> PathBuf {
+    pub fn proc(&self, file: &str) -> PathBuf {
         let mut pid = self.pid();
         let mut seen = BTreeSet::new();
         while seen.insert(pid) {
