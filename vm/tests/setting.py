@@ -44,7 +44,7 @@ class Setting:
         devices = [("share" if not number else f"share{number}", daemon.socket, self.queues)
                    for number, daemon in enumerate(daemons)]
         return Guest(self.kernel, self.image, devices, self.cpus, queue_size=queue_size, name="test",
-                     patience=5 if self.kernel.name == debug_kernel.NAME else 1)
+                     **debug_kernel.GUEST if self.kernel.name == debug_kernel.NAME else {})
 
     def with_queues(self, number):
         """The same with this many queues and CPUs."""
@@ -62,6 +62,7 @@ TROUBLE = ("BUG:", "WARNING:", "Oops", "possible recursive locking", "circular l
 
 def clean(guest):
     """Nothing in the kernel's log tells of trouble."""
-    log = guest.output("dmesg")
-    for word in TROUBLE:
-        assert word not in log, f"the guest's kernel says:\n{log}"
+    lines = guest.output("dmesg").splitlines()
+    for number, line in enumerate(lines):
+        if any(word in line for word in TROUBLE):
+            raise AssertionError("the guest's kernel says:\n" + "\n".join(lines[number:number + 30]))
