@@ -53,11 +53,12 @@ WAYS = {
 }
 
 
-def in_flight(setting, *arguments, latency="30ms"):
+def in_flight(setting, *arguments, latency="30ms", before="true"):
     """For each way of writing, the most writes of one file that the daemon has had at once."""
     with disk.directory() as share:
         options = ("--cache=never", f"--store=null:{latency}", *arguments)
         with setting.guest(share, *options) as (guest, daemon):
+            guest.output(before)
             for name, command in WAYS.items():
                 guest.output(command.format(file=f"/mnt/{name}"))
             guest.output("umount /mnt")
@@ -81,10 +82,17 @@ def writers_of_one_file_are_in_flight_together(setting):
             assert most == 1, f"{name}: {most} writers were in flight at once"
 
 
+def the_old_rule_for_extending_writes_can_be_had(setting):
+    if not setting.patched or not setting.full:
+        return
+    most = in_flight(setting, before="echo N >/sys/module/fuse/parameters/extending_writes_shared")
+    assert most["extending"] < WRITERS - 1 <= most["overwriting"], most
+
+
 def without_the_flag_writers_take_turns(setting):
     for name, most in in_flight(setting, "--parallel-direct-writes=never", latency="5ms").items():
         assert most == 1, f"{name}: {most} writers were in flight at once"
 
 
 TESTS = (extending_writers_are_whole, appended_blocks_are_whole, writers_and_truncation_keep_apart,
-         writers_of_one_file_are_in_flight_together, without_the_flag_writers_take_turns)
+         writers_of_one_file_are_in_flight_together, the_old_rule_for_extending_writes_can_be_had, without_the_flag_writers_take_turns)

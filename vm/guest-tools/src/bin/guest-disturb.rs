@@ -102,12 +102,13 @@ fn disturb(options: &Options) -> Result<()> {
     let end = Instant::now() + Duration::from_millis(options.time * 2 / 3);
     while Instant::now() < end {
         let (from, len) = (dice.below(size), 1 + dice.below(size / 4));
-        match dice.below(5) {
+        match dice.below(6) {
             0 => file.set_len(dice.below(size)).context("truncating failed")?,
             1 => file.set_len(size + dice.below(size)).context("growing failed")?,
             2 => fallocate(&file, FallocateFlags::empty(), from, len).context("allocating failed")?,
             3 => fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, from, len)
                 .context("punching a hole failed")?,
+            4 => drop(File::create(&options.file).context("opening with O_TRUNC failed")?),
             _ => rename_twice(&options.file)?,
         }
     }
