@@ -78,6 +78,11 @@ pub fn negotiate(init: &Init, offered: InitFlags) -> Result<Option<Negotiated>, 
     if minor < MINOR_ALLOW_MMAP {
         flags.remove(InitFlags::DIRECT_IO_ALLOW_MMAP);
     }
+    // Only with HANDLE_KILLPRIV_V2 does an OPEN that truncates say whether set-id bits are to go. A
+    // guest without it clears them by itself, if it truncates by SETATTR.
+    if !flags.contains(InitFlags::HANDLE_KILLPRIV_V2) {
+        flags.remove(InitFlags::ATOMIC_O_TRUNC);
+    }
     let max_write = if flags.contains(InitFlags::MAX_PAGES) { MAX_WRITE } else { DEFAULT_PAGES * PAGE_SIZE };
     Ok(Some(Negotiated { minor, flags, max_write, max_readahead: init.max_readahead }))
 }
@@ -122,6 +127,14 @@ mod tests {
 
     fn init(minor: u32, flags: InitFlags) -> Init {
         Init { major: 7, minor, max_readahead: 131_072, flags }
+    }
+
+    #[test]
+    fn truncating_opens_need_a_guest_that_tells_of_set_id_bits() {
+        let agreed = |guest| negotiate(&init(36, guest), InitFlags::all()).unwrap().unwrap().flags;
+        assert!(!agreed(InitFlags::ATOMIC_O_TRUNC).contains(InitFlags::ATOMIC_O_TRUNC));
+        let both = InitFlags::ATOMIC_O_TRUNC | InitFlags::HANDLE_KILLPRIV_V2;
+        assert!(agreed(both).contains(both));
     }
 
     #[test]
