@@ -73,3 +73,16 @@ pub fn expect_end(pid: u32) {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
 }
+
+/// Descriptors of a back end once there are no more than `limit`. Threads that have served a queue may
+/// take a moment to let go of it after the queue has stopped.
+pub fn settled_descriptors(backend: &Backend, limit: usize) -> usize {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    loop {
+        let now = backend.descriptors().expect("the back end runs").len();
+        if now <= limit || std::time::Instant::now() > deadline {
+            return now;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
