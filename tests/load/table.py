@@ -79,6 +79,7 @@ def checks(row, columns, best, earlier, cpu_target):
             check("p99", ours["p99"] / peer["p99"], targets["latency"], False)
         check("CPU", ours["cpu"] / peer["cpu"], cpu_target, False)
     if "limit" in columns:
+        check("limit CPU", ours["cpu"] / columns["limit"]["cpu"], None, False)
         check("limit", ours["rate"] / columns["limit"]["rate"], targets.get("limit"), True)
     if row["name"].endswith("-4") and row["name"].startswith("queues"):
         one = [entry for entry in earlier if entry["name"] == row["name"].replace("-4", "-1")]
@@ -111,8 +112,8 @@ def page(found, facts):
     dirty = " with changes" if facts["changes"] else ""
     lines = [INTRODUCTION.format(dirty=dirty, **facts), "## Ratios", ""]
     lines.append("| row | limit op/s | lanefsd op/s | peer op/s (pool) | against peer | against limit"
-                 " | p50, p99 against peer | CPU per operation against peer |")
-    lines.append("|---|---|---|---|---|---|---|---|")
+                 " | p50, p99 against peer | CPU per operation against peer | and against limit |")
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for entry in found:
         columns, checks = entry["columns"], entry["checks"]
         rate = {name: number(column["rate"], 0) for name, column in columns.items()}
@@ -124,7 +125,7 @@ def page(found, facts):
         latency = ", ".join(text for text in (verdict(checks, "p50"), verdict(checks, "p99")) if text != "–")
         lines.append(f"| {entry['title']} | {rate.get('limit', '–')} | {rate.get('lanefsd', '–')} | {peer}"
                      f" | {against_peer} | {verdict(checks, 'limit')} | {latency or '–'}"
-                     f" | {verdict(checks, 'CPU')} |")
+                     f" | {verdict(checks, 'CPU')} | {verdict(checks, 'limit CPU')} |")
     targets = [check for entry in found for check in entry["checks"] if check["target"] is not None]
     met = sum(1 for check in targets if check["met"])
     others = [column["others"] for entry in found for column in entry["columns"].values()]
