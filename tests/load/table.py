@@ -1,5 +1,6 @@
 """From single runs to medians, ratios and a page in Markdown."""
 
+import json
 from statistics import median
 
 INTRODUCTION = """\
@@ -57,7 +58,7 @@ def results(rows, reports, cpu_target):
         best = max(peers, key=lambda name: columns[name]["rate"], default=None)
         if "latency" in row["targets"] and "virtiofsd-0" in columns:
             best = "virtiofsd-0"
-        entry = {"name": row["name"], "title": row["title"], "columns": columns, "peer": best}
+        entry = {"name": row["name"], "title": row["title"], "options": row["work"], "columns": columns, "peer": best}
         entry["checks"] = checks(row, columns, best, found, cpu_target) if "lanefsd" in columns else []
         found.append(entry)
     return found
@@ -79,12 +80,39 @@ def checks(row, columns, best, earlier, cpu_target):
             check("p99", ours["p99"] / peer["p99"], targets["latency"], False)
         check("CPU", ours["cpu"] / peer["cpu"], cpu_target, False)
     if "limit" in columns:
+        check("limit CPU", ours["cpu"] / columns["limit"]["cpu"], None, False)
         check("limit", ours["rate"] / columns["limit"]["rate"], targets.get("limit"), True)
+        if cpus(columns["limit"]) < cpus(ours):
+            # Busy threads that got less of the CPUs than a daemon are no limit of anything.
+            found[-1]["met"] = None
     if row["name"].endswith("-4") and row["name"].startswith("queues"):
         one = [entry for entry in earlier if entry["name"] == row["name"].replace("-4", "-1")]
         if one and "lanefsd" in one[0]["columns"]:
             check("queues", ours["rate"] / one[0]["columns"]["lanefsd"]["rate"], targets.get("queues"), True)
     return found
+
+
+def cpus(column):
+    """CPUs that a column kept busy."""
+    return column["rate"] * column["cpu"] / 1e6
+
+
+def rounded(value):
+    """Without the digits that say nothing."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items() if key not in ("work", "notes")}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 3) if isinstance(value, float) else value
+
+
+def data(found, facts, reports):
+    """Everything as JSON, a run per line."""
+    runs = [f' "{row}": {{\n' + ",\n".join(f'  "{column}": [\n   ' + ",\n   ".join(
+        json.dumps(rounded(run)) for run in column_runs) + "]" for column, column_runs in columns.items()) + "}"
+        for row, columns in reports.items()]
+    head = f'"machine": {json.dumps(facts)},\n"results": {json.dumps(rounded(found), indent=1)},\n'
+    return "{" + head + '"runs": {\n' + ",\n".join(runs) + "}}\n"
 
 
 def number(value, digits=1):
@@ -101,7 +129,8 @@ def verdict(checks, what):
             text = f"{check['ratio']:.2f}"
             if check["target"] is not None:
                 sign = "≥" if check["higher"] else "≤"
-                text += f" ({sign} {check['target']:g} {'met' if check['met'] else '**missed**'})"
+                outcome = {True: "met", False: "**missed**", None: "cannot be said"}[check["met"]]
+                text += f" ({sign} {check['target']:g} {outcome})"
             return text
     return "–"
 
@@ -111,8 +140,8 @@ def page(found, facts):
     dirty = " with changes" if facts["changes"] else ""
     lines = [INTRODUCTION.format(dirty=dirty, **facts), "## Ratios", ""]
     lines.append("| row | limit op/s | lanefsd op/s | peer op/s (pool) | against peer | against limit"
-                 " | p50, p99 against peer | CPU per operation against peer |")
-    lines.append("|---|---|---|---|---|---|---|---|")
+                 " | p50, p99 against peer | CPU per operation against peer | and against limit |")
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for entry in found:
         columns, checks = entry["columns"], entry["checks"]
         rate = {name: number(column["rate"], 0) for name, column in columns.items()}
@@ -124,11 +153,13 @@ def page(found, facts):
         latency = ", ".join(text for text in (verdict(checks, "p50"), verdict(checks, "p99")) if text != "–")
         lines.append(f"| {entry['title']} | {rate.get('limit', '–')} | {rate.get('lanefsd', '–')} | {peer}"
                      f" | {against_peer} | {verdict(checks, 'limit')} | {latency or '–'}"
-                     f" | {verdict(checks, 'CPU')} |")
+                     f" | {verdict(checks, 'CPU')} | {verdict(checks, 'limit CPU')} |")
     targets = [check for entry in found for check in entry["checks"] if check["target"] is not None]
+    unclear = sum(1 for check in targets if check["met"] is None)
     met = sum(1 for check in targets if check["met"])
     others = [column["others"] for entry in found for column in entry["columns"].values()]
-    lines += ["", f"{met} of {len(targets)} targets are met. While it ran, other work (loop devices of the"
+    lines += ["", f"{met} of {len(targets)} targets are met, and of {unclear} it cannot be said, since other work took more"
+              " CPU time from the limit's threads than from the daemon. While it ran, other work (loop devices of the"
               f" O_DIRECT rows included) kept {median(others):.2f} CPUs busy in the median, {max(others):.2f}"
               " at most. *Lowest* and *highest* below show how far the runs of one column lay apart."
               " [notes.md](notes.md) says why targets are missed.", "", ""]
