@@ -15,8 +15,11 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use lanefsd_frontend::client::{Change, ROOT};
 use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
@@ -29,7 +32,7 @@ const BLOCK: usize = 64 << 10;
 /// the processes that this thread starts: whatever becomes of the test, the mount ends with them.
 struct Disk {
     path: PathBuf,
-    _image: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Disk {
@@ -45,7 +48,11 @@ impl Disk {
         fs::create_dir(&path).unwrap();
         run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&path));
         fs::remove_dir(path.join("lost+found")).unwrap();
-        Disk { path, _image: directory }
+        Disk { path, directory }
+    }
+
+    fn image(&self) -> PathBuf {
+        self.directory.path().join("image")
     }
 }
 
@@ -208,4 +215,140 @@ fn a_limit_on_the_length_of_files_is_efbig() {
     assert_eq!(client.read(node, fh, LIMIT - 10, 50).unwrap(), [7; 10]);
     drop(session);
     backend.expect_success().unwrap();
+}
+
+/// What works in a share is done or refused with an errno, and each answer comes.
+fn try_everything(client: Client<'_>, node: u64, fh: u64) -> Vec<(&'static str, Option<i32>)> {
+    fn errno<T>(result: lanefsd_frontend::Result<T>) -> Option<i32> {
+        result.err().map(|error| error.errno().unwrap_or_else(|| panic!("no answer: {error}")).0)
+    }
+    vec![
+        ("getattr", errno(client.getattr(ROOT))),
+        ("statfs", errno(client.statfs(ROOT))),
+        ("lookup", errno(client.lookup(ROOT, "file"))),
+        ("lookup of nothing", errno(client.lookup(ROOT, "nothing"))),
+        ("create", errno(client.create(ROOT, "new", libc::O_RDWR, 0o600, 0))),
+        ("mkdir", errno(client.mkdir(ROOT, "dir", 0o700, 0))),
+        ("readdir", errno(client.opendir(ROOT).and_then(|dir| client.readdir(ROOT, dir.fh, 0, 4096)))),
+        ("open", errno(client.open(node, libc::O_RDWR))),
+        ("write", errno(client.write(node, fh, 0, b"written"))),
+        ("read", errno(client.read(node, fh, 0, 7))),
+        ("fsync", errno(client.fsync(node, fh, false))),
+        ("release", errno(client.release(node, fh))),
+    ]
+}
+
+#[test]
+fn the_share_is_removed_under_the_daemon() {
+    for sandbox in ["none", "chroot", "namespace"] {
+        let directory = common::disk_directory();
+        let share = directory.path().join("share");
+        fs::create_dir(&share).unwrap();
+        let sandbox = format!("--sandbox={sandbox}");
+        let mut backend = Backend::of(common::program()).args([&sandbox]).share(&share).start().unwrap();
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        let client = session.client();
+        let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+        fs::remove_dir_all(&share).unwrap();
+        for (what, errno) in try_everything(client, entry.nodeid, open.fh) {
+            let gone = ["lookup", "lookup of nothing", "create", "mkdir", "readdir"].contains(&what);
+            // What is open or known is there as long as it is held, as on any Unix.
+            assert_eq!(errno, gone.then_some(libc::ENOENT), "{what} with {sandbox}");
+        }
+        drop(session);
+        backend.expect_success().unwrap();
+    }
+}
+
+#[test]
+fn the_share_is_unmounted_under_the_daemon() {
+    let disk = Disk::ext4(24, &[]);
+    for file_handles in ["never", "mandatory"] {
+        let handles = format!("--inode-file-handles={file_handles}");
+        let (mut backend, session) = serve(&disk.path, &[&handles], 1);
+        let client = session.client();
+        let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+        // Only a lazy unmount is possible: the daemon holds the file system.
+        assert!(unmount(&disk.path, UnmountFlags::empty()).is_err());
+        unmount(&disk.path, UnmountFlags::DETACH).unwrap();
+        assert_eq!(fs::read_dir(&disk.path).unwrap().count(), 0, "the mount is still there");
+        for (what, errno) in try_everything(client, entry.nodeid, open.fh) {
+            let expected = (what == "lookup of nothing").then_some(libc::ENOENT);
+            assert_eq!(errno, expected, "{what} with {file_handles}");
+        }
+        drop(session);
+        backend.expect_success().unwrap();
+        run(Command::new("mount").args(["-o", "loop"]).arg(disk.image()).arg(&disk.path));
+        assert_eq!(fs::read(disk.path.join("file")).unwrap(), b"written");
+        for name in ["file", "new"] {
+            fs::remove_file(disk.path.join(name)).unwrap();
+        }
+        fs::remove_dir(disk.path.join("dir")).unwrap();
+    }
+}
+
+/// Writes blocks of its own, with an fsync after every fifth, until the daemon is gone; returns how many
+/// of them an acknowledged fsync covers.
+fn write_and_sync(client: Client<'_>, writer: usize, acknowledged: &AtomicUsize) -> usize {
+    let (entry, open) = client.create(ROOT, format!("file{writer}"), libc::O_RDWR, 0o600, 0).unwrap();
+    let mut synced = 0;
+    for number in 0..250 {
+        let at = (number * BLOCK) as u64;
+        if client.write(entry.nodeid, open.fh, at, &block(writer, number)).is_err() {
+            break;
+        }
+        acknowledged.fetch_add(1, Ordering::SeqCst);
+        if number % 5 == 4 {
+            if client.fsync(entry.nodeid, open.fh, false).is_err() {
+                break;
+            }
+            synced = number + 1;
+        }
+    }
+    synced
+}
+
+#[test]
+fn a_signal_in_the_middle_of_a_thousand_writes() {
+    const WRITERS: usize = 4;
+    for signal in [libc::SIGKILL, libc::SIGTERM] {
+        let share = common::disk_directory();
+        let mut backend = common::starter().args(["--cache=never"]).share(share.path()).start().unwrap();
+        let timeout = Duration::from_secs(2);
+        let options = SessionOptions { queues: 2, timeout, ..SessionOptions::default() };
+        let session = backend.connect(options).unwrap();
+        let acknowledged = AtomicUsize::new(0);
+        let synced: Vec<usize> = std::thread::scope(|scope| {
+            let writers: Vec<_> = (0..WRITERS)
+                .map(|writer| {
+                    let (client, acknowledged) = (session.client().on(1 + writer % 2), &acknowledged);
+                    scope.spawn(move || write_and_sync(client, writer, acknowledged))
+                })
+                .collect();
+            let begin = Instant::now();
+            while acknowledged.load(Ordering::SeqCst) < 300 {
+                assert!(begin.elapsed() < Duration::from_secs(60), "the writes take too long");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            backend.signal(signal).unwrap();
+            let status = backend.wait(Duration::from_secs(10)).unwrap();
+            match signal {
+                libc::SIGKILL => assert_eq!(status.signal(), Some(signal)),
+                _ => assert!(status.success(), "{status}: {}", backend.stderr()),
+            }
+            writers.into_iter().map(|writer| writer.join().unwrap()).collect()
+        });
+        assert!(acknowledged.load(Ordering::SeqCst) < 1000, "the signal came after the last write");
+        assert!(synced.iter().sum::<usize>() > 0);
+        for (writer, blocks) in synced.into_iter().enumerate() {
+            let host = fs::read(share.path().join(format!("file{writer}"))).unwrap();
+            for number in 0..blocks {
+                let found = &host[number * BLOCK..(number + 1) * BLOCK];
+                assert!(found == block(writer, number), "writer {writer}, block {number}");
+            }
+        }
+        // Nothing of the first daemon keeps a second one from the share.
+        let (_backend, session) = serve(share.path(), &[], 1);
+        session.client().lookup(ROOT, "file0").unwrap();
+    }
 }
