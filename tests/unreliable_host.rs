@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use lanefsd_frontend::client::{Change, ROOT};
 use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
-use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 const BLOCK: usize = 64 << 10;
@@ -38,8 +38,7 @@ struct Disk {
 impl Disk {
     /// An ext4 of so many MiB, with these further options for mkfs.ext4.
     fn ext4(mebibytes: u64, mkfs: &[&str]) -> Disk {
-        assert!(rustix::process::geteuid().is_root(), "run the tests as root: only root mounts disks");
-        own_mounts();
+        common::own_mounts();
         let directory = common::disk_directory();
         let image = directory.path().join("image");
         fs::File::create(&image).unwrap().set_len(mebibytes << 20).unwrap();
@@ -61,14 +60,6 @@ impl Drop for Disk {
         // It fails if the test has unmounted it already.
         let _ = unmount(&self.path, UnmountFlags::DETACH);
     }
-}
-
-/// Gives the calling thread mounts that no other process sees.
-#[allow(unsafe_code)]
-fn own_mounts() {
-    // SAFETY: nothing of this thread counts on sharing its working directory or mounts with others.
-    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
-    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
 }
 
 fn run(command: &mut Command) {
