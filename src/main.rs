@@ -38,6 +38,7 @@ fn run() -> Result<ExitCode> {
         Command::Serve(config) => config,
     };
     logging::start(config.log_level, config.syslog)?;
+    signals::ignore_file_size_limit();
     sandbox::raise_descriptor_limit(config.rlimit_nofile)?;
     if let Some(cpus) = &config.cpus {
         sandbox::bind_to_cpus(cpus)?;

@@ -1,4 +1,4 @@
-//! Getting a thread out of a system call that blocks.
+//! Getting a thread out of a system call that blocks, and signals that must not end the daemon.
 
 use std::sync::Once;
 
@@ -39,6 +39,13 @@ fn install_handler() -> Result<()> {
         libc::sigaction(SIGNAL, &action, std::ptr::null_mut())
     };
     if result < 0 { Err(Errno::INVAL) } else { Ok(()) }
+}
+
+/// Lets writes past a limit on the length of files (RLIMIT_FSIZE) fail with EFBIG, which the guest
+/// gets; by default SIGXFSZ would end the daemon.
+pub fn ignore_file_size_limit() {
+    // SAFETY: ignoring a signal runs no code, and nobody else handles this one.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
 /// Keeps SIGTERM and SIGINT back until [`release`]: a signal that comes while the daemon starts is

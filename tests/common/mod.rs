@@ -86,3 +86,15 @@ pub fn settled_descriptors(backend: &Backend, limit: usize) -> usize {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
 }
+
+/// Gives the calling thread, and what it starts, mounts that no other process sees and that end with it.
+#[allow(unsafe_code)]
+pub fn own_mounts() {
+    use rustix::mount::{MountPropagationFlags, mount_change};
+    assert!(rustix::process::geteuid().is_root(), "run the tests as root: only root mounts");
+    // SAFETY: nothing of this thread counts on sharing its working directory or mounts with others.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }
+        .expect("the thread gets its own mounts");
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .expect("mounts stay where they are made");
+}

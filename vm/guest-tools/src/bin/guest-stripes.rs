@@ -128,7 +128,9 @@ fn write_one(options: &Options, writer: u64) -> Result<()> {
         let offset = if options.files { own_offset(options, offset) } else { offset };
         if let Err(error) = file.write_all_at(data, offset) {
             ensure!(options.tolerate, "writing {len} bytes at {offset} failed: {error}");
-            eprintln!("writer {writer} error {}", error.raw_os_error().unwrap_or_default());
+            // In one piece, since others have something to say as well.
+            let line = format!("writer {writer} error {}\n", error.raw_os_error().unwrap_or_default());
+            std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes())?;
             return Ok(());
         }
         if let Some(progress) = &mut progress {

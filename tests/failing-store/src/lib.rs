@@ -1,0 +1,259 @@
+//! A file system on the host that fails and dawdles on demand: what a broken disk or a distant server
+//! is to the daemon. A FUSE file system with one file in memory, served by the test itself.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    BackgroundSession, FileAttr, FileType, Filesystem, MountOption, ReplyAttr, ReplyData, ReplyEmpty,
+    ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow,
+};
+use rustix::mount::{UnmountFlags, unmount};
+
+/// The name of the one file.
+pub const FILE: &str = "file";
+/// Its length in bytes, for ever.
+pub const LENGTH: usize = 1 << 20;
+/// Its inode number; the root's is 1.
+const FILE_INODE: u64 = 2;
+/// `FOPEN_DIRECT_IO`: every read(2) and write(2) comes here.
+const DIRECT_IO: u32 = 1;
+/// Nothing is to be remembered.
+const NO_TIME: Duration = Duration::ZERO;
+
+/// What can be made to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// Looking a name up.
+    Lookup,
+    /// Asking for attributes.
+    Getattr,
+    /// Opening the file.
+    Open,
+    /// Reading from it.
+    Read,
+    /// Writing to it.
+    Write,
+    /// fsync(2) and fdatasync(2).
+    Fsync,
+    /// close(2) of any of its descriptors.
+    Flush,
+}
+
+const CALLS: usize = 7;
+
+#[derive(Debug, Default)]
+struct Controls {
+    errors: [AtomicI32; CALLS],
+    delay_in_ms: AtomicU64,
+}
+
+impl Controls {
+    fn check(&self, call: Call) -> Result<(), i32> {
+        match self.errors[call as usize].load(Ordering::SeqCst) {
+            0 => Ok(()),
+            errno => Err(errno),
+        }
+    }
+}
+
+/// A mounted store. It is unmounted when it is dropped.
+#[derive(Debug)]
+pub struct FailingStore {
+    path: PathBuf,
+    controls: Arc<Controls>,
+    session: Option<BackgroundSession>,
+}
+
+impl FailingStore {
+    /// Mounts it on a directory; takes root.
+    pub fn mount(path: &Path) -> std::io::Result<FailingStore> {
+        let controls = Arc::new(Controls::default());
+        let contents = Arc::new(Mutex::new(vec![0; LENGTH]));
+        let store = Store { controls: Arc::clone(&controls), contents };
+        let options = [MountOption::FSName("failing-store".into()), MountOption::DefaultPermissions];
+        let session = fuser::spawn_mount2(store, path, &options)?;
+        Ok(FailingStore { path: path.to_path_buf(), controls, session: Some(session) })
+    }
+
+    /// Lets a call fail with an errno from now on, or work again with 0.
+    pub fn fail(&self, call: Call, errno: i32) {
+        self.controls.errors[call as usize].store(errno, Ordering::SeqCst);
+    }
+
+    /// Lets reads, writes and fsyncs take so long from now on.
+    pub fn delay(&self, delay: Duration) {
+        self.controls.delay_in_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
+    }
+
+    /// The store is gone for good: whatever is asked of it, now or later, fails.
+    pub fn break_down(&self) {
+        // It aborts the connection even if it cannot unmount what is in use.
+        let _ = unmount(&self.path, UnmountFlags::FORCE);
+    }
+}
+
+impl Drop for FailingStore {
+    fn drop(&mut self) {
+        self.break_down();
+        // It fails if nothing was in use, and the mount is gone already.
+        let _ = unmount(&self.path, UnmountFlags::DETACH);
+        drop(self.session.take());
+    }
+}
+
+struct Store {
+    controls: Arc<Controls>,
+    contents: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Store {
+    /// Answers a data call after the delay, from a thread of its own: others are not held up.
+    fn later(&self, call: Call, answer: impl FnOnce(Result<(), i32>) + Send + 'static) {
+        let controls = Arc::clone(&self.controls);
+        match controls.delay_in_ms.load(Ordering::SeqCst) {
+            0 => answer(controls.check(call)),
+            delay => drop(std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(delay));
+                answer(controls.check(call));
+            })),
+        }
+    }
+}
+
+fn attributes(inode: u64) -> FileAttr {
+    let time = SystemTime::UNIX_EPOCH;
+    let is_file = inode == FILE_INODE;
+    FileAttr {
+        ino: inode,
+        size: if is_file { LENGTH as u64 } else { 0 },
+        blocks: 0,
+        atime: time,
+        mtime: time,
+        ctime: time,
+        crtime: time,
+        kind: if is_file { FileType::RegularFile } else { FileType::Directory },
+        perm: if is_file { 0o644 } else { 0o755 },
+        nlink: if is_file { 1 } else { 2 },
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+/// The bytes of a request that lie in the file.
+fn range(offset: i64, len: usize) -> std::ops::Range<usize> {
+    let begin = usize::try_from(offset).unwrap_or(0).min(LENGTH);
+    begin..begin.saturating_add(len).min(LENGTH)
+}
+
+impl Filesystem for Store {
+    fn lookup(&mut self, _: &Request<'_>, _parent: u64, name: &OsStr, reply: ReplyEntry) {
+        match self.controls.check(Call::Lookup) {
+            Ok(()) if name == FILE => reply.entry(&NO_TIME, &attributes(FILE_INODE), 0),
+            Ok(()) => reply.error(libc::ENOENT),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn getattr(&mut self, _: &Request<'_>, inode: u64, _handle: Option<u64>, reply: ReplyAttr) {
+        match self.controls.check(Call::Getattr) {
+            Ok(()) => reply.attr(&NO_TIME, &attributes(inode)),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn setattr(
+        &mut self,
+        _: &Request<'_>,
+        inode: u64,
+        _mode: Option<u32>,
+        _uid: Option<u32>,
+        _gid: Option<u32>,
+        _size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _handle: Option<u64>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<u32>,
+        reply: ReplyAttr,
+    ) {
+        reply.attr(&NO_TIME, &attributes(inode));
+    }
+
+    fn open(&mut self, _: &Request<'_>, _inode: u64, _flags: i32, reply: ReplyOpen) {
+        match self.controls.check(Call::Open) {
+            Ok(()) => reply.opened(0, DIRECT_IO),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn read(
+        &mut self,
+        _: &Request<'_>,
+        _inode: u64,
+        _handle: u64,
+        offset: i64,
+        size: u32,
+        _flags: i32,
+        _owner: Option<u64>,
+        reply: ReplyData,
+    ) {
+        let contents = Arc::clone(&self.contents);
+        self.later(Call::Read, move |result| match result {
+            Ok(()) => {
+                let contents = contents.lock().unwrap_or_else(PoisonError::into_inner);
+                reply.data(&contents[range(offset, size as usize)]);
+            }
+            Err(errno) => reply.error(errno),
+        });
+    }
+
+    fn write(
+        &mut self,
+        _: &Request<'_>,
+        _inode: u64,
+        _handle: u64,
+        offset: i64,
+        data: &[u8],
+        _write_flags: u32,
+        _flags: i32,
+        _owner: Option<u64>,
+        reply: ReplyWrite,
+    ) {
+        let (contents, data) = (Arc::clone(&self.contents), data.to_vec());
+        self.later(Call::Write, move |result| match result {
+            Ok(()) => {
+                let range = range(offset, data.len());
+                let written = range.len();
+                let mut contents = contents.lock().unwrap_or_else(PoisonError::into_inner);
+                contents[range].copy_from_slice(&data[..written]);
+                reply.written(written as u32);
+            }
+            Err(errno) => reply.error(errno),
+        });
+    }
+
+    fn fsync(&mut self, _: &Request<'_>, _inode: u64, _handle: u64, _data_only: bool, reply: ReplyEmpty) {
+        self.later(Call::Fsync, move |result| answer(result, reply));
+    }
+
+    fn flush(&mut self, _: &Request<'_>, _inode: u64, _handle: u64, _owner: u64, reply: ReplyEmpty) {
+        answer(self.controls.check(Call::Flush), reply);
+    }
+}
+
+fn answer(result: Result<(), i32>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(errno) => reply.error(errno),
+    }
+}

@@ -1,0 +1,146 @@
+//! The host's storage fails, dawdles or disappears: the guest gets the host's errno, what is quick is
+//! not held up, and the daemon serves on.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by panicking"
+)]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use failing_store::{Call, FILE, FailingStore};
+use lanefsd::fuse::flags::WriteFlags;
+use lanefsd_frontend::client::{ROOT, data};
+use lanefsd_frontend::{Backend, Session, SessionOptions};
+
+struct Host {
+    session: Session,
+    backend: Backend,
+    store: FailingStore,
+    // Ends after the mount on it.
+    _directory: tempfile::TempDir,
+    node: u64,
+    fh: u64,
+}
+
+/// A daemon that shares a store which can fail, and its file, open.
+fn serve(args: &[&str]) -> Host {
+    common::own_mounts();
+    let directory = common::disk_directory();
+    let store = FailingStore::mount(directory.path()).unwrap();
+    let backend = common::starter().args(args).share(directory.path()).start().unwrap();
+    let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+    let session = backend.connect(options).unwrap();
+    let node = session.client().lookup(ROOT, FILE).unwrap().nodeid;
+    let fh = session.client().open(node, libc::O_RDWR).unwrap().fh;
+    Host { session, backend, store, _directory: directory, node, fh }
+}
+
+#[test]
+fn every_error_of_the_host_reaches_the_guest() {
+    let Host { session, store, node, fh, .. } = &serve(&["--cache=never"]);
+    let (client, node, fh) = (session.client(), *node, *fh);
+    for errno in [libc::EIO, libc::ENXIO, libc::EDQUOT, libc::EROFS, libc::ESTALE, libc::ETIMEDOUT] {
+        let calls =
+            [Call::Lookup, Call::Getattr, Call::Open, Call::Read, Call::Write, Call::Fsync, Call::Flush];
+        for call in calls {
+            let attempt = || match call {
+                Call::Lookup => client.lookup(ROOT, FILE).map(drop),
+                Call::Getattr => client.getattr(node).map(drop),
+                Call::Open => {
+                    client.open(node, libc::O_RDWR).map(|open| client.release(node, open.fh).unwrap())
+                }
+                Call::Read => client.read(node, fh, 0, 10).map(drop),
+                Call::Write => client.write(node, fh, 0, b"data").map(drop),
+                Call::Fsync => client.fsync(node, fh, false),
+                Call::Flush => client.flush(node, fh, 0),
+            };
+            store.fail(call, errno);
+            assert_eq!(common::errno(attempt()), errno, "{call:?}");
+            // Nothing else fails with it.
+            client.on(2).statfs(ROOT).unwrap();
+            store.fail(call, 0);
+            attempt().unwrap_or_else(|error| panic!("{call:?} after {errno}: {error}"));
+        }
+    }
+}
+
+#[test]
+fn of_many_requests_in_flight_each_gets_its_own_answer() {
+    let Host { session, store, node, fh, .. } = &serve(&["--cache=never"]);
+    let client = session.client();
+    store.fail(Call::Write, libc::EIO);
+    store.delay(Duration::from_millis(50));
+    let bytes = [1; 4096];
+    let (flags, mode) = (WriteFlags::empty(), libc::O_RDWR);
+    let send = |i: u64| {
+        let write = data::write_request(*node, *fh, i * 4096, &bytes, flags, mode);
+        let read = data::read_request(*node, *fh, i * 4096, 100);
+        (client.send(write).unwrap(), client.on(2).send(read).unwrap())
+    };
+    let sent: Vec<_> = (0..20).map(send).collect();
+    for (write, read) in sent {
+        assert_eq!(common::errno(session.finish(write)), libc::EIO);
+        assert_eq!(session.finish(read).unwrap(), [0; 100]);
+    }
+}
+
+#[test]
+fn slow_storage_holds_up_only_who_waits_for_it() {
+    let Host { session, mut backend, store, node, fh, _directory } = serve(&["--cache=never"]);
+    let client = session.client();
+    store.delay(Duration::from_secs(1));
+    let begin = Instant::now();
+    let reads: Vec<_> =
+        (0..8).map(|i| client.send(data::read_request(node, fh, i * 4096, 100)).unwrap()).collect();
+    client.getattr(node).unwrap();
+    client.on(2).lookup(ROOT, FILE).unwrap();
+    assert!(begin.elapsed() < Duration::from_millis(800), "held up for {:?}", begin.elapsed());
+    for read in reads {
+        session.finish(read).unwrap();
+    }
+    assert!(begin.elapsed() < Duration::from_secs(5), "the reads took {:?}", begin.elapsed());
+    // A stop waits for what is in flight.
+    let write = data::write_request(node, fh, 0, b"last", WriteFlags::empty(), libc::O_RDWR);
+    let write = client.send(write).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    backend.signal(libc::SIGTERM).unwrap();
+    backend.expect_success().unwrap();
+    session.finish(write).unwrap();
+    store.delay(Duration::ZERO);
+    assert_eq!(&std::fs::read(backend.path(FILE)).unwrap()[..4], b"last");
+}
+
+#[test]
+fn storage_that_is_gone_for_good() {
+    let Host { session, mut backend, store, node, fh, _directory } = serve(&["--cache=never"]);
+    let client = session.client();
+    store.delay(Duration::from_secs(30));
+    let waiting = client.send(data::read_request(node, fh, 0, 100)).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    store.break_down();
+    let gone = [libc::ENOTCONN, libc::ECONNABORTED];
+    assert!(gone.contains(&common::errno(session.finish(waiting))));
+    for _ in 0..3 {
+        for errno in [
+            common::errno(client.getattr(node)),
+            common::errno(client.lookup(ROOT, FILE)),
+            common::errno(client.create(ROOT, "new", libc::O_RDWR, 0o600, 0)),
+            common::errno(client.read(node, fh, 0, 10)),
+            common::errno(client.write(node, fh, 0, b"x")),
+            common::errno(client.fsync(node, fh, false)),
+            common::errno(client.on(2).statfs(ROOT)),
+        ] {
+            assert!(gone.contains(&errno), "errno {errno}");
+        }
+    }
+    client.release(node, fh).unwrap();
+    client.forget(node, 1).unwrap();
+    drop(session);
+    backend.expect_success().unwrap();
+}
