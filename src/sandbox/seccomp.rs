@@ -79,6 +79,8 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_accept4,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
+    // The vhost crate looks at a socket that a front end sends, before we refuse it.
+    libc::SYS_getsockopt,
     // Signals and messages for the system log, on sockets that are there already.
     libc::SYS_sendto,
     libc::SYS_shutdown,
