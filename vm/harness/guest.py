@@ -49,7 +49,7 @@ class Guest:
         command = ["qemu-system-x86_64", "-machine", "q35", *accelerator(), "-smp", str(cpus), "-m", memory,
                    "-object", f"memory-backend-memfd,id=mem,size={memory},share=on", "-numa", "node,memdev=mem",
                    "-kernel", str(kernel.image), "-initrd", str(initramfs),
-                   "-append", f"console=ttyS0 quiet panic=0 oops=panic net.ifnames=0 {append}",
+                   "-append", f"console=ttyS0 quiet panic=0 oops=panic net.ifnames=0 cryptomgr.notests {append}",
                    "-display", "none", "-no-reboot", "-nic", "none", "-monitor", "none",
                    "-qmp", f"unix:{self.directory}/qmp,server=on,wait=off"]
         if interactive:
