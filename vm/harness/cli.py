@@ -6,7 +6,7 @@ import sys
 from . import debug_kernel, guest_modules, initramfs, kernels
 from .paths import HarnessError, build_daemon, need
 
-HOST_PROGRAMS = ["qemu-system-x86_64:qemu-system-x86", "busybox:busybox-static", "cpio", "fio", "depmod:kmod",
+HOST_PROGRAMS = ["busybox:busybox-static", "cpio", "fio", "depmod:kmod",
                  "xz:xz-utils", "mkfs.xfs:xfsprogs", "mkfs.ext4:e2fsprogs", "gcc"]
 
 

@@ -1,0 +1,65 @@
+"""Which QEMU boots the guests, and how it runs their CPUs."""
+
+import os
+import pathlib
+import re
+
+from . import kernels
+from .paths import CACHE, need, run, say
+
+# Before 8.1, emulated CPUs may run code that another CPU is just changing: a guest with several of them panics
+# ("Oops: int3") or hangs now and then, as kernels patch themselves. Mended by "accel/tcg: Always lock pages
+# before translation".
+SOUND = (8, 1)
+PACKAGES = ["qemu-system-x86", "qemu-system-common", "qemu-system-data"]
+
+
+def kvm_works():
+    """Whether KVM boots a guest. /dev/kvm can be there and of no use."""
+    flags = pathlib.Path("/proc/cpuinfo").read_text()
+    return os.access("/dev/kvm", os.R_OK | os.W_OK) and (" vmx" in flags or " svm" in flags)
+
+
+def version(program):
+    """Major and minor version of a QEMU."""
+    found = re.search(r"version (\d+)\.(\d+)", run([program, "--version"]))
+    return int(found[1]), int(found[2])
+
+
+def program():
+    """The QEMU to use: LANEFSD_QEMU, or the host's, or one from backports where the host's emulates CPUs badly."""
+    if chosen := os.environ.get("LANEFSD_QEMU"):
+        return chosen
+    need("qemu-system-x86_64:qemu-system-x86")
+    host = "qemu-system-x86_64"
+    if kvm_works() or version(host) >= SOUND:
+        return host
+    binary = from_backports()
+    # Its loadable parts are beside it; those of the host's QEMU are not for it.
+    os.environ["QEMU_MODULE_DIR"] = str(binary.parents[1] / "lib/x86_64-linux-gnu/qemu")
+    return str(binary)
+
+
+def from_backports():
+    """Debian 12's newer QEMU, unpacked into the cache and installed nowhere."""
+    home = CACHE / "qemu"
+    binary = home / "usr/bin/qemu-system-x86_64"
+    if not (home / "ready").exists():
+        apt = kernels.Apt("bookworm-backports")
+        apt.update()
+        say("fetching a QEMU that emulates several CPUs soundly from bookworm-backports")
+        for package in PACKAGES:
+            apt.unpack(package, home)
+        if "not found" in run(["ldd", binary]):
+            libraries = [package for package in apt.depends(PACKAGES[0]) if package.startswith("lib")]
+            run(["apt-get", "install", "-y", "--no-install-recommends", *libraries])
+        (home / "ready").touch()
+    return binary
+
+
+def machine():
+    """The words of a command line up to the kind of CPU."""
+    accelerator = ["-accel", "kvm", "-cpu", "host"] if kvm_works() else ["-accel", "tcg,thread=multi", "-cpu", "max"]
+    # An unpacked QEMU finds its own files, but not the host's firmware. On q35 that needs ten seconds of CPU time
+    # with QEMU 10, on pc 0.2.
+    return [program(), "-L", "/usr/share/seabios", "-machine", "pc", *accelerator]
