@@ -1,12 +1,14 @@
 """What the benchmarks share: guests that stay up, fio in them, medians, and progress."""
 
+import contextlib
 import json
 import shlex
 import statistics
 import time
 
+from . import initramfs
 from .daemon import Daemon
-from .guest import Guest
+from .guest import Guest, GuestError
 from .paths import HarnessError, say
 
 MIB = 1 << 20
@@ -18,23 +20,38 @@ class Station:
     def __init__(self, stack, name, kernel, image, daemons, queues=1, cpus=2):
         """`daemons` are (mount point, share, arguments, command or None)."""
         self.name = name
-        self.daemons = {}
+        self.daemons = daemons
+        self.machine = {"kernel": kernel, "initramfs": initramfs.with_fio(image), "cpus": cpus, "name": "bench"}
+        self.queues = queues
+        self.running = stack.enter_context(contextlib.ExitStack())
+        self.start()
+
+    def start(self):
         devices = []
-        for point, share, arguments, command in daemons:
-            daemon = stack.enter_context(Daemon(share, arguments, command, name="bench"))
-            self.daemons[point] = daemon
-            devices.append((point, daemon.socket, queues))
-        self.guest = stack.enter_context(Guest(kernel, image, devices, cpus=cpus, name="bench"))
-        for point in self.daemons:
+        for point, share, arguments, command in self.daemons:
+            daemon = self.running.enter_context(Daemon(share, arguments, command, name="bench"))
+            devices.append((point, daemon.socket, self.queues))
+        self.guest = self.running.enter_context(Guest(devices=devices, **self.machine))
+        for point, *_ in self.daemons:
             self.guest.mount(point, f"/{point}")
+
+    def output(self, command, timeout):
+        """The output of a command in the guest. A guest that hangs gets one more chance, so that one of them does
+        not cost a run of an hour."""
+        try:
+            return self.guest.output(command, timeout)
+        except GuestError as error:
+            say(f"{self.name}: {error}\n{self.name} is booted again")
+            self.running.close()
+            self.start()
+            return self.guest.output(command, timeout)
 
     def fio(self, point, arguments, runtime):
         """Runs fio in a mount; returns MiB/s of writing."""
         words = " ".join(shlex.quote(word) for word in arguments)
         limit = runtime * 10 + 120
-        self.guest.output(f"rm -f /tmp/fio.json; fio --directory=/{point} --output=/tmp/fio.json --output-format=json {words}",
-                          limit)
-        text = self.guest.output("cat /tmp/fio.json", 60)
+        text = self.output(f"fio --directory=/{point} --output=/tmp/fio.json --output-format=json {words} && cat /tmp/fio.json",
+                           limit)
         # fio may warn before the JSON begins.
         jobs = json.loads(text[text.index("{"):])["jobs"]
         failed = [job["error"] for job in jobs if job["error"]]

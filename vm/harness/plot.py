@@ -16,7 +16,7 @@ text { font: 13px sans-serif; fill: #222 }
 
 def plot(title, series):
     """`series` is name to (points, dashed). The x axis is logarithmic with a mark for each value."""
-    marks = sorted({x for points, _ in series.values() for x, _ in points})
+    marks = sorted({x for points, _ in series.values() for x, _ in points}) or [1]
     top = nice(max((y for points, _ in series.values() for _, y in points), default=1))
     bottom = HEIGHT + LEGEND * len(series)
     span = math.log2(marks[-1] / marks[0]) or 1

@@ -22,7 +22,7 @@ def mixed_openers_agree(setting):
     if not setting.patched:
         return
     milliseconds = setting.seconds(3, 20) * 1000
-    with disk.directory() as share, setting.guest(share, "--cache=auto", faults=["--mixed-modes"]) as (guest, _):
+    with disk.directory() as share, setting.guest(share, "--cache=auto", faults=["--mixed-modes"], fio=True) as (guest, _):
         guest.output(f"agree /mnt/file --time {milliseconds}")
         guest.output(f"agree /mnt/shared --shared --time {milliseconds}")
         # Asynchronous writes, while the file is kept in the cache.

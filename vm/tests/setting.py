@@ -32,18 +32,19 @@ class Setting:
         return self.patched or self.kernel.name != "5.10"
 
     @contextlib.contextmanager
-    def guest(self, share, *arguments, faults=None, queue_size=1024):
-        """A guest that has `share` mounted; yields it and the daemon."""
+    def guest(self, share, *arguments, faults=None, queue_size=1024, fio=False):
+        """A guest that has `share` mounted, and `fio` if wanted; yields it and the daemon."""
         with Daemon(share, arguments, name="test", faults=faults) as daemon, \
-                self.boot(daemon, queue_size=queue_size) as guest:
+                self.boot(daemon, queue_size=queue_size, fio=fio) as guest:
             guest.mount()
             yield guest, daemon
 
-    def boot(self, *daemons, queue_size=1024):
+    def boot(self, *daemons, queue_size=1024, fio=False):
         """A guest with a device for each daemon: tags share, share1, share2 …"""
         devices = [("share" if not number else f"share{number}", daemon.socket, self.queues)
                    for number, daemon in enumerate(daemons)]
-        return Guest(self.kernel, self.image, devices, self.cpus, queue_size=queue_size, name="test",
+        image = initramfs.with_fio(self.image) if fio else self.image
+        return Guest(self.kernel, image, devices, self.cpus, queue_size=queue_size, name="test",
                      **debug_kernel.GUEST if self.kernel.name == debug_kernel.NAME else {})
 
     def with_queues(self, number):
