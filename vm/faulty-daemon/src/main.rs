@@ -1,7 +1,10 @@
 //! lanefsd with faults on cue: `faulty-daemon [FAULTS] -- LANEFSD'S OPTIONS`.
 //!
 //! Guests are tested with it for what a good daemon does not do: an error for one range of a file,
-//! slow writes, and openers of one file that are told different things.
+//! slow writes, and openers of one file that are told different things. It also watches that the
+//! latter does not happen by itself.
+
+mod openers;
 
 use std::ffi::OsString;
 use std::sync::Arc;
@@ -14,8 +17,8 @@ use lanefsd::cli::{self, Command};
 use lanefsd::config::Sandbox;
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::{Context, FileSystem, Opened};
-use lanefsd::fuse::flags::{OpenReplyFlags, OpenRequestFlags};
-use lanefsd::fuse::ids::NodeId;
+use lanefsd::fuse::flags::{OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
+use lanefsd::fuse::ids::{HandleId, LockOwner, NodeId};
 use lanefsd::fuse::reply::Entry;
 use lanefsd::fuse::request::{Create, Write};
 use lanefsd::listen::Socket;
@@ -25,6 +28,7 @@ use lanefsd::service::Service;
 use lanefsd::sys::guest_buffers::GuestReader;
 use lanefsd::sys::signals;
 use lanefsd::{logging, sandbox::raise_descriptor_limit};
+use openers::Openers;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
@@ -52,18 +56,19 @@ struct Faults {
 struct Faulty<F> {
     inner: F,
     faults: Faults,
+    openers: Openers,
 }
 
 impl<F: FileSystem> Faulty<F> {
-    fn opened(&self, opened: Opened, flags: u32) -> Opened {
-        if !self.faults.mixed_modes {
-            return opened;
+    fn opened(&self, node: NodeId, mut opened: Opened, flags: u32) -> Opened {
+        if self.faults.mixed_modes {
+            opened.flags = match flags & OFlags::DIRECT.bits() != 0 {
+                true => OpenReplyFlags::DIRECT_IO | OpenReplyFlags::PARALLEL_DIRECT_WRITES,
+                false => OpenReplyFlags::KEEP_CACHE,
+            };
         }
-        let flags = match flags & OFlags::DIRECT.bits() != 0 {
-            true => OpenReplyFlags::DIRECT_IO | OpenReplyFlags::PARALLEL_DIRECT_WRITES,
-            false => OpenReplyFlags::KEEP_CACHE,
-        };
-        Opened { flags, ..opened }
+        self.openers.opened(node, opened);
+        opened
     }
 }
 
@@ -73,12 +78,29 @@ impl<F: FileSystem> FileSystem for Faulty<F> {
     }
 
     fn open(&self, ctx: &Context, node: NodeId, flags: u32, more: OpenRequestFlags) -> Result<Opened, Errno> {
-        self.inner.open(ctx, node, flags, more).map(|opened| self.opened(opened, flags))
+        self.inner.open(ctx, node, flags, more).map(|opened| self.opened(node, opened, flags))
     }
 
     fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened), Errno> {
         let (entry, opened) = self.inner.create(ctx, parent, create)?;
-        Ok((entry, self.opened(opened, create.flags)))
+        Ok((entry, self.opened(entry.node, opened, create.flags)))
+    }
+
+    fn release(
+        &self,
+        ctx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        flags: ReleaseFlags,
+        owner: LockOwner,
+    ) -> Result<(), Errno> {
+        self.openers.released(node, handle);
+        self.inner.release(ctx, node, handle, flags, owner)
+    }
+
+    fn destroy(&self) {
+        self.openers.report();
+        self.inner.destroy();
     }
 
     fn write(
@@ -114,7 +136,7 @@ fn main() -> Result<()> {
     };
     let signals = Signals::catch()?;
     let inner = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, config.fs.clone())?;
-    let service = Arc::new(Service::new(Arc::new(Faulty { inner, faults })));
+    let service = Arc::new(Service::new(Arc::new(Faulty { inner, faults, openers: Openers::default() })));
     server::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
     Ok(())
 }
