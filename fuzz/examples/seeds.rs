@@ -266,6 +266,12 @@ fn controls() -> Vec<Vec<u8>> {
     ] {
         seeds.push([serving.clone(), then, set_up.clone(), request(&init())].concat());
     }
+    // Descriptors of every kind as a call.
+    for fd in 0..16 {
+        let call = [&[step::FRAME, 13, 1, 8], &1u64.to_le_bytes()[..], &[1, fd]].concat();
+        seeds
+            .push([vec![0], set_up.clone(), call, request(&init()), request(&init()), stop.clone()].concat());
+    }
     for code in 0..29 {
         for variant in 0..2 {
             seeds.push([serving.clone(), vec![step::MESSAGE, code], noise(variant)].concat());

@@ -109,6 +109,10 @@ fn step(input: &mut Input<'_>, machine: &Machine, ours: &mut UnixStream, handler
         step::REQUEST => {
             let (queue, count) = (input.byte(), usize::from(input.byte()));
             machine.request(queue, input.bytes(count));
+            // Some are to be in flight when the next message comes.
+            if queue < 128 {
+                machine.wait(queue);
+            }
             true
         }
         step::MESSAGE => message(input, machine, ours, handler),

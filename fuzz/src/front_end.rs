@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, OFlags, fcntl_setfl, memfd_create};
@@ -23,6 +24,10 @@ const QUEUES: usize = 3;
 const RING: u16 = 8;
 /// Bytes from one ring to the next; a table, and from the middle on both rings.
 const RING_SPACE: u64 = 0x1000;
+/// Bytes from the available ring to the used ring.
+const USED: u64 = 0x400;
+/// How often the answer to a request is looked for.
+const WAITS: u32 = 40;
 /// Where requests are.
 const BUFFERS: u64 = 0x8000;
 
@@ -190,6 +195,18 @@ impl Machine {
         self.kick(queue as u8);
     }
 
+    /// Waits a little until all requests of a queue are answered, as [`Machine::request`] sends
+    /// them. The queue may be broken or not even run, so that none ever is.
+    pub fn wait(&self, queue: u8) {
+        let available = u64::from(queue) % QUEUES as u64 * RING_SPACE + RING_SPACE / 2;
+        for _ in 0..WAITS {
+            if self.peek(available + 2) == self.peek(available + USED + 2) {
+                return;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
     /// All that a front end says until a queue runs.
     pub fn set_up(&self, queue: u8) -> Vec<Message> {
         let number = u32::from(queue) % QUEUES as u32;
@@ -209,7 +226,7 @@ impl Machine {
             let fds = self.memory.iter().map(AsRawFd::as_raw_fd).collect();
             messages.push(Message { code: code::SET_MEM_TABLE, body, fds });
         }
-        let addresses = [ring, ring + RING_SPACE / 2 + 0x400, ring + RING_SPACE / 2, 0].map(u64::to_le_bytes);
+        let addresses = [ring, ring + RING_SPACE / 2 + USED, ring + RING_SPACE / 2, 0].map(u64::to_le_bytes);
         messages.push(plain(code::SET_VRING_NUM, state(u32::from(RING))));
         messages.push(plain(code::SET_VRING_BASE, state(0)));
         messages.push(plain(code::SET_VRING_ADDR, [state(0), addresses.concat()].concat()));
