@@ -15,13 +15,17 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use lanefsd::fuse::abi::StatfsOut;
+use lanefsd::fuse::opcode::Opcode;
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::connection::{Connection, describe};
-use lanefsd_frontend::message::{NEED_REPLY, NO_FD, VERSION, VringState, code, protocol};
+use lanefsd_frontend::message::{NEED_REPLY, NO_FD, VERSION, VringState, code, feature, protocol};
 use lanefsd_frontend::queue::Queue;
 use lanefsd_frontend::random::Random;
 use lanefsd_frontend::ring::RingOptions;
-use lanefsd_frontend::{Backend, Memory, SessionOptions};
+use lanefsd_frontend::{Backend, Cut, Memory, Request, SessionOptions};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::OFlags;
 use zerocopy::IntoBytes;
 
 fn daemon() -> Backend {
@@ -171,6 +175,38 @@ fn a_kick_that_is_no_eventfd() {
         drop(connection);
         serves(&backend);
     }
+}
+
+/// Found by fuzzing: the worker that notified the front end waited for room for ever, and with it
+/// whoever stopped the queue, so that no other front end was served and SIGTERM was not heeded.
+#[test]
+fn a_call_that_is_full_holds_nothing_up() {
+    let backend = daemon();
+    let (_reader, pipe) = std::io::pipe().unwrap();
+    fill(&pipe);
+    let eventfd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    rustix::io::write(&eventfd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    for call in [pipe.as_fd(), eventfd.as_fd()] {
+        // Without EVENT_IDX: each reply is notified.
+        let features = feature::VERSION_1 | feature::PROTOCOL_FEATURES;
+        let session = backend.connect(SessionOptions { features, ..Default::default() }).unwrap();
+        session.connection().send(code::SET_VRING_CALL, &1u64, &[call]).unwrap();
+        let statfs = Request::new(Opcode::Statfs, ROOT).reply::<StatfsOut>();
+        let sent = session.send(1, &statfs, Cut::Linux).unwrap();
+        while !session.queue(1).is_done(sent.token).unwrap() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(session);
+        serves(&backend);
+    }
+}
+
+/// Writes until there is no more room, and leaves the descriptor blocking.
+fn fill(pipe: &std::io::PipeWriter) {
+    let flags = rustix::fs::fcntl_getfl(pipe).unwrap();
+    rustix::fs::fcntl_setfl(pipe, flags | OFlags::NONBLOCK).unwrap();
+    while rustix::io::write(pipe, &[0; 8]).is_ok() {}
+    rustix::fs::fcntl_setfl(pipe, flags).unwrap();
 }
 
 #[test]

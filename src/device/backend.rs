@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use log::{debug, info};
+use rustix::fs::OFlags;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -149,6 +150,12 @@ fn refuse(why: impl Into<String>) -> Error {
     Error::ReqHandlerError(io::Error::other(why.into()))
 }
 
+/// Makes notifications that find no room get lost: one is on its way then. A worker that waited for
+/// room could be stopped by nobody but a front end that reads what it was sent.
+fn never_wait(call: &OwnedFd) -> rustix::io::Result<()> {
+    rustix::fs::fcntl_setfl(call, OFlags::NONBLOCK)
+}
+
 fn unsupported<T>(what: &'static str) -> Result<T> {
     Err(Error::InvalidOperation(what))
 }
@@ -266,6 +273,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let vring = self.vring(index)?;
         vring.call = fd.map(OwnedFd::from);
+        if let Some(call) = &vring.call {
+            never_wait(call).map_err(|errno| Error::ReqHandlerError(errno.into()))?;
+        }
         if let Some(crew) = &vring.crew {
             let call = vring.call.as_ref().map(OwnedFd::try_clone).transpose();
             crew.queue().set_call(call.map_err(Error::ReqHandlerError)?);

@@ -172,6 +172,8 @@ fn allow_list(action: SeccompAction, file_handles: bool) -> Result<BpfProgram, B
 /// Calls that are allowed with some arguments only.
 fn restricted() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, BackendError> {
     let commands = FCNTL.iter().map(|command| argument(1, SeccompCmpOp::Eq, command.unsigned_abs()));
+    let mut commands = commands.collect::<Result<Vec<_>, _>>()?;
+    commands.push(never_wait()?);
     // No code is ever made.
     let no_code = || argument(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC.unsigned_abs().into()), 0);
     // A thread of this process, in the namespaces that it has.
@@ -186,7 +188,7 @@ fn restricted() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, BackendError> {
     let thread = argument(0, SeccompCmpOp::MaskedEq(u64::from(namespaces.cast_unsigned() | thread)), thread)?;
     let own_threads = argument(0, SeccompCmpOp::Eq, std::process::id())?;
     Ok(BTreeMap::from([
-        (libc::SYS_fcntl, commands.collect::<Result<_, _>>()?),
+        (libc::SYS_fcntl, commands),
         (libc::SYS_mmap, vec![no_code()?]),
         (libc::SYS_mprotect, vec![no_code()?]),
         (libc::SYS_clone, vec![thread]),
@@ -196,6 +198,21 @@ fn restricted() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, BackendError> {
         (libc::SYS_prctl, vec![argument(0, SeccompCmpOp::Eq, libc::PR_SET_NAME.unsigned_abs())?]),
         (libc::SYS_socketpair, vec![argument(0, SeccompCmpOp::Eq, libc::AF_UNIX.unsigned_abs())?]),
     ]))
+}
+
+/// The rule for fcntl(2) with F_SETFL: the descriptors by which front ends are notified never make
+/// a worker wait. Of all flags that it can change, only O_NONBLOCK may be set.
+fn never_wait() -> Result<SeccompRule, BackendError> {
+    let flags = libc::O_NONBLOCK | libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME;
+    let flags = SeccompCmpOp::MaskedEq(flags.unsigned_abs().into());
+    let condition = |number, comparison, value: i32| {
+        let value = value.unsigned_abs().into();
+        SeccompCondition::new(number, SeccompCmpArgLen::Dword, comparison, value)
+    };
+    SeccompRule::new(vec![
+        condition(1, SeccompCmpOp::Eq, libc::F_SETFL)?,
+        condition(2, flags, libc::O_NONBLOCK)?,
+    ])
 }
 
 /// The rule that the lower half of an argument compares so; these arguments are no longer.
@@ -317,6 +334,12 @@ mod tests {
                 libc::SYS_fcntl,
                 [0, long(libc::F_SETFL), 0, 0],
                 Some([-1, long(libc::F_OFD_SETLK), 0, 0]),
+            ),
+            (
+                "fcntl",
+                libc::SYS_fcntl,
+                [0, long(libc::F_SETFL), long(libc::O_NONBLOCK | libc::O_ASYNC), 0],
+                Some([-1, long(libc::F_SETFL), long(libc::O_NONBLOCK), 0]),
             ),
             ("prctl", libc::SYS_prctl, [long(libc::PR_SET_DUMPABLE), 1, 0, 0], None),
             ("prctl", libc::SYS_prctl, [long(libc::PR_CAPBSET_DROP), 0, 0, 0], None),

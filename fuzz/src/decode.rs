@@ -1,0 +1,106 @@
+//! The decoder: any bytes are a request or an error, and what was decoded holds what it promises.
+
+use lanefsd::fuse::abi;
+use lanefsd::fuse::decode::{IN_HEADER_SIZE, MAX_ARGUMENTS, argument_bytes};
+use lanefsd::fuse::init::{Layout, negotiate};
+use lanefsd::fuse::name::{LookupName, NAME_MAX, Name};
+use lanefsd::fuse::opcode::Opcode;
+use lanefsd::fuse::request::{Operation, Request, SetTime};
+use zerocopy::FromBytes;
+
+/// Decodes `data`: a byte that chooses the layout, the header, the arguments.
+pub fn decode(data: &[u8]) {
+    let Some((&choice, message)) = data.split_first() else { return };
+    let Ok((header, rest)) = abi::InHeader::read_from_prefix(message) else { return };
+    let layout = Layout { long_setxattr: choice & 1 != 0, trailing_labels: choice & 2 != 0 };
+    // As the service does it, and with bytes that the header's length does not cover.
+    if let Ok(count) = argument_bytes(&header, message.len()) {
+        assert!(count <= MAX_ARGUMENTS && count <= rest.len());
+        check(&header, &rest[..count], layout);
+    }
+    check(&header, rest, layout);
+}
+
+fn check(header: &abi::InHeader, arguments: &[u8], layout: Layout) {
+    let request = match Request::decode(header, arguments, layout) {
+        Ok(request) => request,
+        Err(error) => {
+            assert!((1..4096).contains(&error.errno().raw_os_error()), "{error}");
+            assert!(!error.to_string().is_empty());
+            return;
+        }
+    };
+    assert_eq!(request.header.unique.0, header.unique);
+    assert_eq!(Opcode::from_number(header.opcode), Some(request.header.opcode));
+    let mut labelled = 0;
+    for label in request.labels.iter() {
+        labelled += label.name.count_bytes() + label.value.len();
+    }
+    assert!(labelled <= arguments.len());
+    assert_eq!(request.labels.is_empty(), request.labels.iter().next().is_none());
+    check_operation(header, &request.operation);
+}
+
+fn check_operation(header: &abi::InHeader, operation: &Operation<'_>) {
+    match operation {
+        Operation::Init(init) => {
+            if let Ok(Some(agreed)) = negotiate(init, init.flags) {
+                assert!(init.flags.contains(agreed.flags), "more was agreed on than was asked for");
+                assert!(agreed.minor <= init.minor);
+                assert_eq!(agreed.to_wire().max_write, agreed.max_write);
+            }
+        }
+        Operation::Lookup { name: LookupName::Entry(name) } => check_name(*name),
+        Operation::Symlink { name, .. }
+        | Operation::Mknod { name, .. }
+        | Operation::Mkdir { name, .. }
+        | Operation::Unlink { name }
+        | Operation::Rmdir { name }
+        | Operation::Link { name, .. } => check_name(*name),
+        Operation::Rename(rename) => {
+            check_name(rename.name);
+            check_name(rename.new_name);
+        }
+        Operation::Create(create) => check_name(create.name),
+        Operation::BatchForget { items } => {
+            let most = (header.len as usize).max(MAX_ARGUMENTS) / size_of::<abi::ForgetOne>();
+            assert!(items.iter().count() <= most);
+        }
+        Operation::Read(read) => check_offset(read.offset),
+        Operation::Write(write) => {
+            check_offset(write.offset);
+            let told = IN_HEADER_SIZE + size_of::<abi::WriteIn>() + write.size as usize;
+            assert_eq!(header.len as usize, told);
+        }
+        Operation::Fallocate { offset, length, .. } => {
+            check_offset(*offset);
+            check_offset(*length);
+        }
+        Operation::CopyFileRange(copy) => {
+            check_offset(copy.offset_in);
+            check_offset(copy.offset_out);
+        }
+        Operation::Getlk(lock) | Operation::Setlk(lock) | Operation::Setlkw(lock) => {
+            assert!(lock.start <= lock.end);
+            check_offset(lock.end);
+        }
+        Operation::Setattr(set) => {
+            for time in [set.atime, set.mtime].into_iter().flatten() {
+                assert!(matches!(time, SetTime::Now | SetTime::At { .. }));
+            }
+        }
+        _ => {}
+    }
+}
+
+/// One safe path component.
+fn check_name(name: Name<'_>) {
+    let bytes = name.as_c_str().to_bytes();
+    assert!(!bytes.is_empty() && bytes.len() <= NAME_MAX);
+    assert!(bytes != b"." && bytes != b".." && !bytes.contains(&b'/'));
+}
+
+/// A number that the host's signed offsets can hold.
+fn check_offset(offset: u64) {
+    assert!(i64::try_from(offset).is_ok());
+}

@@ -1,0 +1,274 @@
+//! The whole server over a file system in memory: a sequence of requests, and after each what the
+//! guest holds by the replies is compared with what the file system says it holds.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lanefsd::fs::FileSystem;
+use lanefsd::fs::null::NullStore;
+use lanefsd::fs::read_only::ReadOnly;
+use lanefsd::fuse::abi;
+use lanefsd::fuse::decode::{IN_HEADER_SIZE, argument_bytes};
+use lanefsd::fuse::ids::NodeId;
+use lanefsd::fuse::init::Layout;
+use lanefsd::fuse::opcode::Opcode;
+use lanefsd::fuse::reply::OUT_HEADER_SIZE;
+use lanefsd::fuse::request::{Operation, Request};
+use lanefsd::service::{Scratch, Service};
+use lanefsd_memory_fs::MemoryFs;
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::buffers::{Buffers, FILLER};
+use crate::input::Input;
+use crate::requests::{Known, draft};
+
+/// Most requests of one input.
+const MAX_REQUESTS: usize = 100;
+/// Bytes that the file system holds.
+const CAPACITY: usize = 1 << 18;
+/// A step with this first byte is a request as it stands; others choose an opcode.
+pub const RAW: u8 = 0;
+
+/// What the guest holds, by the replies it got.
+#[derive(Debug, Default)]
+struct Guest {
+    session: bool,
+    lookups: HashMap<NodeId, u64>,
+    /// Handles with their nodes and the flags they were opened with.
+    handles: HashMap<u64, (u64, u32)>,
+}
+
+struct Server {
+    fs: MemoryFs,
+    keeps_data: bool,
+    service: Service,
+    scratch: Scratch,
+    guest: Guest,
+    unique: u64,
+}
+
+/// Serves the requests that `data` tells: a byte for the file system, then requests.
+pub fn serve(data: &[u8]) {
+    let mut input = Input::new(data);
+    let mut server = Server::new(input.byte());
+    let mut steps = 0;
+    while !input.is_empty() && steps < MAX_REQUESTS {
+        steps += 1;
+        server.step(&mut input);
+        server.compare();
+    }
+    server.finish();
+}
+
+impl Server {
+    fn new(choice: u8) -> Server {
+        let memory = MemoryFs::new(CAPACITY).without_waiting();
+        let fs: Arc<dyn FileSystem> = match choice % 4 {
+            2 => Arc::new(ReadOnly::new(memory.clone())),
+            3 => Arc::new(NullStore::new(memory.clone(), Duration::ZERO)),
+            _ => Arc::new(memory.clone()),
+        };
+        Server {
+            fs: memory,
+            keeps_data: choice % 4 != 3,
+            service: Service::new(fs),
+            scratch: Scratch::default(),
+            guest: Guest::default(),
+            unique: 1,
+        }
+    }
+
+    fn step(&mut self, input: &mut Input<'_>) {
+        let kind = input.byte();
+        let message = if kind == RAW {
+            let count = usize::from(input.short()) % 4096;
+            input.bytes(count).to_vec()
+        } else {
+            self.message(kind, input)
+        };
+        let rooms = [4096, 144, 16, 160, 1 << 16, 0, 8, 15, 24, 104, 128, 17, 300];
+        let (room, cuts) = (input.choose(&rooms), input.short().to_le_bytes());
+        if let Some((header, reply)) = self.exchange(&message, room, cuts) {
+            self.note(&header, &message, &reply);
+            self.read_back(&header, &message, &reply, cuts);
+        }
+    }
+
+    /// A request of a chosen kind whose length is right, or nearly so.
+    fn message(&mut self, kind: u8, input: &mut Input<'_>) -> Vec<u8> {
+        let (opcode, _) = Opcode::ALL[usize::from(kind - 1) % Opcode::ALL.len()];
+        let mut nodes: Vec<u64> = self.guest.lookups.keys().map(|node| node.0).collect();
+        let mut handles: Vec<_> =
+            self.guest.handles.iter().map(|(handle, (node, _))| (*handle, *node)).collect();
+        nodes.sort_unstable();
+        handles.sort_unstable();
+        let draft = draft(opcode, input, &Known { nodes, handles });
+        self.unique += 1;
+        let len = IN_HEADER_SIZE + draft.arguments.len();
+        let wrong = input.byte();
+        let off = if wrong > 250 { i32::from(input.byte().cast_signed()) } else { 0 };
+        let header = abi::InHeader {
+            len: u32::try_from(len).unwrap_or(0).wrapping_add_signed(off),
+            opcode: draft.opcode as u32,
+            unique: self.unique,
+            nodeid: draft.node,
+            uid: u32::from(wrong & 1),
+            gid: 0,
+            pid: 1,
+            total_extlen: draft.extensions,
+            padding: 0,
+        };
+        [header.as_bytes(), &draft.arguments].concat()
+    }
+
+    /// Sends a message; its header and the reply, whose form is checked. `None` without a header.
+    fn exchange(&mut self, message: &[u8], room: usize, cuts: [u8; 2]) -> Option<(abi::InHeader, Vec<u8>)> {
+        let mut input = Buffers::new(message, cuts[0]);
+        let mut output = Buffers::room(room, cuts[1]);
+        let mut reader = input.reader();
+        let header = Service::read_header(&mut reader)?;
+        let len = self.service.serve(&header, reader, output.writer(), &mut self.scratch) as usize;
+        let mut reply = output.contents();
+        assert_eq!(input.contents(), message, "the request was changed");
+        assert!(len <= room, "a reply longer than its room");
+        let opcode = Opcode::from_number(header.opcode);
+        if len == 0 {
+            assert!(room < OUT_HEADER_SIZE || opcode.is_some_and(Opcode::has_no_reply));
+            assert!(reply.iter().all(|byte| *byte == FILLER), "written without a reply");
+            return Some((header, Vec::new()));
+        }
+        reply.truncate(len);
+        let (out, _) = abi::OutHeader::read_from_prefix(&reply).expect("a reply has a header");
+        assert_eq!(out.len as usize, len);
+        assert_eq!(out.unique, header.unique);
+        assert!((-4095..=0).contains(&out.error), "{}", out.error);
+        assert!(out.error == 0 || len == OUT_HEADER_SIZE, "an error with a body");
+        if !self.guest.session && opcode != Some(Opcode::Init) {
+            assert!(out.error != 0, "served without a session");
+        }
+        Some((header, reply))
+    }
+
+    /// Follows what a reply means to the guest.
+    fn note(&mut self, header: &abi::InHeader, message: &[u8], reply: &[u8]) {
+        let Some(opcode) = Opcode::from_number(header.opcode) else { return };
+        if opcode.has_no_reply() {
+            return self.forget(header, message);
+        }
+        let Ok((out, body)) = abi::OutHeader::read_from_prefix(reply) else { return };
+        if out.error != 0 {
+            return;
+        }
+        let arguments = &message[IN_HEADER_SIZE..];
+        let first_long = u64::read_from_prefix(arguments).map_or(0, |(value, _)| value);
+        let first_word = u32::read_from_prefix(arguments).map_or(0, |(value, _)| value);
+        match opcode {
+            // A guest with a newer major version is told ours, and asks again.
+            Opcode::Init if first_word == abi::KERNEL_VERSION => {
+                self.guest = Guest { session: true, ..Default::default() };
+            }
+            Opcode::Destroy => self.guest = Guest::default(),
+            Opcode::Lookup | Opcode::Symlink | Opcode::Mknod | Opcode::Mkdir | Opcode::Link => {
+                assert_eq!(body.len(), size_of::<abi::EntryOut>());
+                self.looked_up(body);
+            }
+            Opcode::Create | Opcode::Tmpfile => {
+                let node = self.looked_up(body);
+                self.opened(&body[size_of::<abi::EntryOut>()..], node, first_word);
+            }
+            Opcode::Open | Opcode::Opendir => self.opened(body, header.nodeid, first_word),
+            Opcode::Release | Opcode::Releasedir => {
+                let (node, _) = self.guest.handles.remove(&first_long).expect("released, but never opened");
+                assert_eq!(node, header.nodeid);
+            }
+            Opcode::Readdirplus => self.listed(body, size_of::<abi::EntryOut>()),
+            Opcode::Readdir => self.listed(body, 0),
+            Opcode::Read => {
+                let (read, _) = abi::ReadIn::read_from_prefix(arguments).expect("READ has arguments");
+                assert!(body.len() <= read.size as usize);
+            }
+            _ => {}
+        }
+    }
+
+    fn forget(&mut self, header: &abi::InHeader, message: &[u8]) {
+        let Ok(count) = argument_bytes(header, message.len()) else { return };
+        let arguments = &message[IN_HEADER_SIZE..IN_HEADER_SIZE + count];
+        let Ok(request) = Request::decode(header, arguments, Layout::default()) else { return };
+        let mut take = |node: NodeId, count: u64| {
+            if let Some(held) = self.guest.lookups.get_mut(&node) {
+                *held = held.saturating_sub(count);
+            }
+            self.guest.lookups.retain(|_, held| *held > 0);
+        };
+        match request.operation {
+            Operation::Forget { nlookup } => take(request.header.node, nlookup),
+            Operation::BatchForget { items } => items.iter().for_each(|(node, count)| take(node, count)),
+            _ => {}
+        }
+    }
+
+    fn looked_up(&mut self, body: &[u8]) -> u64 {
+        let (entry, _) = abi::EntryOut::read_from_prefix(body).expect("an entry is whole");
+        assert_ne!(entry.nodeid, 0);
+        *self.guest.lookups.entry(NodeId(entry.nodeid)).or_default() += 1;
+        entry.nodeid
+    }
+
+    fn opened(&mut self, body: &[u8], node: u64, flags: u32) {
+        let open = abi::OpenOut::read_from_bytes(body).expect("an OPEN reply is whole");
+        assert!(self.guest.handles.insert(open.fh, (node, flags)).is_none(), "a handle given out twice");
+    }
+
+    /// Whole records, each with its entry in front if there is one.
+    fn listed(&mut self, mut body: &[u8], entry_size: usize) {
+        while !body.is_empty() {
+            let (entry, record) = body.split_at(entry_size);
+            let (dirent, rest) = abi::Dirent::read_from_prefix(record).expect("a record is whole");
+            let len = (dirent.namelen as usize).next_multiple_of(abi::RECORD_ALIGN);
+            assert!(dirent.namelen > 0 && len <= rest.len());
+            if entry.iter().take(8).any(|byte| *byte != 0) {
+                self.looked_up(entry);
+            }
+            body = &rest[len..];
+        }
+    }
+
+    /// What was written is read again, cut in another way.
+    fn read_back(&mut self, header: &abi::InHeader, message: &[u8], reply: &[u8], cuts: [u8; 2]) {
+        let written = reply.get(OUT_HEADER_SIZE..).and_then(|body| abi::WriteOut::read_from_bytes(body).ok());
+        if header.opcode != Opcode::Write as u32 || !self.keeps_data {
+            return;
+        }
+        let Some(written) = written else { return };
+        let (write, data) = abi::WriteIn::read_from_prefix(&message[IN_HEADER_SIZE..]).expect("decoded");
+        let (_, flags) = self.guest.handles[&write.fh];
+        if flags & 3 != 2 || flags & libc::O_APPEND.cast_unsigned() != 0 {
+            return;
+        }
+        let read =
+            abi::ReadIn { fh: write.fh, offset: write.offset, size: written.size, ..Default::default() };
+        let len = u32::try_from(IN_HEADER_SIZE + size_of::<abi::ReadIn>()).unwrap_or(0);
+        let header = abi::InHeader { len, opcode: Opcode::Read as u32, total_extlen: 0, ..*header };
+        let message = [header.as_bytes(), read.as_bytes()].concat();
+        let cuts = [cuts[1].rotate_left(3), cuts[0].rotate_left(5)];
+        let answer = self.exchange(&message, OUT_HEADER_SIZE + written.size as usize, cuts);
+        let (_, reply) = answer.expect("READ has a header");
+        assert_eq!(reply[OUT_HEADER_SIZE..], data[..written.size as usize], "read something else");
+    }
+
+    /// The file system and the guest agree on what the guest holds.
+    fn compare(&self) {
+        assert_eq!(self.fs.lookups(), self.guest.lookups);
+        assert_eq!(self.fs.open_handles(), self.guest.handles.len());
+    }
+
+    /// After DESTROY nothing is held.
+    fn finish(&mut self) {
+        self.service.end_session();
+        self.guest = Guest::default();
+        self.compare();
+        assert_eq!(self.fs.held_locks(), 0);
+    }
+}
