@@ -190,7 +190,7 @@ fn reference(memory: &GuestMemoryMmap, layout: Layout, head: u16) -> Option<(Ran
         let flags: u16 = memory.read_obj(GuestAddress(at.checked_add(12)?)).ok()?;
         let next: u16 = memory.read_obj(GuestAddress(at.checked_add(14)?)).ok()?;
         if flags & INDIRECT != 0 {
-            if inside || flags & NEXT != 0 || len == 0 || len % 16 != 0 || len / 16 > 1 << 16 {
+            if inside || flags & NEXT != 0 || len == 0 || !len.is_multiple_of(16) || len / 16 > 1 << 16 {
                 return None;
             }
             (table, count, index, left, inside) = (address, len / 16, 0, len / 16, true);
