@@ -20,6 +20,7 @@ use super::queue::{Done, Next, Queue, QueueError, Wakeup};
 use super::watch::Watch;
 use crate::logging::warn_limited;
 use crate::service::{Scratch, Service};
+use crate::sys::memory;
 
 /// Requests that take longer than this on average, in nanoseconds, are worth a wake-up each.
 const SLOW: u32 = 30_000;
@@ -137,6 +138,7 @@ impl Crew {
     }
 
     fn add_worker(self: &Arc<Self>) -> std::io::Result<()> {
+        memory::ask_for_some()?;
         {
             let mut threads = self.lock();
             if threads.workers >= self.limit {
@@ -227,6 +229,9 @@ impl Crew {
     /// Serves a chain on a thread of its own, since it may have to wait for another request.
     /// Returns false if there are too many of these already.
     fn serve_apart(self: &Arc<Self>, head: u16) -> bool {
+        if memory::ask_for_some().is_err() {
+            return false;
+        }
         {
             let mut threads = self.lock();
             if threads.waiting >= MAX_WAITING {

@@ -18,6 +18,7 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
 use super::PassthroughFs;
+use super::budget::Held;
 use super::handles::Handle;
 use crate::fs::Result;
 use crate::fuse::abi::FileLock;
@@ -40,7 +41,7 @@ type Owners = HashMap<u64, Arc<Owner>>;
 
 #[derive(Debug)]
 struct Owner {
-    file: OwnedFd,
+    file: Held,
     pid: u32,
 }
 
@@ -56,7 +57,7 @@ impl InodeLocks {
         self.lock().as_ref().and_then(|owners| owners.get(&owner.0).cloned())
     }
 
-    fn find_or_open(&self, lock: &Lock, open: impl FnOnce() -> Result<OwnedFd>) -> Result<Arc<Owner>> {
+    fn find_or_open(&self, lock: &Lock, open: impl FnOnce() -> Result<Held>) -> Result<Arc<Owner>> {
         if let Some(owner) = self.find(lock.owner) {
             return Ok(owner);
         }
@@ -66,6 +67,7 @@ impl InodeLocks {
         if owners.len() >= MAX_OWNERS {
             return Err(Errno::NOLCK);
         }
+        owners.try_reserve(1).map_err(|_| Errno::NOMEM)?;
         let new = || Arc::new(Owner { file, pid: lock.pid });
         Ok(Arc::clone(owners.entry(lock.owner.0).or_insert_with(new)))
     }
@@ -201,7 +203,14 @@ impl PassthroughFs {
             let owner = handle.inode.locks.find(lock.owner);
             return owner.map_or(Ok(()), |owner| ofd_set(owner.file.as_fd(), byte_lock(lock)));
         }
-        let owner = handle.inode.locks.find_or_open(lock, || self.open_for_locks(handle))?;
+        let open = || {
+            let slot = self.budget.take().map_err(|errno| match errno {
+                Errno::MFILE => Errno::NOLCK,
+                errno => errno,
+            })?;
+            self.open_for_locks(handle).map(|file| slot.hold(file))
+        };
+        let owner = handle.inode.locks.find_or_open(lock, open)?;
         match wait {
             None => ofd_set(owner.file.as_fd(), byte_lock(lock)),
             Some(unique) => self.waits.run(unique, || ofd_set_wait(owner.file.as_fd(), byte_lock(lock))),
