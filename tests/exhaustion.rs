@@ -6,6 +6,7 @@
     clippy::panic,
     clippy::indexing_slicing,
     clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
     reason = "a test fails by panicking"
 )]
 
@@ -142,6 +143,42 @@ fn lock_owners_leave_descriptors_to_the_device() {
     healthy(&session);
     client.flush(entry.nodeid, open.fh, 1).unwrap();
     lock(2000).unwrap();
+}
+
+/// Attack: more byte ranges locked than the host's kernel should remember.
+/// Outcome: ENOLCK; works again after an unlock.
+#[test]
+fn locked_ranges_run_out_and_come_back() {
+    let (_backend, session) = common::serve_with(&["--posix-lock"], options());
+    let mut neighbour = Neighbour::new();
+    let client = session.client();
+    // Of several files, as the host's kernel walks all locks of one for each new lock.
+    let files: Vec<(u64, u64)> = (0..16)
+        .map(|number| client.create(ROOT, format!("file{number}"), libc::O_RDWR, 0o600, 0).unwrap())
+        .map(|(entry, open)| (entry.nodeid, open.fh))
+        .collect();
+    let lock = |file: usize, owner, kind, (start, end)| {
+        let (node, fh) = files[file];
+        client.setlk(node, fh, Lock::posix(owner, kind, start, end))
+    };
+    // Single bytes with gaps between them.
+    let byte = |number: usize| (2 * number as u64, 2 * number as u64);
+    let refused = (0..200_000).map(|n| lock(n % 16, 1, libc::F_WRLCK, byte(n))).find(Result::is_err);
+    assert_eq!(common::errno(refused.unwrap()), libc::ENOLCK);
+    let far = 1 << 40;
+    assert_eq!(common::errno(lock(0, 2, libc::F_RDLCK, (far, far))), libc::ENOLCK);
+    let (node, fh) = files[0];
+    let wait = Lock::posix(3, libc::F_WRLCK, 2 * far, 2 * far);
+    assert_eq!(common::errno(client.setlkw(node, fh, wait)), libc::ENOLCK);
+    healthy(&session);
+    neighbour.works();
+    lock(0, 1, libc::F_UNLCK, (0, i64::MAX as u64)).unwrap();
+    lock(0, 2, libc::F_RDLCK, (far, far)).unwrap();
+    client.setlkw(node, fh, wait).unwrap();
+    // Of the other files all are locked still.
+    assert_eq!(common::errno(lock(1, 2, libc::F_WRLCK, byte(1))), libc::EAGAIN);
+    client.flush(files[1].0, files[1].1, 1).unwrap();
+    lock(1, 2, libc::F_WRLCK, byte(1)).unwrap();
 }
 
 /// Attack: more inodes than descriptors, without file handles.

@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use super::PassthroughFs;
 use super::budget::Held;
 use super::handles::Handle;
+use super::lock_ranges::Ranges;
 use crate::fs::Result;
 use crate::fuse::abi::FileLock;
 use crate::fuse::ids::{LockOwner, Unique};
@@ -43,6 +44,18 @@ type Owners = HashMap<u64, Arc<Owner>>;
 struct Owner {
     file: Held,
     pid: u32,
+    ranges: Mutex<Ranges>,
+}
+
+impl Owner {
+    /// Locks or unlocks without a wait.
+    fn set(&self, lock: ByteLock) -> Result<()> {
+        self.ranges().set(&lock, || ofd_set(self.file.as_fd(), lock))
+    }
+
+    fn ranges(&self) -> MutexGuard<'_, Ranges> {
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl InodeLocks {
@@ -57,19 +70,18 @@ impl InodeLocks {
         self.lock().as_ref().and_then(|owners| owners.get(&owner.0).cloned())
     }
 
-    fn find_or_open(&self, lock: &Lock, open: impl FnOnce() -> Result<Held>) -> Result<Arc<Owner>> {
+    fn find_or_open(&self, lock: &Lock, open: impl FnOnce() -> Result<Owner>) -> Result<Arc<Owner>> {
         if let Some(owner) = self.find(lock.owner) {
             return Ok(owner);
         }
-        let file = open()?;
+        let new = open()?;
         let mut owners = self.lock();
         let owners = owners.get_or_insert_default();
         if owners.len() >= MAX_OWNERS {
             return Err(Errno::NOLCK);
         }
         owners.try_reserve(1).map_err(|_| Errno::NOMEM)?;
-        let new = || Arc::new(Owner { file, pid: lock.pid });
-        Ok(Arc::clone(owners.entry(lock.owner.0).or_insert_with(new)))
+        Ok(Arc::clone(owners.entry(lock.owner.0).or_insert_with(|| Arc::new(new))))
     }
 
     /// The process of the one owner beside `owner`; 0 if there is none or more than one.
@@ -201,20 +213,28 @@ impl PassthroughFs {
         if lock.kind == LockKind::Unlock {
             // Without locks there is nothing to unlock.
             let owner = handle.inode.locks.find(lock.owner);
-            return owner.map_or(Ok(()), |owner| ofd_set(owner.file.as_fd(), byte_lock(lock)));
+            return owner.map_or(Ok(()), |owner| owner.set(byte_lock(lock)));
         }
         let open = || {
             let slot = self.budget.take().map_err(|errno| match errno {
                 Errno::MFILE => Errno::NOLCK,
                 errno => errno,
             })?;
-            self.open_for_locks(handle).map(|file| slot.hold(file))
+            let file = slot.hold(self.open_for_locks(handle)?);
+            Ok(Owner { file, pid: lock.pid, ranges: Mutex::new(Ranges::new(&self.lock_ranges)) })
         };
         let owner = handle.inode.locks.find_or_open(lock, open)?;
         match wait {
-            None => ofd_set(owner.file.as_fd(), byte_lock(lock)),
-            Some(unique) => self.waits.run(unique, || ofd_set_wait(owner.file.as_fd(), byte_lock(lock))),
+            None => owner.set(byte_lock(lock)),
+            Some(unique) => self.wait_for_lock(&owner, byte_lock(lock), unique),
         }
+    }
+
+    fn wait_for_lock(&self, owner: &Owner, lock: ByteLock, unique: Unique) -> Result<()> {
+        Ranges::before_wait(&self.lock_ranges)?;
+        let result = self.waits.run(unique, || ofd_set_wait(owner.file.as_fd(), lock));
+        owner.ranges().waited(&lock, result.is_ok());
+        result
     }
 
     fn take_flock(&self, handle: &Handle, kind: LockKind, wait: Option<Unique>) -> Result<()> {

@@ -15,6 +15,7 @@ mod identity;
 mod inodes;
 pub mod io_mode;
 mod labels;
+mod lock_ranges;
 pub mod locks;
 mod lookup;
 mod names;
@@ -38,6 +39,7 @@ use self::credentials::OwnIds;
 use self::handles::HandleTable;
 use self::inodes::{Inode, InodeTable};
 use self::io_mode::IoPolicy;
+use self::lock_ranges::RangeCount;
 use self::locks::Waits;
 use self::pins::Descriptors;
 use super::{Context, FileSystem, Opened, Result, XattrReply};
@@ -118,6 +120,8 @@ pub struct PassthroughFs {
     inodes: InodeTable,
     handles: HandleTable,
     waits: Waits,
+    /// Byte ranges that are locked.
+    lock_ranges: Arc<RangeCount>,
     /// ACLs can be had on the host, and were asked for.
     offers_acls: bool,
     /// The same with security labels.
@@ -165,6 +169,7 @@ impl PassthroughFs {
             inodes,
             handles: HandleTable::default(),
             waits: Waits::default(),
+            lock_ranges: Arc::default(),
             session: RwLock::new(session),
         })
     }
