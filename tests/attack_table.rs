@@ -8,10 +8,11 @@ use std::fs;
 use std::path::Path;
 
 /// The order of the table: from the ring to the host. Any other file with attacks follows by its name.
-const ORDER: [&str; 8] = [
+const ORDER: [&str; 9] = [
     "hostile",
     "hostile_queues",
     "hostile_requests",
+    "boundaries",
     "hostile_paths",
     "exhaustion",
     "hostile_front_end",

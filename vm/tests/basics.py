@@ -92,7 +92,7 @@ def idmapped_mounts_have_the_right_owners(setting):
     for arguments, shift in ((), 0), (("--translate-uid=map:0:5000:1000", "--translate-gid=map:0:6000:1000"), 1):
         with disk.directory() as share, setting.guest(share, *arguments) as (guest, _):
             share.chmod(0o777)
-            said = guest.output("mkdir /tmp/mapped; chmod 755 /tmp; guest-idmap /mnt /tmp/mapped")
+            said = guest.output("mkdir /tmp/mapped; chmod 755 /tmp; idmap /mnt /tmp/mapped")
             assert said == "owners are right", said
             uid, gid = 5000 * shift, 6000 * shift
             seen = {name: ((share / name).lstat().st_uid, (share / name).lstat().st_gid)
