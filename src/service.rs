@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use log::{debug, info, trace};
+use log::{debug, trace};
 use rustix::io::Errno;
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
@@ -16,7 +16,7 @@ use crate::fuse::init::{self, Layout, negotiate};
 use crate::fuse::opcode::Opcode;
 use crate::fuse::reply::{DirectoryWriter, OUT_HEADER_SIZE};
 use crate::fuse::request::{CopyFileRange, Init, Operation, Read, Request, Write};
-use crate::logging::warn_limited;
+use crate::logging::{info_limited, warn_limited};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter, Reserved};
 use crate::sys::memory;
 
@@ -162,7 +162,7 @@ impl Service {
         }
         self.end_session();
         self.fs.init(&negotiated);
-        info!("session begins: FUSE 7.{}, {:?}", negotiated.minor, negotiated.flags);
+        info_limited!("session begins: FUSE 7.{}, {:?}", negotiated.minor, negotiated.flags);
         let layout = negotiated.layout();
         let long = if layout.long_setxattr { LONG_SETXATTR } else { 0 };
         let trailing = if layout.trailing_labels { TRAILING_LABELS } else { 0 };

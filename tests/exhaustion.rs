@@ -17,6 +17,7 @@ use std::fs;
 use lanefsd::fuse::opcode::Opcode;
 use lanefsd_frontend::chain::{Chain, Pieces};
 use lanefsd_frontend::client::{Lock, ROOT};
+use lanefsd_frontend::misbehave::run_away;
 use lanefsd_frontend::ring::Placement;
 use lanefsd_frontend::{Backend, Client, Cut, Request, Session, SessionOptions};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
@@ -279,11 +280,11 @@ fn memory_runs_out_and_comes_back() {
     backend.expect_success().unwrap();
 }
 
-/// Attack: ten thousand requests that are worth a warning.
+/// Attack: ten thousand requests that are worth a warning, a thousand sessions, resets and broken rings.
 /// Outcome: a few dozen lines in the log.
 #[test]
 fn a_guest_cannot_flood_the_log() {
-    let (mut backend, session) = common::serve_with(&["--log-level=warn"], options());
+    let (mut backend, session) = common::serve_with(&[], options());
     for _ in 0..5_000 {
         // Reasons for warnings: no room for a reply, and no header.
         let request = Request::new(Opcode::Getattr, ROOT).no_reply();
@@ -297,6 +298,16 @@ fn a_guest_cannot_flood_the_log() {
         let token = session.queue(2).submit(chain()).unwrap();
         assert_eq!(session.queue(2).wait(token).unwrap().used, 0);
     }
+    for _ in 0..1_000 {
+        // What is told of in any case: sessions, queues and resets.
+        session.init_with(45, session.options().init_flags).unwrap();
+    }
+    for _ in 0..50 {
+        session.reboot().unwrap();
+        run_away(session.queue(2), 20_000).unwrap();
+    }
+    session.reboot().unwrap();
+    session.init().unwrap();
     healthy(&session);
     let lines = backend.stderr().lines().count();
     assert!(lines > 0, "nothing was said");

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use log::{debug, info};
+use log::debug;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -25,6 +25,7 @@ use super::ring::{Layout, MAX_SIZE, Ring};
 use super::watch::Watch;
 use super::worker::Crew;
 use crate::config::DeviceConfig;
+use crate::logging::info_limited;
 use crate::service::Service;
 
 /// Most queues that a device has: the high-priority queue and 63 request queues.
@@ -164,7 +165,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        info!("the front end resets the device");
+        info_limited!("the front end resets the device");
         self.reset_queues();
         self.service.end_session();
         Ok(())

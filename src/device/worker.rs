@@ -10,7 +10,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::info;
 use rustix::event::Timespec;
 use rustix::io::Errno;
 use vm_memory::GuestAddressSpace;
@@ -18,7 +17,7 @@ use vm_memory::GuestAddressSpace;
 use super::chain::ChainBuffers;
 use super::queue::{Done, Next, Queue, QueueError, Wakeup};
 use super::watch::Watch;
-use crate::logging::warn_limited;
+use crate::logging::{info_limited, warn_limited};
 use crate::service::{Scratch, Service};
 use crate::sys::memory;
 
@@ -102,7 +101,7 @@ impl Crew {
         let requests = statistics.requests.load(Ordering::Relaxed);
         if requests > 0 {
             let notifications = statistics.notifications.load(Ordering::Relaxed);
-            info!("queue {}: {requests} requests, {notifications} notifications", self.queue.index());
+            info_limited!("queue {}: {requests} requests, {notifications} notifications", self.queue.index());
         }
     }
 
