@@ -13,12 +13,14 @@
 mod common;
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use lanefsd::fuse::opcode::Opcode;
 use lanefsd_frontend::chain::{Chain, Pieces};
 use lanefsd_frontend::client::{Lock, ROOT};
 use lanefsd_frontend::misbehave::run_away;
 use lanefsd_frontend::ring::Placement;
+use lanefsd_frontend::session::Sent;
 use lanefsd_frontend::{Backend, Client, Cut, Request, Session, SessionOptions};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
@@ -180,6 +182,43 @@ fn locked_ranges_run_out_and_come_back() {
     assert_eq!(common::errno(lock(1, 2, libc::F_WRLCK, byte(1))), libc::EAGAIN);
     client.flush(files[1].0, files[1].1, 1).unwrap();
     lock(1, 2, libc::F_WRLCK, byte(1)).unwrap();
+}
+
+/// Attack: waits for locks on many queues, which take a thread each.
+/// Outcome: ENOLCK beyond a thousand; the others are granted.
+#[test]
+fn threads_that_wait_have_an_end() {
+    const QUEUES: usize = 8;
+    let (backend, session) =
+        common::serve_with(&["--posix-lock"], SessionOptions { queues: QUEUES, ..SessionOptions::default() });
+    let mut neighbour = Neighbour::new();
+    let client = session.client();
+    let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+    client.setlk(entry.nodeid, open.fh, Lock::posix(1, libc::F_WRLCK, 0, 10)).unwrap();
+    let wait = Lock::posix(2, libc::F_WRLCK, 0, 10).waiting_request(entry.nodeid, open.fh);
+    let waits: Vec<_> =
+        (0..200 * QUEUES).map(|n| client.on(1 + n % QUEUES).send(wait.clone()).unwrap()).collect();
+    healthy(&session);
+    // Those that are refused come back, and their threads are gone.
+    let is_done = |sent: &Sent| session.queue(sent.queue).is_done(sent.token).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while waits.iter().filter(|sent| is_done(sent)).count() < 200 * QUEUES - 1024 {
+        assert!(Instant::now() < deadline, "too many wait");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    neighbour.works();
+    assert!(backend.threads().unwrap() < 1024 + 17 * (QUEUES + 1) + 50);
+    let (done, waiting): (Vec<_>, Vec<_>) = waits.into_iter().partition(is_done);
+    assert_eq!((done.len(), waiting.len()), (200 * QUEUES - 1024, 1024));
+    for sent in done {
+        assert_eq!(common::errno(session.finish(sent)), libc::ENOLCK);
+    }
+    client.setlk(entry.nodeid, open.fh, Lock::posix(1, libc::F_UNLCK, 0, 10)).unwrap();
+    for sent in waiting {
+        session.finish(sent).unwrap();
+    }
+    client.setlkw(entry.nodeid, open.fh, Lock::posix(2, libc::F_WRLCK, 20, 30)).unwrap();
+    healthy(&session);
 }
 
 /// Attack: more inodes than descriptors, without file handles.

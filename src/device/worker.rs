@@ -137,7 +137,7 @@ impl Crew {
     }
 
     fn add_worker(self: &Arc<Self>) -> std::io::Result<()> {
-        memory::ask_for_some()?;
+        memory::ask_for_a_thread()?;
         {
             let mut threads = self.lock();
             if threads.workers >= self.limit {
@@ -228,7 +228,7 @@ impl Crew {
     /// Serves a chain on a thread of its own, since it may have to wait for another request.
     /// Returns false if there are too many of these already.
     fn serve_apart(self: &Arc<Self>, head: u16) -> bool {
-        if memory::ask_for_some().is_err() {
+        if memory::ask_for_a_thread().is_err() {
             return false;
         }
         {

@@ -8,6 +8,9 @@ use rustix::io::{Errno, Result};
 /// Bytes that have to be there before anything grows: many times what one request takes.
 const HEADROOM: usize = 64 << 10;
 
+/// Bytes that have to be there before a thread is started: some stacks (two MiB each).
+const FOR_THREADS: usize = 16 << 20;
+
 /// ENOMEM unless there is memory for what a request may need. The allocator keeps what was asked for
 /// here at hand for the same thread, so that this is cheap, and what follows succeeds.
 pub fn ask_for_some() -> Result<()> {
@@ -16,6 +19,23 @@ pub fn ask_for_some() -> Result<()> {
     // Else the compiler would see that nobody uses it.
     std::hint::black_box(&mut probe);
     Ok(())
+}
+
+/// ENOMEM unless there is memory for a thread, and for several that start at the same time.
+///
+/// The standard library cannot give back what it has begun: a thread that has a stack and gets no
+/// memory for its signal stack ends the process.
+pub fn ask_for_a_thread() -> Result<()> {
+    let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping at a place of the kernel's choice, which nobody uses, and which goes at once.
+    unsafe {
+        let room = libc::mmap(std::ptr::null_mut(), FOR_THREADS, access, kind, -1, 0);
+        if room == libc::MAP_FAILED {
+            return Err(Errno::NOMEM);
+        }
+        libc::munmap(room, FOR_THREADS);
+    }
+    ask_for_some()
 }
 
 /// `len` zeroed bytes in `buffer`; ENOMEM if they cannot be had.

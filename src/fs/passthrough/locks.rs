@@ -30,6 +30,8 @@ use crate::sys::signals::{ThreadId, wake};
 
 /// Owners that may hold locks on one inode; each costs a descriptor.
 const MAX_OWNERS: usize = 1024;
+/// Requests of all queues that may wait for locks at once: each is a thread, and the host has only so many.
+const MAX_WAITS: usize = 1024;
 /// How long to wait for an interrupted thread before it is signalled again: the first signal may
 /// have come just before its system call.
 const SIGNAL_AGAIN: Duration = Duration::from_millis(1);
@@ -164,10 +166,13 @@ impl Waits {
     }
 
     /// Puts the calling thread into the table; EINVAL if the guest uses the number twice at once,
-    /// as the thread that is there already must stay reachable.
+    /// as the thread that is there already must stay reachable, and ENOLCK if too many wait.
     fn enter(&self, unique: Unique) -> Result<TableEntry<'_>> {
         let thread = ThreadId::current()?;
-        match self.lock().entry(unique) {
+        let mut waits = self.lock();
+        let full = waits.len() >= MAX_WAITS;
+        match waits.entry(unique) {
+            Entry::Vacant(_) if full => Err(Errno::NOLCK),
             Entry::Occupied(_) => Err(Errno::INVAL),
             Entry::Vacant(place) => {
                 place.insert(Waiting { thread, interrupted: false });
@@ -296,6 +301,15 @@ mod tests {
         drop(first);
         assert_eq!(waits.run(Unique(3), || Ok(())), Ok(()));
         assert!(waits.lock().is_empty());
+    }
+
+    #[test]
+    fn so_many_may_wait_and_no_more() {
+        let waits = Waits::default();
+        let mut all: Vec<_> = (0..1024).map(|number| waits.enter(Unique(number)).unwrap()).collect();
+        assert_eq!(waits.run(Unique(5000), || Ok(())), Err(Errno::NOLCK));
+        all.pop();
+        assert_eq!(waits.run(Unique(5000), || Ok(())), Ok(()));
     }
 
     #[test]
