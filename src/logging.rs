@@ -72,18 +72,32 @@ impl Default for RateLimit {
     }
 }
 
-/// Warns of what a guest caused; a guest cannot flood the log with it.
-macro_rules! warn_limited {
-    ($($arg:tt)*) => {{
+/// Prints what a guest caused, at a level of the log crate; a guest cannot flood the log with it.
+macro_rules! log_limited {
+    ($level:expr, $($arg:tt)*) => {{
         static LIMIT: $crate::logging::RateLimit = $crate::logging::RateLimit::new();
         match LIMIT.allow(std::time::Instant::now()) {
-            Some(0) => log::warn!($($arg)*),
-            Some(suppressed) => log::warn!("{} ({suppressed} messages like this were left out)", format_args!($($arg)*)),
+            Some(0) => log::log!($level, $($arg)*),
+            Some(suppressed) => {
+                log::log!($level, "{} ({suppressed} messages like this were left out)", format_args!($($arg)*))
+            }
             None => {}
         }
     }};
 }
+pub(crate) use log_limited;
+
+/// Warns of what a guest caused.
+macro_rules! warn_limited {
+    ($($arg:tt)*) => { $crate::logging::log_limited!(log::Level::Warn, $($arg)*) };
+}
 pub(crate) use warn_limited;
+
+/// Tells of what a guest caused.
+macro_rules! info_limited {
+    ($($arg:tt)*) => { $crate::logging::log_limited!(log::Level::Info, $($arg)*) };
+}
+pub(crate) use info_limited;
 
 #[cfg(test)]
 mod tests {

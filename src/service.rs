@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use log::{debug, info, trace};
+use log::{debug, trace};
 use rustix::io::Errno;
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
@@ -16,8 +16,9 @@ use crate::fuse::init::{self, Layout, negotiate};
 use crate::fuse::opcode::Opcode;
 use crate::fuse::reply::{DirectoryWriter, OUT_HEADER_SIZE};
 use crate::fuse::request::{CopyFileRange, Init, Operation, Read, Request, Write};
-use crate::logging::warn_limited;
+use crate::logging::{info_limited, warn_limited};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter, Reserved};
+use crate::sys::memory;
 
 /// No INIT was answered yet, or DESTROY was: everything but INIT is refused.
 const NO_SESSION: u8 = 0;
@@ -27,6 +28,9 @@ const SESSION: u8 = 1;
 const LONG_SETXATTR: u8 = 2;
 /// Beside it: labels follow the arguments.
 const TRAILING_LABELS: u8 = 4;
+
+/// Bytes of the longest reply to READDIR: a worker keeps that much. What is longer comes in parts.
+const MAX_LISTING: usize = 1 << 20;
 
 /// Room that a worker keeps from request to request.
 #[derive(Debug, Default)]
@@ -115,7 +119,7 @@ impl Service {
     ) -> Result<()> {
         let readable = input.len() + size_of::<abi::InHeader>();
         let arguments = argument_bytes(header, readable).map_err(refused)?;
-        scratch.arguments.resize(arguments, 0);
+        memory::resize(&mut scratch.arguments, arguments)?;
         input.read(&mut scratch.arguments);
         let session = self.session.load(Ordering::SeqCst);
         let layout = Layout {
@@ -158,7 +162,7 @@ impl Service {
         }
         self.end_session();
         self.fs.init(&negotiated);
-        info!("session begins: FUSE 7.{}, {:?}", negotiated.minor, negotiated.flags);
+        info_limited!("session begins: FUSE 7.{}, {:?}", negotiated.minor, negotiated.flags);
         let layout = negotiated.layout();
         let long = if layout.long_setxattr { LONG_SETXATTR } else { 0 };
         let trailing = if layout.trailing_labels { TRAILING_LABELS } else { 0 };
@@ -205,6 +209,8 @@ impl Service {
             return Err(Errno::NOSYS);
         };
         let limit = usize::try_from(size).unwrap_or(usize::MAX).min(body.room.len());
+        let limit = limit.min(MAX_LISTING);
+        listing.try_reserve(limit).map_err(|_| Errno::NOMEM)?;
         let mut writer = DirectoryWriter::new(listing, limit, plus);
         self.fs.readdir(ctx, request.header.node, handle, offset, &mut writer)?;
         body.put_bytes(listing)

@@ -41,6 +41,8 @@ fn serve(args: &[&str]) -> Host {
     Host { session, backend, store, _directory: directory, node, fh }
 }
 
+/// Attack: storage that fails.
+/// Outcome: the host's errno.
 #[test]
 fn every_error_of_the_host_reaches_the_guest() {
     let Host { session, store, node, fh, .. } = &serve(&["--cache=never"]);
@@ -70,6 +72,8 @@ fn every_error_of_the_host_reaches_the_guest() {
     }
 }
 
+/// Attack: storage that fails some of the requests in flight.
+/// Outcome: each gets its own answer.
 #[test]
 fn of_many_requests_in_flight_each_gets_its_own_answer() {
     let Host { session, store, node, fh, .. } = &serve(&["--cache=never"]);
@@ -90,6 +94,8 @@ fn of_many_requests_in_flight_each_gets_its_own_answer() {
     }
 }
 
+/// Attack: storage that is slow.
+/// Outcome: only who waits for it waits.
 #[test]
 fn slow_storage_holds_up_only_who_waits_for_it() {
     let Host { session, mut backend, store, node, fh, _directory } = serve(&["--cache=never"]);
@@ -116,6 +122,8 @@ fn slow_storage_holds_up_only_who_waits_for_it() {
     assert_eq!(&std::fs::read(backend.path(FILE)).unwrap()[..4], b"last");
 }
 
+/// Attack: storage gone for good.
+/// Outcome: ENOTCONN; the daemon lives.
 #[test]
 fn storage_that_is_gone_for_good() {
     let Host { session, mut backend, store, node, fh, _directory } = serve(&["--cache=never"]);

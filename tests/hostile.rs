@@ -53,6 +53,9 @@ fn header(opcode: u32, nodeid: u64, len: usize) -> Vec<u8> {
     header.as_bytes().to_vec()
 }
 
+/// Attack: descriptor loops, indirect in indirect, tables and buffers outside memory, lengths that wrap,
+/// chains longer than the ring.
+/// Outcome: the chain comes back, empty.
 #[test]
 fn malformed_chains_come_back_empty() {
     let (_backend, session) = two_queues(&[]);
@@ -74,6 +77,8 @@ fn malformed_chains_come_back_empty() {
     }
 }
 
+/// Attack: a head that is no descriptor.
+/// Outcome: only that queue stands still, until a reset.
 #[test]
 fn a_head_that_is_no_descriptor_stops_at_most_its_queue() {
     let (_backend, session) = two_queues(&[]);
@@ -84,6 +89,8 @@ fn a_head_that_is_no_descriptor_stops_at_most_its_queue() {
     healthy(&session);
 }
 
+/// Attack: an available index that runs away.
+/// Outcome: only that queue stands still, until a reset.
 #[test]
 fn an_available_index_that_runs_away_stops_at_most_its_queue() {
     for steps in [1025, 20_000, u16::MAX] {
@@ -106,6 +113,8 @@ fn kicks_without_end_cost_nothing_but_time() {
     healthy(&session);
 }
 
+/// Attack: requests cut off.
+/// Outcome: an errno, or no length.
 #[test]
 fn requests_that_are_cut_off() {
     let (_backend, session) = two_queues(&[]);
@@ -131,6 +140,8 @@ fn requests_that_are_cut_off() {
     healthy(&session);
 }
 
+/// Attack: requests that announce more or less than they carry.
+/// Outcome: an errno, or no length.
 #[test]
 fn lengths_that_disagree() {
     let (_backend, session) = two_queues(&[]);
@@ -158,6 +169,8 @@ fn lengths_that_disagree() {
     healthy(&session);
 }
 
+/// Attack: replies without room for the header, the struct, the data.
+/// Outcome: an errno, or no length; nothing is written past the room.
 #[test]
 fn replies_without_room() {
     let (backend, session) = two_queues(&[]);
@@ -253,6 +266,8 @@ fn no_symlink_is_followed_and_no_special_file_opened() {
     healthy(&session);
 }
 
+/// Attack: numbers of nodes and handles that were never given, offsets at the end of all numbers.
+/// Outcome: an errno.
 #[test]
 fn handles_and_nodes_that_are_foreign() {
     let (_backend, session) = two_queues(&[]);
@@ -288,6 +303,8 @@ fn handles_and_nodes_that_are_foreign() {
     healthy(&session);
 }
 
+/// Attack: random bytes.
+/// Outcome: answered.
 #[test]
 fn random_bytes_are_answered() {
     let (_backend, session) = two_queues(&["--xattr", "--posix-lock"]);

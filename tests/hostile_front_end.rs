@@ -85,6 +85,8 @@ fn handshake<'a>(memory: &'a Memory, queues: &'a [Queue]) -> Vec<Step<'a>> {
     steps
 }
 
+/// Attack: leaving at every point of the handshake.
+/// Outcome: no descriptor is lost.
 #[test]
 fn leaving_after_every_message_and_in_the_middle_of_the_next() {
     let backend = daemon();
@@ -119,6 +121,8 @@ fn say(backend: &Backend, request: u32, body: &[u8], fds: &[BorrowedFd<'_>]) -> 
     connection.wait_closed(Duration::from_millis(200)).unwrap()
 }
 
+/// Attack: the wrong number of descriptors.
+/// Outcome: the front end is disconnected; none is lost.
 #[test]
 fn the_wrong_number_of_descriptors() {
     let backend = daemon();
@@ -155,6 +159,8 @@ fn the_wrong_number_of_descriptors() {
     assert!(after <= before, "{before} descriptors before, {after} after");
 }
 
+/// Attack: a kick that is no eventfd.
+/// Outcome: the next front end is served.
 #[test]
 fn a_kick_that_is_no_eventfd() {
     let memory = Memory::new(4 << 20).unwrap();
@@ -179,6 +185,9 @@ fn a_kick_that_is_no_eventfd() {
 
 /// Found by fuzzing: the worker that notified the front end waited for room for ever, and with it
 /// whoever stopped the queue, so that no other front end was served and SIGTERM was not heeded.
+///
+/// Attack: a call that is full, and blocks.
+/// Outcome: the notification is dropped; the next front end is served.
 #[test]
 fn a_call_that_is_full_holds_nothing_up() {
     let backend = daemon();
@@ -209,6 +218,8 @@ fn fill(pipe: &std::io::PipeWriter) {
     rustix::fs::fcntl_setfl(pipe, flags).unwrap();
 }
 
+/// Attack: messages out of order and out of range.
+/// Outcome: the next front end is served.
 #[test]
 fn messages_in_an_order_that_makes_no_sense() {
     let backend = daemon();
@@ -250,6 +261,8 @@ fn messages_in_an_order_that_makes_no_sense() {
     }
 }
 
+/// Attack: a socket for a GPU.
+/// Outcome: the front end is disconnected.
 #[test]
 fn a_socket_for_a_gpu() {
     // The filter of system calls has to let through what the answer takes.
@@ -264,6 +277,8 @@ fn a_socket_for_a_gpu() {
     }
 }
 
+/// Attack: random messages.
+/// Outcome: the next front end is served.
 #[test]
 fn random_messages() {
     let backend = daemon();

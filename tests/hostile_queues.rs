@@ -11,6 +11,8 @@
 
 mod common;
 
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -18,8 +20,9 @@ use lanefsd::fuse::flags::WriteFlags;
 use lanefsd::fuse::opcode::Opcode;
 use lanefsd_frontend::chain::{Chain, Pieces};
 use lanefsd_frontend::client::{ROOT, data};
-use lanefsd_frontend::connection::Connection;
-use lanefsd_frontend::message::{VringAddress, VringState, code};
+use lanefsd_frontend::connection::{Connection, describe};
+use lanefsd_frontend::memory::Region;
+use lanefsd_frontend::message::{VERSION, VringAddress, VringState, code};
 use lanefsd_frontend::misbehave::{outside_memory, run_away};
 use lanefsd_frontend::random::Random;
 use lanefsd_frontend::ring::{Descriptor, INDIRECT, NEXT, Placement, WRITE};
@@ -57,6 +60,8 @@ fn slow_writes(session: &Session, count: u64) -> Vec<Sent> {
 
 const SLOW: [&str; 2] = ["--store=null:200ms", "--cache=never"];
 
+/// Attack: queues enabled twice.
+/// Outcome: each request is answered once.
 #[test]
 fn a_queue_enabled_and_disabled_again_and_again() {
     let (_backend, session) = two_queues(&SLOW);
@@ -79,6 +84,8 @@ fn a_queue_enabled_and_disabled_again_and_again() {
     healthy(&session);
 }
 
+/// Attack: queues set up twice.
+/// Outcome: each request is answered once.
 #[test]
 fn a_queue_set_up_twice() {
     let (_backend, session) = two_queues(&SLOW);
@@ -119,6 +126,8 @@ fn move_rings(
     connection.send(code::SET_VRING_ADDR, &address, &[])
 }
 
+/// Attack: rings that move while the queue runs.
+/// Outcome: the front end is disconnected.
 #[test]
 fn rings_that_move_while_the_queue_runs() {
     refused(|session, connection| move_rings(session, connection, |(d, a, u)| (d + 4096, a, u)));
@@ -138,6 +147,8 @@ fn set_up_at(
     connection.set_vring_kick(1, Some(session.queue(1).kick_event()))
 }
 
+/// Attack: rings in missing memory or at odd addresses.
+/// Outcome: the front end is disconnected.
 #[test]
 fn rings_that_lie_in_no_memory() {
     let end = |session: &Session| {
@@ -165,6 +176,31 @@ fn rings_that_lie_in_no_memory() {
     }
 }
 
+/// Attack: rings in memory that may only be read.
+/// Outcome: the front end is disconnected.
+#[test]
+fn rings_in_memory_that_may_only_be_read() {
+    let read_only =
+        |region: &Region| fs::File::open(format!("/proc/self/fd/{}", region.fd().as_raw_fd())).unwrap();
+    let refuses = |request: u32, body: &[u8], fd: BorrowedFd<'_>| {
+        let backend = common::start(&["--keep-listening"]);
+        let connection = Connection::connect(backend.socket()).unwrap();
+        connection.features().unwrap();
+        connection.set_owner().unwrap();
+        connection.send_raw(request, VERSION, body.len() as u32, body, &[fd]).unwrap();
+        assert!(connection.wait_closed(Duration::from_secs(5)).unwrap());
+        drop(connection);
+        healthy(&backend.connect(SessionOptions::default()).unwrap());
+    };
+    let region = Region::new(0x10_0000, 1 << 20).unwrap();
+    let table = [&1u64.to_ne_bytes(), describe(&region).as_bytes()].concat();
+    refuses(code::SET_MEM_TABLE, &table, read_only(&region).as_fd());
+    let single = [&0u64.to_ne_bytes(), describe(&region).as_bytes()].concat();
+    refuses(code::ADD_MEM_REG, &single, read_only(&region).as_fd());
+}
+
+/// Attack: memory unplugged with requests in flight.
+/// Outcome: they finish; the mapping lives as long.
 #[test]
 fn memory_unplugged_with_requests_in_flight() {
     let (_backend, session) = two_queues(&SLOW);
@@ -194,6 +230,8 @@ fn memory_unplugged_with_requests_in_flight() {
     }
 }
 
+/// Attack: memory unplugged under the rings.
+/// Outcome: queues stand still until a reset.
 #[test]
 fn all_memory_unplugged_under_the_rings() {
     let (mut backend, session) = two_queues(&SLOW);
@@ -211,6 +249,8 @@ fn all_memory_unplugged_under_the_rings() {
     }
 }
 
+/// Attack: all queues broken at once.
+/// Outcome: served again after a reset.
 #[test]
 fn queues_that_were_broken_serve_after_a_reset() {
     let (_backend, session) = two_queues(&[]);
@@ -223,6 +263,8 @@ fn queues_that_were_broken_serve_after_a_reset() {
     }
 }
 
+/// Attack: kicks without end.
+/// Outcome: other queues are served.
 #[test]
 fn kicks_without_end_while_others_work() {
     let (backend, session) = two_queues(&[]);
@@ -263,6 +305,8 @@ fn tables(request: Descriptor, reply: Descriptor, table: u64, outside: u64) -> V
     ]
 }
 
+/// Attack: descriptors and requests that change while they are read.
+/// Outcome: answered, whole or with an error.
 #[test]
 fn descriptors_and_requests_that_change_while_they_are_read() {
     const ROOM: usize = 1024;

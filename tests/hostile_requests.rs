@@ -37,6 +37,8 @@ fn healthy(session: &Session) {
     }
 }
 
+/// Attack: requests before INIT and after DESTROY.
+/// Outcome: ENOTCONN.
 #[test]
 fn requests_outside_a_session_are_refused() {
     let backend = common::start(&[]);
@@ -68,6 +70,8 @@ fn requests_outside_a_session_are_refused() {
     assert_eq!(fs::read_dir(backend.share()).unwrap().count(), 0);
 }
 
+/// Attack: INIT and DESTROY in the middle of other requests.
+/// Outcome: an answer or an errno; nothing is left open.
 #[test]
 fn init_and_destroy_in_the_middle_of_everything() {
     let (backend, session) = two_queues(&[]);
@@ -104,6 +108,8 @@ fn init_and_destroy_in_the_middle_of_everything() {
     assert!(open.iter().all(|descriptor| Path::new(descriptor) != name), "{open:?}");
 }
 
+/// Attack: handles of other nodes, kinds and times.
+/// Outcome: EBADF; no data changes.
 #[test]
 fn handles_of_another_file_kind_or_time() {
     let (backend, session) = two_queues(&["--posix-lock"]);
@@ -146,6 +152,8 @@ fn handles_of_another_file_kind_or_time() {
     healthy(&session);
 }
 
+/// Attack: nodes forgotten, twice and too often.
+/// Outcome: an errno; the root stays.
 #[test]
 fn nodes_that_were_forgotten() {
     let (_backend, session) = two_queues(&[]);
@@ -193,6 +201,8 @@ fn everywhere(client: Client<'_>, node: u64, name: &[u8]) -> Vec<(&'static str, 
     results
 }
 
+/// Attack: names that are none, in every operation.
+/// Outcome: EINVAL or ENAMETOOLONG.
 #[test]
 fn names_in_every_operation() {
     let (backend, session) = two_queues(&[]);
@@ -235,6 +245,8 @@ fn names_in_every_operation() {
     healthy(&session);
 }
 
+/// Attack: names of attributes that are none.
+/// Outcome: an errno.
 #[test]
 fn names_of_attributes() {
     let (_backend, session) = two_queues(&["--xattr"]);
@@ -253,6 +265,8 @@ fn names_of_attributes() {
     healthy(&session);
 }
 
+/// Attack: device nodes, FIFOs, sockets.
+/// Outcome: ENXIO; never opened on the host.
 #[test]
 fn special_files_are_never_opened() {
     let (backend, session) = two_queues(&[]);
@@ -305,6 +319,8 @@ fn swap_meanwhile(one: &Path, other: &Path, work: impl FnOnce()) {
     });
 }
 
+/// Attack: a directory swapped for a link to the outside.
+/// Outcome: nothing outside is read or changed.
 #[test]
 fn a_directory_that_turns_into_a_link_to_the_outside() {
     let outside = tempfile::tempdir().unwrap();
@@ -350,6 +366,8 @@ fn a_directory_that_turns_into_a_link_to_the_outside() {
     healthy(&session);
 }
 
+/// Attack: a file swapped for a link to the outside.
+/// Outcome: nothing outside is read or changed.
 #[test]
 fn a_file_that_turns_into_a_link_to_the_outside() {
     let outside = tempfile::tempdir().unwrap();
@@ -373,6 +391,8 @@ fn a_file_that_turns_into_a_link_to_the_outside() {
     healthy(&session);
 }
 
+/// Attack: more open files than descriptors.
+/// Outcome: EMFILE; works again after RELEASE.
 #[test]
 fn open_files_run_out_and_come_back() {
     let (backend, session) = two_queues(&["--rlimit-nofile=300"]);
@@ -405,6 +425,8 @@ fn open_files_run_out_and_come_back() {
     assert!(!backend.path("new").exists(), "a file that was refused was made");
 }
 
+/// Attack: more lock owners than are kept.
+/// Outcome: ENOLCK; works again.
 #[test]
 fn locks_run_out_and_come_back() {
     let (_backend, session) = two_queues(&["--posix-lock"]);
@@ -418,6 +440,8 @@ fn locks_run_out_and_come_back() {
     lock(100_000, libc::F_WRLCK).unwrap();
 }
 
+/// Attack: more waits for locks than are served.
+/// Outcome: ENOLCK; the others are granted.
 #[test]
 fn waits_for_locks_run_out_and_end() {
     let (_backend, session) = two_queues(&["--posix-lock"]);

@@ -16,7 +16,8 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use lanefsd_frontend::client::{Change, ROOT};
+use lanefsd::fuse::flags::InitFlags;
+use lanefsd_frontend::client::{Change, Lock, ROOT};
 use lanefsd_frontend::{Backend, Caller, Client, Session, SessionOptions};
 use tempfile::TempDir;
 
@@ -154,6 +155,77 @@ fn forbidden_ids_create_and_own_nothing() {
     let whiteout = session.client().rename2(ROOT, "file", ROOT, "moved", libc::RENAME_WHITEOUT);
     assert_eq!(common::errno(whiteout), libc::EPERM);
     session.client().rename(ROOT, "file", ROOT, "moved").unwrap();
+}
+
+/// A guest with ALLOW_IDMAP says who calls only in requests that create something; in all others both
+/// ids are invalid.
+#[test]
+fn callers_without_ids_may_do_all_but_create() {
+    for args in [&SHIFTED[..], &["--translate-uid=squash-guest:0:7:4294967295", "--xattr"], &["--posix-lock"]]
+    {
+        let (_directory, backend, session) = on_disk(args);
+        assert_ne!(u64::from(session.init_reply().flags2) << 32 & InitFlags::ALLOW_IDMAP.bits(), 0);
+        let owner = session.client().user(5, 6);
+        make_one_of_each(&owner).unwrap();
+        fs::write(backend.path("file"), "text").unwrap();
+        let before = owners(&backend.path("file"));
+        let client = session.client().user(u32::MAX, u32::MAX);
+        let dir = client.lookup(ROOT, "dir").unwrap().nodeid;
+        let file = client.lookup(ROOT, "file").unwrap().nodeid;
+        client.getattr(file).unwrap();
+        client.statx(file, libc::STATX_BASIC_STATS).unwrap();
+        client.statfs(file).unwrap();
+        client.setattr(file, Change::none().mode(0o640).size(3)).unwrap();
+        assert_eq!(client.readlink(client.lookup(ROOT, "link").unwrap().nodeid).unwrap(), b"x");
+        let fh = client.open(file, libc::O_RDWR).unwrap().fh;
+        assert_eq!(client.read(file, fh, 0, 10).unwrap(), b"tex");
+        client.write(file, fh, 0, b"T").unwrap();
+        client.fallocate(file, fh, 0, 0, 10).unwrap();
+        client.lseek(file, fh, 0, libc::SEEK_DATA).unwrap();
+        client.fsync(file, fh, false).unwrap();
+        client.flush(file, fh, 1).unwrap();
+        client.release(file, fh).unwrap();
+        if args.contains(&"--xattr") {
+            client.setxattr(file, "user.name", b"value", 0).unwrap();
+            assert_eq!(client.getxattr(file, "user.name", 100).unwrap(), b"value");
+            client.removexattr(file, "user.name").unwrap();
+        }
+        if args.contains(&"--posix-lock") {
+            let fh = client.open(file, libc::O_RDWR).unwrap().fh;
+            client.setlk(file, fh, Lock::posix(1, libc::F_WRLCK, 0, 10)).unwrap();
+            client.getlk(file, fh, Lock::posix(2, libc::F_WRLCK, 0, 10)).unwrap();
+            client.release(file, fh).unwrap();
+        }
+        client.link(file, dir, "hard").unwrap();
+        client.rename(dir, "hard", ROOT, "moved").unwrap();
+        client.unlink(ROOT, "moved").unwrap();
+        let fh = client.opendir(ROOT).unwrap().fh;
+        assert!(client.readdirplus(ROOT, fh, 0, 4096).unwrap().len() >= KINDS.len());
+        client.releasedir(ROOT, fh).unwrap();
+        // One id of the two is not enough either.
+        let entries = fs::read_dir(backend.share()).unwrap().count();
+        for (uid, gid) in [(u32::MAX, u32::MAX), (5, u32::MAX), (u32::MAX, 6)] {
+            let client = session.client().user(uid, gid);
+            let refusals = [
+                client.mkdir(ROOT, "new", 0o755, 0).map(drop),
+                client.symlink(ROOT, "new", "x").map(drop),
+                client.mknod(ROOT, "new", libc::S_IFREG | 0o644, 0, 0).map(drop),
+                client.create(ROOT, "new", libc::O_RDWR, 0o644, 0).map(drop),
+                client.tmpfile(ROOT, libc::O_RDWR, 0o644).map(drop),
+                client.rename2(ROOT, "file", ROOT, "new", libc::RENAME_WHITEOUT),
+                // Nor can anything be given to nobody.
+                client.setattr(file, Change::none().uid(u32::MAX)).map(drop),
+                client.setattr(file, Change::none().gid(u32::MAX)).map(drop),
+            ];
+            for (number, refusal) in refusals.into_iter().enumerate() {
+                assert_eq!(common::errno(refusal), libc::EINVAL, "{number} by {uid} {gid} with {args:?}");
+            }
+        }
+        assert_eq!(fs::read_dir(backend.share()).unwrap().count(), entries);
+        assert_eq!(owners(&backend.path("file")), before);
+        client.unlink(ROOT, "file").unwrap();
+        client.rmdir(ROOT, "dir").unwrap();
+    }
 }
 
 #[test]

@@ -101,6 +101,8 @@ fn fill(client: Client<'_>, writer: usize) -> (usize, i32) {
     (written, errno)
 }
 
+/// Attack: a full disk.
+/// Outcome: ENOSPC for each writer; what was taken is there.
 #[test]
 fn a_full_disk_refuses_each_writer_and_keeps_what_it_took() {
     const WRITERS: usize = 6;
@@ -136,6 +138,8 @@ fn a_full_disk_refuses_each_writer_and_keeps_what_it_took() {
     backend.expect_success().unwrap();
 }
 
+/// Attack: many writers of one file on a full disk.
+/// Outcome: ENOSPC for those who got no room.
 #[test]
 fn many_writers_of_one_file_on_a_full_disk() {
     const WRITERS: usize = 6;
@@ -171,6 +175,8 @@ fn many_writers_of_one_file_on_a_full_disk() {
     }
 }
 
+/// Attack: a disk without inodes.
+/// Outcome: ENOSPC for new files only.
 #[test]
 fn a_disk_without_inodes_refuses_new_files_only() {
     let disk = Disk::ext4(24, &["-N", "64"]);
@@ -189,6 +195,8 @@ fn a_disk_without_inodes_refuses_new_files_only() {
     client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
 }
 
+/// Attack: a limit on the length of files.
+/// Outcome: EFBIG.
 #[test]
 fn a_limit_on_the_length_of_files_is_efbig() {
     const LIMIT: u64 = 100_000;
@@ -229,6 +237,8 @@ fn try_everything(client: Client<'_>, node: u64, fh: u64) -> Vec<(&'static str, 
     ]
 }
 
+/// Attack: the share removed.
+/// Outcome: ENOENT for names; open files work.
 #[test]
 fn the_share_is_removed_under_the_daemon() {
     for sandbox in ["none", "chroot", "namespace"] {
@@ -251,6 +261,8 @@ fn the_share_is_removed_under_the_daemon() {
     }
 }
 
+/// Attack: the share unmounted lazily.
+/// Outcome: served on.
 #[test]
 fn the_share_is_unmounted_under_the_daemon() {
     let disk = Disk::ext4(24, &[]);
@@ -299,6 +311,8 @@ fn write_and_sync(client: Client<'_>, writer: usize, acknowledged: &AtomicUsize)
     synced
 }
 
+/// Attack: SIGKILL and SIGTERM among writes.
+/// Outcome: what an fsync covers is there.
 #[test]
 fn a_signal_in_the_middle_of_a_thousand_writes() {
     const WRITERS: usize = 4;

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use log::{debug, info};
+use log::debug;
 use rustix::fs::OFlags;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -26,6 +26,7 @@ use super::ring::{Layout, MAX_SIZE, Ring};
 use super::watch::Watch;
 use super::worker::Crew;
 use crate::config::DeviceConfig;
+use crate::logging::info_limited;
 use crate::service::Service;
 
 /// Most queues that a device has: the high-priority queue and 63 request queues.
@@ -171,7 +172,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        info!("the front end resets the device");
+        info_limited!("the front end resets the device");
         self.reset_queues();
         self.service.end_session();
         Ok(())

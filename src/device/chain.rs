@@ -37,6 +37,9 @@ pub enum ChainError {
     /// A device-readable buffer behind a device-writable one.
     #[error("a readable descriptor follows a writable one")]
     Order,
+    /// The host has no memory for that many buffers.
+    #[error("there is no memory for the buffers of the chain")]
+    NoMemory,
     /// An indirect table inside another, or with a next descriptor, or of a length that is no
     /// multiple of a descriptor's.
     #[error("an indirect table is malformed")]
@@ -142,7 +145,7 @@ impl ChainBuffers {
         let count = usize::try_from(len).map_err(|_| outside)?;
         for slice in GuestMemoryBackend::get_slices(memory, GuestAddress(address), count) {
             let slice = slice.map_err(|_| outside)?;
-            append(segments, slice.ptr_guard_mut().as_ptr(), slice.len());
+            append(segments, slice.ptr_guard_mut().as_ptr(), slice.len())?;
         }
         Ok(())
     }
@@ -157,17 +160,20 @@ fn indirect_table(descriptor: Descriptor) -> Result<Table, ChainError> {
 }
 
 /// Adds a segment, or lengthens the last one if this begins where it ends.
-fn append(segments: &mut Vec<iovec>, base: *mut u8, len: usize) {
+fn append(segments: &mut Vec<iovec>, base: *mut u8, len: usize) -> Result<(), ChainError> {
     if len == 0 {
-        return;
+        return Ok(());
     }
     if let Some(last) = segments.last_mut()
         && last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == base
     {
         last.iov_len += len;
-        return;
+        return Ok(());
     }
+    // What a worker has once needed it keeps.
+    segments.try_reserve(1).map_err(|_| ChainError::NoMemory)?;
     segments.push(iovec { iov_base: base.cast(), iov_len: len });
+    Ok(())
 }
 
 #[cfg(test)]

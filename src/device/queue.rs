@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use log::error;
+use log::{Level, error};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::io::Errno;
 use thiserror::Error;
@@ -16,6 +16,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::SharedMemory;
 use super::ring::{Layout, Ring, RingError};
+use crate::logging::log_limited;
 
 /// Why a queue cannot be started.
 #[derive(Debug, Error)]
@@ -328,7 +329,11 @@ impl Queue {
     /// Logs that the guest broke the ring, and stops taking chains from it.
     fn broke(&self, state: &mut State, error: &RingError) {
         if !std::mem::replace(&mut state.broken, true) {
-            error!("queue {}: {error}; it is not served until the guest resets the device", self.index);
+            log_limited!(
+                Level::Error,
+                "queue {}: {error}; it is not served until the guest resets the device",
+                self.index
+            );
         }
     }
 

@@ -10,7 +10,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::info;
 use rustix::event::Timespec;
 use rustix::io::Errno;
 use vm_memory::GuestAddressSpace;
@@ -18,8 +17,9 @@ use vm_memory::GuestAddressSpace;
 use super::chain::ChainBuffers;
 use super::queue::{Done, Next, Queue, QueueError, Wakeup};
 use super::watch::Watch;
-use crate::logging::warn_limited;
+use crate::logging::{info_limited, warn_limited};
 use crate::service::{Scratch, Service};
+use crate::sys::memory;
 
 /// Requests that take longer than this on average, in nanoseconds, are worth a wake-up each.
 const SLOW: u32 = 30_000;
@@ -101,7 +101,7 @@ impl Crew {
         let requests = statistics.requests.load(Ordering::Relaxed);
         if requests > 0 {
             let notifications = statistics.notifications.load(Ordering::Relaxed);
-            info!("queue {}: {requests} requests, {notifications} notifications", self.queue.index());
+            info_limited!("queue {}: {requests} requests, {notifications} notifications", self.queue.index());
         }
     }
 
@@ -137,6 +137,7 @@ impl Crew {
     }
 
     fn add_worker(self: &Arc<Self>) -> std::io::Result<()> {
+        memory::ask_for_a_thread()?;
         {
             let mut threads = self.lock();
             if threads.workers >= self.limit {
@@ -227,6 +228,9 @@ impl Crew {
     /// Serves a chain on a thread of its own, since it may have to wait for another request.
     /// Returns false if there are too many of these already.
     fn serve_apart(self: &Arc<Self>, head: u16) -> bool {
+        if memory::ask_for_a_thread().is_err() {
+            return false;
+        }
         {
             let mut threads = self.lock();
             if threads.waiting >= MAX_WAITING {

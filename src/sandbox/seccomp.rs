@@ -361,6 +361,66 @@ mod tests {
         assert_eq!(forbidden(SeccompAction::KillProcess).signal(), Some(libc::SIGSYS));
     }
 
+    /// What the kernel does when a filter is installed (`seccomp_is_const_allow()`): it follows the
+    /// filter for a system call with all that it knows, and remembers if that ends in "allow" before
+    /// an argument is looked at. Such a call costs one bit from then on, and no filter.
+    fn is_decided_by_number(program: &BpfProgram, call: c_long) -> bool {
+        // Offsets in `struct seccomp_data`, and codes of classic BPF.
+        const NUMBER: u32 = 0;
+        const ARCHITECTURE: u32 = 4;
+        const LOAD: u16 = 0x20;
+        const JUMP: u16 = 0x05;
+        const EQUAL: u16 = 0x15;
+        const GREATER_OR_EQUAL: u16 = 0x35;
+        const RETURN: u16 = 0x06;
+        #[cfg(target_arch = "x86_64")]
+        let architecture = 0xc000_003e;
+        #[cfg(not(target_arch = "x86_64"))]
+        let architecture = 0xc000_00b7;
+        let number = u32::try_from(call).unwrap();
+        let (mut accumulator, mut at) = (0, 0);
+        loop {
+            let step = &program[at];
+            at += 1;
+            match (step.code, step.k) {
+                (LOAD, NUMBER) => accumulator = number,
+                (LOAD, ARCHITECTURE) => accumulator = architecture,
+                (LOAD, _) => return false,
+                (JUMP, over) => at += usize::try_from(over).unwrap(),
+                (EQUAL, k) => at += usize::from(if accumulator == k { step.jt } else { step.jf }),
+                (GREATER_OR_EQUAL, k) => at += usize::from(if accumulator >= k { step.jt } else { step.jf }),
+                (RETURN, k) => return k == libc::SECCOMP_RET_ALLOW,
+                (code, _) => panic!("what is {code:#x}?"),
+            }
+        }
+    }
+
+    #[test]
+    fn calls_of_the_way_of_a_request_are_decided_by_their_number() {
+        let programs = [without_clone3().unwrap(), allow_list(SeccompAction::KillProcess, true).unwrap()];
+        let decided = |call| programs.iter().all(|program| is_decided_by_number(program, call));
+        for call in [
+            libc::SYS_preadv2,
+            libc::SYS_pwritev2,
+            libc::SYS_statx,
+            libc::SYS_openat,
+            libc::SYS_close,
+            libc::SYS_unlinkat,
+            libc::SYS_getdents64,
+            libc::SYS_setresuid,
+            libc::SYS_setresgid,
+            libc::SYS_epoll_pwait,
+            libc::SYS_read,
+            libc::SYS_write,
+            libc::SYS_futex,
+            libc::SYS_open_by_handle_at,
+        ] {
+            assert!(decided(call), "call {call}");
+        }
+        // So that this can fail: a call with a rule for its arguments, and one that is forbidden.
+        assert!(!decided(libc::SYS_fcntl) && !decided(libc::SYS_execve));
+    }
+
     #[test]
     fn threads_have_a_way_left() {
         // ENOSYS, upon which the C library takes clone(2).

@@ -3,6 +3,7 @@
 pub mod file_handles;
 pub mod guest_buffers;
 pub mod locks;
+pub mod memory;
 pub mod signals;
 pub mod umask;
 

@@ -86,5 +86,25 @@ def a_read_only_share_stays_as_it_is(setting):
         assert (share / "file").read_text() == "kept"
 
 
+def idmapped_mounts_have_the_right_owners(setting):
+    if setting.kernel.name not in ("6.12", "7.2"):
+        return  # The first that can do it is 6.12.
+    for arguments, shift in ((), 0), (("--translate-uid=map:0:5000:1000", "--translate-gid=map:0:6000:1000"), 1):
+        with disk.directory() as share, setting.guest(share, *arguments) as (guest, _):
+            share.chmod(0o777)
+            said = guest.output("mkdir /tmp/mapped; chmod 755 /tmp; idmap /mnt /tmp/mapped")
+            assert said == "owners are right", said
+            uid, gid = 5000 * shift, 6000 * shift
+            seen = {name: ((share / name).lstat().st_uid, (share / name).lstat().st_gid)
+                    for name in ("dir", "dir/file", "dir/link", "renamed")}
+            assert seen == {"dir": (uid + 5, gid + 6), "dir/file": (uid + 5, gid + 6),
+                            "dir/link": (uid + 9, gid + 6), "renamed": (uid + 7, gid + 8)}, seen
+            assert not (share / "roots").exists()
+            # Who works beside the mount is who he was.
+            guest.output("cd /mnt; su user -c 'echo >mine'")
+            assert (share / "mine").stat().st_uid == 1000
+            clean(guest)
+
+
 TESTS = (files_are_the_same_on_both_sides, a_large_directory_is_listed_completely, callers_own_what_they_make,
-         all_cache_policies_serve, a_read_only_share_stays_as_it_is)
+         all_cache_policies_serve, a_read_only_share_stays_as_it_is, idmapped_mounts_have_the_right_owners)

@@ -1,12 +1,13 @@
 //! Open files and directories.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use rustix::io::Errno;
 
+use super::budget::Held;
 use super::inodes::Inode;
 use super::io_mode::Mode;
 use super::shards::Shards;
@@ -18,7 +19,7 @@ use crate::fuse::ids::{HandleId, NodeId};
 pub struct Handle {
     /// The inode it was opened from.
     pub inode: Arc<Inode>,
-    file: OwnedFd,
+    file: Held,
     kind: Kind,
 }
 
@@ -31,12 +32,12 @@ enum Kind {
 
 impl Handle {
     /// An open file, which the inode counts as an opener in `mode`.
-    pub fn file(inode: Arc<Inode>, file: OwnedFd, mode: Mode) -> Handle {
+    pub fn file(inode: Arc<Inode>, file: Held, mode: Mode) -> Handle {
         Handle { inode, file, kind: Kind::File(mode) }
     }
 
     /// An open directory, at its beginning.
-    pub fn directory(inode: Arc<Inode>, file: OwnedFd) -> Handle {
+    pub fn directory(inode: Arc<Inode>, file: Held) -> Handle {
         Handle { inode, file, kind: Kind::Directory(Mutex::new(0)) }
     }
 
@@ -86,11 +87,13 @@ impl Default for HandleTable {
 }
 
 impl HandleTable {
-    /// Adds a handle under a new id.
-    pub fn insert(&self, handle: Handle) -> HandleId {
+    /// Adds a handle under a new id; ENOMEM if there is no memory for it.
+    pub fn insert(&self, handle: Handle) -> Result<HandleId> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        self.shard(id).write().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::new(handle));
-        HandleId(id)
+        let mut shard = self.shard(id).write().unwrap_or_else(PoisonError::into_inner);
+        shard.try_reserve(1).map_err(|_| Errno::NOMEM)?;
+        shard.insert(id, Arc::new(handle));
+        Ok(HandleId(id))
     }
 
     /// The handle with this id, opened from `node`; EBADF for any other.

@@ -7,6 +7,7 @@ use rustix::io::Errno;
 use super::credentials::{Caller, CallerGuard, become_caller};
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
+use crate::fuse::abi::INVALID_UIDGID;
 use crate::fuse::ids::{GuestGid, GuestUid};
 use crate::mapping::ids::{HostGid, HostUid};
 use crate::sys::umask::set_thread_umask;
@@ -30,13 +31,21 @@ impl PassthroughFs {
         }
     }
 
-    /// The host's number of a user; EPERM for one that the guest must not use.
+    /// The host's number of a user; EPERM for one that the guest must not use,
+    /// and EINVAL for none: guests with idmapped mounts (ALLOW_IDMAP) name callers only in requests that
+    /// create something.
     pub(super) fn host_uid(&self, uid: GuestUid) -> Result<HostUid> {
+        if uid.0 == INVALID_UIDGID {
+            return Err(Errno::INVAL);
+        }
         self.config.uid_map.to_host(uid).ok_or(Errno::PERM)
     }
 
-    /// The host's number of a group; EPERM for one that the guest must not use.
+    /// The same for a group.
     pub(super) fn host_gid(&self, gid: GuestGid) -> Result<HostGid> {
+        if gid.0 == INVALID_UIDGID {
+            return Err(Errno::INVAL);
+        }
         self.config.gid_map.to_host(gid).ok_or(Errno::PERM)
     }
 

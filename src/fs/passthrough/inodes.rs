@@ -1,13 +1,13 @@
 //! The inodes a guest knows: found by node id, and by what they are on the host.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
+use super::budget::Held;
 use super::io_mode::IoMode;
 use super::locks::InodeLocks;
 use super::pins::{Descriptors, Pin};
@@ -52,7 +52,7 @@ pub struct Inode {
 impl Inode {
     /// An O_PATH descriptor for system calls that take AT_EMPTY_PATH, or names relative to a
     /// directory. It stays open for as long as the caller holds it.
-    pub fn path(&self) -> Result<Arc<OwnedFd>> {
+    pub fn path(&self) -> Result<Arc<Held>> {
         self.pin.path()
     }
 }
@@ -71,7 +71,7 @@ pub struct InodeTable {
 
 impl InodeTable {
     /// A table that knows the root alone.
-    pub fn new(root: OwnedFd, key: InodeKey, descriptors: Descriptors) -> InodeTable {
+    pub fn new(root: Held, key: InodeKey, descriptors: Descriptors) -> InodeTable {
         let descriptors = Arc::new(descriptors);
         let pin = Pin::new(root, Arc::clone(&descriptors));
         let table = InodeTable {
@@ -106,26 +106,27 @@ impl InodeTable {
         Some(Arc::clone(inode))
     }
 
-    /// The inode with this key, which `path` refers to; it counts as looked up once more.
-    pub fn find_or_insert(&self, key: InodeKey, kind: FileType, path: OwnedFd) -> Arc<Inode> {
+    /// The inode with this key, which `path` refers to; it counts as looked up once more. ENOMEM if
+    /// there is no memory for a new one.
+    pub fn find_or_insert(&self, key: InodeKey, kind: FileType, path: Held) -> Result<Arc<Inode>> {
         if self.descriptors.are_scarce() {
             self.give_up_descriptors();
         }
         let mut shard = self.key_shard(&key);
         if let Some(inode) = shard.get(&key) {
             inode.lookups.fetch_add(1, Ordering::Relaxed);
-            return Arc::clone(inode);
+            return Ok(Arc::clone(inode));
         }
+        shard.try_reserve(1).map_err(|_| Errno::NOMEM)?;
         let node = NodeId(self.next_node.fetch_add(1, Ordering::Relaxed));
         let pin = Pin::new(path, Arc::clone(&self.descriptors));
         let inode = Arc::new(new_inode(node, key, kind, pin));
         inode.lookups.store(1, Ordering::Relaxed);
+        let mut nodes = self.node_shard(node).write().unwrap_or_else(PoisonError::into_inner);
+        nodes.try_reserve(1).map_err(|_| Errno::NOMEM)?;
+        nodes.insert(node.0, Arc::clone(&inode));
         shard.insert(key, Arc::clone(&inode));
-        self.node_shard(node)
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(node.0, Arc::clone(&inode));
-        inode
+        Ok(inode)
     }
 
     /// Takes `count` off an inode's lookups; at 0 it is gone. The root stays.
@@ -220,10 +221,11 @@ fn new_inode(node: NodeId, key: InodeKey, kind: FileType, pin: Pin) -> Inode {
 
 #[cfg(test)]
 mod tests {
+    use super::super::budget::Budget;
     use super::*;
 
-    fn any_fd() -> OwnedFd {
-        std::fs::File::open("/").unwrap().into()
+    fn any_fd() -> Held {
+        Held::for_a_request(std::fs::File::open("/").unwrap().into())
     }
 
     fn key(ino: u64) -> InodeKey {
@@ -231,19 +233,19 @@ mod tests {
     }
 
     fn table() -> InodeTable {
-        InodeTable::new(any_fd(), key(1), Descriptors::unlimited())
+        InodeTable::new(any_fd(), key(1), Descriptors::unlimited(&Arc::new(Budget::of(1000))))
     }
 
     #[test]
     fn an_inode_lives_as_long_as_its_lookups() {
         let table = table();
-        let node = table.find_or_insert(key(5), FileType::RegularFile, any_fd()).node;
+        let node = table.find_or_insert(key(5), FileType::RegularFile, any_fd()).unwrap().node;
         assert_eq!(table.find(&key(5)).unwrap().node, node);
         table.forget(node, 1);
         assert_eq!(table.get(node).unwrap().key, key(5));
         table.forget(node, 1);
         assert_eq!(table.get(node).unwrap_err(), Errno::STALE);
-        let again = table.find_or_insert(key(5), FileType::RegularFile, any_fd()).node;
+        let again = table.find_or_insert(key(5), FileType::RegularFile, any_fd()).unwrap().node;
         assert_ne!(again, node, "ids are not used twice");
         table.forget(again, u64::MAX);
         table.forget(again, 1);
@@ -269,7 +271,10 @@ mod tests {
                     for i in 0..20_000u64 {
                         let inode = match table.find(&key(10 + i % 3)) {
                             Some(inode) => inode,
-                            None => table.find_or_insert(key(10 + i % 3), FileType::RegularFile, any_fd()),
+                            None => {
+                                let kind = FileType::RegularFile;
+                                table.find_or_insert(key(10 + i % 3), kind, any_fd()).unwrap()
+                            }
                         };
                         // It was looked up, so it must be there until it is forgotten.
                         assert_eq!(table.get(inode.node).unwrap().node, inode.node);

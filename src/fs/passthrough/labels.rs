@@ -24,13 +24,13 @@ const PROBED: &CStr = c"security.selinux";
 const PROBE: &[u8] = b"system_u:object_r:unlabeled_t:s0\0";
 
 /// Whether labels are to be offered to guests: if they were asked for and can be written.
-pub(super) fn can_be_had(root: &OwnedFd, config: &FsConfig) -> std::result::Result<bool, StartError> {
+pub(super) fn can_be_had(root: impl AsFd, config: &FsConfig) -> std::result::Result<bool, StartError> {
     if config.security_label == Insistence::Never {
         return Ok(false);
     }
     let missing = match host_name(config, PROBED) {
         Err(_) => StartError::LabelsAreForbidden,
-        Ok(name) => match probe(root, &name) {
+        Ok(name) => match probe(root.as_fd(), &name) {
             Err(Errno::NOTSUP) => StartError::NoLabels,
             Err(Errno::PERM | Errno::ACCESS) => {
                 StartError::LabelsNeedPrivilege(name.to_string_lossy().into_owned())
@@ -47,7 +47,7 @@ pub(super) fn can_be_had(root: &OwnedFd, config: &FsConfig) -> std::result::Resu
 }
 
 /// Tries to label a file that has no name and goes at once.
-fn probe(root: &OwnedFd, name: &CStr) -> Result<()> {
+fn probe(root: BorrowedFd<'_>, name: &CStr) -> Result<()> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     match openat(PROC, DecInt::from_fd(root), flags, Mode::empty()) {
         Ok(file) => {

@@ -18,7 +18,9 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
 use super::PassthroughFs;
+use super::budget::Held;
 use super::handles::Handle;
+use super::lock_ranges::Ranges;
 use crate::fs::Result;
 use crate::fuse::abi::FileLock;
 use crate::fuse::ids::{LockOwner, Unique};
@@ -28,6 +30,8 @@ use crate::sys::signals::{ThreadId, wake};
 
 /// Owners that may hold locks on one inode; each costs a descriptor.
 const MAX_OWNERS: usize = 1024;
+/// Requests of all queues that may wait for locks at once: each is a thread, and the host has only so many.
+const MAX_WAITS: usize = 1024;
 /// How long to wait for an interrupted thread before it is signalled again: the first signal may
 /// have come just before its system call.
 const SIGNAL_AGAIN: Duration = Duration::from_millis(1);
@@ -40,8 +44,20 @@ type Owners = HashMap<u64, Arc<Owner>>;
 
 #[derive(Debug)]
 struct Owner {
-    file: OwnedFd,
+    file: Held,
     pid: u32,
+    ranges: Mutex<Ranges>,
+}
+
+impl Owner {
+    /// Locks or unlocks without a wait.
+    fn set(&self, lock: ByteLock) -> Result<()> {
+        self.ranges().set(&lock, || ofd_set(self.file.as_fd(), lock))
+    }
+
+    fn ranges(&self) -> MutexGuard<'_, Ranges> {
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl InodeLocks {
@@ -56,18 +72,18 @@ impl InodeLocks {
         self.lock().as_ref().and_then(|owners| owners.get(&owner.0).cloned())
     }
 
-    fn find_or_open(&self, lock: &Lock, open: impl FnOnce() -> Result<OwnedFd>) -> Result<Arc<Owner>> {
+    fn find_or_open(&self, lock: &Lock, open: impl FnOnce() -> Result<Owner>) -> Result<Arc<Owner>> {
         if let Some(owner) = self.find(lock.owner) {
             return Ok(owner);
         }
-        let file = open()?;
+        let new = open()?;
         let mut owners = self.lock();
         let owners = owners.get_or_insert_default();
         if owners.len() >= MAX_OWNERS {
             return Err(Errno::NOLCK);
         }
-        let new = || Arc::new(Owner { file, pid: lock.pid });
-        Ok(Arc::clone(owners.entry(lock.owner.0).or_insert_with(new)))
+        owners.try_reserve(1).map_err(|_| Errno::NOMEM)?;
+        Ok(Arc::clone(owners.entry(lock.owner.0).or_insert_with(|| Arc::new(new))))
     }
 
     /// The process of the one owner beside `owner`; 0 if there is none or more than one.
@@ -150,10 +166,13 @@ impl Waits {
     }
 
     /// Puts the calling thread into the table; EINVAL if the guest uses the number twice at once,
-    /// as the thread that is there already must stay reachable.
+    /// as the thread that is there already must stay reachable, and ENOLCK if too many wait.
     fn enter(&self, unique: Unique) -> Result<TableEntry<'_>> {
         let thread = ThreadId::current()?;
-        match self.lock().entry(unique) {
+        let mut waits = self.lock();
+        let full = waits.len() >= MAX_WAITS;
+        match waits.entry(unique) {
+            Entry::Vacant(_) if full => Err(Errno::NOLCK),
             Entry::Occupied(_) => Err(Errno::INVAL),
             Entry::Vacant(place) => {
                 place.insert(Waiting { thread, interrupted: false });
@@ -199,13 +218,28 @@ impl PassthroughFs {
         if lock.kind == LockKind::Unlock {
             // Without locks there is nothing to unlock.
             let owner = handle.inode.locks.find(lock.owner);
-            return owner.map_or(Ok(()), |owner| ofd_set(owner.file.as_fd(), byte_lock(lock)));
+            return owner.map_or(Ok(()), |owner| owner.set(byte_lock(lock)));
         }
-        let owner = handle.inode.locks.find_or_open(lock, || self.open_for_locks(handle))?;
+        let open = || {
+            let slot = self.budget.take().map_err(|errno| match errno {
+                Errno::MFILE => Errno::NOLCK,
+                errno => errno,
+            })?;
+            let file = slot.hold(self.open_for_locks(handle)?);
+            Ok(Owner { file, pid: lock.pid, ranges: Mutex::new(Ranges::new(&self.lock_ranges)) })
+        };
+        let owner = handle.inode.locks.find_or_open(lock, open)?;
         match wait {
-            None => ofd_set(owner.file.as_fd(), byte_lock(lock)),
-            Some(unique) => self.waits.run(unique, || ofd_set_wait(owner.file.as_fd(), byte_lock(lock))),
+            None => owner.set(byte_lock(lock)),
+            Some(unique) => self.wait_for_lock(&owner, byte_lock(lock), unique),
         }
+    }
+
+    fn wait_for_lock(&self, owner: &Owner, lock: ByteLock, unique: Unique) -> Result<()> {
+        Ranges::before_wait(&self.lock_ranges)?;
+        let result = self.waits.run(unique, || ofd_set_wait(owner.file.as_fd(), lock));
+        owner.ranges().waited(&lock, result.is_ok());
+        result
     }
 
     fn take_flock(&self, handle: &Handle, kind: LockKind, wait: Option<Unique>) -> Result<()> {
@@ -267,6 +301,15 @@ mod tests {
         drop(first);
         assert_eq!(waits.run(Unique(3), || Ok(())), Ok(()));
         assert!(waits.lock().is_empty());
+    }
+
+    #[test]
+    fn so_many_may_wait_and_no_more() {
+        let waits = Waits::default();
+        let mut all: Vec<_> = (0..1024).map(|number| waits.enter(Unique(number)).unwrap()).collect();
+        assert_eq!(waits.run(Unique(5000), || Ok(())), Err(Errno::NOLCK));
+        all.pop();
+        assert_eq!(waits.run(Unique(5000), || Ok(())), Ok(()));
     }
 
     #[test]

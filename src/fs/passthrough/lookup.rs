@@ -10,6 +10,7 @@ use rustix::path::DecInt;
 
 use super::PassthroughFs;
 use super::attributes::attr;
+use super::budget::{Held, Slot};
 use super::inodes::{Inode, InodeKey};
 use crate::fs::Result;
 use crate::fuse::flags::AttrFlags;
@@ -47,14 +48,19 @@ impl PassthroughFs {
         if let Some(inode) = self.inodes.find(&key(&seen)) {
             return Ok(self.entry(&inode, &seen, Some(parent)));
         }
-        let path = openat(parent.path()?, name, PATH, Mode::empty())?;
+        self.open_new(parent, name, self.budget.take()?)
+    }
+
+    /// Looks up an entry that the guest cannot know yet, as it was just made.
+    pub(super) fn open_new(&self, parent: &Inode, name: &CStr, slot: Slot) -> Result<Entry> {
+        let path = slot.hold(openat(parent.path()?, name, PATH, Mode::empty())?);
         self.adopt(path, Some(parent)).map(|(entry, _)| entry)
     }
 
     /// The entry of what `path` refers to, which counts as looked up.
-    pub(super) fn adopt(&self, path: OwnedFd, parent: Option<&Inode>) -> Result<(Entry, Arc<Inode>)> {
+    pub(super) fn adopt(&self, path: Held, parent: Option<&Inode>) -> Result<(Entry, Arc<Inode>)> {
         let stat = stat(&path)?;
-        let inode = self.inodes.find_or_insert(key(&stat), kind(&stat), path);
+        let inode = self.inodes.find_or_insert(key(&stat), kind(&stat), path)?;
         Ok((self.entry(&inode, &stat, parent), inode))
     }
 
@@ -99,7 +105,7 @@ impl PassthroughFs {
             _ => return Err(Errno::NXIO),
         }
         let path = inode.path()?;
-        openat(&self.proc_self_fd, DecInt::from_fd(&path), flags | OFlags::CLOEXEC, Mode::empty())
+        openat(&self.proc_self_fd, DecInt::from_fd(&*path), flags | OFlags::CLOEXEC, Mode::empty())
     }
 
     /// An O_PATH descriptor of what `file` has open.
@@ -113,7 +119,7 @@ impl PassthroughFs {
 /// symbolic link.
 ///
 /// `path` has to stay open for as long as the name is used.
-pub(super) fn proc_name(path: &OwnedFd) -> DecInt {
+pub(super) fn proc_name(path: impl AsFd) -> DecInt {
     DecInt::from_fd(path)
 }
 

@@ -6,6 +6,7 @@
 //! are opened.
 
 mod attributes;
+mod budget;
 mod credentials;
 mod data;
 mod directories;
@@ -14,6 +15,7 @@ mod identity;
 mod inodes;
 pub mod io_mode;
 mod labels;
+mod lock_ranges;
 pub mod locks;
 mod lookup;
 mod names;
@@ -32,10 +34,12 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 use thiserror::Error;
 
+use self::budget::Budget;
 use self::credentials::OwnIds;
 use self::handles::HandleTable;
 use self::inodes::{Inode, InodeTable};
 use self::io_mode::IoPolicy;
+use self::lock_ranges::RangeCount;
 use self::locks::Waits;
 use self::pins::Descriptors;
 use super::{Context, FileSystem, Opened, Result, XattrReply};
@@ -111,9 +115,13 @@ pub struct PassthroughFs {
     own: OwnIds,
     /// `/proc/self/fd`: opens an inode anew by the number of its O_PATH descriptor.
     proc_self_fd: OwnedFd,
+    /// Descriptors that are held for the guest.
+    budget: Arc<Budget>,
     inodes: InodeTable,
     handles: HandleTable,
     waits: Waits,
+    /// Byte ranges that are locked.
+    lock_ranges: Arc<RangeCount>,
     /// ACLs can be had on the host, and were asked for.
     offers_acls: bool,
     /// The same with security labels.
@@ -139,8 +147,9 @@ impl PassthroughFs {
         rustix::process::fchdir(&proc_self_fd)?;
         let stat = lookup::stat(&root)?;
         let offers_acls = xattr::acls_can_be_had(&root, &config)?;
-        let descriptors = descriptors(config.inode_file_handles, &root)?;
-        let inodes = InodeTable::new(root, lookup::key(&stat), descriptors);
+        let budget = Arc::new(Budget::of_the_process());
+        let descriptors = descriptors(config.inode_file_handles, &root, &budget)?;
+        let inodes = InodeTable::new(budget.take()?.hold(root), lookup::key(&stat), descriptors);
         let session = Session {
             policy: policy(&config, false),
             submounts: false,
@@ -156,9 +165,11 @@ impl PassthroughFs {
             config,
             own: OwnIds::current(),
             proc_self_fd,
+            budget,
             inodes,
             handles: HandleTable::default(),
             waits: Waits::default(),
+            lock_ranges: Arc::default(),
             session: RwLock::new(session),
         })
     }
@@ -172,7 +183,7 @@ impl PassthroughFs {
     /// by now. Without this they are not offered to guests.
     pub fn try_labels(&mut self) -> std::result::Result<(), StartError> {
         let root = self.inode(NodeId::ROOT)?.path()?;
-        self.offers_labels = labels::can_be_had(&root, &self.config)?;
+        self.offers_labels = labels::can_be_had(&*root, &self.config)?;
         Ok(())
     }
 
@@ -186,14 +197,18 @@ impl PassthroughFs {
 }
 
 /// How inodes share what descriptors there are.
-fn descriptors(wanted: InodeFileHandles, root: &OwnedFd) -> std::result::Result<Descriptors, StartError> {
-    match (wanted, Descriptors::limited(root)) {
-        (InodeFileHandles::Never, _) => Ok(Descriptors::unlimited()),
+fn descriptors(
+    wanted: InodeFileHandles,
+    root: &OwnedFd,
+    budget: &Arc<Budget>,
+) -> std::result::Result<Descriptors, StartError> {
+    match (wanted, Descriptors::limited(root, budget)) {
+        (InodeFileHandles::Never, _) => Ok(Descriptors::unlimited(budget)),
         (_, Ok(descriptors)) => Ok(descriptors),
         (InodeFileHandles::Mandatory, Err(_)) => Err(StartError::NoFileHandles),
         (InodeFileHandles::Prefer, Err(errno)) => {
             debug!("inodes cannot be held by file handles here: {errno}");
-            Ok(Descriptors::unlimited())
+            Ok(Descriptors::unlimited(budget))
         }
     }
 }
@@ -211,7 +226,8 @@ impl FileSystem for PassthroughFs {
             | InitFlags::ASYNC_DIO
             | InitFlags::PARALLEL_DIROPS
             | InitFlags::CREATE_SUPP_GROUP
-            | InitFlags::SETXATTR_EXT;
+            | InitFlags::SETXATTR_EXT
+            | InitFlags::ALLOW_IDMAP;
         let config = &self.config;
         flags.set(InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO, config.readdirplus);
         flags.set(InitFlags::SECURITY_CTX, self.offers_labels);

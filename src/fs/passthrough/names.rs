@@ -28,10 +28,10 @@ impl PassthroughFs {
         umask: u32,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        let path = parent.path()?;
+        let (slot, path) = (self.budget.take()?, parent.path()?);
         self.create_as(ctx, mode, umask, |mode| mkdirat(&path, name, mode))?;
         self.label_entry(ctx, path.as_fd(), name, AtFlags::REMOVEDIR)?;
-        self.look_up(parent, name)
+        self.open_new(parent, name, slot)
     }
 
     pub(super) fn make_node(
@@ -49,10 +49,10 @@ impl PassthroughFs {
             _ => FileType::from_raw_mode(mode),
         };
         let device = decode_device(rdev);
-        let path = parent.path()?;
+        let (slot, path) = (self.budget.take()?, parent.path()?);
         self.create_as(ctx, mode, umask, |mode| mknodat(&path, name, kind, mode, device))?;
         self.label_entry(ctx, path.as_fd(), name, AtFlags::empty())?;
-        self.look_up(parent, name)
+        self.open_new(parent, name, slot)
     }
 
     pub(super) fn make_symlink(
@@ -63,10 +63,10 @@ impl PassthroughFs {
         target: &CStr,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        let path = parent.path()?;
+        let (slot, path) = (self.budget.take()?, parent.path()?);
         self.create_as(ctx, 0, 0, |_| symlinkat(target, &path, name))?;
         self.label_entry(ctx, path.as_fd(), name, AtFlags::empty())?;
-        self.look_up(parent, name)
+        self.open_new(parent, name, slot)
     }
 
     pub(super) fn make_link(&self, inode: &Arc<Inode>, parent: &Inode, name: Name<'_>) -> Result<Entry> {

@@ -1,11 +1,12 @@
 //! Opening and creating files and directories.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags, openat};
 use rustix::io::Errno;
 
+use super::budget::Held;
 use super::credentials::without_fsetid;
 use super::handles::Handle;
 use super::inodes::Inode;
@@ -40,7 +41,8 @@ impl PassthroughFs {
         if truncates {
             self.drop_mapped_capability(&inode)?;
         }
-        let file = self.reopen(&inode, host_flags)?;
+        let slot = self.budget.take()?;
+        let file = slot.hold(self.reopen(&inode, host_flags)?);
         self.add_file(&inode, file, flags)
     }
 
@@ -59,6 +61,8 @@ impl PassthroughFs {
             | OFlags::EXCL
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
+        // One for the handle and one for the inode, before there is a file.
+        let slots = (self.budget.take()?, self.budget.take()?);
         let path = parent.path()?;
         let created = if self.is_labelled(ctx) {
             self.create_labelled(ctx, path.as_fd(), name, (create.mode, create.umask), flags)
@@ -68,10 +72,12 @@ impl PassthroughFs {
         };
         match created {
             Ok(file) => {
-                let (entry, inode) = self.adopt(self.path_of(&file)?, Some(parent))?;
-                self.open_entry(entry, || self.add_file(&inode, file, create.flags))
+                let path = slots.0.hold(self.path_of(&file)?);
+                let (entry, inode) = self.adopt(path, Some(parent))?;
+                self.open_entry(entry, || self.add_file(&inode, slots.1.hold(file), create.flags))
             }
             Err(Errno::EXIST) if create.flags & OFlags::EXCL.bits() == 0 => {
+                drop(slots);
                 let entry = self.look_up(parent, name)?;
                 self.open_entry(entry, || {
                     self.open_file(self.inode(entry.node)?, create.flags, create.open_flags)
@@ -90,14 +96,15 @@ impl PassthroughFs {
     ) -> Result<(Entry, Opened)> {
         let keep_unnamed = OFlags::from_bits_retain(tmpfile.flags) & OFlags::EXCL;
         let flags = (self.host_flags(tmpfile.flags) - OFlags::TRUNC) | OFlags::TMPFILE | keep_unnamed;
+        let slots = (self.budget.take()?, self.budget.take()?);
         let path = parent.path()?;
-        let directory = rustix::path::DecInt::from_fd(&path);
+        let directory = rustix::path::DecInt::from_fd(&*path);
         let file = self.create_as(ctx, tmpfile.mode, tmpfile.umask, |mode| {
             openat(&self.proc_self_fd, directory, flags | OFlags::CLOEXEC, mode)
         })?;
         self.write_labels(ctx, &file)?;
-        let (entry, inode) = self.adopt(self.path_of(&file)?, Some(parent))?;
-        self.open_entry(entry, || self.add_file(&inode, file, tmpfile.flags))
+        let (entry, inode) = self.adopt(slots.0.hold(self.path_of(&file)?), Some(parent))?;
+        self.open_entry(entry, || self.add_file(&inode, slots.1.hold(file), tmpfile.flags))
     }
 
     /// OPENDIR.
@@ -105,14 +112,15 @@ impl PassthroughFs {
         if inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
-        let file = self.reopen(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let slot = self.budget.take()?;
+        let file = slot.hold(self.reopen(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?);
         let flags = match self.config.cache {
             CachePolicy::Never | CachePolicy::Auto => OpenReplyFlags::empty(),
             CachePolicy::Metadata | CachePolicy::Always => {
                 OpenReplyFlags::CACHE_DIR | OpenReplyFlags::KEEP_CACHE
             }
         };
-        Ok(Opened { handle: self.handles.insert(Handle::directory(inode, file)), flags })
+        Ok(Opened { handle: self.handles.insert(Handle::directory(inode, file))?, flags })
     }
 
     /// Finishes a reply that has both an entry and a handle; without the handle the guest gets
@@ -129,11 +137,11 @@ impl PassthroughFs {
 
     /// Makes a handle of an open file. From here on the inode has one opener more, and its mode is
     /// what all its openers are answered with.
-    fn add_file(&self, inode: &Arc<Inode>, file: OwnedFd, flags: u32) -> Result<Opened> {
+    fn add_file(&self, inode: &Arc<Inode>, file: Held, flags: u32) -> Result<Opened> {
         let policy = self.session().policy;
         let direct = flags & OFlags::DIRECT.bits() != 0;
         let mode = inode.io_mode.open(policy, direct).ok_or(Errno::NFILE)?;
-        let handle: HandleId = self.handles.insert(Handle::file(Arc::clone(inode), file, mode));
+        let handle: HandleId = self.handles.insert(Handle::file(Arc::clone(inode), file, mode))?;
         Ok(Opened { handle, flags: policy.reply_flags(mode) })
     }
 

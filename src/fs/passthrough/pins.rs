@@ -14,8 +14,8 @@ use arc_swap::ArcSwapOption;
 use log::debug;
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
-use rustix::process::{Resource, getrlimit};
 
+use super::budget::{Budget, Held};
 use crate::fs::Result;
 use crate::sys::file_handles::{FileHandle, name_to_handle, open_by_handle};
 
@@ -28,30 +28,32 @@ pub struct Descriptors {
     allowed: AtomicUsize,
     /// A descriptor of something on each mount, by mount id.
     mounts: RwLock<HashMap<i32, Arc<OwnedFd>>>,
+    /// What inodes share with whatever else the guest holds.
+    budget: Arc<Budget>,
 }
 
 impl Descriptors {
-    /// No limit: each inode keeps its descriptor.
-    pub fn unlimited() -> Descriptors {
+    /// No limit but the budget's: each inode keeps its descriptor.
+    pub fn unlimited(budget: &Arc<Budget>) -> Descriptors {
         Descriptors {
             taken: AtomicUsize::new(0),
             allowed: AtomicUsize::new(usize::MAX),
             mounts: RwLock::default(),
+            budget: Arc::clone(budget),
         }
     }
 
-    /// Half of what RLIMIT_NOFILE allows, if inodes can be opened by handle at the share's `root`.
+    /// Half of the budget, if inodes can be opened by handle at the share's `root`.
     ///
     /// EPERM without CAP_DAC_READ_SEARCH, EOPNOTSUPP where the file system has no handles.
-    pub fn limited(root: &OwnedFd) -> Result<Descriptors> {
-        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        Descriptors::with_limit(root, usize::try_from(limit / 2).unwrap_or(usize::MAX))
+    pub fn limited(root: &OwnedFd, budget: &Arc<Budget>) -> Result<Descriptors> {
+        Descriptors::with_limit(root, budget, budget.most() / 2)
     }
 
     /// `allowed` descriptors for inodes, as in [`Descriptors::limited`].
-    pub fn with_limit(root: &OwnedFd, allowed: usize) -> Result<Descriptors> {
+    pub fn with_limit(root: &OwnedFd, budget: &Arc<Budget>, allowed: usize) -> Result<Descriptors> {
         let (handle, mount) = name_to_handle(root.as_fd())?;
-        let descriptors = Descriptors::unlimited();
+        let descriptors = Descriptors::unlimited(budget);
         descriptors.add_mount(mount, root)?;
         open_by_handle(descriptors.mount(mount)?.as_fd(), &handle)?;
         descriptors.allowed.store(allowed.max(1), Ordering::Relaxed);
@@ -94,7 +96,7 @@ impl Descriptors {
 
     /// Makes sure that there is a descriptor for a mount that `inode` is on. Only directories are
     /// opened for that.
-    fn add_mount(&self, id: i32, inode: &OwnedFd) -> Result<()> {
+    fn add_mount(&self, id: i32, inode: impl AsFd) -> Result<()> {
         if self.mount(id).is_ok() {
             return Ok(());
         }
@@ -108,7 +110,7 @@ impl Descriptors {
 /// What keeps hold of one inode.
 #[derive(Debug)]
 pub struct Pin {
-    path: ArcSwapOption<OwnedFd>,
+    path: ArcSwapOption<Held>,
     /// Known once the inode has given up a descriptor for the first time; with its mount's id.
     handle: OnceLock<(FileHandle, i32)>,
     /// Used since it was last asked to give up its descriptor.
@@ -118,7 +120,7 @@ pub struct Pin {
 
 impl Pin {
     /// Keeps hold of the inode by its O_PATH descriptor.
-    pub fn new(path: OwnedFd, all: Arc<Descriptors>) -> Pin {
+    pub fn new(path: Held, all: Arc<Descriptors>) -> Pin {
         all.taken.fetch_add(1, Ordering::Relaxed);
         Pin {
             path: ArcSwapOption::from_pointee(path),
@@ -130,7 +132,7 @@ impl Pin {
 
     /// An O_PATH descriptor, which stays open for as long as the caller holds it; ESTALE if the
     /// inode had none and has been deleted on the host.
-    pub fn path(&self) -> Result<Arc<OwnedFd>> {
+    pub fn path(&self) -> Result<Arc<Held>> {
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::Relaxed);
         }
@@ -140,9 +142,13 @@ impl Pin {
         }
     }
 
-    fn open_again(&self) -> Result<Arc<OwnedFd>> {
+    fn open_again(&self) -> Result<Arc<Held>> {
         let (handle, mount) = self.handle.get().ok_or(Errno::STALE)?;
-        let path = Arc::new(open_by_handle(self.all.mount(*mount)?.as_fd(), handle)?);
+        let slot = self.all.budget.take();
+        let path = open_by_handle(self.all.mount(*mount)?.as_fd(), handle)?;
+        // Where the guest holds all that it may hold, the inode is found again by each request.
+        let Ok(slot) = slot else { return Ok(Arc::new(Held::for_a_request(path))) };
+        let path = Arc::new(slot.hold(path));
         if self.path.swap(Some(Arc::clone(&path))).is_none() {
             self.all.taken.fetch_add(1, Ordering::Relaxed);
         }
@@ -157,7 +163,7 @@ impl Pin {
         let Some(path) = self.path.load_full() else { return };
         if self.handle.get().is_none() {
             let Ok((handle, mount)) = name_to_handle(path.as_fd()) else { return };
-            if self.all.add_mount(mount, &path).is_err() {
+            if self.all.add_mount(mount, &*path).is_err() {
                 return;
             }
             // Another thread may have been here first, with the same.
@@ -193,15 +199,47 @@ mod tests {
         Ok(lookup::stat(pin.path()?)?.stx_ino)
     }
 
+    /// One descriptor for inodes, before they have to give theirs up, out of `most`.
+    fn one_of(root: &std::path::Path, most: usize) -> (Arc<Budget>, Arc<Descriptors>) {
+        let budget = Arc::new(Budget::of(most));
+        let all = Descriptors::with_limit(&path_of(root), &budget, 1).unwrap();
+        (budget, Arc::new(all))
+    }
+
+    fn pin(path: &std::path::Path, budget: &Arc<Budget>, all: &Arc<Descriptors>) -> Pin {
+        Pin::new(budget.take().unwrap().hold(path_of(path)), Arc::clone(all))
+    }
+
+    #[test]
+    fn an_inode_is_found_again_when_nothing_more_may_be_held() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let (budget, all) = one_of(folder.path(), 1);
+        let pin = pin(folder.path(), &budget, &all);
+        let wanted = ino(&pin).unwrap();
+        pin.give_up();
+        pin.give_up();
+        assert_eq!(budget.held(), 0);
+        let slot = budget.take().unwrap();
+        for _ in 0..3 {
+            assert_eq!(ino(&pin).unwrap(), wanted);
+            assert_eq!((all.taken(), budget.held()), (0, 1), "nothing was kept");
+        }
+        drop(slot);
+        assert_eq!(ino(&pin).unwrap(), wanted);
+        assert_eq!((all.taken(), budget.held()), (1, 1));
+        drop(pin);
+        assert_eq!((all.taken(), budget.held()), (0, 0));
+    }
+
     #[test]
     fn an_inode_without_descriptor_is_found_again_under_any_name() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let all = Arc::new(Descriptors::with_limit(&path_of(folder.path()), 1).unwrap());
+        let (budget, all) = one_of(folder.path(), 10);
         let (file, link) = (folder.path().join("file"), folder.path().join("link"));
         File::create(&file).unwrap();
         std::os::unix::fs::symlink("nowhere", &link).unwrap();
         for path in [&file, &link] {
-            let pin = Pin::new(path_of(path), Arc::clone(&all));
+            let pin = pin(path, &budget, &all);
             let before = ino(&pin).unwrap();
             pin.give_up();
             assert_eq!(all.taken(), 1, "it was used just now");
@@ -220,15 +258,15 @@ mod tests {
             fs::remove_file(&renamed).unwrap();
             assert_eq!(ino(&pin).unwrap_err(), Errno::STALE);
             drop(pin);
-            assert_eq!(all.taken(), 0);
+            assert_eq!((all.taken(), budget.held()), (0, 0));
         }
     }
 
     #[test]
     fn threads_that_use_and_give_up_lose_nothing() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let all = Arc::new(Descriptors::with_limit(&path_of(folder.path()), 1).unwrap());
-        let pin = Pin::new(path_of(folder.path()), Arc::clone(&all));
+        let (budget, all) = one_of(folder.path(), 10);
+        let pin = pin(folder.path(), &budget, &all);
         let wanted = ino(&pin).unwrap();
         std::thread::scope(|scope| {
             for turn in 0..4 {

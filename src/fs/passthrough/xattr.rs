@@ -21,6 +21,7 @@ use crate::mapping::acl::{
     ACCESS, CAPABILITY, DEFAULT, ValueError, holds_ids, is_acl, value_to_guest, value_to_host,
 };
 use crate::mapping::xattrs::Refusal;
+use crate::sys::memory;
 
 /// Longest value and longest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const SIZE_MAX: usize = 64 << 10;
@@ -112,8 +113,10 @@ impl PassthroughFs {
 
     pub(super) fn list_xattr(&self, inode: &Inode, size: u32) -> Result<XattrReply> {
         self.check_xattr()?;
+        let host = host_names(inode)?;
         let mut names = Vec::new();
-        for name in host_names(inode)?.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+        names.try_reserve(host.len()).map_err(|_| Errno::NOMEM)?;
+        for name in host.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
             if let Some(name) = self.guest_name(name) {
                 names.extend_from_slice(name);
                 names.push(0);
@@ -158,8 +161,9 @@ impl PassthroughFs {
         self.config.xattr_map.as_ref().map_or(Some(name), |map| map.to_guest(name))
     }
 
+    /// Values are longer than what other requests need memory for.
     fn check_xattr(&self) -> Result<()> {
-        if self.config.xattr { Ok(()) } else { Err(NO_XATTR) }
+        if self.config.xattr { memory::ask_for_some() } else { Err(NO_XATTR) }
     }
 }
 
@@ -200,7 +204,8 @@ fn host_names(inode: &Inode) -> Result<Vec<u8>> {
     let pin = inode.path()?;
     let path = proc_name(&pin);
     for size in [USUAL_LIST, SIZE_MAX] {
-        let mut names = vec![0; size];
+        let mut names = Vec::new();
+        memory::resize(&mut names, size)?;
         match listxattr(path.as_c_str(), names.as_mut_slice()) {
             Ok(len) => {
                 names.truncate(len);
@@ -222,7 +227,8 @@ fn answer(
     if size == 0 {
         return ask_length().map(|len| XattrReply::Size(u32::try_from(len).unwrap_or(u32::MAX)));
     }
-    let mut value = vec![0; usize::try_from(size).unwrap_or(usize::MAX).min(SIZE_MAX)];
+    let mut value = Vec::new();
+    memory::resize(&mut value, usize::try_from(size).unwrap_or(usize::MAX).min(SIZE_MAX))?;
     let len = ask(&mut value)?;
     value.truncate(len);
     Ok(XattrReply::Data(value))
