@@ -5,6 +5,7 @@
 //! of a request. What a request means is the [`service`](crate::service)'s business.
 
 pub mod backend;
+pub mod by_hand;
 pub mod chain;
 pub mod config_space;
 mod memory;

@@ -53,7 +53,7 @@ struct Threads {
 
 /// What a worker keeps from request to request, so that none allocates.
 #[derive(Default)]
-struct Kit {
+pub(super) struct Kit {
     chain: ChainBuffers,
     scratch: Scratch,
 }
@@ -66,18 +66,34 @@ impl Crew {
         watch: &Arc<Watch>,
         limit: usize,
     ) -> Result<Arc<Crew>, QueueError> {
-        let crew = Arc::new(Crew {
-            queue,
-            service,
-            watch: Arc::clone(watch),
-            limit: limit.max(1),
-            threads: Mutex::default(),
-            thread_left: Condvar::new(),
-            seen_by_watch: AtomicU64::new(0),
-        });
+        let crew = Crew::new(queue, service, watch, limit.max(1));
         crew.add_worker().map_err(|source| QueueError::Thread { index: crew.queue.index(), source })?;
         watch.add(&crew);
         Ok(crew)
+    }
+
+    /// A crew whose only worker is the caller, by [`Crew::wait_and_serve`].
+    pub fn without_workers(queue: Queue, service: Arc<Service>, watch: &Arc<Watch>) -> Arc<Crew> {
+        Crew::new(queue, service, watch, 1)
+    }
+
+    fn new(queue: Queue, service: Arc<Service>, watch: &Arc<Watch>, limit: usize) -> Arc<Crew> {
+        Arc::new(Crew {
+            queue,
+            service,
+            watch: Arc::clone(watch),
+            limit,
+            threads: Mutex::default(),
+            thread_left: Condvar::new(),
+            seen_by_watch: AtomicU64::new(0),
+        })
+    }
+
+    /// Waits for a kick and serves what has come.
+    pub fn wait_and_serve(self: &Arc<Self>, kit: &mut Kit) {
+        if self.queue.wait(None) == Wakeup::Work {
+            self.serve_what_waits(kit);
+        }
     }
 
     /// The queue that is served.
