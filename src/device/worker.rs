@@ -102,8 +102,8 @@ impl Crew {
     }
 
     /// Stops: nothing more is taken, and what is in flight is finished. Nothing touches the ring
-    /// after the return.
-    pub fn stop(&self) {
+    /// after the return, and the caller has the last reference.
+    pub fn stop(self: &Arc<Self>) {
         self.queue.begin_stop();
         let mut threads = self.lock();
         while threads.workers > 0 || threads.waiting > 0 {
@@ -112,6 +112,12 @@ impl Crew {
             }
             let waited = self.thread_left.wait_timeout(threads, INTERRUPT_INTERVAL);
             threads = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(threads);
+        // Threads let go of the crew right after they have left. Its descriptors have to be free
+        // before the queue is started anew: there may be no others.
+        while Arc::strong_count(self) > 1 {
+            thread::yield_now();
         }
         let statistics = self.queue.statistics();
         let requests = statistics.requests.load(Ordering::Relaxed);
