@@ -91,3 +91,32 @@ fn handles_that_cannot_be_had_are_refused_at_the_start() {
     assert_eq!(status.code(), Some(1));
     assert!(text.contains("file handles") && text.contains("--inode-file-handles"), "{text}");
 }
+
+/// Bytes that an inode may take which the guest knows, with no descriptor open for it.
+const BYTES_PER_INODE: usize = 250;
+/// A bit more than what makes the tables grow, which is when they are at their largest.
+const KNOWN: usize = 30_000;
+
+#[test]
+fn an_inode_that_the_guest_knows_takes_little_memory() {
+    let directory = common::disk_directory();
+    for number in 0..KNOWN {
+        fs::File::create(directory.path().join(format!("file{number}"))).unwrap();
+    }
+    let args = ["--rlimit-nofile=300", "--inode-file-handles=mandatory", "--thread-pool-size=1"];
+    let backend = common::starter().args(args).share(directory.path()).start().unwrap();
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    let look_up = |files: std::ops::Range<usize>| {
+        for number in files {
+            session.client().lookup(ROOT, format!("file{number}")).unwrap();
+        }
+    };
+    // What serving takes is there before the first look.
+    look_up(0..200);
+    let before = backend.resident_kib().unwrap();
+    look_up(0..KNOWN);
+    let bytes = (backend.resident_kib().unwrap() - before) * 1024 / KNOWN;
+    println!("{bytes} bytes per inode");
+    assert!(bytes <= BYTES_PER_INODE, "{bytes} bytes per inode");
+    assert!(backend.descriptors().unwrap().len() <= LIMIT);
+}

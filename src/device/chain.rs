@@ -2,7 +2,7 @@
 
 use libc::iovec;
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory, VolatileSlice};
 
 use super::ring::{DESCRIPTOR_SIZE, Layout};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
@@ -56,21 +56,37 @@ struct Descriptor {
 }
 
 /// A descriptor table in guest memory.
-#[derive(Clone, Copy, Debug)]
-struct Table {
+#[derive(Debug)]
+struct Table<'a> {
+    memory: &'a GuestMemoryMmap,
     address: u64,
     size: u32,
+    /// The whole table, if it lies in one region as it always does with Linux: then it has to be
+    /// found only once.
+    slice: Option<VolatileSlice<'a>>,
 }
 
-impl Table {
-    fn read(self, memory: &GuestMemoryMmap, index: u32) -> Result<Descriptor, ChainError> {
+impl<'a> Table<'a> {
+    fn new(memory: &'a GuestMemoryMmap, address: u64, size: u32) -> Table<'a> {
+        let bytes = usize::try_from(u64::from(size) * DESCRIPTOR_SIZE).unwrap_or(usize::MAX);
+        Table { memory, address, size, slice: memory.get_slice(GuestAddress(address), bytes).ok() }
+    }
+
+    fn read(&self, index: u32) -> Result<Descriptor, ChainError> {
         if index >= self.size {
             return Err(ChainError::Index(index));
         }
-        let address = self.address.wrapping_add(u64::from(index) * DESCRIPTOR_SIZE);
-        let raw: [u8; 16] =
-            memory.read_obj(GuestAddress(address)).map_err(|_| ChainError::Memory { address, len: 16 })?;
-        let raw = u128::from_le_bytes(raw);
+        let offset = u64::from(index) * DESCRIPTOR_SIZE;
+        let address = self.address.wrapping_add(offset);
+        let outside = ChainError::Memory { address, len: 16 };
+        let raw = match &self.slice {
+            Some(table) => {
+                let offset = usize::try_from(offset).map_err(|_| outside)?;
+                table.get_ref::<u128>(offset).map_err(|_| outside)?.load()
+            }
+            None => self.memory.read_obj::<u128>(GuestAddress(address)).map_err(|_| outside)?,
+        };
+        let raw = u128::from_le(raw);
         // The casts cut the fields out of the 16 bytes.
         #[allow(clippy::cast_possible_truncation, reason = "each field is one slice of the bytes")]
         Ok(Descriptor {
@@ -99,28 +115,23 @@ impl ChainBuffers {
     ) -> Result<(GuestReader<'a>, GuestWriter<'a>), ChainError> {
         self.readable.clear();
         self.writable.clear();
-        let table = Table { address: ring.descriptors, size: u32::from(ring.size) };
-        self.walk_table(memory, table, u32::from(head), true)?;
+        let table = Table::new(memory, ring.descriptors, u32::from(ring.size));
+        self.walk_table(&table, u32::from(head), true)?;
         // SAFETY: every segment was cut from a mapped region of `memory`, which lives during 'a
         // and is only ever accessed through raw pointers.
         unsafe { Ok((GuestReader::new(&mut self.readable), GuestWriter::new(&mut self.writable))) }
     }
 
-    fn walk_table(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        table: Table,
-        head: u32,
-        indirect_allowed: bool,
-    ) -> Result<(), ChainError> {
+    fn walk_table(&mut self, table: &Table<'_>, head: u32, indirect_allowed: bool) -> Result<(), ChainError> {
+        let memory = table.memory;
         let mut index = head;
         for _ in 0..table.size {
-            let descriptor = table.read(memory, index)?;
+            let descriptor = table.read(index)?;
             if descriptor.flags & INDIRECT != 0 {
                 if !indirect_allowed || descriptor.flags & NEXT != 0 {
                     return Err(ChainError::Indirect);
                 }
-                return self.walk_table(memory, indirect_table(descriptor)?, 0, false);
+                return self.walk_table(&indirect_table(memory, descriptor)?, 0, false);
             }
             self.add(memory, descriptor)?;
             if descriptor.flags & NEXT == 0 {
@@ -143,6 +154,10 @@ impl ChainBuffers {
         };
         let outside = ChainError::Memory { address, len };
         let count = usize::try_from(len).map_err(|_| outside)?;
+        if let Ok(slice) = memory.get_slice(GuestAddress(address), count) {
+            append(segments, slice.ptr_guard_mut().as_ptr(), slice.len())?;
+            return Ok(());
+        }
         for slice in GuestMemoryBackend::get_slices(memory, GuestAddress(address), count) {
             let slice = slice.map_err(|_| outside)?;
             append(segments, slice.ptr_guard_mut().as_ptr(), slice.len())?;
@@ -151,12 +166,12 @@ impl ChainBuffers {
     }
 }
 
-fn indirect_table(descriptor: Descriptor) -> Result<Table, ChainError> {
+fn indirect_table(memory: &GuestMemoryMmap, descriptor: Descriptor) -> Result<Table<'_>, ChainError> {
     let Descriptor { address, len, .. } = descriptor;
     if len == 0 || len % 16 != 0 || len / 16 > MAX_INDIRECT {
         return Err(ChainError::Indirect);
     }
-    Ok(Table { address, size: len / 16 })
+    Ok(Table::new(memory, address, len / 16))
 }
 
 /// Adds a segment, or lengthens the last one if this begins where it ends.

@@ -2,9 +2,11 @@
 //!
 //! [`backend`] speaks vhost-user with the front end and starts and stops queues. A [`queue`] is a
 //! [`ring`] and the [`worker`]s that serve it; [`chain`] turns a descriptor chain into the two ends
-//! of a request. What a request means is the [`service`](crate::service)'s business.
+//! of a request. What a request means is the [`service`](crate::service)'s business. [`by_hand`] serves
+//! a queue without threads, for benchmarks.
 
 pub mod backend;
+pub mod by_hand;
 pub mod chain;
 pub mod config_space;
 mod memory;

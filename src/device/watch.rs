@@ -28,16 +28,21 @@ pub(super) struct Watch {
 impl Watch {
     /// Starts the thread, asleep.
     pub fn start() -> std::io::Result<Arc<Watch>> {
-        let watch = Arc::new(Watch {
-            awake: AtomicBool::new(false),
-            over: AtomicBool::new(false),
-            crews: Mutex::default(),
-            thread: Mutex::default(),
-        });
+        let watch = Watch::nobody();
         let watcher = Arc::clone(&watch);
         let handle = thread::Builder::new().name("lanefsd-watch".into()).spawn(move || watcher.run())?;
         *watch.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle.thread().clone());
         Ok(watch)
+    }
+
+    /// A watch without a thread.
+    pub fn nobody() -> Arc<Watch> {
+        Arc::new(Watch {
+            awake: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+            crews: Mutex::default(),
+            thread: Mutex::default(),
+        })
     }
 
     /// Ends the thread.
@@ -67,6 +72,7 @@ impl Watch {
     }
 
     fn run(&self) {
+        let mut crews = Vec::new();
         while !self.over.load(Ordering::SeqCst) {
             if !self.awake.load(Ordering::SeqCst) {
                 thread::park();
@@ -75,19 +81,19 @@ impl Watch {
             let mut quiet = 0;
             while quiet < QUIET_TICKS && !self.over.load(Ordering::SeqCst) {
                 thread::sleep(TICK);
-                quiet = if self.check_all() { 0 } else { quiet + 1 };
+                quiet = if self.check_all(&mut crews) { 0 } else { quiet + 1 };
             }
             self.awake.store(false, Ordering::SeqCst);
             // A backlog that came before the store called in vain.
-            if self.check_all() {
+            if self.check_all(&mut crews) {
                 self.awake.store(true, Ordering::SeqCst);
             }
         }
     }
 
-    /// Whether any queue has a backlog.
-    fn check_all(&self) -> bool {
-        let crews = self.crews.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    /// Whether any queue has a backlog. `crews` is room that is kept, so that no look allocates.
+    fn check_all(&self, crews: &mut Vec<Weak<Crew>>) -> bool {
+        crews.clone_from(&self.crews.lock().unwrap_or_else(PoisonError::into_inner));
         crews.iter().filter_map(Weak::upgrade).filter(|crew| crew.check_progress()).count() > 0
     }
 }

@@ -53,7 +53,7 @@ struct Threads {
 
 /// What a worker keeps from request to request, so that none allocates.
 #[derive(Default)]
-struct Kit {
+pub(super) struct Kit {
     chain: ChainBuffers,
     scratch: Scratch,
 }
@@ -66,18 +66,34 @@ impl Crew {
         watch: &Arc<Watch>,
         limit: usize,
     ) -> Result<Arc<Crew>, QueueError> {
-        let crew = Arc::new(Crew {
-            queue,
-            service,
-            watch: Arc::clone(watch),
-            limit: limit.max(1),
-            threads: Mutex::default(),
-            thread_left: Condvar::new(),
-            seen_by_watch: AtomicU64::new(0),
-        });
+        let crew = Crew::new(queue, service, watch, limit.max(1));
         crew.add_worker().map_err(|source| QueueError::Thread { index: crew.queue.index(), source })?;
         watch.add(&crew);
         Ok(crew)
+    }
+
+    /// A crew whose only worker is the caller, by [`Crew::wait_and_serve`].
+    pub fn without_workers(queue: Queue, service: Arc<Service>, watch: &Arc<Watch>) -> Arc<Crew> {
+        Crew::new(queue, service, watch, 1)
+    }
+
+    fn new(queue: Queue, service: Arc<Service>, watch: &Arc<Watch>, limit: usize) -> Arc<Crew> {
+        Arc::new(Crew {
+            queue,
+            service,
+            watch: Arc::clone(watch),
+            limit,
+            threads: Mutex::default(),
+            thread_left: Condvar::new(),
+            seen_by_watch: AtomicU64::new(0),
+        })
+    }
+
+    /// Waits for a kick and serves what has come.
+    pub fn wait_and_serve(self: &Arc<Self>, kit: &mut Kit) {
+        if self.queue.wait(None) == Wakeup::Work {
+            self.serve_what_waits(kit);
+        }
     }
 
     /// The queue that is served.
@@ -86,8 +102,8 @@ impl Crew {
     }
 
     /// Stops: nothing more is taken, and what is in flight is finished. Nothing touches the ring
-    /// after the return.
-    pub fn stop(&self) {
+    /// after the return, and the caller has the last reference.
+    pub fn stop(self: &Arc<Self>) {
         self.queue.begin_stop();
         let mut threads = self.lock();
         while threads.workers > 0 || threads.waiting > 0 {
@@ -96,6 +112,12 @@ impl Crew {
             }
             let waited = self.thread_left.wait_timeout(threads, INTERRUPT_INTERVAL);
             threads = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(threads);
+        // Threads let go of the crew right after they have left. Its descriptors have to be free
+        // before the queue is started anew: there may be no others.
+        while Arc::strong_count(self) > 1 {
+            thread::yield_now();
         }
         let statistics = self.queue.statistics();
         let requests = statistics.requests.load(Ordering::Relaxed);

@@ -129,6 +129,9 @@ const RENAMEAT: c_long = 38;
 const FCNTL: &[i32] =
     &[libc::F_GETFD, libc::F_DUPFD_CLOEXEC, libc::F_OFD_GETLK, libc::F_OFD_SETLK, libc::F_OFD_SETLKW];
 
+/// `OPEN_TREE_CLONE` of linux/mount.h.
+const OPEN_TREE_CLONE: u64 = 1;
+
 /// Calls by which inodes are held by file handles.
 const FILE_HANDLES: &[c_long] = &[libc::SYS_name_to_handle_at, libc::SYS_open_by_handle_at];
 
@@ -189,6 +192,8 @@ fn restricted() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, BackendError> {
     let own_threads = argument(0, SeccompCmpOp::Eq, std::process::id())?;
     Ok(BTreeMap::from([
         (libc::SYS_fcntl, commands),
+        // No mount is copied.
+        (libc::SYS_open_tree, vec![argument(2, SeccompCmpOp::MaskedEq(OPEN_TREE_CLONE), 0)?]),
         (libc::SYS_mmap, vec![no_code()?]),
         (libc::SYS_mprotect, vec![no_code()?]),
         (libc::SYS_clone, vec![thread]),
@@ -326,6 +331,12 @@ mod tests {
                 libc::SYS_unshare,
                 [long(libc::CLONE_FS | libc::CLONE_NEWNS), 0, 0, 0],
                 Some([long(libc::CLONE_FS), 0, 0, 0]),
+            ),
+            (
+                "a copy of a mount",
+                libc::SYS_open_tree,
+                [-1, 0, long(libc::AT_EMPTY_PATH) | 1, 0],
+                Some([-1, 0, long(libc::AT_EMPTY_PATH), 0]),
             ),
             ("tgkill of others", libc::SYS_tgkill, me(0), None),
             ("fcntl", libc::SYS_fcntl, [0, 8 /* F_SETOWN */, 0, 0], Some([0, long(libc::F_GETFD), 0, 0])),

@@ -175,6 +175,10 @@ impl<'a> GuestWriter<'a> {
         if self.segments.len < N {
             return None;
         }
+        if let Some(first) = self.segments.iov.first().copied().filter(|segment| segment.iov_len >= N) {
+            self.segments.advance(N);
+            return Some(Reserved { place: Place::One(first), _memory: PhantomData });
+        }
         let mut iov = [EMPTY; N];
         let mut left = N;
         let filled = self.segments.iov.iter().filter(|segment| segment.iov_len > 0);
@@ -184,7 +188,7 @@ impl<'a> GuestWriter<'a> {
             left -= len;
         }
         self.segments.advance(N);
-        Some(Reserved { iov, _memory: PhantomData })
+        Some(Reserved { place: Place::Many(iov), _memory: PhantomData })
     }
 
     /// Copies bytes to the front and moves on; returns how many found room.
@@ -223,14 +227,26 @@ impl<'a> GuestWriter<'a> {
 /// Room for `N` bytes in guest memory that were set aside.
 #[derive(Debug)]
 pub struct Reserved<'a, const N: usize> {
-    iov: [iovec; N],
+    place: Place<N>,
     _memory: PhantomData<&'a ()>,
+}
+
+/// Where reserved bytes are.
+#[derive(Debug)]
+enum Place<const N: usize> {
+    /// At the begin of one segment, as guests have it.
+    One(iovec),
+    /// In as many segments as there are bytes at most.
+    Many([iovec; N]),
 }
 
 impl<const N: usize> Reserved<'_, N> {
     /// Fills the room.
     pub fn fill(self, bytes: &[u8; N]) {
-        copy_out(&self.iov, bytes);
+        match &self.place {
+            Place::One(segment) => copy_out(std::slice::from_ref(segment), bytes),
+            Place::Many(segments) => copy_out(segments, bytes),
+        };
     }
 }
 

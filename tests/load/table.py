@@ -106,12 +106,13 @@ def rounded(value):
     return round(value, 3) if isinstance(value, float) else value
 
 
-def data(found, facts, reports):
+def data(found, facts, reports, started):
     """Everything as JSON, a run per line."""
     runs = [f' "{row}": {{\n' + ",\n".join(f'  "{column}": [\n   ' + ",\n   ".join(
         json.dumps(rounded(run)) for run in column_runs) + "]" for column, column_runs in columns.items()) + "}"
         for row, columns in reports.items()]
     head = f'"machine": {json.dumps(facts)},\n"results": {json.dumps(rounded(found), indent=1)},\n'
+    head += f'"start_milliseconds": {json.dumps(rounded(started))},\n'
     return "{" + head + '"runs": {\n' + ",\n".join(runs) + "}}\n"
 
 

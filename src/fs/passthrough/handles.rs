@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use super::budget::Held;
 use super::inodes::Inode;
 use super::io_mode::Mode;
-use super::shards::Shards;
+use super::shards::{ByNumber, Shards};
 use crate::fs::Result;
 use crate::fuse::ids::{HandleId, NodeId};
 
@@ -76,7 +76,7 @@ impl Drop for Handle {
 /// All handles of a session.
 #[derive(Debug)]
 pub struct HandleTable {
-    shards: Shards<RwLock<HashMap<u64, Arc<Handle>>>>,
+    shards: Shards<RwLock<HashMap<u64, Arc<Handle>, ByNumber>>>,
     next: AtomicU64,
 }
 
@@ -118,7 +118,7 @@ impl HandleTable {
         }
     }
 
-    fn shard(&self, id: u64) -> &RwLock<HashMap<u64, Arc<Handle>>> {
+    fn shard(&self, id: u64) -> &RwLock<HashMap<u64, Arc<Handle>, ByNumber>> {
         self.shards.of(id)
     }
 }

@@ -1,6 +1,8 @@
 //! The inodes a guest knows: found by node id, and by what they are on the host.
 
-use std::collections::HashMap;
+use std::borrow::Borrow;
+use std::collections::HashSet;
+use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -12,12 +14,12 @@ use super::io_mode::IoMode;
 use super::locks::InodeLocks;
 use super::pins::{Descriptors, Pin};
 use super::range_lock::RangeLock;
-use super::shards::{SHARDS, Shards};
+use super::shards::{ByNumber, SHARDS, Shards};
 use crate::fs::Result;
 use crate::fuse::ids::NodeId;
 
 /// What an inode is on the host. The mount belongs to it: one directory can be mounted twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InodeKey {
     /// Device, as statx(2) has it.
     pub device: (u32, u32),
@@ -25,6 +27,14 @@ pub struct InodeKey {
     pub ino: u64,
     /// `stx_mnt_id`; 0 on hosts before Linux 5.8.
     pub mount: u64,
+}
+
+impl Hash for InodeKey {
+    /// In one word, as each costs time. Inodes that have all but one part in common differ.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let device = u64::from(self.device.0) << 32 | u64::from(self.device.1);
+        state.write_u64(self.ino ^ self.mount.rotate_left(32) ^ device.rotate_left(48));
+    }
 }
 
 /// A file or directory that the guest knows.
@@ -57,11 +67,47 @@ impl Inode {
     }
 }
 
+/// An inode in a table where it is found by its node id.
+#[derive(Debug)]
+struct ByNode(Arc<Inode>);
+
+/// An inode in a table where it is found by its key.
+#[derive(Debug)]
+struct ByKey(Arc<Inode>);
+
+/// The key stands in the inode alone: a guest may know millions.
+macro_rules! found_by {
+    ($entry:ty, $field:ident, $key:ty) => {
+        impl Borrow<$key> for $entry {
+            fn borrow(&self) -> &$key {
+                &self.0.$field
+            }
+        }
+
+        impl Hash for $entry {
+            fn hash<H: Hasher>(&self, state: &mut H) {
+                self.0.$field.hash(state);
+            }
+        }
+
+        impl PartialEq for $entry {
+            fn eq(&self, other: &$entry) -> bool {
+                self.0.$field == other.0.$field
+            }
+        }
+
+        impl Eq for $entry {}
+    };
+}
+
+found_by!(ByNode, node, NodeId);
+found_by!(ByKey, key, InodeKey);
+
 /// All inodes of a session.
 #[derive(Debug)]
 pub struct InodeTable {
-    by_node: Shards<RwLock<HashMap<u64, Arc<Inode>>>>,
-    by_key: Shards<Mutex<HashMap<InodeKey, Arc<Inode>>>>,
+    by_node: Shards<RwLock<HashSet<ByNode, ByNumber>>>,
+    by_key: Shards<Mutex<HashSet<ByKey>>>,
     next_node: AtomicU64,
     root: Arc<Inode>,
     descriptors: Arc<Descriptors>,
@@ -95,13 +141,13 @@ impl InodeTable {
             return Ok(Arc::clone(&self.root));
         }
         let shard = self.node_shard(node).read().unwrap_or_else(PoisonError::into_inner);
-        shard.get(&node.0).cloned().ok_or(Errno::STALE)
+        shard.get(&node).map(|entry| Arc::clone(&entry.0)).ok_or(Errno::STALE)
     }
 
     /// The inode with this key if the guest knows it; it counts as looked up once more.
     pub fn find(&self, key: &InodeKey) -> Option<Arc<Inode>> {
         let shard = self.key_shard(key);
-        let inode = shard.get(key)?;
+        let ByKey(inode) = shard.get(key)?;
         inode.lookups.fetch_add(1, Ordering::Relaxed);
         Some(Arc::clone(inode))
     }
@@ -113,7 +159,7 @@ impl InodeTable {
             self.give_up_descriptors();
         }
         let mut shard = self.key_shard(&key);
-        if let Some(inode) = shard.get(&key) {
+        if let Some(ByKey(inode)) = shard.get(&key) {
             inode.lookups.fetch_add(1, Ordering::Relaxed);
             return Ok(Arc::clone(inode));
         }
@@ -122,10 +168,10 @@ impl InodeTable {
         let pin = Pin::new(path, Arc::clone(&self.descriptors));
         let inode = Arc::new(new_inode(node, key, kind, pin));
         inode.lookups.store(1, Ordering::Relaxed);
-        let mut nodes = self.node_shard(node).write().unwrap_or_else(PoisonError::into_inner);
-        nodes.try_reserve(1).map_err(|_| Errno::NOMEM)?;
-        nodes.insert(node.0, Arc::clone(&inode));
-        shard.insert(key, Arc::clone(&inode));
+        let mut by_node = self.node_shard(node).write().unwrap_or_else(PoisonError::into_inner);
+        by_node.try_reserve(1).map_err(|_| Errno::NOMEM)?;
+        by_node.insert(ByNode(Arc::clone(&inode)));
+        shard.insert(ByKey(Arc::clone(&inode)));
         Ok(inode)
     }
 
@@ -143,10 +189,10 @@ impl InodeTable {
         }
         let mut shard = self.key_shard(&inode.key);
         if inode.lookups.load(Ordering::Relaxed) == 0
-            && shard.get(&inode.key).is_some_and(|known| known.node == node)
+            && shard.get(&inode.key).is_some_and(|known| known.0.node == node)
         {
             shard.remove(&inode.key);
-            self.node_shard(node).write().unwrap_or_else(PoisonError::into_inner).remove(&node.0);
+            self.node_shard(node).write().unwrap_or_else(PoisonError::into_inner).remove(&node);
         }
     }
 
@@ -160,8 +206,8 @@ impl InodeTable {
             *next = next.wrapping_add(1);
             part.read()
                 .unwrap_or_else(PoisonError::into_inner)
-                .values()
-                .for_each(|inode| inode.pin.give_up());
+                .iter()
+                .for_each(|entry| entry.0.pin.give_up());
             if self.descriptors.are_plenty() {
                 return;
             }
@@ -187,21 +233,19 @@ impl InodeTable {
 
     /// Inodes beside the root.
     pub fn len(&self) -> usize {
-        let count =
-            |shard: &RwLock<HashMap<_, _>>| shard.read().unwrap_or_else(PoisonError::into_inner).len();
-        self.by_node.iter().map(count).sum()
+        self.by_node.iter().map(|shard| shard.read().unwrap_or_else(PoisonError::into_inner).len()).sum()
     }
 
     /// The root is found by its key too: a name may lead back to it.
     fn insert_root(&self) {
-        self.key_shard(&self.root.key).insert(self.root.key, Arc::clone(&self.root));
+        self.key_shard(&self.root.key).insert(ByKey(Arc::clone(&self.root)));
     }
 
-    fn node_shard(&self, node: NodeId) -> &RwLock<HashMap<u64, Arc<Inode>>> {
+    fn node_shard(&self, node: NodeId) -> &RwLock<HashSet<ByNode, ByNumber>> {
         self.by_node.of(node.0)
     }
 
-    fn key_shard(&self, key: &InodeKey) -> MutexGuard<'_, HashMap<InodeKey, Arc<Inode>>> {
+    fn key_shard(&self, key: &InodeKey) -> MutexGuard<'_, HashSet<ByKey>> {
         self.by_key.of(key.ino).lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

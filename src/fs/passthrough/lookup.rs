@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Statx, StatxFlags, openat, statx};
 use rustix::io::Errno;
+use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::path::DecInt;
 
 use super::PassthroughFs;
@@ -110,8 +111,17 @@ impl PassthroughFs {
 
     /// An O_PATH descriptor of what `file` has open.
     pub(super) fn path_of(&self, file: &OwnedFd) -> Result<OwnedFd> {
-        openat(&self.proc_self_fd, DecInt::from_fd(file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        path_by_tree(file).or_else(|_| {
+            openat(&self.proc_self_fd, DecInt::from_fd(file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        })
     }
+}
+
+/// As [`PassthroughFs::path_of`], without a walk through /proc. It fails on hosts before Linux 5.2,
+/// and in containers that forbid the call.
+fn path_by_tree(file: &OwnedFd) -> Result<OwnedFd> {
+    let flags = OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    open_tree(file, c"", flags)
 }
 
 /// The name of an inode below the working directory, which is `/proc/self/fd`: for the system calls
@@ -125,3 +135,24 @@ pub(super) fn proc_name(path: impl AsFd) -> DecInt {
 
 /// Where [`proc_name`] is looked up.
 pub(super) const PROC: rustix::fd::BorrowedFd<'static> = CWD;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_open_file_has_a_path_also_without_a_name() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let name = folder.path().join("file");
+        let file: OwnedFd = std::fs::File::create(&name).unwrap().into();
+        let unnamed = openat(CWD, folder.path(), OFlags::TMPFILE | OFlags::RDWR, Mode::empty()).unwrap();
+        std::fs::remove_file(&name).unwrap();
+        for file in [file, unnamed] {
+            let path = path_by_tree(&file).unwrap();
+            assert_eq!(key(&stat(&path).unwrap()), key(&stat(&file).unwrap()));
+            assert!(rustix::fs::fcntl_getfl(&path).unwrap().contains(OFlags::PATH));
+            let flags = rustix::io::fcntl_getfd(&path).unwrap();
+            assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+        }
+    }
+}

@@ -52,10 +52,10 @@ impl Descriptors {
 
     /// `allowed` descriptors for inodes, as in [`Descriptors::limited`].
     pub fn with_limit(root: &OwnedFd, budget: &Arc<Budget>, allowed: usize) -> Result<Descriptors> {
-        let (handle, mount) = name_to_handle(root.as_fd())?;
+        let handle = name_to_handle(root.as_fd())?;
         let descriptors = Descriptors::unlimited(budget);
-        descriptors.add_mount(mount, root)?;
-        open_by_handle(descriptors.mount(mount)?.as_fd(), &handle)?;
+        descriptors.add_mount(handle.mount(), root)?;
+        open_by_handle(descriptors.mount(handle.mount())?.as_fd(), &handle)?;
         descriptors.allowed.store(allowed.max(1), Ordering::Relaxed);
         Ok(descriptors)
     }
@@ -111,8 +111,8 @@ impl Descriptors {
 #[derive(Debug)]
 pub struct Pin {
     path: ArcSwapOption<Held>,
-    /// Known once the inode has given up a descriptor for the first time; with its mount's id.
-    handle: OnceLock<(FileHandle, i32)>,
+    /// Known once the inode has given up a descriptor for the first time.
+    handle: OnceLock<FileHandle>,
     /// Used since it was last asked to give up its descriptor.
     used: AtomicBool,
     all: Arc<Descriptors>,
@@ -143,9 +143,9 @@ impl Pin {
     }
 
     fn open_again(&self) -> Result<Arc<Held>> {
-        let (handle, mount) = self.handle.get().ok_or(Errno::STALE)?;
+        let handle = self.handle.get().ok_or(Errno::STALE)?;
         let slot = self.all.budget.take();
-        let path = open_by_handle(self.all.mount(*mount)?.as_fd(), handle)?;
+        let path = open_by_handle(self.all.mount(handle.mount())?.as_fd(), handle)?;
         // Where the guest holds all that it may hold, the inode is found again by each request.
         let Ok(slot) = slot else { return Ok(Arc::new(Held::for_a_request(path))) };
         let path = Arc::new(slot.hold(path));
@@ -162,12 +162,12 @@ impl Pin {
         }
         let Some(path) = self.path.load_full() else { return };
         if self.handle.get().is_none() {
-            let Ok((handle, mount)) = name_to_handle(path.as_fd()) else { return };
-            if self.all.add_mount(mount, &*path).is_err() {
+            let Ok(handle) = name_to_handle(path.as_fd()) else { return };
+            if self.all.add_mount(handle.mount(), &*path).is_err() {
                 return;
             }
             // Another thread may have been here first, with the same.
-            let _ = self.handle.set((handle, mount));
+            let _ = self.handle.set(handle);
         }
         if self.path.swap(None).is_some() {
             self.all.taken.fetch_sub(1, Ordering::Relaxed);

@@ -1,5 +1,7 @@
 //! Tables cut into parts with a lock each, so that workers seldom meet.
 
+use std::hash::{BuildHasherDefault, Hasher};
+
 /// Number of parts.
 pub const SHARDS: usize = 32;
 
@@ -27,5 +29,50 @@ impl<T> Shards<T> {
     /// All parts.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.0.iter()
+    }
+}
+
+/// The hasher of tables by numbers that we give out ourselves, one after the other. A guest can at
+/// worst make its own look-ups slower, by keeping numbers that collide and forgetting the others.
+pub type ByNumber = BuildHasherDefault<NumberHasher>;
+
+/// Hashes one number by a multiplication.
+#[derive(Debug, Default)]
+pub struct NumberHasher(u64);
+
+impl Hasher for NumberHasher {
+    fn write_u64(&mut self, number: u64) {
+        // The golden ratio; the upper half of the product depends on all bits of the number, and
+        // tables look at both ends.
+        let product = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = product ^ (product >> 32);
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(self.0.rotate_left(8) ^ u64::from(*byte));
+        }
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+    use std::hash::BuildHasher;
+
+    #[test]
+    fn numbers_of_one_part_spread_over_its_table() {
+        // As a table of 1024 places sees them: place by the low bits, tag by the high ones.
+        let hash = |number: u64| ByNumber::default().hash_one(number);
+        let numbers = || (0..1000).map(|i| 7 + i * SHARDS as u64);
+        let places: HashSet<u64> = numbers().map(|number| hash(number) % 1024).collect();
+        let tags: HashSet<u64> = numbers().map(|number| hash(number) >> 57).collect();
+        assert!(places.len() > 500, "{} places", places.len());
+        assert!(tags.len() > 100, "{} tags", tags.len());
     }
 }

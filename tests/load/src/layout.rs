@@ -98,12 +98,18 @@ pub fn prepare(share: &Path, work: &Work) -> Result<()> {
         }
         file.sync_all().map_err(LoadError::system(say(&data)))?;
     }
-    let (churn, many) = (share.join(CHURN), share.join(many(work.entries)));
-    for dir in [&churn, &many] {
-        fs::create_dir_all(dir).map_err(LoadError::system(say(dir)))?;
-    }
-    if !many.join(entry_name(work.entries - 1)).exists() {
-        for index in 0..work.entries {
+    let churn = share.join(CHURN);
+    fs::create_dir_all(&churn).map_err(LoadError::system(say(&churn)))?;
+    make_entries(share, work.entries)
+}
+
+/// Makes the directory with many files without a back end.
+pub fn make_entries(share: &Path, count: u32) -> Result<()> {
+    let say = |path: &Path| format!("make {}", path.display());
+    let many = share.join(many(count));
+    fs::create_dir_all(&many).map_err(LoadError::system(say(&many)))?;
+    if !many.join(entry_name(count - 1)).exists() {
+        for index in 0..count {
             let path = many.join(entry_name(index));
             fs::File::create(&path).map_err(LoadError::system(say(&path)))?;
         }

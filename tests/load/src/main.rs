@@ -2,12 +2,14 @@
 //!
 //! `load run` plays the guest: one thread per request queue, requests that lie ready in guest
 //! memory, nothing allocated while it measures. `load limit` does the same work with plain threads
-//! and system calls: what the host can do with no protocol in between. Both print one JSON object.
+//! and system calls: what the host can do with no protocol in between. `load inodes` asks what inodes
+//! cost that a guest keeps, and `load start` how long a start takes. Each prints one JSON object.
 
 mod cycles;
 mod error;
 mod exchange;
 mod forgets;
+mod inodes;
 mod lane;
 mod layout;
 mod limit;
@@ -15,6 +17,7 @@ mod options;
 mod process;
 mod report;
 mod run;
+mod start;
 mod syscalls;
 mod tally;
 
@@ -26,10 +29,12 @@ use crate::options::{Command, Options};
 fn main() {
     let Options { command } = Options::parse();
     let result = match command {
-        Command::Run(options) => run::run(&options),
-        Command::Limit(options) => limit::limit(&options),
+        Command::Run(options) => run::run(&options).and_then(|report| print(&report)),
+        Command::Limit(options) => limit::limit(&options).and_then(|report| print(&report)),
+        Command::Inodes(options) => inodes::inodes(&options).and_then(|report| print(&report)),
+        Command::Start(options) => start::start(&options).and_then(|report| print(&report)),
     };
-    if let Err(error) = result.and_then(|report| print(&report)) {
+    if let Err(error) = result {
         eprintln!("load: {error}");
         let mut source = std::error::Error::source(&error);
         while let Some(cause) = source {
@@ -40,7 +45,7 @@ fn main() {
     }
 }
 
-fn print(report: &report::Report) -> Result<()> {
+fn print(report: &impl serde::Serialize) -> Result<()> {
     println!("{}", serde_json::to_string_pretty(report)?);
     Ok(())
 }

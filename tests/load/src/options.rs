@@ -23,6 +23,10 @@ pub enum Command {
     Run(RunOptions),
     /// Do the same system calls with plain threads.
     Limit(LimitOptions),
+    /// Have a back end look up many files, and see what memory it needs for them.
+    Inodes(InodesOptions),
+    /// Start a back end, and see how long it takes until it can be connected to.
+    Start(StartOptions),
 }
 
 /// The work, the same for both.
@@ -95,6 +99,40 @@ pub struct LimitOptions {
     /// The work.
     #[command(flatten)]
     pub work: Work,
+}
+
+/// Options of `load inodes`.
+#[derive(Debug, Args)]
+pub struct InodesOptions {
+    /// A back end with virtiofsd's options.
+    #[arg(long)]
+    pub backend: PathBuf,
+    /// A further option for it; may be repeated.
+    #[arg(long, allow_hyphen_values = true)]
+    pub backend_arg: Vec<String>,
+    /// The directory to share; the files are made in it if they are not there.
+    #[arg(long)]
+    pub share: PathBuf,
+    /// Files to look up.
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(1..))]
+    pub files: u32,
+    /// The back end's --rlimit-nofile.
+    #[arg(long, default_value_t = 1024)]
+    pub limit: u64,
+}
+
+/// Options of `load start`.
+#[derive(Debug, Args)]
+pub struct StartOptions {
+    /// A back end with virtiofsd's options.
+    #[arg(long)]
+    pub backend: PathBuf,
+    /// A further option for it; may be repeated.
+    #[arg(long, allow_hyphen_values = true)]
+    pub backend_arg: Vec<String>,
+    /// The directory to share.
+    #[arg(long)]
+    pub share: PathBuf,
 }
 
 /// An operation.
