@@ -271,7 +271,7 @@ fn memory_runs_out_and_comes_back() {
     let (file, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
     client.setxattr(file.nodeid, "user.name", &[7; 3000], 0).unwrap();
     for round in 0..2 {
-        limit_memory(&backend, Some(4 << 20));
+        limit_memory(&backend, Some(1 << 20));
         // Inodes until there is no memory for one more.
         let mut nodes = Vec::new();
         let errno = loop {
