@@ -159,7 +159,6 @@ impl Crew {
     }
 
     fn add_worker(self: &Arc<Self>) -> std::io::Result<()> {
-        memory::ask_for_a_thread()?;
         {
             let mut threads = self.lock();
             if threads.workers >= self.limit {
@@ -169,8 +168,11 @@ impl Crew {
         }
         let crew = Arc::clone(self);
         let name = format!("lanefsd-q{}", self.queue.index());
-        let spawned = thread::Builder::new().name(name).spawn(move || {
-            crew.work();
+        // Asked only where a thread is due: at the limit this comes with every request.
+        let spawned = memory::ask_for_a_thread().map_err(std::io::Error::from).and_then(|()| {
+            thread::Builder::new().name(name).spawn(move || {
+                crew.work();
+            })
         });
         if spawned.is_err() {
             self.leave(|threads| threads.workers -= 1);
