@@ -38,7 +38,7 @@ def need(paths_to_packages):
 def build():
     """Builds the daemon and the load generator; returns their folder."""
     say("building lanefsd and the load generator")
-    run("cargo", "build", "--release", "--locked", "-p", "lanefsd", "-p", "lanefsd-load",
+    run("cargo", "build", "--release", "--locked", "--workspace", "--exclude", "lanefsd-guest-tools",
         cwd=ROOT, env=dict(os.environ, CARGO_TARGET_DIR=str(TARGET)))
     return TARGET / "release"
 

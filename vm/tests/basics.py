@@ -66,13 +66,15 @@ def callers_own_what_they_make(setting):
 
 
 def all_cache_policies_serve(setting):
-    for policy in ("never", "metadata", "auto", "always"):
-        with disk.directory() as share, setting.guest(share, f"--cache={policy}") as (guest, _):
-            guest.output("cd /mnt; dd if=/dev/urandom of=data bs=64k count=40 2>/dev/null; sync; md5sum data >/tmp/sum; md5sum -c /tmp/sum")
+    policies = [f"--cache={policy}" for policy in ("never", "metadata", "auto", "always")]
+    with setting.mounts(*policies, "--writeback") as (guest, mounts):
+        for point, share in mounts:
+            guest.output(f"""cd {point}
+                dd if=/dev/urandom of=data bs=64k count=40 2>/dev/null; sync; md5sum data >/tmp/sum; md5sum -c /tmp/sum
+                for i in $(seq 200); do echo line $i >>log; done; sync""")
             assert (share / "data").stat().st_size == 40 << 16
-    with disk.directory() as share, setting.guest(share, "--writeback") as (guest, _):
-        guest.output("cd /mnt; for i in $(seq 200); do echo line $i >>log; done; sync")
-        assert (share / "log").read_text().splitlines() == [f"line {i}" for i in range(1, 201)]
+            assert (share / "log").read_text().splitlines() == [f"line {i}" for i in range(1, 201)]
+        clean(guest)
 
 
 def a_read_only_share_stays_as_it_is(setting):

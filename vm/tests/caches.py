@@ -11,10 +11,10 @@ def cached_readers_see_direct_writes(setting):
     if not setting.patched:
         return
     milliseconds = setting.seconds(2, 15) * 1000
-    for policy in ("never", "metadata", "auto"):
-        with disk.directory() as share, setting.guest(share, f"--cache={policy}") as (guest, _):
-            guest.output(f"agree /mnt/file --time {milliseconds}")
-            clean(guest)
+    with setting.mounts("--cache=never", "--cache=metadata", "--cache=auto") as (guest, mounts):
+        for point, _ in mounts:
+            guest.output(f"agree {point}/file --time {milliseconds}")
+        clean(guest)
 
 
 def mixed_openers_agree(setting):

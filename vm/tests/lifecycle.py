@@ -13,6 +13,8 @@ from .setting import clean
 def a_guest_is_reset_and_mounts_again(setting):
     with disk.directory() as share, setting.guest(share) as (guest, daemon):
         guest.output("echo before >/mnt/file; sync; (while :; do echo more >>/mnt/noise; done) >/dev/null 2>&1 &")
+        # The reset comes while it writes.
+        guest.output("while ! [ -s /mnt/noise ]; do sleep 0.1; done")
         guest.reset()
         guest.mount()
         assert guest.output("cat /mnt/file") == "before"

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 
-from harness import debug_kernel, initramfs
+from harness import debug_kernel, disk, initramfs
 from harness.daemon import Daemon
 from harness.guest import Guest
 
@@ -39,10 +39,27 @@ class Setting:
             guest.mount()
             yield guest, daemon
 
+    @contextlib.contextmanager
+    def mounts(self, *lines):
+        """One guest with a share for each line of options; yields it and, for each, mount point and directory."""
+        with contextlib.ExitStack() as stack:
+            shares = [stack.enter_context(disk.directory()) for _ in lines]
+            daemons = [stack.enter_context(Daemon(share, line.split(), name="test"))
+                       for share, line in zip(shares, lines)]
+            guest = stack.enter_context(self.boot(*daemons))
+            points = [f"/mnt/{number}" for number in range(len(lines))]
+            for number, point in enumerate(points):
+                guest.mount(self.tag(number), point)
+            yield guest, list(zip(points, shares))
+
+    @staticmethod
+    def tag(number):
+        """The tag of a guest's device."""
+        return f"share{number}" if number else "share"
+
     def boot(self, *daemons, queue_size=1024, fio=False):
         """A guest with a device for each daemon: tags share, share1, share2 …"""
-        devices = [("share" if not number else f"share{number}", daemon.socket, self.queues)
-                   for number, daemon in enumerate(daemons)]
+        devices = [(self.tag(number), daemon.socket, self.queues) for number, daemon in enumerate(daemons)]
         image = initramfs.with_fio(self.image) if fio else self.image
         return Guest(self.kernel, image, devices, self.cpus, queue_size=queue_size, name="test",
                      **debug_kernel.GUEST if self.kernel.name == debug_kernel.NAME else {})
