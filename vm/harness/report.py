@@ -16,11 +16,16 @@ SHARED, EACH = "shared file", "file per job"
 def all_rates(results):
     """Every figure that was measured."""
     for part in ("null", "real"):
-        for rows in results.get(part, {}).values():
+        for rows in rates(results, part).values():
             for kinds in rows.values():
                 for points in kinds.values():
                     for values in points.values():
                         yield from values
+
+
+def rates(results, part):
+    """Store or place to row to kind to jobs to MiB/s."""
+    return results.get(part, {}).get("rates", {})
 
 
 def write(folder):
@@ -33,7 +38,7 @@ def write(folder):
 def render(results):
     """File name to text, for everything that is made of the results."""
     files = {"shared-file.md": markdown(results)}
-    slow = results.get("null", {}).get(SLOW)
+    slow = rates(results, "null").get(SLOW)
     if slow:
         files["shared-file.svg"] = bandwidth_plot(slow)
         files["shared-file-gain.svg"] = gain_plot(slow)
@@ -70,22 +75,31 @@ def table(head, rows):
 
 
 def markdown(results):
-    kernels = ", ".join(results.get("kernels", {}).values())
-    parts = [f"""# One shared file against a file per job
+    parts = ["""# One shared file against a file per job
 
-Measured on {results['date']} on {results['cpus']} CPUs without hardware virtualization (TCG), {results['runtime']:g} s a point, each point the median of {results['repeat']}, rows in turns. Guest kernels: {kernels}. MiB/s of 1 MiB writes; ratios are what counts here.
-
-Repeat with `vm/bench/shared-file --runtime {results['runtime']:g} --repeat {results['repeat']}`. This page is made of `shared-file.json` by that command."""]
-    for store, rows in results.get("null", {}).items():
+Made of `shared-file.json`, as `vm/bench/shared-file` writes it. MiB/s of 1 MiB writes in guests without hardware virtualization (TCG); ratios are what counts here."""]
+    if "null" in results:
+        parts.append(how(results, "null"))
+    for store, rows in rates(results, "null").items():
         what = ("The null store takes 2 ms for each write: what limits is how many are in flight at once, as with remote "
                 "storage, until the CPUs do." if store == SLOW else
                 "The null store takes no time: what limits is the CPUs that guest and daemon share.")
         parts += [f"## {store[0].upper()}{store[1:]}", what, rate_table(rows), ratio_table(rows), gain_table(rows)]
-    for place, rows in results.get("real", {}).items():
-        parts += [f"## Real data on ext4, {place}",
+    if "real" in results:
+        parts += ["## Real data", how(results, "real")]
+    for place, rows in rates(results, "real").items():
+        parts += [f"### On ext4, {place}",
                   "O_DIRECT in the guest and on the host. One guest (6.1 patched) with a mount for each back end.",
                   rate_table(rows), peer_table(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def how(results, part):
+    """When and how a part was measured."""
+    run = results[part]
+    return (f"Measured on {run['date']} on {run['cpus']} CPUs by `vm/bench/shared-file --part {part} --runtime "
+            f"{run['runtime']:g} --repeat {run['repeat']}`: {run['runtime']:g} s a point, each point the median of "
+            f"{run['repeat']}, rows in turns. Guest kernels: {', '.join(run['kernels'])}.")
 
 
 def job_numbers(rows):
