@@ -50,18 +50,29 @@ def medians(kinds, kind):
     return {jobs: statistics.median(values) for jobs, values in kinds.get(kind, {}).items()}
 
 
+def over(ours, others):
+    """Jobs to the median of the rounds' ratios: the machine's speed may drift from round to round."""
+    return {jobs: statistics.median(a / b for a, b in zip(ours[jobs], others[jobs]))
+            for jobs in ours if jobs in others}
+
+
 def ratios(kinds):
     """Jobs to shared file over file per job."""
-    shared, each = medians(kinds, SHARED), medians(kinds, EACH)
-    return {jobs: shared[jobs] / each[jobs] for jobs in shared if each.get(jobs)}
+    return over(kinds.get(SHARED, {}), kinds.get(EACH, {}))
 
 
 def gains(rows, name):
     """Jobs to per cent more than the row without the feature, for the shared file."""
     if name not in rows or PAIRS[name] not in rows:
         return {}
-    ours, base = medians(rows[name], SHARED), medians(rows[PAIRS[name]], SHARED)
-    return {jobs: 100 * (ours[jobs] / base[jobs] - 1) for jobs in ours if base.get(jobs)}
+    found = over(rows[name].get(SHARED, {}), rows[PAIRS[name]].get(SHARED, {}))
+    return {jobs: 100 * (ratio - 1) for jobs, ratio in found.items()}
+
+
+def beyond_one_job(found):
+    """Gains without what a single job gains, which has other causes than writers that run side by side."""
+    one = found.get("1")
+    return {} if one is None else {number: 100 * ((100 + gain) / (100 + one) - 1) for number, gain in found.items()}
 
 
 def geometric_mean(values):
@@ -77,7 +88,7 @@ def table(head, rows):
 def markdown(results):
     parts = ["""# One shared file against a file per job
 
-Made of `shared-file.json`, as `vm/bench/shared-file` writes it. MiB/s of 1 MiB writes in guests without hardware virtualization (TCG); ratios are what counts here."""]
+Made of `shared-file.json`, as `vm/bench/shared-file` writes it. MiB/s of 1 MiB writes in guests without hardware virtualization (TCG); ratios are what counts here. A ratio is the median of those of the rounds, since the machine's speed drifts."""]
     if "null" in results:
         parts.append(how(results, "null"))
     for store, rows in rates(results, "null").items():
@@ -133,8 +144,9 @@ def gain_table(rows):
     lines = []
     for name, base in PAIRS.items():
         found = gains(rows, name)
-        if found:
-            lines.append([f"{name} over {base}", *(f"{found[number]:+.0f} %" if number in found else "" for number in jobs)])
+        for what, values in ((f"{name} over {base}", found), ("… without what one job gains", beyond_one_job(found))):
+            if values:
+                lines.append([what, *(f"{values[number]:+.0f} %" if number in values else "" for number in jobs)])
     if not lines:
         return ""
     lines.append(["published", *(f"{PUBLISHED[number]:+.1f} %" if number in PUBLISHED else "" for number in jobs)])
@@ -145,10 +157,11 @@ def peer_table(rows):
     jobs = job_numbers(rows)
     lines = []
     for kind in (SHARED, EACH):
-        ours = medians(rows.get("lanefsd", {}), kind)
-        others = [medians(kinds, kind) for name, kinds in rows.items() if name != "lanefsd"]
-        best = {number: max((other.get(number, 0) for other in others), default=0) for number in jobs}
-        lines.append([kind, *(f"{ours[number] / best[number]:.2f}" if best.get(number) and number in ours else "" for number in jobs)])
+        ours = rows.get("lanefsd", {}).get(kind, {})
+        others = [over(ours, kinds[kind]) for name, kinds in rows.items() if name != "lanefsd" and kind in kinds]
+        # Over the best of them is the least.
+        least = {number: min((other[number] for other in others if number in other), default=None) for number in jobs}
+        lines.append([kind, *(f"{least[number]:.2f}" if least[number] is not None else "" for number in jobs)])
     return "lanefsd over the best of virtiofsd's four settings:\n\n" + table(["", *jobs], lines)
 
 
