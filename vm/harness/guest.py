@@ -17,6 +17,9 @@ from . import qemu
 from .paths import LOGS, HarnessError
 
 BOOT_TIMEOUT = 90
+# Seconds in which the agent acknowledges a command, and how often one is sent.
+ACKNOWLEDGED = 20
+TRIES = 3
 COUNTER = itertools.count(1)
 # A hung guest is made to say where its CPUs are by an NMI. The clock is trusted, and the timer not tested, since
 # both look broken to an emulated guest on a busy host.
@@ -101,7 +104,7 @@ class Guest:
         """Runs a shell command; returns (status, output). With `check` a status other than 0 raises."""
         word = f"end-{next(self.words)}-{os.urandom(4).hex()}"
         encoded = base64.b64encode(command.encode()).decode()
-        self.agent.sendall(f"{word} {encoded}\n".encode())
+        self.send(word, encoded)
         output = self.read_until(f"\n{word} ".encode(), timeout * self.patience, f"running {command!r}", sink)
         status = int(self.read_until(b"\n", 10, "waiting for the exit status"))
         text = output.decode(errors="replace").removesuffix("\n")
@@ -120,8 +123,34 @@ class Guest:
 
     def shell(self):
         """A shell on the console, until it is left."""
-        self.agent.sendall(b"end-shell shell\n")
+        self.send("end-shell", "shell")
         self.read_until(b"\nend-shell ", None, "running a shell")
+
+    def send(self, word, encoded):
+        """Sends a line to the agent until it says that it has got it."""
+        for _ in range(TRIES):
+            self.agent.sendall(f"{word} {encoded} .\n".encode())
+            deadline = time.monotonic() + ACKNOWLEDGED * self.patience
+            while time.monotonic() < deadline:
+                if f"got {word}\n".encode() in self.buffer:
+                    break
+                self.receive(0.5)
+            else:
+                # What is left of the line is ended, and ignored.
+                self.agent.sendall(b"\n")
+                continue
+            break
+        self.read_until(f"got {word}\n".encode(), ACKNOWLEDGED * self.patience, "taking a command")
+
+    def receive(self, patience):
+        """Waits for what the agent says; returns whether it has said anything."""
+        ready, _, _ = select.select([self.agent], [], [], patience)
+        if ready:
+            data = self.agent.recv(65536)
+            if not data:
+                raise self.error("QEMU has ended")
+            self.buffer += data
+        return bool(ready)
 
     def read_until(self, end, timeout, doing, sink=None):
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -140,13 +169,9 @@ class Guest:
             if left is not None and left <= 0:
                 self.interrogate()
                 raise self.error(f"the guest did not finish {doing} in {timeout:g} s")
-            ready, _, _ = select.select([self.agent], [], [], left if left is None or left < 1 else 1)
-            if ready:
-                data = self.agent.recv(65536)
-                if not data:
-                    raise self.error(f"QEMU ended while {doing}")
-                self.buffer += data
-            elif self.process.poll() is not None:
+            if self.receive(1 if left is None else min(left, 1)):
+                continue
+            if self.process.poll() is not None:
                 raise self.error(f"QEMU ended while {doing}")
             elif "Kernel panic" in self.log():
                 raise self.error(f"the guest's kernel panicked while {doing}")

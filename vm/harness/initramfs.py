@@ -28,12 +28,18 @@ dmesg -n 4
 exec /agent
 """
 
-# Commands come base64-encoded, one a line, with a word that marks their end.
+# Commands come base64-encoded, one a line, with a word that marks their end and a dot that shows that the line is
+# whole. Each is acknowledged: a serial line may lose what is sent, and then the line comes again.
 AGENT = """#!/bin/sh
 exec 3<>/dev/ttyS1
 stty raw -echo <&3
 echo "agent ready" >&3
-while read -r word command <&3; do
+last=
+while read -r word command whole <&3; do
+    [ "$whole" = . ] || continue
+    echo "got $word" >&3
+    [ "$word" != "$last" ] || continue
+    last=$word
     case $command in
     shell) setsid -c sh -c 'exec sh -i </dev/ttyS0 >/dev/ttyS0 2>&1'; status=$? ;;
     *) echo "$command" | base64 -d >/tmp/command
