@@ -8,7 +8,7 @@ from . import kernels
 from .paths import CACHE, need, run, say
 
 # Before 8.1, emulated CPUs may run code that another CPU is just changing: a guest with several of them panics
-# ("Oops: int3") or hangs now and then, as kernels patch themselves. Mended by "accel/tcg: Always lock pages
+# now and then ("Oops: int3"), as kernels patch themselves. Mended by "accel/tcg: Always lock pages
 # before translation".
 SOUND = (8, 1)
 PACKAGES = ["qemu-system-x86", "qemu-system-common", "qemu-system-data"]
