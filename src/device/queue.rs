@@ -72,8 +72,8 @@ pub(super) struct Done {
 pub(super) struct Next {
     /// First descriptor of the next chain, unchecked.
     pub head: u16,
-    /// Whether more chains wait behind it.
-    pub backlog: bool,
+    /// How many more wait behind it.
+    pub waiting: u32,
 }
 
 /// What of a queue changes under its lock.
@@ -118,6 +118,11 @@ pub struct Queue {
 const HOLD: u32 = 30_000;
 /// Most chains that are given back meanwhile.
 const MOST_HELD: u32 = 32;
+/// A guest takes about so long, in nanoseconds, from a notification to its next request: it has to hear of what
+/// was given back while there is still as much to do, or the queue runs empty.
+const ANSWER: u32 = 20_000;
+/// The least work, in nanoseconds, that is worth a notification while more chains wait.
+const WORTH: u32 = 10_000;
 
 const KICK: u64 = 0;
 const HELP: u64 = 1;
@@ -193,7 +198,6 @@ impl Queue {
     /// slow, [`Queue::flush_held`] has to be called.
     pub(super) fn advance(&self, done: Option<Done>) -> Option<Next> {
         let memory = self.memory.memory();
-        let hold = self.notifications_to_hold();
         let (notify, mut next) = {
             let mut state = self.lock();
             let given = done.map_or(Ok(()), |done| state.give_back(&memory, done));
@@ -201,7 +205,7 @@ impl Queue {
             // A guest that hears of a reply often sends the next request at once. Without a kick
             // this worker finds it when it looks again; a kick would wake another one.
             let next = self.take(&mut state, &memory, done.is_none());
-            let may_hold = next.is_some_and(|next| next.backlog) && state.held < hold;
+            let may_hold = next.is_some_and(|next| self.may_hold(state.held, next.waiting));
             (if may_hold { None } else { self.flush(&mut state, &memory) }, next)
         };
         self.notify(notify);
@@ -226,10 +230,14 @@ impl Queue {
         })
     }
 
-    /// How many chains may be given back before the guest has to hear of the first one, as long as
-    /// others wait: as many as are served in [`HOLD`].
-    fn notifications_to_hold(&self) -> u32 {
-        (HOLD / self.service_time().max(1)).saturating_sub(1).min(MOST_HELD)
+    /// Whether the guest may hear later of the `held` chains that were given back, since `waiting` more will follow.
+    fn may_hold(&self, held: u32, waiting: u32) -> bool {
+        if waiting == 0 || held >= MOST_HELD {
+            return false;
+        }
+        let each = self.service_time();
+        let (done, left) = (held.saturating_mul(each), waiting.saturating_mul(each));
+        done < if left < ANSWER { WORTH } else { HOLD }
     }
 
     /// Notifies the guest of what was given back without its hearing of it.
@@ -372,14 +380,14 @@ impl State {
             return Ok(None);
         }
         let head = self.ring.take(memory)?;
-        let mut backlog = waiting > 1;
-        if backlog {
+        waiting -= 1;
+        if waiting > 0 {
             self.ring.spare_kicks(memory)?;
         } else {
             self.ring.ask_for_kick(memory)?;
-            backlog = self.ring.waiting(memory)? > 0;
+            waiting = self.ring.waiting(memory)?;
         }
-        Ok(Some(Next { head, backlog }))
+        Ok(Some(Next { head, waiting: u32::from(waiting) }))
     }
 }
 

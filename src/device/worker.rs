@@ -214,7 +214,7 @@ impl Crew {
         if self.limit > 1 && self.queue.idle_workers() == 0 {
             self.grow();
         }
-        if next.backlog {
+        if next.waiting > 0 {
             if self.limit > 1 && self.queue.service_time() > SLOW {
                 self.call_another();
             } else {
