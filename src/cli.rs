@@ -5,8 +5,9 @@ mod old_form;
 mod values;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use clap::{ArgAction, Parser, ValueEnum};
+use clap::{ArgAction, Parser, ValueEnum, value_parser};
 use log::LevelFilter;
 use thiserror::Error;
 
@@ -106,6 +107,11 @@ pub struct Options {
     /// Threads that serve one queue at most; 0 and 1 serve one request after the other
     #[arg(long, value_name = "NUMBER", default_value_t = 16, help_heading = "Resources")]
     thread_pool_size: usize,
+
+    /// Microseconds to look for the next request before sleeping, where that has been paying; 0 for never
+    #[arg(long, value_name = "NUMBER", default_value_t = 20, value_parser = value_parser!(u64).range(0..=1000),
+        help_heading = "Resources")]
+    poll_time: u64,
 
     /// Request queues to offer; the guest uses as many as it has CPUs for
     #[arg(long, value_name = "NUMBER", default_value_t = MAX_QUEUES - 1, help_heading = "Resources")]
@@ -333,6 +339,7 @@ impl Options {
                 tag: self.tag,
                 request_queues: self.request_queues,
                 thread_pool_size: self.thread_pool_size,
+                poll_time: Duration::from_micros(self.poll_time),
             },
             fs,
             readonly: self.readonly,
@@ -440,7 +447,15 @@ mod tests {
         assert_eq!(config.fs.cache, CachePolicy::Auto);
         assert_eq!(config.fs.parallel_direct_writes, ParallelDirectWrites::Auto);
         assert_eq!(config.store, Store::Host);
-        assert_eq!(config.device, DeviceConfig { tag: None, request_queues: 63, thread_pool_size: 16 });
+        assert_eq!(
+            config.device,
+            DeviceConfig {
+                tag: None,
+                request_queues: 63,
+                thread_pool_size: 16,
+                poll_time: Duration::from_micros(20)
+            }
+        );
         assert!(config.fs.readdirplus && config.fs.announce_submounts);
         assert!(!config.fs.xattr && !config.fs.writeback && !config.readonly && !config.keep_listening);
         assert_eq!((config.seccomp, config.capabilities), (Seccomp::Kill, CapabilityChanges::NONE));

@@ -63,6 +63,8 @@ pub struct DeviceConfig {
     pub request_queues: usize,
     /// Most workers of one queue; 0 and 1 serve one request after the other.
     pub thread_pool_size: usize,
+    /// How long a worker looks for the next request before it sleeps, where that has been paying.
+    pub poll_time: Duration,
 }
 
 /// What stands behind the files.

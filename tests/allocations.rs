@@ -94,7 +94,12 @@ fn serve(share: &Path, listener: &UnixListener, workers: usize, cache: CachePoli
     };
     let config = FsConfig { cache, ..FsConfig::default() };
     let fs = PassthroughFs::new(open(share), open(Path::new("/proc/self/fd")), config).unwrap();
-    let device = DeviceConfig { tag: None, request_queues: 1, thread_pool_size: workers };
+    let device = DeviceConfig {
+        tag: None,
+        request_queues: 1,
+        thread_pool_size: workers,
+        poll_time: Duration::from_micros(20),
+    };
     let service = Arc::new(Service::new(Arc::new(fs)));
     server::serve(listener, &Signals::catch().unwrap(), &device, false, &service).unwrap();
 }

@@ -57,6 +57,7 @@ pub fn converse(data: &[u8]) {
         tag: (choice & 1 != 0).then(|| "share".to_owned()),
         request_queues: 2,
         thread_pool_size: if choice & 2 != 0 { 4 } else { 0 },
+        poll_time: Duration::from_micros(if choice & 4 != 0 { 20 } else { 0 }),
     };
     talk(&mut input, machine, &config, &service);
     assert_eq!(memory.open_handles(), 0);

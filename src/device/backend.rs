@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use log::debug;
 use rustix::fs::OFlags;
@@ -56,6 +57,7 @@ pub struct Backend {
     service: Arc<Service>,
     watch: Arc<Watch>,
     workers: usize,
+    poll_time: Duration,
     config_space: Option<[u8; config_space::SIZE]>,
     features: u64,
     memory: MemoryTable,
@@ -71,6 +73,7 @@ impl Backend {
             service,
             watch: Watch::start()?,
             workers: config.thread_pool_size,
+            poll_time: config.poll_time,
             config_space: config.tag.as_deref().map(|tag| config_space(tag, count)),
             features: 0,
             memory: MemoryTable::new(),
@@ -100,7 +103,8 @@ impl Backend {
     fn update(&mut self, index: usize) -> Result<()> {
         let memory = self.memory.shared().clone();
         let event_idx = self.features & EVENT_IDX != 0;
-        let (service, watch, workers) = (Arc::clone(&self.service), Arc::clone(&self.watch), self.workers);
+        let (service, watch) = (Arc::clone(&self.service), Arc::clone(&self.watch));
+        let (workers, poll_time) = (self.workers, self.poll_time);
         let vring = self.vring(index)?;
         let ready = vring.enabled && vring.layout.size > 0 && vring.layout.descriptors != 0;
         let Some(kick) = vring.kick.as_ref().filter(|_| ready) else {
@@ -115,7 +119,7 @@ impl Backend {
         let kick = kick.try_clone().map_err(Error::ReqHandlerError)?;
         let call = vring.call.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::ReqHandlerError)?;
         let queue = Queue::new(index, memory, ring, kick, call);
-        let crew = queue.and_then(|queue| Crew::start(queue, service, &watch, workers));
+        let crew = queue.and_then(|queue| Crew::start(queue.polled_for(poll_time), service, &watch, workers));
         vring.crew = Some(crew.map_err(|error| refuse(describe(&error)))?);
         debug!("queue {index} runs with {} descriptors", vring.layout.size);
         Ok(())

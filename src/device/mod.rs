@@ -10,6 +10,7 @@ pub mod by_hand;
 pub mod chain;
 pub mod config_space;
 mod memory;
+mod poll;
 pub mod queue;
 pub mod ring;
 mod watch;

@@ -7,6 +7,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use log::{Level, error};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
@@ -15,6 +16,7 @@ use thiserror::Error;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::SharedMemory;
+use super::poll::Polling;
 use super::ring::{Layout, Ring, RingError};
 use crate::logging::log_limited;
 
@@ -111,9 +113,12 @@ pub struct Queue {
     help_called: AtomicBool,
     /// Moving average of the time that a request takes, in nanoseconds.
     service_time: AtomicU32,
+    polling: Polling,
     statistics: Statistics,
 }
 
+/// Index of the high-priority queue.
+const HIGH_PRIORITY: usize = 0;
 /// How long, in nanoseconds, a notification may be put off while more chains wait.
 const HOLD: u32 = 30_000;
 /// Most chains that are given back meanwhile.
@@ -159,8 +164,14 @@ impl Queue {
             idle: AtomicUsize::new(0),
             help_called: AtomicBool::new(false),
             service_time: AtomicU32::new(0),
+            polling: Polling::new(Duration::ZERO),
             statistics: Statistics::default(),
         })
+    }
+
+    /// The same, whose workers look at the empty ring for `time` before they sleep, where that pays.
+    pub fn polled_for(self, time: Duration) -> Queue {
+        Queue { polling: Polling::new(time), ..self }
     }
 
     /// Number of the queue; 0 is the high-priority queue.
@@ -210,12 +221,21 @@ impl Queue {
         };
         self.notify(notify);
         if next.is_none() && done.is_some() {
-            next = self.take(&mut self.lock(), &memory, true);
+            next = self.look_longer(&memory).or_else(|| self.take(&mut self.lock(), &memory, true));
         }
         if next.is_some() {
             self.statistics.requests.fetch_add(1, Ordering::Relaxed);
         }
         next
+    }
+
+    /// Looks for what the guest sends as an answer to the last reply. It answers no FORGETs, and after slow requests
+    /// it sleeps, too.
+    fn look_longer(&self, memory: &GuestMemoryMmap) -> Option<Next> {
+        if self.index == HIGH_PRIORITY || self.service_time() >= ANSWER {
+            return None;
+        }
+        self.polling.look(|| self.take(&mut self.lock(), memory, false))
     }
 
     /// Takes the next chain; if there is none, and it is the `last_look` before the worker sleeps,
@@ -288,7 +308,9 @@ impl Queue {
         let mut events =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
         self.idle.fetch_add(1, Ordering::SeqCst);
+        let begin = Instant::now();
         let woken = epoll::wait(&self.epoll, &mut events[..], timeout.as_ref());
+        self.polling.slept(begin.elapsed());
         self.idle.fetch_sub(1, Ordering::SeqCst);
         self.help_called.store(false, Ordering::SeqCst);
         if self.stopping.load(Ordering::SeqCst) {
