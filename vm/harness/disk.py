@@ -2,27 +2,60 @@
 
 import contextlib
 import pathlib
+import subprocess
 import tempfile
 
-from .paths import CACHE, run
+from .paths import CACHE, SLOW_STORE, HarnessError, run
 
 
 @contextlib.contextmanager
-def mounted(kind, megabytes=512):
-    """A fresh `ext4` or `xfs`, mounted; yields its directory."""
+def mounted(kind, megabytes=512, delay=0):
+    """A fresh `ext4` or `xfs`, mounted; yields its directory. The image lies in memory; with a delay each read and
+    write of it takes so many milliseconds more, however many are under way."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{kind}-", dir=CACHE) as folder:
-        image = pathlib.Path(folder) / "image"
-        point = pathlib.Path(folder) / "mount"
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{kind}-", dir=CACHE)))
+        store, point = folder / "store", folder / "mount"
+        store.mkdir()
         point.mkdir()
-        run(["truncate", "-s", f"{megabytes}M", image])
+        if delay:
+            image = stack.enter_context(slow_file(store, megabytes, delay))
+        else:
+            image = stack.enter_context(file_in_memory(store, megabytes))
         run([f"mkfs.{kind}", "-q", image])
-        # The loop device is freed with the mount.
-        run(["mount", "-o", "loop", image, point])
+        # Direct I/O of the loop device has as many requests under way as its user. The device is freed with the mount.
+        device = run(["losetup", "--find", "--show", f"--direct-io={'on' if delay else 'off'}", image]).strip()
         try:
-            yield point
+            run(["mount", device, point])
+            stack.callback(run, ["umount", "--lazy", point])
         finally:
-            run(["umount", "--lazy", point])
+            run(["losetup", "--detach", device])
+        yield point
+
+
+@contextlib.contextmanager
+def file_in_memory(folder, megabytes):
+    """An empty file on a tmpfs of its own."""
+    run(["mount", "-t", "tmpfs", "-o", f"size={megabytes + 1}m", "tmpfs", folder])
+    try:
+        image = folder / "file"
+        run(["truncate", "-s", f"{megabytes}M", image])
+        yield image
+    finally:
+        run(["umount", "--lazy", folder])
+
+
+@contextlib.contextmanager
+def slow_file(folder, megabytes, delay):
+    """A file in memory that takes `delay` milliseconds for each read and write."""
+    with subprocess.Popen([SLOW_STORE, folder, str(megabytes << 20), str(delay)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        try:
+            if process.stdout.readline() != b"mounted\n":
+                raise HarnessError(f"{SLOW_STORE} did not mount {folder}")
+            yield folder / "file"
+        finally:
+            process.stdin.close()
 
 
 @contextlib.contextmanager

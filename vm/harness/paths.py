@@ -11,6 +11,7 @@ CACHE = TARGET / "vm"
 LOGS = CACHE / "logs"
 DAEMON = TARGET / "release" / "lanefsd"
 FAULTY_DAEMON = TARGET / "release" / "lanefsd-faulty"
+SLOW_STORE = TARGET / "release" / "failing-store"
 
 
 class HarnessError(Exception):

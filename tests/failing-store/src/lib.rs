@@ -1,5 +1,6 @@
 //! A file system on the host that fails and dawdles on demand: what a broken disk or a distant server
-//! is to the daemon. A FUSE file system with one file in memory, served by the test itself.
+//! is to the daemon. A FUSE file system with one file in memory, served by the test itself, or by the program
+//! of this package for a disk image that takes its time.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -8,19 +9,23 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BackgroundSession, FileAttr, FileType, Filesystem, MountOption, ReplyAttr, ReplyData, ReplyEmpty,
-    ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow,
+    BackgroundSession, FileAttr, FileType, Filesystem, KernelConfig, MountOption, ReplyAttr, ReplyData,
+    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow,
 };
 use rustix::mount::{UnmountFlags, unmount};
 
 /// The name of the one file.
 pub const FILE: &str = "file";
-/// Its length in bytes, for ever.
+/// Its length in bytes, for ever, where nothing else is said.
 pub const LENGTH: usize = 1 << 20;
 /// Its inode number; the root's is 1.
 const FILE_INODE: u64 = 2;
 /// `FOPEN_DIRECT_IO`: every read(2) and write(2) comes here.
 const DIRECT_IO: u32 = 1;
+/// `FUSE_ASYNC_DIO`: who writes asynchronously does not wait for each part.
+const ASYNC_DIO: u32 = 1 << 15;
+/// How many asynchronous requests the kernel has under way at once.
+const MAX_BACKGROUND: u16 = 256;
 /// Nothing is to be remembered.
 const NO_TIME: Duration = Duration::ZERO;
 
@@ -71,9 +76,14 @@ pub struct FailingStore {
 impl FailingStore {
     /// Mounts it on a directory; takes root.
     pub fn mount(path: &Path) -> std::io::Result<FailingStore> {
+        FailingStore::with_length(path, LENGTH)
+    }
+
+    /// The same with another length of the file, in bytes.
+    pub fn with_length(path: &Path, length: usize) -> std::io::Result<FailingStore> {
         let controls = Arc::new(Controls::default());
-        let contents = Arc::new(Mutex::new(vec![0; LENGTH]));
-        let store = Store { controls: Arc::clone(&controls), contents };
+        let contents = Arc::new(Mutex::new(vec![0; length]));
+        let store = Store { controls: Arc::clone(&controls), contents, length };
         let options = [MountOption::FSName("failing-store".into()), MountOption::DefaultPermissions];
         let session = fuser::spawn_mount2(store, path, &options)?;
         Ok(FailingStore { path: path.to_path_buf(), controls, session: Some(session) })
@@ -108,6 +118,7 @@ impl Drop for FailingStore {
 struct Store {
     controls: Arc<Controls>,
     contents: Arc<Mutex<Vec<u8>>>,
+    length: usize,
 }
 
 impl Store {
@@ -122,40 +133,46 @@ impl Store {
             })),
         }
     }
-}
 
-fn attributes(inode: u64) -> FileAttr {
-    let time = SystemTime::UNIX_EPOCH;
-    let is_file = inode == FILE_INODE;
-    FileAttr {
-        ino: inode,
-        size: if is_file { LENGTH as u64 } else { 0 },
-        blocks: 0,
-        atime: time,
-        mtime: time,
-        ctime: time,
-        crtime: time,
-        kind: if is_file { FileType::RegularFile } else { FileType::Directory },
-        perm: if is_file { 0o644 } else { 0o755 },
-        nlink: if is_file { 1 } else { 2 },
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        blksize: 4096,
-        flags: 0,
+    fn attributes(&self, inode: u64) -> FileAttr {
+        let time = SystemTime::UNIX_EPOCH;
+        let is_file = inode == FILE_INODE;
+        FileAttr {
+            ino: inode,
+            size: if is_file { self.length as u64 } else { 0 },
+            blocks: 0,
+            atime: time,
+            mtime: time,
+            ctime: time,
+            crtime: time,
+            kind: if is_file { FileType::RegularFile } else { FileType::Directory },
+            perm: if is_file { 0o644 } else { 0o755 },
+            nlink: if is_file { 1 } else { 2 },
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        }
     }
 }
 
-/// The bytes of a request that lie in the file.
-fn range(offset: i64, len: usize) -> std::ops::Range<usize> {
-    let begin = usize::try_from(offset).unwrap_or(0).min(LENGTH);
-    begin..begin.saturating_add(len).min(LENGTH)
+/// The bytes of a request that lie in a file of this length.
+fn range(length: usize, offset: i64, len: usize) -> std::ops::Range<usize> {
+    let begin = usize::try_from(offset).unwrap_or(0).min(length);
+    begin..begin.saturating_add(len).min(length)
 }
 
 impl Filesystem for Store {
+    fn init(&mut self, _: &Request<'_>, config: &mut KernelConfig) -> Result<(), i32> {
+        config.add_capabilities(ASYNC_DIO).map_err(|_| libc::EPROTO)?;
+        config.set_max_background(MAX_BACKGROUND).map_err(|_| libc::EPROTO)?;
+        Ok(())
+    }
+
     fn lookup(&mut self, _: &Request<'_>, _parent: u64, name: &OsStr, reply: ReplyEntry) {
         match self.controls.check(Call::Lookup) {
-            Ok(()) if name == FILE => reply.entry(&NO_TIME, &attributes(FILE_INODE), 0),
+            Ok(()) if name == FILE => reply.entry(&NO_TIME, &self.attributes(FILE_INODE), 0),
             Ok(()) => reply.error(libc::ENOENT),
             Err(errno) => reply.error(errno),
         }
@@ -163,7 +180,7 @@ impl Filesystem for Store {
 
     fn getattr(&mut self, _: &Request<'_>, inode: u64, _handle: Option<u64>, reply: ReplyAttr) {
         match self.controls.check(Call::Getattr) {
-            Ok(()) => reply.attr(&NO_TIME, &attributes(inode)),
+            Ok(()) => reply.attr(&NO_TIME, &self.attributes(inode)),
             Err(errno) => reply.error(errno),
         }
     }
@@ -186,7 +203,7 @@ impl Filesystem for Store {
         _flags: Option<u32>,
         reply: ReplyAttr,
     ) {
-        reply.attr(&NO_TIME, &attributes(inode));
+        reply.attr(&NO_TIME, &self.attributes(inode));
     }
 
     fn open(&mut self, _: &Request<'_>, _inode: u64, _flags: i32, reply: ReplyOpen) {
@@ -211,7 +228,7 @@ impl Filesystem for Store {
         self.later(Call::Read, move |result| match result {
             Ok(()) => {
                 let contents = contents.lock().unwrap_or_else(PoisonError::into_inner);
-                reply.data(&contents[range(offset, size as usize)]);
+                reply.data(&contents[range(contents.len(), offset, size as usize)]);
             }
             Err(errno) => reply.error(errno),
         });
@@ -232,9 +249,9 @@ impl Filesystem for Store {
         let (contents, data) = (Arc::clone(&self.contents), data.to_vec());
         self.later(Call::Write, move |result| match result {
             Ok(()) => {
-                let range = range(offset, data.len());
-                let written = range.len();
                 let mut contents = contents.lock().unwrap_or_else(PoisonError::into_inner);
+                let range = range(contents.len(), offset, data.len());
+                let written = range.len();
                 contents[range].copy_from_slice(&data[..written]);
                 reply.written(written as u32);
             }
