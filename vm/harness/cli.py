@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from . import debug_kernel, guest_modules, initramfs, kernels
+from . import debug_kernel, guest_modules, initramfs, kernels, qemu
 from .paths import HarnessError, build_daemon, need
 
 HOST_PROGRAMS = ["busybox:busybox-static", "cpio", "fio", "depmod:kmod",
@@ -29,6 +29,7 @@ def prepare(kernel_name=kernels.DEFAULT, stock_modules=False, daemon=True):
     Kernels that we have patches for get our modules, unless `stock_modules` says otherwise.
     """
     need(*HOST_PROGRAMS)
+    qemu.program()
     if daemon:
         build_daemon()
     if kernel_name == debug_kernel.NAME:

@@ -5,8 +5,12 @@ import pathlib
 import re
 import shutil
 import subprocess
+import threading
 
 from .paths import CACHE, REPO, TARGET, HarnessError, cargo_environment, run, say
+
+# Guests may start side by side, and what they share is made once.
+MAKING = threading.Lock()
 
 # What a guest may need; built-in ones and those that a kernel lacks are passed over.
 MODULES = ["virtio_pci", "virtio_blk", "virtiofs", "fuse", "ext4", "xfs", "overlay", "loop"]
@@ -111,14 +115,15 @@ def with_fio(image):
     """The same initramfs with fio, which Debian links with so much that a boot takes twice as long."""
     fio = CACHE / "fio.cpio.gz"
     source = pathlib.Path(__file__)
-    if not fio.exists() or fio.stat().st_mtime < source.stat().st_mtime:
-        pack(fio, lambda root: copy_with_libraries("fio", root))
     both = image.with_name(image.name.replace("initramfs", "initramfs-fio"))
-    if not both.exists() or both.stat().st_mtime < max(image.stat().st_mtime, fio.stat().st_mtime):
-        # The kernel unpacks one archive after the other.
-        scratch = both.with_suffix(f".{os.getpid()}")
-        scratch.write_bytes(image.read_bytes() + fio.read_bytes())
-        scratch.rename(both)
+    with MAKING:
+        if not fio.exists() or fio.stat().st_mtime < source.stat().st_mtime:
+            pack(fio, lambda root: copy_with_libraries("fio", root))
+        if not both.exists() or both.stat().st_mtime < max(image.stat().st_mtime, fio.stat().st_mtime):
+            # The kernel unpacks one archive after the other.
+            scratch = both.with_suffix(f".{os.getpid()}")
+            scratch.write_bytes(image.read_bytes() + fio.read_bytes())
+            scratch.rename(both)
     return both
 
 

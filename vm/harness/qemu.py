@@ -1,5 +1,6 @@
 """Which QEMU boots the guests, and how it runs their CPUs."""
 
+import functools
 import os
 import pathlib
 import re
@@ -26,6 +27,7 @@ def version(program):
     return int(found[1]), int(found[2])
 
 
+@functools.cache
 def program():
     """The QEMU to use: LANEFSD_QEMU, or the host's, or one from backports where the host's emulates CPUs badly."""
     if chosen := os.environ.get("LANEFSD_QEMU"):

@@ -9,7 +9,7 @@ from .plot import plot
 PUBLISHED = {"4": 148.0, "8": 206.8, "16": 695.8, "32": 608.0}
 # A patched row, and the row that it is a gain over.
 PAIRS = {"5.10 patched": "5.10 unpatched", "6.1 patched": "6.1, flag never set", "6.1 stock": "6.1, flag never set"}
-REAL = """O_DIRECT in the guest and on the host. One guest (6.1 patched) with a mount for each back end. The disk below ext4 is a loop device over a file in memory: at once, where the CPUs are what limits, or with 2 ms for each read and write, where the storage does. Jobs that grow files end when they have written all; those that overwrite go on until the time is over."""
+REAL = """O_DIRECT in the guest and on the host. One guest (6.1 patched) with a mount for each back end. The disk is a loop device over a file in memory: at once, where the CPUs are what limits, or with 2 ms for each read and write, where the storage does. Jobs that grow files end when they have written all; those that overwrite go on until the time is over."""
 SLOW, FAST = "null store, 2 ms", "null store"
 SHARED, EACH = "shared file", "file per job"
 
@@ -100,7 +100,7 @@ Made of `shared-file.json`, as `vm/bench/shared-file` writes it. MiB/s of 1 MiB 
     if "real" in results:
         parts += ["## Real data", how(results, "real"), REAL]
     for place, rows in rates(results, "real").items():
-        parts += [f"### ext4 {place}", rate_table(rows), peer_table(rows)]
+        parts += [f"### {place}", rate_table(rows), peer_table(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
