@@ -18,6 +18,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use lanefsd::config::{CachePolicy, DeviceConfig, FsConfig};
 use lanefsd::fs::passthrough::PassthroughFs;
