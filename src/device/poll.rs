@@ -37,10 +37,10 @@ pub(super) struct Polling {
 impl Polling {
     /// Looks that last `time` at most.
     pub fn new(time: Duration) -> Polling {
-        let cpus = thread::available_parallelism().map_or(1, usize::from);
+        let cpus = || thread::available_parallelism().map_or(1, usize::from);
         Polling {
             time,
-            most_looking: cpus / 2,
+            most_looking: if time.is_zero() { 0 } else { cpus() / 2 },
             looking: AtomicBool::new(false),
             credit: AtomicI32::new(MOST),
         }
@@ -85,8 +85,20 @@ impl Polling {
         self.credit.store(if learnt <= 0 { LEAST } else { learnt }, Ordering::Relaxed);
     }
 
-    /// A worker has slept so long for its next request. Many short sleeps are a reason to try again.
-    pub fn slept(&self, time: Duration) {
+    /// A worker goes to sleep; when, if that is of interest.
+    pub fn goes_to_sleep(&self) -> Option<Instant> {
+        let of_interest = !self.time.is_zero() && self.credit.load(Ordering::Relaxed) <= 0;
+        of_interest.then(Instant::now)
+    }
+
+    /// A worker that went to sleep then has been woken. Many short sleeps are a reason to look again.
+    pub fn wakes_up(&self, asleep_since: Option<Instant>) {
+        if let Some(asleep_since) = asleep_since {
+            self.slept(asleep_since.elapsed());
+        }
+    }
+
+    fn slept(&self, time: Duration) {
         let credit = self.credit.load(Ordering::Relaxed);
         if credit <= 0 && time < self.time * SHORT {
             self.credit.store(if credit == 0 { MOST } else { credit + 1 }, Ordering::Relaxed);

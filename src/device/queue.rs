@@ -7,7 +7,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use log::{Level, error};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
@@ -240,6 +240,7 @@ impl Queue {
 
     /// Takes the next chain; if there is none, and it is the `last_look` before the worker sleeps,
     /// the guest is asked to kick.
+    #[inline]
     fn take(&self, state: &mut State, memory: &GuestMemoryMmap, last_look: bool) -> Option<Next> {
         if state.broken || self.stopping.load(Ordering::Relaxed) {
             return None;
@@ -308,9 +309,9 @@ impl Queue {
         let mut events =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
         self.idle.fetch_add(1, Ordering::SeqCst);
-        let begin = Instant::now();
+        let asleep_since = self.polling.goes_to_sleep();
         let woken = epoll::wait(&self.epoll, &mut events[..], timeout.as_ref());
-        self.polling.slept(begin.elapsed());
+        self.polling.wakes_up(asleep_since);
         self.idle.fetch_sub(1, Ordering::SeqCst);
         self.help_called.store(false, Ordering::SeqCst);
         if self.stopping.load(Ordering::SeqCst) {
@@ -389,6 +390,7 @@ impl State {
 
     /// Takes a chain. The guest kicks for the next one exactly if none waits behind this one. If
     /// there is none at all, it kicks only if this is the `last_look` before the worker sleeps.
+    #[inline]
     fn take(&mut self, memory: &GuestMemoryMmap, last_look: bool) -> Result<Option<Next>, RingError> {
         let mut waiting = self.ring.waiting(memory)?;
         if waiting == 0 && last_look {
