@@ -56,6 +56,8 @@ class Guest:
         self.words = itertools.count(1)
         self.process = None
         self.patience = patience
+        # Set when it hangs, has panicked, or is gone.
+        self.broken = False
         command = [*qemu.machine(), "-smp", str(cpus), "-m", memory,
                    "-object", f"memory-backend-memfd,id=mem,size={memory},share=on", "-numa", "node,memdev=mem",
                    "-kernel", str(kernel.image), "-initrd", str(initramfs),
@@ -216,6 +218,7 @@ class Guest:
         return self.console.read_text(errors="replace") if self.console.exists() else ""
 
     def error(self, what):
+        self.broken = True
         lines = self.log().splitlines()
         # A crash begins with its cause; otherwise the end tells most.
         crash = next((number for number, line in enumerate(lines) if any(word in line for word in TROUBLE)), None)

@@ -5,8 +5,6 @@ import stat
 
 from harness import disk
 
-from .setting import clean
-
 
 def files_are_the_same_on_both_sides(setting):
     with disk.directory() as share, setting.guest(share, "--xattr") as (guest, _):
@@ -35,7 +33,6 @@ def files_are_the_same_on_both_sides(setting):
         assert guest.output("cat /mnt/a/link") == "content"
         guest.output("cd /mnt; rm -r a file sparse host; sync")
         assert list(share.iterdir()) == []
-        clean(guest)
 
 
 def a_large_directory_is_listed_completely(setting):
@@ -74,7 +71,6 @@ def all_cache_policies_serve(setting):
                 for i in $(seq 200); do echo line $i >>log; done; sync""")
             assert (share / "data").stat().st_size == 40 << 16
             assert (share / "log").read_text().splitlines() == [f"line {i}" for i in range(1, 201)]
-        clean(guest)
 
 
 def a_read_only_share_stays_as_it_is(setting):
@@ -105,7 +101,6 @@ def idmapped_mounts_have_the_right_owners(setting):
             # Who works beside the mount is who he was.
             guest.output("cd /mnt; su user -c 'echo >mine'")
             assert (share / "mine").stat().st_uid == 1000
-            clean(guest)
 
 
 TESTS = (files_are_the_same_on_both_sides, a_large_directory_is_listed_completely, callers_own_what_they_make,

@@ -3,8 +3,6 @@
 from harness import disk
 from harness.guest import GuestError
 
-from .setting import clean
-
 
 def cached_readers_see_direct_writes(setting):
     """With a daemon that keeps one mode for a file, private mappings are what can be stale."""
@@ -14,7 +12,6 @@ def cached_readers_see_direct_writes(setting):
     with setting.mounts("--cache=never", "--cache=metadata", "--cache=auto") as (guest, mounts):
         for point, _ in mounts:
             guest.output(f"agree {point}/file --time {milliseconds}")
-        clean(guest)
 
 
 def mixed_openers_agree(setting):
@@ -35,7 +32,6 @@ def mixed_openers_agree(setting):
             seen = guest.output(f"cat /mnt/async | wc -c; cat /mnt/async | tr -d '\\{byte:o}' | wc -c").split()
             assert seen == [str(4 << 20), "0"], seen
         guest.output("touch /tmp/stop")
-        clean(guest)
 
 
 def writeback_meets_parallel_writes(setting):
@@ -46,7 +42,6 @@ def writeback_meets_parallel_writes(setting):
         faults = ["--mixed-modes", "--delay", "10"]
         with disk.directory() as share, setting.guest(share, "--cache=auto", faults=faults) as (guest, _):
             guest.output(f"agree /mnt/file --collide --writers 2 --readers 0 --time {milliseconds}", 60)
-            clean(guest)
 
     if setting.patched:
         collide()

@@ -3,8 +3,6 @@
 from harness import disk, initramfs
 from harness.paths import run
 
-from .setting import clean
-
 
 def verify_on_host(tool, *arguments):
     run([initramfs.TOOLS_FOLDER / f"guest-{tool}", "verify", *arguments])
@@ -17,7 +15,6 @@ def stripes_are_whole(setting):
             guest.output(f"rm -f /mnt/file; stripes write /mnt/file {common} {more}")
             verify_on_host("stripes", share / "file", *common.split())
             guest.output(f"stripes verify /mnt/file {common}")
-        clean(guest)
 
 
 def appended_records_are_whole(setting):
@@ -48,7 +45,6 @@ def overlapping_writes_do_not_mix(setting):
                 arguments = f"--unit {unit} --units 4"
                 guest.output(f"overlap run /mnt/file-{unit} {arguments} {more} --time {milliseconds}", 120)
                 verify_on_host("overlap", share / f"file-{unit}", *arguments.split())
-            clean(guest)
 
 
 def two_guests_do_not_mix_blocks(setting):

@@ -9,7 +9,6 @@ import time
 from harness import disk
 
 from .concurrency import verify_on_host
-from .setting import clean
 
 WRITERS = 8
 STRIPE = 40_961
@@ -28,7 +27,6 @@ def check_what_was_written(guest, share, size=SIZE):
     done = guest.output(f"cd /tmp/done; for i in $(seq 0 {WRITERS - 1}); do stat -c %s $i; done").split()
     verify_on_host("stripes", share / "file", *STRIPES.split(), "--size", size, "--done", ",".join(done))
     assert int(guest.output("stat -c %s /mnt/file")) == (share / "file").stat().st_size
-    clean(guest)
     return [int(count) for count in done]
 
 

@@ -1,13 +1,10 @@
 """Guests and daemons that come, go, and fail."""
 
 import contextlib
-import time
 
 from harness import disk
 from harness.daemon import Daemon
 from harness.paths import HarnessError
-
-from .setting import clean
 
 
 def a_guest_is_reset_and_mounts_again(setting):
@@ -48,10 +45,9 @@ def a_killed_daemon_does_not_hang_the_test(setting):
         with setting.guest(share) as (guest, daemon):
             guest.output("echo kept >/mnt/file; sync")
             daemon.kill()
-            start = time.monotonic()
             with contextlib.suppress(HarnessError):
                 guest.run("ls /mnt", timeout=5)
-        assert time.monotonic() - start < 20
+        assert guest.process.poll() is not None, "QEMU is still there"
         assert (share / "file").read_text() == "kept\n"
 
 
@@ -64,7 +60,6 @@ def a_device_can_be_unbound_and_bound_again(setting):
             guest.output(f"echo {device} >{driver}/unbind; echo {device} >{driver}/bind")
         guest.mount()
         assert guest.output("cat /mnt/file") == "one"
-        clean(guest)
 
 
 TESTS = (a_guest_is_reset_and_mounts_again, a_guest_that_ends_ends_the_daemon,

@@ -4,8 +4,6 @@ import re
 
 from harness import disk
 
-from .setting import clean
-
 
 def openers(setting, policy, *faults):
     """Lets openers meet; returns what the daemon saw: disagreements, and meetings in each mode."""
@@ -13,7 +11,6 @@ def openers(setting, policy, *faults):
     with disk.directory() as share:
         with setting.guest(share, f"--cache={policy}", faults=list(faults)) as (guest, daemon):
             guest.output(f"openers /mnt --time {milliseconds}", 120)
-            clean(guest)
             guest.output("umount /mnt")
         daemon.close()
         log = daemon.log()

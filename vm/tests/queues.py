@@ -5,7 +5,6 @@ import re
 from harness import disk
 
 from .concurrency import verify_on_host
-from .setting import clean
 
 
 def requests(daemon):
@@ -36,7 +35,6 @@ def each_cpu_has_a_queue_of_its_own(setting):
                 assert shown[0] == "4" and sorted(shown[2::2]) == ["0", "1", "2", "3"], shown
             for cpu in range(4):
                 guest.output(f"taskset {1 << cpu:x} sh -c 'for i in $(seq {50 * (cpu + 1)}); do [ -e /mnt/file ]; done'")
-            clean(guest)
         daemon.close()
         # The mount and the shell's start come on top.
         counts = sorted(count for queue, count in requests(daemon).items() if queue > 0)
@@ -51,7 +49,6 @@ def a_full_ring_is_waited_for(setting):
     with disk.directory() as share, setting.guest(share, "--cache=never", queue_size=16) as (guest, _):
         guest.output(f"stripes write /mnt/file {common}", 300)
         verify_on_host("stripes", share / "file", *common.split())
-        clean(guest)
 
 
 def requests_go_beyond_a_mebibyte(setting):
@@ -62,7 +59,6 @@ def requests_go_beyond_a_mebibyte(setting):
     with disk.directory() as share:
         with setting.guest(share, "--cache=never") as (guest, daemon):
             guest.output(write)
-            clean(guest)
         daemon.close()
         assert (share / "data").stat().st_size == 16 * 4080 << 10
         sent = sum(requests(daemon).values())

@@ -57,12 +57,16 @@ class Setting:
         """The tag of a guest's device."""
         return f"share{number}" if number else "share"
 
+    @contextlib.contextmanager
     def boot(self, *daemons, queue_size=1024, fio=False):
-        """A guest with a device for each daemon: tags share, share1, share2 …"""
+        """A guest with a device for each daemon: tags share, share1, share2 … At the end its log has to be clean."""
         devices = [(self.tag(number), daemon.socket, self.queues) for number, daemon in enumerate(daemons)]
         image = initramfs.with_fio(self.image) if fio else self.image
-        return Guest(self.kernel, image, devices, self.cpus, queue_size=queue_size, name="test",
-                     **debug_kernel.GUEST if self.kernel.name == debug_kernel.NAME else {})
+        more = debug_kernel.GUEST if self.kernel.name == debug_kernel.NAME else {}
+        with Guest(self.kernel, image, devices, self.cpus, queue_size=queue_size, name="test", **more) as guest:
+            yield guest
+            if not guest.broken:
+                clean(guest)
 
     def with_queues(self, number):
         """The same with this many queues and CPUs."""

@@ -5,7 +5,6 @@ import re
 from harness import disk
 
 from .concurrency import verify_on_host
-from .setting import clean
 
 WRITERS = 12
 
@@ -19,7 +18,6 @@ def extending_writers_are_whole(setting):
             guest.output(f"rm -f /mnt/file; stripes write /mnt/file {common} --extend --watchers 2 --progress /tmp/done")
             verify_on_host("stripes", share / "file", *common.split())
             assert int(guest.output("stat -c %s /mnt/file")) == 6000001
-        clean(guest)
 
 
 def appended_blocks_are_whole(setting):
@@ -29,7 +27,6 @@ def appended_blocks_are_whole(setting):
             guest.output(f"append run /mnt/{name} {common} {more}")
             verify_on_host("append", share / name, *common.split())
             guest.output(f"append verify /mnt/{name} {common}")
-        clean(guest)
 
 
 def writers_and_truncation_keep_apart(setting):
@@ -41,7 +38,6 @@ def writers_and_truncation_keep_apart(setting):
         guest.output("disturb verify /mnt/file")
         guest.output(f"disturb run /mnt/gone --unlink --time {milliseconds // 2}")
         assert not (share / "gone").exists()
-        clean(guest)
 
 
 # Many writers of one file, {file}; the file is the first argument of each.
