@@ -110,7 +110,7 @@ impl Polling {
 mod tests {
     use super::*;
 
-    /// Looks once with a zero chance, or a certain one; whether it looked at all.
+    /// Whether a worker looks at all, if it would find something or not.
     fn look(polling: &Polling, finds: bool) -> bool {
         let mut looked = false;
         polling.look(|| {

@@ -216,7 +216,7 @@ impl Queue {
             // A guest that hears of a reply often sends the next request at once. Without a kick
             // this worker finds it when it looks again; a kick would wake another one.
             let next = self.take(&mut state, &memory, done.is_none());
-            let may_hold = next.is_some_and(|next| self.may_hold(state.held, next.waiting));
+            let may_hold = next.is_some_and(|next| may_hold(state.held, next.waiting, self.service_time()));
             (if may_hold { None } else { self.flush(&mut state, &memory) }, next)
         };
         self.notify(notify);
@@ -249,16 +249,6 @@ impl Queue {
             self.broke(state, &e);
             None
         })
-    }
-
-    /// Whether the guest may hear later of the `held` chains that were given back, since `waiting` more will follow.
-    fn may_hold(&self, held: u32, waiting: u32) -> bool {
-        if waiting == 0 || held >= MOST_HELD {
-            return false;
-        }
-        let each = self.service_time();
-        let (done, left) = (held.saturating_mul(each), waiting.saturating_mul(each));
-        done < if left < ANSWER { WORTH } else { HOLD }
     }
 
     /// Notifies the guest of what was given back without its hearing of it.
@@ -415,7 +405,37 @@ impl State {
     }
 }
 
+/// Whether the guest may hear later of the `held` chains that were given back, since `waiting` more follow, which take
+/// `each` nanoseconds.
+fn may_hold(held: u32, waiting: u32, each: u32) -> bool {
+    if waiting == 0 || held >= MOST_HELD {
+        return false;
+    }
+    let (done, left) = (held.saturating_mul(each), waiting.saturating_mul(each));
+    done < if left < ANSWER { WORTH } else { HOLD }
+}
+
 /// Adds one to an eventfd. It only fails when the counter is full, and then somebody is woken anyway.
 fn signal(eventfd: impl AsFd) {
     let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notifications_are_held_while_there_is_enough_to_do() {
+        // Requests of one microsecond: with many behind them, the guest hears of 30 at once.
+        assert!(may_hold(29, 100, 1_000));
+        assert!(!may_hold(30, 100, 1_000));
+        // With less to do than the guest takes to answer, it hears of ten.
+        assert!(may_hold(9, 19, 1_000));
+        assert!(!may_hold(10, 19, 1_000));
+        assert!(!may_hold(1, 0, 1_000));
+        // Slow ones are told of at once, and however fast they are, not more than 32 are held.
+        assert!(!may_hold(1, 1, 10_000));
+        assert!(!may_hold(1, 100, 30_000));
+        assert!(!may_hold(32, 100, 0));
+    }
 }
