@@ -129,6 +129,9 @@ const ANSWER: u32 = 20_000;
 /// The least work, in nanoseconds, that is worth a notification while more chains wait.
 const WORTH: u32 = 10_000;
 
+/// The most of a request's time, in nanoseconds, that goes into the average: one that sleeps says nothing of others.
+const MOST_COUNTED: u32 = 120_000;
+
 const KICK: u64 = 0;
 const HELP: u64 = 1;
 const STOP: u64 = 2;
@@ -337,8 +340,7 @@ impl Queue {
     /// Takes the time of one more request into the average. Lost updates do no harm.
     pub(super) fn note_service_time(&self, nanoseconds: u32) {
         let average = self.service_time.load(Ordering::Relaxed);
-        let moved = average - average / 8 + nanoseconds / 8;
-        self.service_time.store(moved, Ordering::Relaxed);
+        self.service_time.store(moved_average(average, nanoseconds), Ordering::Relaxed);
     }
 
     /// Tells all workers to finish what they serve and to take nothing more.
@@ -415,6 +417,11 @@ fn may_hold(held: u32, waiting: u32, each: u32) -> bool {
     done < if left < ANSWER { WORTH } else { HOLD }
 }
 
+/// An average with one more value, which has an eighth of the weight.
+fn moved_average(average: u32, value: u32) -> u32 {
+    average - average / 8 + value.min(MOST_COUNTED) / 8
+}
+
 /// Adds one to an eventfd. It only fails when the counter is full, and then somebody is woken anyway.
 fn signal(eventfd: impl AsFd) {
     let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
@@ -423,6 +430,14 @@ fn signal(eventfd: impl AsFd) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_request_that_sleeps_does_not_make_a_queue_slow() {
+        const SLOW: u32 = crate::device::worker::SLOW;
+        let fast = (0..100).fold(0, |average, _| moved_average(average, 2_000));
+        assert!(moved_average(fast, 100_000_000) < ANSWER.min(SLOW));
+        assert!((0..100).fold(fast, |average, _| moved_average(average, 200_000)) > SLOW);
+    }
 
     #[test]
     fn notifications_are_held_while_there_is_enough_to_do() {

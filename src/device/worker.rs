@@ -22,7 +22,7 @@ use crate::service::{Scratch, Service};
 use crate::sys::memory;
 
 /// Requests that take longer than this on average, in nanoseconds, are worth a wake-up each.
-const SLOW: u32 = 30_000;
+pub(super) const SLOW: u32 = 30_000;
 /// How long a worker beyond the residents sleeps before it leaves.
 const LINGER: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 /// Workers that stay for ever: one that serves and one that hears the next kick.

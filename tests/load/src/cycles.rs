@@ -195,6 +195,19 @@ impl Cycle for Data {
     }
 }
 
+/// One request, as it is.
+pub struct Repeated;
+
+impl Cycle for Repeated {
+    fn begin(&mut self, _: &[Exchange]) -> usize {
+        0
+    }
+
+    fn next(&mut self, _: usize, _: usize, _: &[Exchange], _: &Forgets<'_>) -> Step {
+        Ok(None)
+    }
+}
+
 struct Getattr {
     ground: Arc<Ground>,
     random: Random,

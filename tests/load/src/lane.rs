@@ -10,11 +10,13 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 use std::time::Instant;
 
+use lanefsd_frontend::chain::Cut;
+use lanefsd_frontend::client::data::read_request;
 use lanefsd_frontend::queue::{Pending, Queue};
 use lanefsd_frontend::ring::Ring;
 use lanefsd_frontend::session::Session;
 
-use crate::cycles::{Cycle, Ground, cut, requests, written};
+use crate::cycles::{Cycle, Ground, Repeated, cut, requests, written};
 use crate::error::{LoadError, Result};
 use crate::exchange::Exchange;
 use crate::forgets::Forgets;
@@ -27,6 +29,7 @@ struct Slot {
     exchanges: Vec<Exchange>,
     step: usize,
     began: Instant,
+    counted: bool,
 }
 
 /// A queue with all its requests.
@@ -63,7 +66,7 @@ impl<'s> Lane<'s> {
             let lay =
                 |(step, request)| Exchange::new(session.memory(), request, unique(step), cut(work.segments));
             let exchanges = requests.iter().enumerate().map(lay).collect::<Result<Vec<_>>>()?;
-            slots.push(Slot { cycle, exchanges, step: 0, began: Instant::now() });
+            slots.push(Slot { cycle, exchanges, step: 0, began: Instant::now(), counted: true });
         }
         let queue = session.queue(index + 1);
         block_on_reads(queue)?;
@@ -78,6 +81,21 @@ impl<'s> Lane<'s> {
             tally: Tally::default(),
             measured: Tally::default(),
         })
+    }
+
+    /// Adds a READ of a file, of a node and a handle, that is sent again and again and not counted.
+    pub fn add_sleeper(&mut self, session: &Session, (node, fh): (u64, u64)) -> Result<()> {
+        let request = read_request(node, fh, 0, 4096);
+        let exchange = Exchange::new(session.memory(), &request, 999_999, Cut::Contiguous)?;
+        let cycle = Box::new(Repeated);
+        self.slots.push(Slot {
+            cycle,
+            exchanges: vec![exchange],
+            step: 0,
+            began: Instant::now(),
+            counted: false,
+        });
+        Ok(())
     }
 
     /// Keeps the queue full until the conductor stops it, and empties it then.
@@ -144,8 +162,10 @@ impl<'s> Lane<'s> {
                 self.send(number, ring);
                 continue;
             }
-            finished += 1;
-            self.tally.finished(now - self.slots[number].began);
+            if self.slots[number].counted {
+                finished += 1;
+                self.tally.finished(now - self.slots[number].began);
+            }
             if self.phase != Phase::Stop {
                 self.start(number, now, ring);
             }

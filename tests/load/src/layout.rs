@@ -57,6 +57,12 @@ pub fn data_file(client: &Client<'_>, work: &Work) -> Result<(u64, u64)> {
     Ok((node, client.open(node, work.open_flags())?.fh))
 }
 
+/// Any file of the share, open for reading: its node and handle.
+pub fn file(client: &Client<'_>, path: &str) -> Result<(u64, u64)> {
+    let node = client.walk(ROOT, path)?.nodeid;
+    Ok((node, client.open(node, libc::O_RDONLY)?.fh))
+}
+
 fn fill(client: &Client<'_>, node: u64, fh: u64, size: u64) -> Result<u64> {
     let piece = vec![0x5a; PIECE];
     for offset in (0..size).step_by(PIECE) {

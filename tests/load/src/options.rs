@@ -85,6 +85,10 @@ pub struct RunOptions {
     /// Its process id, to count its CPU time.
     #[arg(long)]
     pub pid: Option<u32>,
+    /// A file of the share whose storage is slow: one more request of the first queue reads it again and again, and
+    /// is not counted.
+    #[arg(long, value_name = "PATH")]
+    pub sleeper: Option<String>,
     /// The work.
     #[command(flatten)]
     pub work: Work,

@@ -12,6 +12,7 @@ use crate::cycles::prepare;
 use crate::error::{LoadError, Result};
 use crate::forgets::Forgets;
 use crate::lane::Lane;
+use crate::layout;
 use crate::options::{RunOptions, Work};
 use crate::process::{Spent, Usage};
 use crate::report::Report;
@@ -29,11 +30,9 @@ pub fn run(options: &RunOptions) -> Result<Report> {
         (Some(program), Some(share), _, _) => {
             let backend = Backend::of(program).share(share).args(&options.backend_arg).start()?;
             let session = backend.connect(session)?;
-            measure(&session, backend.pid(), &options.work)
+            measure(&session, backend.pid(), options)
         }
-        (None, _, Some(socket), Some(pid)) => {
-            measure(&Session::connect(socket, session)?, pid, &options.work)
-        }
+        (None, _, Some(socket), Some(pid)) => measure(&Session::connect(socket, session)?, pid, options),
         _ => Err(LoadError::Options("give --backend and --share, or --socket and --pid".into())),
     }
 }
@@ -45,7 +44,8 @@ fn session_options(work: &Work) -> SessionOptions {
     SessionOptions { queues: usize::from(work.queues), memory, ..SessionOptions::default() }
 }
 
-fn measure(session: &Session, pid: u32, work: &Work) -> Result<Report> {
+fn measure(session: &Session, pid: u32, options: &RunOptions) -> Result<Report> {
+    let work = &options.work;
     if session.features() & feature::INDIRECT_DESC == 0 {
         return Err(LoadError::Options("the back end does not offer INDIRECT_DESC".into()));
     }
@@ -54,7 +54,10 @@ fn measure(session: &Session, pid: u32, work: &Work) -> Result<Report> {
     let conductor = Conductor::default();
     let queues = 0..usize::from(work.queues);
     let lanes = queues.map(|index| Lane::new(session, index, &ground, &forgets, &conductor));
-    let lanes = lanes.collect::<Result<Vec<_>>>()?;
+    let mut lanes = lanes.collect::<Result<Vec<_>>>()?;
+    if let (Some(file), Some(lane)) = (&options.sleeper, lanes.first_mut()) {
+        lane.add_sleeper(session, layout::file(&session.client(), file)?)?;
+    }
     let count = lanes.len();
     thread::scope(|scope| {
         let (sender, receiver) = channel();
