@@ -21,7 +21,7 @@ const SHORT: u32 = 3;
 /// Pauses of the CPU between two looks.
 const PAUSES: usize = 20;
 
-/// Workers of all queues that look at this moment. There are never more than every second CPU has.
+/// Workers of all queues that look at this moment: one for every second CPU at most.
 static LOOKING: AtomicUsize = AtomicUsize::new(0);
 
 /// Whether the workers of one queue look a little longer.

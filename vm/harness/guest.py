@@ -27,7 +27,7 @@ KERNEL_OPTIONS = ("console=ttyS0 quiet panic=0 oops=panic unknown_nmi_panic pani
                   "tsc=reliable no_timer_check net.ifnames=0 cryptomgr.notests")
 # Lines of the console that begin a story worth telling.
 TROUBLE = ("kernel BUG", "BUG: ", "Oops", "Uhhuh. NMI")
-# What the kernel says of a CPU that gets no timer interrupts any more. Once in some hundred boots an emulated CPU ends
+# What the kernel says of a CPU that gets no timer interrupts any more. Rarely an emulated CPU ends
 # like that, whatever the guest does; nothing that waits for that CPU goes on.
 STOPPED_CLOCK = "Possible timer handling issue on cpu"
 
