@@ -123,7 +123,11 @@ impl Crew {
         let requests = statistics.requests.load(Ordering::Relaxed);
         if requests > 0 {
             let notifications = statistics.notifications.load(Ordering::Relaxed);
-            info_limited!("queue {}: {requests} requests, {notifications} notifications", self.queue.index());
+            let found = statistics.found_by_looking.load(Ordering::Relaxed);
+            info_limited!(
+                "queue {}: {requests} requests, {notifications} notifications, {found} requests found by looking",
+                self.queue.index()
+            );
         }
     }
 
