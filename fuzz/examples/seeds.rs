@@ -19,7 +19,13 @@ fn main() {
         eprintln!("usage: seeds DIRECTORY");
         std::process::exit(1);
     };
-    let seeds = [("decode", decode()), ("server", servers()), ("chain", chains()), ("control", controls())];
+    let seeds = [
+        ("decode", decode()),
+        ("server", servers(&[0, 2, 3])),
+        ("share", servers(&[0, 1, 3, 0x3e, 0x7f, 0xc0])),
+        ("chain", chains()),
+        ("control", controls()),
+    ];
     for (target, seeds) in seeds {
         write(&directory.join(target), &seeds);
     }
@@ -166,8 +172,8 @@ fn names() -> Vec<Line> {
     ]
 }
 
-/// Scripts over each file system, and one request of every kind in a session.
-fn servers() -> Vec<Vec<u8>> {
+/// Scripts with each of `settings`, and one request of every kind in a session with the first.
+fn servers(settings: &[u8]) -> Vec<Vec<u8>> {
     let raw = |(opcode, node, arguments): &Line, cuts: u8| {
         let message = message(*opcode, *node, arguments, 0);
         let len = u16::try_from(message.len()).unwrap_or(0).to_le_bytes();
@@ -175,14 +181,15 @@ fn servers() -> Vec<Vec<u8>> {
     };
     let script = |lines: &[Line], cuts| lines.iter().flat_map(|line| raw(line, cuts)).collect::<Vec<u8>>();
     let mut seeds = Vec::new();
-    for (choice, cuts) in [(0u8, 0u8), (2, 0), (3, 0), (0, 3), (0, 0x75)] {
-        seeds.push([vec![choice], script(&files(), cuts)].concat());
-        seeds.push([vec![choice], script(&names(), cuts)].concat());
+    let whole = settings.iter().map(|setting| (*setting, 0));
+    for (setting, cuts) in whole.chain([(settings[0], 3), (settings[0], 0x75)]) {
+        seeds.push([vec![setting], script(&files(), cuts)].concat());
+        seeds.push([vec![setting], script(&names(), cuts)].concat());
     }
     for kind in 1..=u8::try_from(Opcode::ALL.len()).unwrap_or(u8::MAX) {
         for variant in 0..3 {
             let setting = script(&files()[..5], 0);
-            seeds.push([vec![0], setting, vec![kind], noise(variant)].concat());
+            seeds.push([vec![settings[0]], setting, vec![kind], noise(variant)].concat());
         }
     }
     seeds

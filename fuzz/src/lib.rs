@@ -10,3 +10,4 @@ pub mod guarded;
 pub mod input;
 pub mod requests;
 pub mod server;
+pub mod share;

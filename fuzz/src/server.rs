@@ -1,5 +1,5 @@
-//! The whole server over a file system in memory: a sequence of requests, and after each what the
-//! guest holds by the replies is compared with what the file system says it holds.
+//! The whole server: a sequence of requests, the form of each reply, and what the guest holds by the replies.
+//! Over a file system in memory that is compared with what the file system says it holds.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -30,18 +30,46 @@ const CAPACITY: usize = 1 << 18;
 /// A step with this first byte is a request as it stands; others choose an opcode.
 pub const RAW: u8 = 0;
 
+/// A step with this one is for the [`Ground`], if it has any use for it.
+pub const GROUND: u8 = 255;
+
 /// What the guest holds, by the replies it got.
 #[derive(Debug, Default)]
-struct Guest {
+pub struct Guest {
     session: bool,
     lookups: HashMap<NodeId, u64>,
     /// Handles with their nodes and the flags they were opened with.
     handles: HashMap<u64, (u64, u32)>,
 }
 
+/// What the file system stands on, looked at while it is served.
+pub trait Ground {
+    /// Looks at it after a request, which may have had a reply.
+    fn after_request(&self, guest: &Guest, reply: &[u8]);
+
+    /// Changes something behind the server's back; false if it never does that.
+    fn disturb(&self, _input: &mut Input<'_>) -> bool {
+        false
+    }
+
+    /// Looks at it after the session.
+    fn at_end(&self, guest: &Guest);
+}
+
+/// What is served, and how.
+pub struct Setting {
+    /// The file system.
+    pub fs: Arc<dyn FileSystem>,
+    /// What it stands on.
+    pub ground: Arc<dyn Ground>,
+    /// What was written can be read.
+    pub keeps_data: bool,
+    /// A wait for a lock ends: otherwise none is asked for, since nobody else would unlock anything.
+    pub waits_end: bool,
+}
+
 struct Server {
-    fs: MemoryFs,
-    keeps_data: bool,
+    setting: Setting,
     service: Service,
     scratch: Scratch,
     guest: Guest,
@@ -51,46 +79,66 @@ struct Server {
 /// Serves the requests that `data` tells: a byte for the file system, then requests.
 pub fn serve(data: &[u8]) {
     let mut input = Input::new(data);
-    let mut server = Server::new(input.byte());
+    let choice = input.byte() % 4;
+    let memory = MemoryFs::new(CAPACITY).without_waiting();
+    let fs: Arc<dyn FileSystem> = match choice {
+        2 => Arc::new(ReadOnly::new(memory.clone())),
+        3 => Arc::new(NullStore::new(memory.clone(), Duration::ZERO)),
+        _ => Arc::new(memory.clone()),
+    };
+    run(&mut input, Setting { fs, ground: Arc::new(memory), keeps_data: choice != 3, waits_end: true });
+}
+
+impl Ground for MemoryFs {
+    /// The file system and the guest agree on what the guest holds.
+    fn after_request(&self, guest: &Guest, _reply: &[u8]) {
+        assert_eq!(self.lookups(), guest.lookups);
+        assert_eq!(self.open_handles(), guest.handles.len());
+    }
+
+    fn at_end(&self, guest: &Guest) {
+        self.after_request(guest, &[]);
+        assert_eq!(self.held_locks(), 0);
+    }
+}
+
+/// Serves the requests that `input` tells, and looks at the ground meanwhile.
+pub fn run(input: &mut Input<'_>, setting: Setting) {
+    let service = Service::new(Arc::clone(&setting.fs));
+    let (scratch, guest) = (Scratch::default(), Guest::default());
+    let mut server = Server { setting, service, scratch, guest, unique: 1 };
     let mut steps = 0;
     while !input.is_empty() && steps < MAX_REQUESTS {
         steps += 1;
-        server.step(&mut input);
-        server.compare();
+        server.step(input);
     }
     server.finish();
 }
 
 impl Server {
-    fn new(choice: u8) -> Server {
-        let memory = MemoryFs::new(CAPACITY).without_waiting();
-        let fs: Arc<dyn FileSystem> = match choice % 4 {
-            2 => Arc::new(ReadOnly::new(memory.clone())),
-            3 => Arc::new(NullStore::new(memory.clone(), Duration::ZERO)),
-            _ => Arc::new(memory.clone()),
-        };
-        Server {
-            fs: memory,
-            keeps_data: choice % 4 != 3,
-            service: Service::new(fs),
-            scratch: Scratch::default(),
-            guest: Guest::default(),
-            unique: 1,
-        }
-    }
-
     fn step(&mut self, input: &mut Input<'_>) {
         let kind = input.byte();
-        let message = if kind == RAW {
+        if kind == GROUND && self.setting.ground.disturb(input) {
+            return;
+        }
+        let mut message = if kind == RAW {
             let count = usize::from(input.short()) % 4096;
             input.bytes(count).to_vec()
         } else {
             self.message(kind, input)
         };
+        if !self.setting.waits_end {
+            without_wait(&mut message);
+        }
         let rooms = [4096, 144, 16, 160, 1 << 16, 0, 8, 15, 24, 104, 128, 17, 300];
         let (room, cuts) = (input.choose(&rooms), input.short().to_le_bytes());
-        if let Some((header, reply)) = self.exchange(&message, room, cuts) {
-            self.note(&header, &message, &reply);
+        let exchanged = self.exchange(&message, room, cuts);
+        if let Some((header, reply)) = &exchanged {
+            self.note(header, &message, reply);
+        }
+        let reply = exchanged.as_ref().map_or(&[][..], |(_, reply)| reply);
+        self.setting.ground.after_request(&self.guest, reply);
+        if let Some((header, reply)) = exchanged {
             self.read_back(&header, &message, &reply, cuts);
         }
     }
@@ -238,13 +286,14 @@ impl Server {
     /// What was written is read again, cut in another way.
     fn read_back(&mut self, header: &abi::InHeader, message: &[u8], reply: &[u8], cuts: [u8; 2]) {
         let written = reply.get(OUT_HEADER_SIZE..).and_then(|body| abi::WriteOut::read_from_bytes(body).ok());
-        if header.opcode != Opcode::Write as u32 || !self.keeps_data {
+        if header.opcode != Opcode::Write as u32 || !self.setting.keeps_data {
             return;
         }
         let Some(written) = written else { return };
         let (write, data) = abi::WriteIn::read_from_prefix(&message[IN_HEADER_SIZE..]).expect("decoded");
         let (_, flags) = self.guest.handles[&write.fh];
-        if flags & 3 != 2 || flags & libc::O_APPEND.cast_unsigned() != 0 {
+        // Each write may say for itself that it appends.
+        if flags & 3 != 2 || (flags | write.flags) & libc::O_APPEND.cast_unsigned() != 0 {
             return;
         }
         let read =
@@ -258,17 +307,18 @@ impl Server {
         assert_eq!(reply[OUT_HEADER_SIZE..], data[..written.size as usize], "read something else");
     }
 
-    /// The file system and the guest agree on what the guest holds.
-    fn compare(&self) {
-        assert_eq!(self.fs.lookups(), self.guest.lookups);
-        assert_eq!(self.fs.open_handles(), self.guest.handles.len());
-    }
-
     /// After DESTROY nothing is held.
     fn finish(&mut self) {
         self.service.end_session();
         self.guest = Guest::default();
-        self.compare();
-        assert_eq!(self.fs.held_locks(), 0);
+        self.setting.ground.at_end(&self.guest);
+    }
+}
+
+/// Makes a request that would wait for a lock one that does not.
+fn without_wait(message: &mut [u8]) {
+    let Ok((header, _)) = abi::InHeader::mut_from_prefix(message) else { return };
+    if header.opcode == Opcode::Setlkw as u32 {
+        header.opcode = Opcode::Setlk as u32;
     }
 }
