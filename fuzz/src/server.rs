@@ -29,7 +29,6 @@ const MAX_REQUESTS: usize = 100;
 const CAPACITY: usize = 1 << 18;
 /// A step with this first byte is a request as it stands; others choose an opcode.
 pub const RAW: u8 = 0;
-
 /// A step with this one is for the [`Ground`], if it has any use for it.
 pub const GROUND: u8 = 255;
 
