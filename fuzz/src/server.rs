@@ -51,8 +51,8 @@ pub trait Ground {
         false
     }
 
-    /// Looks at it after the session.
-    fn at_end(&self, guest: &Guest);
+    /// Looks at it after the session, when guests hold nothing.
+    fn at_end(&self);
 }
 
 /// What is served, and how.
@@ -95,8 +95,8 @@ impl Ground for MemoryFs {
         assert_eq!(self.open_handles(), guest.handles.len());
     }
 
-    fn at_end(&self, guest: &Guest) {
-        self.after_request(guest, &[]);
+    fn at_end(&self) {
+        self.after_request(&Guest::default(), &[]);
         assert_eq!(self.held_locks(), 0);
     }
 }
@@ -111,7 +111,8 @@ pub fn run(input: &mut Input<'_>, setting: Setting) {
         steps += 1;
         server.step(input);
     }
-    server.finish();
+    server.service.end_session();
+    server.setting.ground.at_end();
 }
 
 impl Server {
@@ -304,13 +305,6 @@ impl Server {
         let answer = self.exchange(&message, OUT_HEADER_SIZE + written.size as usize, cuts);
         let (_, reply) = answer.expect("READ has a header");
         assert_eq!(reply[OUT_HEADER_SIZE..], data[..written.size as usize], "read something else");
-    }
-
-    /// After DESTROY nothing is held.
-    fn finish(&mut self) {
-        self.service.end_session();
-        self.guest = Guest::default();
-        self.setting.ground.at_end(&self.guest);
     }
 }
 

@@ -132,7 +132,7 @@ fn open_descriptors() -> usize {
 struct Outside {
     names: Vec<String>,
     content: Vec<u8>,
-    /// Mode, owner, links and times of the directories and of the file.
+    /// Mode, owner, links and times of the directory and of the file.
     attributes: Vec<[i64; 7]>,
 }
 
@@ -209,7 +209,7 @@ impl Ground for Host {
         true
     }
 
-    fn at_end(&self, _guest: &Guest) {
+    fn at_end(&self) {
         assert_eq!(Outside::now(), self.outside, "something was changed outside of the share");
     }
 }
