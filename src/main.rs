@@ -16,7 +16,7 @@ use lanefsd::logging;
 use lanefsd::sandbox::{self, Needs, Sandboxed, Side};
 use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
-use lanefsd::sys::signals;
+use lanefsd::sys::{process, signals};
 
 fn main() -> ExitCode {
     match run() {
@@ -43,6 +43,7 @@ fn run() -> Result<ExitCode> {
     if let Some(cpus) = &config.cpus {
         sandbox::bind_to_cpus(cpus)?;
     }
+    process::prepare();
     // From here on there is something to clean up.
     signals::hold();
     let mut socket = Socket::open(&config.listen, config.socket_group.as_deref())?;

@@ -7,8 +7,9 @@
 
 use std::hint::spin_loop;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
+
+use crate::sys::process::cpus;
 
 /// Credit that a look may run up.
 const MOST: i32 = 16;
@@ -37,7 +38,6 @@ pub(super) struct Polling {
 impl Polling {
     /// Looks that last `time` at most.
     pub fn new(time: Duration) -> Polling {
-        let cpus = || thread::available_parallelism().map_or(1, usize::from);
         Polling {
             time,
             most_looking: if time.is_zero() { 0 } else { cpus() / 2 },

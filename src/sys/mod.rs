@@ -4,6 +4,7 @@ pub mod file_handles;
 pub mod guest_buffers;
 pub mod locks;
 pub mod memory;
+pub mod process;
 pub mod signals;
 pub mod umask;
 
@@ -12,7 +13,7 @@ use std::os::fd::{IntoRawFd, OwnedFd};
 use rustix::io::{Errno, Result};
 
 /// The errno of the calling thread's last failed system call.
-fn last_errno() -> Errno {
+pub(crate) fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
