@@ -4,34 +4,74 @@
 //! A thread that is started by one with a umask of its own begins with that one, and must not take
 //! it for the usual. So the usual is the one that the process has: 0, from the start of the file
 //! system on.
+//!
+//! The filters of some containers forbid unshare(2). Then the process's umask changes, and threads take
+//! turns: who creates something with a umask holds a lock. With 0 for all others, no thread may create
+//! anything without asking here, once guests leave umasks to the daemon.
 
 use std::cell::Cell;
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
+use log::warn;
 use rustix::fs::Mode;
-use rustix::io::Result;
+use rustix::io::{Errno, Result};
 use rustix::process::umask;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-thread_local! {
-    static HAS_OWN: Cell<bool> = const { Cell::new(false) };
+/// Whose umask a thread changes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Umask {
+    NotKnown,
+    Own,
+    /// That of the process, which takes [`SHARED`].
+    Shared,
 }
+
+thread_local! {
+    static UMASK: Cell<Umask> = const { Cell::new(Umask::NotKnown) };
+}
+
+/// Held by the thread that has changed the umask of the process.
+static SHARED: Mutex<()> = Mutex::new(());
 
 /// The calling thread has another umask until this is dropped; 0 afterwards.
 #[derive(Debug)]
 #[must_use = "the umask is changed back when this is dropped"]
-pub struct UmaskGuard(());
+pub struct UmaskGuard {
+    /// Let go of after the umask is changed back.
+    _turn: Option<MutexGuard<'static, ()>>,
+}
 
 /// Sets the umask of the calling thread, and of no other. The first call of a thread gives it a
 /// working directory of its own as well, which stays where it is.
 pub fn set_thread_umask(mask: Mode) -> Result<UmaskGuard> {
-    if !HAS_OWN.get() {
-        // SAFETY: what stops being shared is working directory, root directory and umask. No code
-        // relies on a later change of these by one thread for another.
-        unsafe { unshare_unsafe(UnshareFlags::FS) }?;
-        HAS_OWN.set(true);
+    if UMASK.get() == Umask::NotKnown {
+        UMASK.set(umask_of_thread()?);
     }
+    let turn = || SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    let guard = UmaskGuard { _turn: (UMASK.get() == Umask::Shared).then(turn) };
     umask(mask);
-    Ok(UmaskGuard(()))
+    Ok(guard)
+}
+
+fn umask_of_thread() -> Result<Umask> {
+    // SAFETY: what stops being shared is working directory, root directory and umask. No code
+    // relies on a later change of these by one thread for another.
+    match unsafe { unshare_unsafe(UnshareFlags::FS) } {
+        Ok(()) => Ok(Umask::Own),
+        // Memory may be there the next time.
+        Err(Errno::NOMEM) => Err(Errno::NOMEM),
+        Err(errno) => {
+            static TOLD: Once = Once::new();
+            TOLD.call_once(|| {
+                warn!(
+                    "unshare(2) is forbidden here ({errno}), so with --posix-acl files are created one at a \
+                     time; allow it in the container's filter of system calls"
+                );
+            });
+            Ok(Umask::Shared)
+        }
+    }
 }
 
 impl Drop for UmaskGuard {
