@@ -10,7 +10,6 @@ use std::thread::{self, JoinHandle};
 use log::{error, info};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 use thiserror::Error;
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
@@ -18,6 +17,7 @@ use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 use crate::config::DeviceConfig;
 use crate::device::backend::Backend;
 use crate::service::Service;
+use crate::sys::signals;
 
 /// Why serving came to a bad end.
 #[derive(Debug, Error)]
@@ -37,16 +37,17 @@ pub enum ServerError {
 pub struct Signals(UnixStream);
 
 impl Signals {
-    /// Catches SIGTERM and SIGINT from now on, and those that [`hold`] has kept back.
+    /// Catches the signals of [`endings`] from now on, and those that [`hold`] has kept back.
     ///
-    /// [`hold`]: crate::sys::signals::hold
+    /// [`endings`]: signals::endings
+    /// [`hold`]: signals::hold
     pub fn catch() -> Result<Signals, ServerError> {
         let (ours, theirs) = UnixStream::pair().map_err(ServerError::SetUp)?;
-        for signal in [SIGTERM, SIGINT] {
+        for signal in signals::endings() {
             let end = theirs.try_clone().map_err(ServerError::SetUp)?;
             pipe::register(signal, end).map_err(ServerError::SetUp)?;
         }
-        crate::sys::signals::release();
+        signals::release();
         Ok(Signals(ours))
     }
 }

@@ -48,13 +48,31 @@ pub fn ignore_file_size_limit() {
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
-/// Keeps SIGTERM and SIGINT back until [`release`]: a signal that comes while the daemon starts is
+/// The signals that end the daemon in order: SIGTERM, SIGINT, and SIGHUP (a terminal that is closed)
+/// unless whoever started the daemon ignores it, as nohup(1) does.
+pub fn endings() -> Vec<i32> {
+    let mut signals = vec![libc::SIGTERM, libc::SIGINT];
+    if !is_ignored(libc::SIGHUP) {
+        signals.push(libc::SIGHUP);
+    }
+    signals
+}
+
+fn is_ignored(signal: i32) -> bool {
+    // SAFETY: without a new action the call only fills in the old one, for which all zeros are valid.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &mut action) == 0 && action.sa_sigaction == libc::SIG_IGN
+    }
+}
+
+/// Keeps the signals of [`endings`] back until [`release`]: one that comes while the daemon starts is
 /// not lost, and leaves nothing behind.
 pub fn hold() {
     change_mask(libc::SIG_BLOCK);
 }
 
-/// Lets SIGTERM and SIGINT through.
+/// Lets them through.
 pub fn release() {
     change_mask(libc::SIG_UNBLOCK);
 }
@@ -65,8 +83,9 @@ fn change_mask(how: i32) {
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut set);
-        libc::sigaddset(&mut set, libc::SIGTERM);
-        libc::sigaddset(&mut set, libc::SIGINT);
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::sigaddset(&mut set, signal);
+        }
         libc::pthread_sigmask(how, &set, std::ptr::null_mut());
     }
 }
