@@ -7,6 +7,7 @@
 mod capabilities;
 mod id_map;
 mod limits;
+mod mounts;
 mod namespace;
 mod process;
 mod seccomp;
@@ -23,6 +24,7 @@ use thiserror::Error;
 
 pub use self::capabilities::{CapabilityError, Needs, give_up as give_up_capabilities};
 pub use self::limits::{LimitError, bind_to_cpus, raise_descriptor_limit};
+use self::process::Fork;
 pub use self::process::Parent;
 pub use self::seccomp::{SeccompError, install as install_seccomp};
 use crate::config::{IdMaps, Sandbox};
@@ -31,7 +33,11 @@ use crate::config::{IdMaps, Sandbox};
 #[derive(Debug, Error)]
 pub enum SandboxError {
     /// The share is missing, no directory, or may not be looked at.
-    #[error("the shared directory {path} cannot be opened; --shared-dir needs a directory that is there", path = path.display())]
+    #[error(
+        "the shared directory {path} cannot be opened; --shared-dir needs a directory that is there and that \
+         the daemon's user may enter",
+        path = path.display()
+    )]
     Share {
         /// The directory.
         path: PathBuf,
@@ -44,6 +50,9 @@ pub enum SandboxError {
     /// The user namespace cannot have the ids that it is to have.
     #[error("the ids of --uid-map and --gid-map cannot be had: {0}")]
     Ids(String),
+    /// The process that was started has died meanwhile.
+    #[error("the process that waits for the daemon has died")]
+    ParentDied,
     /// A step failed.
     #[error("the sandbox cannot be set up: {step} failed; try --sandbox=chroot or --sandbox=none")]
     Step {
@@ -78,13 +87,27 @@ pub enum Side {
 ///
 /// Must be called while the process has one thread, since it may fork.
 pub fn enter(wanted: Option<Sandbox>, share: &Path, ids: &IdMaps) -> Result<Side, SandboxError> {
-    let root = open_share(share)?;
+    let share = Share { path: share, directory: open_share(share)? };
     let is_root = rustix::process::geteuid().is_root();
     match wanted.unwrap_or_else(|| safest(is_root, ids)) {
-        Sandbox::None => no_walls(root),
+        Sandbox::None => no_walls(share.directory),
         Sandbox::Chroot if !is_root => Err(SandboxError::ChrootNeedsRoot),
-        Sandbox::Chroot => chroot(&root),
-        Sandbox::Namespace => namespace::enter(share, ids),
+        Sandbox::Chroot => chroot(share.directory),
+        Sandbox::Namespace => namespace::enter(&share, ids),
+    }
+}
+
+/// The shared directory, before the sandbox.
+struct Share<'a> {
+    path: &'a Path,
+    directory: OwnedFd,
+}
+
+impl Share<'_> {
+    /// Makes it the working directory.
+    fn enter(&self) -> Result<(), SandboxError> {
+        let failed = |source| SandboxError::Share { path: self.path.to_owned(), source };
+        rustix::process::fchdir(&self.directory).map_err(failed)
     }
 }
 
@@ -97,7 +120,7 @@ fn safest(is_root: bool, ids: &IdMaps) -> Sandbox {
         true if may(CapabilitySet::SYS_ADMIN) => Sandbox::Namespace,
         true if may(CapabilitySet::SYS_CHROOT) => {
             warn!(
-                "without CAP_SYS_ADMIN there are no namespaces, so the daemon only takes the share as its root directory; give --sandbox=chroot to run without this message"
+                "without CAP_SYS_ADMIN there are no namespaces, so the daemon only changes its root directory; give --sandbox=chroot to run without this message"
             );
             Sandbox::Chroot
         }
@@ -123,9 +146,10 @@ fn no_walls(root: OwnedFd) -> Result<Side, SandboxError> {
     Ok(Side::Serving(Sandboxed { root, proc_self_fd: open_proc_self_fd()?, forked: false }))
 }
 
-/// It forks as well: only a process outside can remove the socket at the end.
-fn chroot(root: &OwnedFd) -> Result<Side, SandboxError> {
-    if let Some(parent) = process::fork_server()? {
+/// An empty directory as the root: no absolute path leads into the share, which guests fill, or to the
+/// host. It forks as well: only a process outside can remove the socket at the end.
+fn chroot(root: OwnedFd) -> Result<Side, SandboxError> {
+    if let Fork::Parent(parent) = process::fork_server()? {
         return Ok(Side::Waiting(parent));
     }
     drop_groups();
@@ -134,14 +158,8 @@ fn chroot(root: &OwnedFd) -> Result<Side, SandboxError> {
         Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => open_proc_self_fd()?,
         result => result.map_err(step("detaching /proc/self/fd"))?,
     };
-    rustix::process::fchdir(root).map_err(step("changing to the share"))?;
-    rustix::process::chroot(".").map_err(step("chroot(2)"))?;
-    let root = openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-    Ok(Side::Serving(Sandboxed {
-        root: root.map_err(step("opening the share"))?,
-        proc_self_fd,
-        forked: true,
-    }))
+    mounts::live_in(mounts::empty_directory().as_ref(), &proc_self_fd)?;
+    Ok(Side::Serving(Sandboxed { root, proc_self_fd, forked: true }))
 }
 
 /// Lets go of the supplementary groups: a worker has those of its caller, and no others.

@@ -1,21 +1,20 @@
-//! Namespaces: the daemon sees the share as `/`, no other process, and no network.
+//! Namespaces: the daemon sees no mount but the share, no other process, and no network.
 
-use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::os::fd::AsFd as _;
 
-use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::fs::CWD;
 use rustix::io::Errno;
-use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind_recursive, mount_change, unmount};
-use rustix::process::{WaitOptions, chdir, pivot_root, waitpid};
+use rustix::mount::{OpenTreeFlags, open_tree};
+use rustix::process::{WaitOptions, waitpid};
 use rustix::thread::UnshareFlags;
 
-use super::process::{end_with_parent, exit, fork, fork_server};
-use super::{SandboxError, Sandboxed, Side, detach_proc_self_fd, drop_groups, id_map, open_share, step};
+use super::process::{Fork, exit, fork, fork_server};
+use super::{SandboxError, Sandboxed, Share, Side, detach_proc_self_fd, drop_groups, id_map, mounts, step};
 use crate::config::IdMaps;
 
 /// Moves into new namespaces. The process forks: the first process of a PID namespace is a child
 /// of the one that made it.
-pub(super) fn enter(share: &Path, maps: &IdMaps) -> Result<Side, SandboxError> {
+pub(super) fn enter(share: &Share<'_>, maps: &IdMaps) -> Result<Side, SandboxError> {
     // The child makes the mount namespace: this process has to keep its root, to remove the socket.
     let flags = UnshareFlags::NEWPID;
     let own_users = !rustix::process::geteuid().is_root() || !maps.is_empty();
@@ -23,15 +22,18 @@ pub(super) fn enter(share: &Path, maps: &IdMaps) -> Result<Side, SandboxError> {
         true => id_map::unshare(flags, maps)?,
         false => unshare(flags).map_err(step("making namespaces"))?,
     }
-    if let Some(parent) = fork_server()? {
-        return Ok(Side::Waiting(parent));
-    }
+    let outside = match fork_server()? {
+        Fork::Parent(parent) => return Ok(Side::Waiting(parent)),
+        Fork::Server(outside) => outside,
+    };
+    // With the rights of the user who started the daemon.
+    share.enter()?;
     if own_users {
         id_map::become_root()?;
         // With another id the signal is forgotten.
-        end_with_parent()?;
+        outside.end_with_it()?;
     }
-    build_walls(share).map(Side::Serving)
+    build_walls().map(Side::Serving)
 }
 
 /// Whether a user without privileges may make namespaces here. Tried in a child, which leaves this
@@ -51,32 +53,23 @@ pub(super) fn user_namespaces_work() -> bool {
     }
 }
 
-/// In the new process: a mount namespace that holds the share and nothing else.
-fn build_walls(share: &Path) -> Result<Sandboxed, SandboxError> {
+/// In the new process: a mount namespace that holds the share and nothing else, and a root directory
+/// that holds nothing at all. The share is the working directory.
+fn build_walls() -> Result<Sandboxed, SandboxError> {
     drop_groups();
+    // The working directory moves along: in the new namespace it is the same directory of the copied
+    // mount, wherever its path leads by now.
     unshare(UnshareFlags::NEWNS | UnshareFlags::NEWNET).map_err(step("making namespaces"))?;
-    // Nothing that is mounted here shows outside; what is mounted outside still shows here.
-    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
-        .map_err(step("making mounts private"))?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let share = open_tree(CWD, "", flags).map_err(step("opening the share"))?;
+    mounts::receive_mounts()?;
     let proc_self_fd = detach_proc_self_fd().map_err(step("detaching /proc/self/fd"))?;
-    mount_bind_recursive(share, share).map_err(step("mounting the share"))?;
-    let root = open_share(share)?;
-    become_root(&root)?;
+    let root = mounts::copy_share(share.as_fd())?;
+    drop(share);
+    let empty = mounts::empty_directory();
+    mounts::become_root(root.as_fd())?;
+    mounts::live_in(empty.as_ref(), &proc_self_fd)?;
     Ok(Sandboxed { root, proc_self_fd, forked: true })
-}
-
-/// Makes the mount that `root` stands on the root of everything, and lets go of the rest.
-fn become_root(root: &OwnedFd) -> Result<(), SandboxError> {
-    let old = openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-    let old = old.map_err(step("opening the old root"))?;
-    rustix::process::fchdir(root).map_err(step("changing to the share"))?;
-    // With the same directory twice the old root ends up on top of the new one (pivot_root(2)).
-    pivot_root(".", ".").map_err(step("pivot_root(2)"))?;
-    rustix::process::fchdir(&old).map_err(step("going back to the old root"))?;
-    mount_change(".", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
-        .map_err(step("cutting off the old root"))?;
-    unmount(".", UnmountFlags::DETACH).map_err(step("leaving the old root"))?;
-    chdir("/").map_err(step("changing to the new root"))
 }
 
 pub(super) fn unshare(flags: UnshareFlags) -> Result<(), Errno> {

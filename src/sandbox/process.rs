@@ -1,12 +1,12 @@
 //! The process that was started, and the one that serves in its place.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use log::error;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, kill_process, pidfd_open,
+    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getpid, kill_process, pidfd_open,
     set_parent_process_death_signal, waitpid,
 };
 
@@ -56,19 +56,41 @@ fn exit_status(status: WaitStatus) -> i32 {
     status.exit_status().unwrap_or_else(|| 128 + status.terminating_signal().unwrap_or_default())
 }
 
-/// Forks the process that is to serve: `None` in it, and what waits for it in the other. It gets
-/// SIGTERM when the other one dies.
-pub(super) fn fork_server() -> Result<Option<Parent>, SandboxError> {
-    if let Some(child) = fork().map_err(step("fork(2)"))? {
-        return Ok(Some(Parent { child }));
+/// The process that was started, as the one that serves sees it.
+#[derive(Debug)]
+pub(super) struct Outside(OwnedFd);
+
+impl Outside {
+    /// Asks for SIGTERM when it dies, which is forgotten with a change of the user id.
+    ///
+    /// It may be dead already, and then no signal comes. Its id does not say so in another PID namespace,
+    /// where it is always 0, but its descriptor does.
+    pub(super) fn end_with_it(&self) -> Result<(), SandboxError> {
+        set_parent_process_death_signal(Some(Signal::TERM))
+            .map_err(step("asking for the parent's death signal"))?;
+        let mut ended = [PollFd::new(&self.0, PollFlags::IN)];
+        match poll(&mut ended, Some(&Timespec::default())).map_err(step("watching the parent"))? {
+            0 => Ok(()),
+            _ => Err(SandboxError::ParentDied),
+        }
     }
-    end_with_parent()?;
-    Ok(None)
 }
 
-/// Asks for SIGTERM when the process that waits for this one dies.
-pub(super) fn end_with_parent() -> Result<(), SandboxError> {
-    set_parent_process_death_signal(Some(Signal::TERM)).map_err(step("asking for the parent's death signal"))
+/// The two sides of [`fork_server`].
+pub(super) enum Fork {
+    Parent(Parent),
+    Server(Outside),
+}
+
+/// Forks the process that is to serve. It gets SIGTERM when the other one dies.
+pub(super) fn fork_server() -> Result<Fork, SandboxError> {
+    let outside = pidfd_open(getpid(), PidfdFlags::empty()).map_err(step("watching the daemon"))?;
+    if let Some(child) = fork().map_err(step("fork(2)"))? {
+        return Ok(Fork::Parent(Parent { child }));
+    }
+    let outside = Outside(outside);
+    outside.end_with_it()?;
+    Ok(Fork::Server(outside))
 }
 
 /// The child's id in the parent, `None` in the child.
@@ -84,4 +106,23 @@ pub(super) fn fork() -> Result<Option<Pid>, Errno> {
 pub(super) fn exit(status: i32) -> ! {
     // SAFETY: _exit(2) takes a number and does not return.
     unsafe { libc::_exit(status) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn a_parent_that_is_dead_already_is_noticed() {
+        let mut parent = Command::new("true").spawn().unwrap();
+        let pid = Pid::from_raw(parent.id().cast_signed()).unwrap();
+        let outside = Outside(pidfd_open(pid, PidfdFlags::empty()).unwrap());
+        parent.wait().unwrap();
+        // The signal is asked for by a thread of its own, which it ends with.
+        let result = std::thread::spawn(move || outside.end_with_it()).join().unwrap();
+        assert!(matches!(result, Err(SandboxError::ParentDied)), "{result:?}");
+        let outside = Outside(pidfd_open(getpid(), PidfdFlags::empty()).unwrap());
+        std::thread::spawn(move || outside.end_with_it()).join().unwrap().unwrap();
+    }
 }
