@@ -68,6 +68,27 @@ fn what_is_created_belongs_to_the_callers_host_ids() {
     assert_eq!(owners(&backend.path("beyond")), (1000, 1001));
 }
 
+/// Root of a user namespace in the guest, or a service with ambient capabilities: what the guest's
+/// kernel has allowed is done.
+#[test]
+fn what_a_capable_user_of_the_guest_creates_is_created() {
+    for args in [&[][..], &SHIFTED, &["--xattr", "--posix-acl"]] {
+        let directory = common::disk_directory();
+        let backend = Backend::of(common::program()).args(args).share(directory.path()).start().unwrap();
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o555)).unwrap();
+        let user = session.client().user(5, 6);
+        make_one_of_each(&user).unwrap();
+        user.create(ROOT, "new", libc::O_RDWR | libc::O_EXCL, 0o400, 0).unwrap();
+        user.mknod(ROOT, "device", libc::S_IFCHR | 0o600, 0x103, 0).unwrap();
+        user.rename2(ROOT, "file", ROOT, "moved", libc::RENAME_WHITEOUT).unwrap();
+        let owner = if args == SHIFTED { (100_005, 200_006) } else { (5, 6) };
+        for name in KINDS.into_iter().chain(["new", "device", "moved"]) {
+            assert_eq!(owners(&backend.path(name)), owner, "{name} with {args:?}");
+        }
+    }
+}
+
 #[test]
 fn every_reply_shows_the_guests_ids() {
     let (_directory, backend, session) = on_disk(&SHIFTED);
@@ -116,11 +137,16 @@ fn supplementary_groups_are_translated() {
     fs::set_permissions(backend.path("team"), fs::Permissions::from_mode(0o2770)).unwrap();
     let entry = session.client().lookup(ROOT, "team").unwrap();
     assert_eq!(entry.attr.gid, 77);
-    let member = session.client().caller(Caller { uid: 5, gid: 6, pid: 1, group: Some(77) });
-    member.mkdir(entry.nodeid, "yes", 0o755, 0).unwrap();
-    assert_eq!(owners(&backend.path("team/yes")), (100_005, 200_077));
-    let other = session.client().caller(Caller { uid: 5, gid: 6, pid: 1, group: Some(78) });
-    assert_eq!(common::errno(other.mkdir(entry.nodeid, "no", 0o755, 0)), libc::EACCES);
+    // Whether the caller may create there is for the guest's kernel to say. The host is told of the
+    // group to know whose file may keep a set-group-ID bit.
+    for (group, mode) in [(77, 0o2775), (78, 0o775)] {
+        let caller = Caller { uid: 5, gid: 6, pid: 1, group: Some(group) };
+        let name = format!("of-{group}");
+        session.client().caller(caller).create(entry.nodeid, &name, libc::O_RDWR, 0o2775, 0).unwrap();
+        let path = backend.path("team").join(name);
+        assert_eq!(owners(&path), (100_005, 200_077));
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, mode, "{group}");
+    }
 }
 
 #[test]

@@ -93,7 +93,7 @@ impl PassthroughFs {
         if other_mount && inode.kind == FileType::Directory && self.session().submounts {
             attr.flags |= AttrFlags::SUBMOUNT.bits();
         }
-        let attributes = Attributes { attr, valid: timeout };
+        let attributes = Attributes { attr, valid: self.attributes_valid(inode, stat) };
         Entry { node: inode.node, generation: 0, entry_valid: timeout, attributes }
     }
 

@@ -11,12 +11,13 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
-use super::credentials::without_fsetid;
+use super::credentials::{SetIdBits, set_id_bits};
 use super::inodes::Inode;
 use super::lookup::{PROC, proc_name, stat};
-use super::{NO_XATTR, PassthroughFs, StartError};
+use super::{Context, NO_XATTR, PassthroughFs, StartError};
 use crate::config::{FsConfig, Insistence};
 use crate::fs::{Result, XattrReply};
+use crate::fuse::ids::GuestUid;
 use crate::mapping::acl::{
     ACCESS, CAPABILITY, DEFAULT, ValueError, holds_ids, is_acl, value_to_guest, value_to_host,
 };
@@ -62,9 +63,9 @@ pub(super) fn acls_can_be_had(root: &OwnedFd, config: &FsConfig) -> std::result:
 impl PassthroughFs {
     pub(super) fn set_xattr(
         &self,
+        ctx: &Context,
         inode: &Inode,
-        name: &CStr,
-        value: &[u8],
+        (name, value): (&CStr, &[u8]),
         flags: u32,
         acl_kill_sgid: bool,
     ) -> Result<()> {
@@ -84,10 +85,22 @@ impl PassthroughFs {
                 },
             )?;
         }
-        if acl_kill_sgid && *name == *ACCESS {
-            return set_acl_and_clear_sgid(inode, &value, flags);
+        if *name == *ACCESS {
+            if acl_kill_sgid || self.acl_is_a_strangers(ctx, inode)? {
+                return set_acl_and_clear_sgid(inode, &value, flags);
+            }
+            set_id_bits(SetIdBits::Stay)?;
         }
         setxattr(proc_name(&*inode.path()?), &*name, &value, flags)
+    }
+
+    /// Whether an access ACL comes from somebody outside of the file's group, for guests that do not
+    /// say so themselves.
+    fn acl_is_a_strangers(&self, ctx: &Context, inode: &Inode) -> Result<bool> {
+        if self.session().long_setxattr || ctx.uid == GuestUid(0) {
+            return Ok(false);
+        }
+        Ok(self.owner(&stat(inode.path()?)?).gid != ctx.gid)
     }
 
     pub(super) fn get_xattr(&self, inode: &Inode, name: &CStr, size: u32) -> Result<XattrReply> {
@@ -189,7 +202,7 @@ pub(super) fn refused(refusal: Refusal) -> Errno {
 
 /// Sets an access ACL for a caller who is not in the file's group: the set-group-id bit goes.
 fn set_acl_and_clear_sgid(inode: &Inode, value: &[u8], flags: XattrFlags) -> Result<()> {
-    let _unprivileged = without_fsetid()?;
+    set_id_bits(SetIdBits::Go)?;
     setxattr(proc_name(&*inode.path()?), ACCESS, value, flags)?;
     // The host has done so by itself, unless the file's group is the daemon's own.
     let mode = Mode::from_raw_mode(u32::from(stat(inode.path()?)?.stx_mode));
