@@ -106,7 +106,17 @@ impl PassthroughFs {
             _ => return Err(Errno::NXIO),
         }
         let path = inode.path()?;
-        openat(&self.proc_self_fd, DecInt::from_fd(&*path), flags | OFlags::CLOEXEC, Mode::empty())
+        let open = |flags| {
+            openat(&self.proc_self_fd, DecInt::from_fd(&*path), flags | OFlags::CLOEXEC, Mode::empty())
+        };
+        if self.config.readonly {
+            // Only the owner and CAP_FOWNER may.
+            match open(flags | OFlags::NOATIME) {
+                Err(Errno::PERM) => {}
+                result => return result,
+            }
+        }
+        open(flags)
     }
 
     /// An O_PATH descriptor of what `file` has open.
