@@ -10,8 +10,9 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use rustix::path::DecInt;
+use rustix::thread::CapabilitySet;
 
-use super::credentials::{SetIdBits, set_id_bits};
+use super::credentials::{self, SetIdBits, set_id_bits};
 use super::inodes::Inode;
 use super::lookup::{PROC, proc_name, stat};
 use super::{Context, NO_XATTR, PassthroughFs, StartError};
@@ -91,7 +92,7 @@ impl PassthroughFs {
             }
             set_id_bits(SetIdBits::Stay)?;
         }
-        setxattr(proc_name(&*inode.path()?), &*name, &value, flags)
+        setxattr(proc_name(&*inode.path()?), &*name, &value, flags).map_err(|errno| unsupported(errno, &name))
     }
 
     /// Whether an access ACL comes from somebody outside of the file's group, for guests that do not
@@ -144,7 +145,8 @@ impl PassthroughFs {
 
     pub(super) fn remove_xattr(&self, inode: &Inode, name: &CStr) -> Result<()> {
         self.check_xattr()?;
-        removexattr(proc_name(&*inode.path()?), &*self.host_name(name).map_err(refused)?)
+        let name = self.host_name(name).map_err(refused)?;
+        removexattr(proc_name(&*inode.path()?), &*name).map_err(|errno| unsupported(errno, &name))
     }
 
     /// Takes capabilities off a file whose data or owner is about to change, where the host's
@@ -198,6 +200,16 @@ pub(super) fn refused(refusal: Refusal) -> Errno {
         Refusal::Unsupported => Errno::NOTSUP,
         Refusal::TooLong => Errno::NODATA,
     }
+}
+
+/// The errno for an attribute that the host refuses: ENOTSUP for one that the daemon never may write,
+/// whoever calls. Programs that copy attributes go on without it then, and give up at EPERM.
+fn unsupported(errno: Errno, host_name: &CStr) -> Errno {
+    let name = host_name.to_bytes();
+    let privileged =
+        name.starts_with(b"trusted.") || (name.starts_with(b"security.") && name != CAPABILITY.to_bytes());
+    let may = credentials::held().is_ok_and(|held| held.contains(CapabilitySet::SYS_ADMIN));
+    if errno == Errno::PERM && privileged && !may { Errno::NOTSUP } else { errno }
 }
 
 /// Sets an access ACL for a caller who is not in the file's group: the set-group-id bit goes.
