@@ -342,3 +342,29 @@ fn an_acl_by_a_stranger_takes_the_bit_also_where_the_guest_does_not_say_so() {
         assert_eq!(mode(&path), 0o770 | left, "by {uid}:{gid}");
     }
 }
+
+#[test]
+fn group_directories_with_and_without_a_default_acl() {
+    let (_directory, backend, session) = on_disk(&["--posix-acl"]);
+    let path = backend.path("team");
+    fs::create_dir(&path).unwrap();
+    chown(&path, Some(0), Some(2000)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o2775)).unwrap();
+    let team = session.client().lookup(ROOT, "team").unwrap().nodeid;
+    // A caller outside of the group, whom something else allows to create there.
+    let stranger = session.client().user(1000, 1000);
+    for (acl, dir, file) in [(false, 0o2750, 0o640), (true, 0o2770, 0o660)] {
+        if acl {
+            setxattr(&path, DEFAULT, &named(5, 6), XattrFlags::empty()).unwrap();
+        }
+        assert_eq!(modes_of_new(&stranger, team, &path, 0o027), [dir, file, file, file], "ACL: {acl}");
+        stranger.mkdir(team, "kept", 0o777, 0o027).unwrap();
+        stranger.create(team, "file", libc::O_RDWR, 0o666, 0o027).unwrap();
+        for name in ["kept", "file"] {
+            let made = fs::metadata(path.join(name)).unwrap();
+            assert_eq!((made.uid(), made.gid()), (1000, 2000), "{name}");
+        }
+        stranger.unlink(team, "file").unwrap();
+        stranger.rmdir(team, "kept").unwrap();
+    }
+}
