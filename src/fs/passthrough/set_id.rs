@@ -16,8 +16,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, FileType, Mode, Statx, chmodat, removexattr};
-use rustix::io::Errno;
+use rustix::fs::{AtFlags, FileType, Mode, Statx, chmodat, getxattr_query, removexattr};
 
 use super::credentials::{GroupGuard, SetIdBits, become_member, set_id_bits};
 use super::inodes::Inode;
@@ -64,11 +63,11 @@ impl PassthroughFs {
 
     /// What a WRITE does to set-id bits.
     pub(super) fn bits_after_write(&self, ctx: &Context, mode: io_mode::Mode, write: &Write) -> SetIdBits {
-        if write.write_flags.contains(WriteFlags::CACHE) {
+        let flagged = write.write_flags.contains(WriteFlags::KILL_SUIDGID);
+        if write.write_flags.contains(WriteFlags::CACHE) && !flagged {
             // Whoever wrote to the guest's cache had them cleared then.
             return SetIdBits::Stay;
         }
-        let flagged = write.write_flags.contains(WriteFlags::KILL_SUIDGID);
         self.bits_after(ctx, flagged, mode == io_mode::Mode::Cached)
     }
 
@@ -99,7 +98,11 @@ impl PassthroughFs {
         // A guest that does not say who calls counts as one of the group.
         let group = match ctx.gid.0 {
             INVALID_UIDGID => HostGid(stat(inode.path()?)?.stx_gid),
-            _ => self.host_gid(ctx.gid)?,
+            // A group that the guest must not use has no members.
+            _ => match self.host_gid(ctx.gid) {
+                Ok(group) => group,
+                Err(_) => return Ok(None),
+            },
         };
         Ok(become_member(self.own, group))
     }
@@ -129,12 +132,11 @@ impl PassthroughFs {
         if left != mode && inode.kind == FileType::RegularFile {
             chmodat(PROC, proc_name(&*inode.path()?), left, AtFlags::empty())?;
         }
-        if !self.config.xattr {
-            return Ok(());
+        // Without extended attributes the guest knows no capabilities.
+        let pin = inode.path()?;
+        if self.config.xattr && getxattr_query(proc_name(&*pin).as_c_str(), CAPABILITY).is_ok() {
+            return removexattr(proc_name(&*pin), CAPABILITY);
         }
-        match removexattr(proc_name(&*inode.path()?), CAPABILITY) {
-            Err(Errno::NODATA | Errno::NOTSUP | Errno::PERM) => Ok(()),
-            result => result,
-        }
+        Ok(())
     }
 }
