@@ -134,7 +134,7 @@ pub struct Options {
     sandbox: Option<SandboxMode>,
 
     /// User ids of the sandbox that stand for those of the host, as in :0:1000:1: (:INSIDE:OUTSIDE:COUNT:);
-    /// may be given several times
+    /// may be given several times [default: without root, the own user id as it is]
     #[arg(long, value_name = "RANGE", help_heading = "Security")]
     uid_map: Vec<String>,
 
@@ -268,8 +268,6 @@ pub enum OptionError {
         "{option} {text} is not understood: give the first id inside, the first on the host and their number, like :0:1000:1:"
     )]
     BadIdRange { option: &'static str, text: String },
-    #[error("{0} has to map id 0, which the daemon serves as: add a range like :0:1000:1:")]
-    NoRootInMap(&'static str),
     #[error("--uid-map and --gid-map need --sandbox=namespace")]
     MapNeedsNamespace,
     #[error("--rlimit-nofile must be at least 64")]
@@ -375,10 +373,7 @@ impl Options {
 
     fn id_maps(&self) -> Result<IdMaps, OptionError> {
         let ranges = |option, texts: &[String]| {
-            let ranges =
-                texts.iter().map(|text| parse_id_range(option, text)).collect::<Result<Vec<_>, _>>()?;
-            let usable = ranges.is_empty() || ranges.iter().any(|range| range.inside == 0);
-            if usable { Ok(ranges) } else { Err(OptionError::NoRootInMap(option)) }
+            texts.iter().map(|text| parse_id_range(option, text)).collect::<Result<Vec<_>, _>>()
         };
         let maps = IdMaps {
             users: ranges("--uid-map", &self.uid_map)?,
@@ -486,7 +481,6 @@ mod tests {
             ("--shared-dir /d --fd 3 --modcaps mknod", OptionError::BadCapabilities("mknod".into())),
             ("--shared-dir /d --fd 3 --modcaps +nil", OptionError::BadCapabilities("+nil".into())),
             ("--shared-dir /d --fd 3 --modcaps=", OptionError::BadCapabilities("".into())),
-            ("--shared-dir /d --fd 3 --uid-map=:1:1:1:", OptionError::NoRootInMap("--uid-map")),
             ("--shared-dir /d --fd 3 --gid-map=:0:1:1: --sandbox none", OptionError::MapNeedsNamespace),
             ("--shared-dir /d --fd 3 --cpus 1,,2", OptionError::BadCpus("1,,2".into())),
         ] {

@@ -168,6 +168,8 @@ pub struct FsConfig {
     pub security_label: Insistence,
     /// Clear set-id bits where the guest asks for it, instead of by requests of its own.
     pub killpriv_v2: bool,
+    /// Nothing of the share is to change, access times included.
+    pub readonly: bool,
     /// Pass O_NOATIME of the guest's applications on to the host.
     pub preserve_noatime: bool,
     /// What extended attributes are called on the host; `None` for the guest's names.
@@ -200,6 +202,7 @@ impl Default for FsConfig {
             posix_acl: Insistence::Never,
             security_label: Insistence::Never,
             killpriv_v2: true,
+            readonly: false,
             preserve_noatime: false,
             xattr_map: None,
             posix_lock: false,

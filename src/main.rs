@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use lanefsd::cli::{self, CAPABILITIES, Command};
-use lanefsd::config::{Config, Store};
+use lanefsd::config::{Config, FsConfig, Store};
 use lanefsd::fs::FileSystem;
 use lanefsd::fs::null::NullStore;
 use lanefsd::fs::passthrough::PassthroughFs;
@@ -64,7 +64,8 @@ fn run() -> Result<ExitCode> {
 }
 
 fn serve(config: &Config, socket: &Socket, sandboxed: Sandboxed) -> Result<()> {
-    let mut fs = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, config.fs.clone())
+    let fs_config = FsConfig { readonly: config.readonly, ..config.fs.clone() };
+    let mut fs = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, fs_config)
         .context("the share cannot be served")?;
     let file_handles = fs.uses_file_handles();
     // Before the first thread is started: capabilities belong to threads.

@@ -296,3 +296,75 @@ fn an_acl_by_somebody_outside_the_group_takes_the_set_group_id_bit() {
     client.setxattr_with(node, DEFAULT, &named(5, 6), 0, SetxattrFlags::ACL_KILL_SGID).unwrap();
     assert_eq!(mode(&dir), 0o2755);
 }
+
+/// The guest's kernel knows all groups of the caller; the request tells of one at most.
+#[test]
+fn rights_by_a_named_group_count_for_all_that_is_created() {
+    let (_directory, backend, session) = on_disk(&["--posix-acl", "--xattr"]);
+    let path = backend.path("project");
+    fs::create_dir(&path).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let value = acl(&[
+        (USER_OBJ, 7, NO_ID),
+        (GROUP_OBJ, 5, NO_ID),
+        (GROUP, 7, 2000),
+        (MASK, 7, NO_ID),
+        (OTHER, 0, NO_ID),
+    ]);
+    setxattr(&path, ACCESS, &value, XattrFlags::empty()).unwrap();
+    let member = session.client().user(1000, 1000);
+    let project = member.lookup(ROOT, "project").unwrap().nodeid;
+    assert_eq!(modes_of_new(&member, project, &path, 0o027), [0o750, 0o640, 0o640, 0o640]);
+    member.symlink(project, "link", "x").unwrap();
+    let (entry, _) = member.create(project, "file", libc::O_RDWR | libc::O_EXCL, 0o666, 0).unwrap();
+    assert_eq!((entry.attr.uid, entry.attr.gid), (1000, 1000));
+    member.unlink(project, "file").unwrap();
+    // A default ACL is inherited by what the member makes, and the umask is set aside.
+    setxattr(&path, DEFAULT, &named(5, 6), XattrFlags::empty()).unwrap();
+    assert_eq!(modes_of_new(&member, project, &path, 0o077), [0o770, 0o660, 0o660, 0o660]);
+}
+
+/// Guests before Linux 5.11 do not say who is outside of the group.
+#[test]
+fn an_acl_by_a_stranger_takes_the_bit_also_where_the_guest_does_not_say_so() {
+    let directory = common::disk_directory();
+    let backend = common::starter().args(["--posix-acl"]).share(directory.path()).start().unwrap();
+    let flags = linux_init_flags() - InitFlags::SETXATTR_EXT - InitFlags::ALLOW_IDMAP;
+    let options = SessionOptions { minor: 32, init_flags: flags, ..SessionOptions::default() };
+    let session = backend.connect(options).unwrap();
+    let path = backend.path("tool");
+    fs::write(&path, "").unwrap();
+    let node = session.client().lookup(ROOT, "tool").unwrap().nodeid;
+    for (uid, gid, left) in [(1000, 1000, 0), (1000, 777, 0o2000), (0, 0, 0o2000)] {
+        chown(&path, Some(1000), Some(777)).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o2755)).unwrap();
+        session.client().user(uid, gid).setxattr(node, ACCESS, &named(5, 6), 0).unwrap();
+        assert_eq!(mode(&path), 0o770 | left, "by {uid}:{gid}");
+    }
+}
+
+#[test]
+fn group_directories_with_and_without_a_default_acl() {
+    let (_directory, backend, session) = on_disk(&["--posix-acl"]);
+    let path = backend.path("team");
+    fs::create_dir(&path).unwrap();
+    chown(&path, Some(0), Some(2000)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o2775)).unwrap();
+    let team = session.client().lookup(ROOT, "team").unwrap().nodeid;
+    // A caller outside of the group, whom something else allows to create there.
+    let stranger = session.client().user(1000, 1000);
+    for (acl, dir, file) in [(false, 0o2750, 0o640), (true, 0o2770, 0o660)] {
+        if acl {
+            setxattr(&path, DEFAULT, &named(5, 6), XattrFlags::empty()).unwrap();
+        }
+        assert_eq!(modes_of_new(&stranger, team, &path, 0o027), [dir, file, file, file], "ACL: {acl}");
+        stranger.mkdir(team, "kept", 0o777, 0o027).unwrap();
+        stranger.create(team, "file", libc::O_RDWR, 0o666, 0o027).unwrap();
+        for name in ["kept", "file"] {
+            let made = fs::metadata(path.join(name)).unwrap();
+            assert_eq!((made.uid(), made.gid()), (1000, 2000), "{name}");
+        }
+        stranger.unlink(team, "file").unwrap();
+        stranger.rmdir(team, "kept").unwrap();
+    }
+}

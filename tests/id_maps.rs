@@ -36,7 +36,7 @@ impl Home {
         assert!(Path::new("/usr/bin/newuidmap").exists(), "newuidmap is missing: apt-get install uidmap");
         let home = Home(tempfile::tempdir().unwrap());
         fs::set_permissions(home.0.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        fs::copy(common::program(), home.path("lanefsd")).unwrap();
+        common::copy_program(&home.path("lanefsd"));
         fs::create_dir(home.path("share")).unwrap();
         chown(home.path("share"), Some(USER), Some(USER)).unwrap();
         for (file, text) in [
@@ -102,17 +102,116 @@ fn without_maps_the_user_alone_exists() {
     let mut backend = home.daemon(without).start().unwrap();
     let session = backend.connect(SessionOptions::default()).unwrap();
     let client = session.client();
-    client.mkdir(ROOT, "mine", 0o755, 0).unwrap();
-    assert_eq!(home.owner("mine"), (USER, USER));
-    let node = client.lookup(ROOT, "mine").unwrap().nodeid;
-    assert_eq!(client.getattr(node).unwrap().uid, 0, "the guest sees its root as the owner");
+    // The guest's root and the user with the same number both create; all of it is the user's.
+    for (name, uid) in [("roots", 0), ("mine", USER)] {
+        let client = client.user(uid, uid);
+        let dir = client.mkdir(ROOT, name, 0o755, 0).unwrap();
+        assert_eq!((dir.attr.uid, dir.attr.gid), (USER, USER), "{name}");
+        let (file, open) = client.create(dir.nodeid, "file", libc::O_RDWR, 0o644, 0).unwrap();
+        client.write(file.nodeid, open.fh, 0, b"x").unwrap();
+        client.symlink(dir.nodeid, "link", "x").unwrap();
+        client.mknod(dir.nodeid, "fifo", libc::S_IFIFO | 0o600, 0, 0).unwrap();
+        client.tmpfile(dir.nodeid, libc::O_RDWR, 0o600).unwrap();
+        for name in [name, &format!("{name}/file"), &format!("{name}/link"), &format!("{name}/fifo")] {
+            assert_eq!(home.owner(name), (USER, USER), "{name}");
+        }
+    }
+    fs::write(home.path("share/hosts"), "").unwrap();
+    chown(home.path("share/hosts"), Some(USER), Some(USER)).unwrap();
+    let node = client.lookup(ROOT, "hosts").unwrap().nodeid;
+    assert_eq!(client.getattr(node).unwrap().uid, USER);
+    // The daemon has the privileges of its namespace: another's mode bits do not stop it.
+    fs::set_permissions(home.path("share/mine"), fs::Permissions::from_mode(0o500)).unwrap();
+    let mine = client.lookup(ROOT, "mine").unwrap().nodeid;
+    client.mkdir(mine, "by-root", 0o755, 0).unwrap();
     assert_eq!(common::errno(client.user(5, 0).mkdir(ROOT, "theirs", 0o755, 0)), libc::EINVAL);
-    assert!(client.setattr(node, Change::none().uid(5)).is_err());
+    assert_eq!(common::errno(client.user(USER, 5).mkdir(ROOT, "theirs", 0o755, 0)), libc::EINVAL);
+    assert_eq!(common::errno(client.setattr(node, Change::none().uid(5))), libc::EINVAL);
+    common::wait_for_words(&mut backend, "no user 5 (see --uid-map)");
+    assert_eq!(backend.stderr().matches("--uid-map").count(), 1, "said once: {}", backend.stderr());
     let pid = serving(&backend);
-    assert_eq!(map(&pid, "uid_map"), [format!("0 {USER} 1")]);
-    assert_eq!(map(&pid, "gid_map"), [format!("0 {USER} 1")]);
+    assert_eq!(map(&pid, "uid_map"), [format!("{USER} {USER} 1")]);
+    assert_eq!(map(&pid, "gid_map"), [format!("{USER} {USER} 1")]);
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(status.contains("CapPrm:\t00000000880000db") && status.contains("Seccomp:\t2"), "{status}");
     drop(session);
     backend.expect_success().unwrap();
+}
+
+/// What launchers pass that know virtiofsd's default, and ids that are neither root nor the user's.
+#[test]
+fn maps_need_no_root() {
+    for (maps, owner) in [
+        (&["--uid-map=:4321:4321:1:", "--gid-map=:4321:4321:1:"][..], (USER, USER)),
+        (&["--uid-map=:4321:4321:1:", "--gid-map=:0:4321:1:"], (USER, USER)),
+        (&["--uid-map=:7:4321:1:", "--gid-map=:8:4321:1:"], (USER, USER)),
+        (&["--uid-map=:1000:4321:1:", "--uid-map=:1:700000:100:"], (USER, USER)),
+    ] {
+        let home = Home::new();
+        let mut backend = home.daemon("").args(maps).start().unwrap();
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        session.client().mkdir(ROOT, "roots", 0o755, 0).unwrap();
+        assert_eq!(home.owner("roots"), owner, "{maps:?}");
+        assert!(fs::read_dir(home.path("share")).unwrap().count() == 1);
+        drop(session);
+        backend.expect_success().unwrap();
+    }
+    // Root's daemon can be anybody.
+    let maps = ["--uid-map=:1000:1000:1:", "--gid-map=:1000:1000:1:"];
+    let backend = Backend::of(common::program()).args(maps).start().unwrap();
+    chown(backend.share(), Some(1000), Some(1000)).unwrap();
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    for uid in [0, 1000] {
+        let client = session.client().user(uid, uid);
+        let made = client.mkdir(ROOT, format!("of-{uid}"), 0o755, 0).unwrap();
+        assert_eq!((made.attr.uid, made.attr.gid), (1000, 1000));
+        let host = fs::metadata(backend.path(&format!("of-{uid}"))).unwrap();
+        assert_eq!((host.uid(), host.gid()), (1000, 1000));
+    }
+}
+
+/// The daemon's own user in the guest gets no more rights than any other: not those to keep set-id
+/// bits, which the daemon has in its namespace.
+#[test]
+fn the_daemons_user_is_an_ordinary_user_of_the_guest() {
+    let home = Home::new();
+    let mut backend = home.daemon("").args(ALL).args(["--translate-gid=map:9:9:1"]).start().unwrap();
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    let team = home.path("share/team");
+    fs::create_dir(&team).unwrap();
+    chown(&team, Some(USER), Some(SUB + 8)).unwrap();
+    fs::set_permissions(&team, fs::Permissions::from_mode(0o2777)).unwrap();
+    let client = session.client();
+    let node = client.lookup(ROOT, "team").unwrap().nodeid;
+    assert_eq!(client.getattr(node).unwrap().gid, 9);
+    for (caller, mode) in [
+        (Caller::default(), 0o2775),
+        (Caller { uid: 5, gid: 5, ..Caller::default() }, 0o775),
+        (Caller { uid: 5, gid: 5, group: Some(9), ..Caller::default() }, 0o2775),
+    ] {
+        client.caller(caller).create(node, "file", libc::O_RDWR, 0o2775, 0).unwrap();
+        let made = fs::metadata(team.join("file")).unwrap();
+        assert_eq!((made.mode() & 0o7777, made.gid()), (mode, SUB + 8), "{caller:?}");
+        client.unlink(node, "file").unwrap();
+    }
+    drop(session);
+    backend.expect_success().unwrap();
+    // The same where the user has its own number, and no other group exists.
+    let home = Home::new();
+    let maps = ["--uid-map=:4321:4321:1:", "--gid-map=:4321:4321:1:", "--gid-map=:9:700008:1:"];
+    let backend = home.daemon("").args(maps).start().unwrap();
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    let team = home.path("share/team");
+    fs::create_dir(&team).unwrap();
+    chown(&team, Some(USER), Some(SUB + 8)).unwrap();
+    fs::set_permissions(&team, fs::Permissions::from_mode(0o2777)).unwrap();
+    let client = session.client().user(USER, USER);
+    let node = client.lookup(ROOT, "team").unwrap().nodeid;
+    client.create(node, "file", libc::O_RDWR, 0o2775, 0).unwrap();
+    assert_eq!(fs::metadata(team.join("file")).unwrap().mode() & 0o7777, 0o775);
+    let member = client.caller(Caller { uid: USER, gid: USER, group: Some(9), ..Caller::default() });
+    member.create(node, "members", libc::O_RDWR, 0o2775, 0).unwrap();
+    assert_eq!(fs::metadata(team.join("members")).unwrap().mode() & 0o7777, 0o2775);
 }
 
 #[test]
@@ -134,14 +233,14 @@ fn further_ids_are_mapped_by_newuidmap() {
     assert!(client.setattr(file.nodeid, Change::none().uid(1001)).is_err(), "an id that does not exist");
     let pid = serving(&backend);
     assert_eq!(map(&pid, "uid_map"), [format!("0 {USER} 1"), format!("1 {SUB} 1000")]);
-    // Walls, capabilities and filter are those of root.
-    assert_eq!(fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap().lines().count(), 1);
+    // Walls, capabilities and filter are those of root: no mount is to be reached from the root directory.
+    assert_eq!(fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap(), "");
     assert_eq!(
         fs::metadata(format!("/proc/{pid}/cwd/..")).unwrap().ino(),
         fs::metadata(format!("/proc/{pid}/cwd")).unwrap().ino()
     );
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    assert!(status.contains("CapEff:\t00000000880000db"), "{status}");
+    assert!(status.contains("CapPrm:\t00000000880000db"), "{status}");
     assert!(status.contains("CapBnd:\t00000000880000db") && status.contains("Seccomp:\t2"), "{status}");
     drop(session);
     backend.expect_success().unwrap();
@@ -154,8 +253,9 @@ fn the_daemon_may_serve_as_another_id_of_the_user() {
     let mut backend = home.daemon("").args(OTHER).start().unwrap();
     let session = backend.connect(SessionOptions::default()).unwrap();
     session.client().mkdir(ROOT, "mine", 0o755, 0).unwrap();
-    session.client().user(9, 9).mkdir(ROOT, "theirs", 0o755, 0).unwrap_err();
-    assert_eq!(home.owner("mine"), (SUB, SUB));
+    session.client().user(9, 9).mkdir(ROOT, "theirs", 0o755, 0).unwrap();
+    session.client().user(10, 9).mkdir(ROOT, "nobodys", 0o755, 0).unwrap_err();
+    assert_eq!((home.owner("mine"), home.owner("theirs")), ((SUB, SUB), (SUB + 9, SUB + 9)));
     // The process that was started still ends the other one.
     backend.signal(libc::SIGTERM).unwrap();
     backend.expect_success().unwrap();
@@ -205,7 +305,8 @@ fn root_maps_what_it_likes() {
     let mut backend = common::starter().args(["--sandbox=namespace"]).args(maps).start().unwrap();
     chown(backend.share(), Some(SUB), Some(SUB)).unwrap();
     let session = backend.connect(SessionOptions::default()).unwrap();
-    session.client().user(3, 4).mkdir(ROOT, "theirs", 0o755, 0).unwrap_err();
+    session.client().user(3, 4).mkdir(ROOT, "theirs", 0o755, 0).unwrap();
+    session.client().user(1000, 4).mkdir(ROOT, "nobodys", 0o755, 0).unwrap_err();
     session.client().mkdir(ROOT, "mine", 0o755, 0).unwrap();
     let mine = fs::metadata(backend.path("mine")).unwrap();
     assert_eq!((mine.uid(), mine.gid()), (SUB, SUB));

@@ -68,6 +68,27 @@ fn what_is_created_belongs_to_the_callers_host_ids() {
     assert_eq!(owners(&backend.path("beyond")), (1000, 1001));
 }
 
+/// Root of a user namespace in the guest, or a service with ambient capabilities: what the guest's
+/// kernel has allowed is done.
+#[test]
+fn what_a_capable_user_of_the_guest_creates_is_created() {
+    for args in [&[][..], &SHIFTED, &["--xattr", "--posix-acl"]] {
+        let directory = common::disk_directory();
+        let backend = Backend::of(common::program()).args(args).share(directory.path()).start().unwrap();
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o555)).unwrap();
+        let user = session.client().user(5, 6);
+        make_one_of_each(&user).unwrap();
+        user.create(ROOT, "new", libc::O_RDWR | libc::O_EXCL, 0o400, 0).unwrap();
+        user.mknod(ROOT, "device", libc::S_IFCHR | 0o600, 0x103, 0).unwrap();
+        user.rename2(ROOT, "file", ROOT, "moved", libc::RENAME_WHITEOUT).unwrap();
+        let owner = if args == SHIFTED { (100_005, 200_006) } else { (5, 6) };
+        for name in KINDS.into_iter().chain(["new", "device", "moved"]) {
+            assert_eq!(owners(&backend.path(name)), owner, "{name} with {args:?}");
+        }
+    }
+}
+
 #[test]
 fn every_reply_shows_the_guests_ids() {
     let (_directory, backend, session) = on_disk(&SHIFTED);
@@ -116,11 +137,16 @@ fn supplementary_groups_are_translated() {
     fs::set_permissions(backend.path("team"), fs::Permissions::from_mode(0o2770)).unwrap();
     let entry = session.client().lookup(ROOT, "team").unwrap();
     assert_eq!(entry.attr.gid, 77);
-    let member = session.client().caller(Caller { uid: 5, gid: 6, pid: 1, group: Some(77) });
-    member.mkdir(entry.nodeid, "yes", 0o755, 0).unwrap();
-    assert_eq!(owners(&backend.path("team/yes")), (100_005, 200_077));
-    let other = session.client().caller(Caller { uid: 5, gid: 6, pid: 1, group: Some(78) });
-    assert_eq!(common::errno(other.mkdir(entry.nodeid, "no", 0o755, 0)), libc::EACCES);
+    // Whether the caller may create there is for the guest's kernel to say. The host is told of the
+    // group to know whose file may keep a set-group-ID bit.
+    for (group, mode) in [(77, 0o2775), (78, 0o775)] {
+        let caller = Caller { uid: 5, gid: 6, pid: 1, group: Some(group) };
+        let name = format!("of-{group}");
+        session.client().caller(caller).create(entry.nodeid, &name, libc::O_RDWR, 0o2775, 0).unwrap();
+        let path = backend.path("team").join(name);
+        assert_eq!(owners(&path), (100_005, 200_077));
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, mode, "{group}");
+    }
 }
 
 #[test]
@@ -264,7 +290,7 @@ fn a_daemon_without_privileges_makes_everybody_its_user() {
     let home = tempfile::tempdir().unwrap();
     fs::set_permissions(home.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let (program, share) = (home.path().join("lanefsd"), home.path().join("share"));
-    fs::copy(common::program(), &program).unwrap();
+    common::copy_program(&program);
     fs::create_dir(&share).unwrap();
     chown(&share, Some(USER), Some(USER)).unwrap();
     let ids = format!("--reuid={USER} --regid={USER} --clear-groups");
@@ -287,6 +313,73 @@ fn a_daemon_without_privileges_makes_everybody_its_user() {
         // Whoever it is given to is the same user.
         client.setattr(file.nodeid, Change::none().uid(123).gid(456)).unwrap();
         assert_eq!(owners(&share.join(name).join("file")), (USER, USER));
+    }
+}
+
+/// A daemon of this user without a sandbox, which can become nobody else.
+fn unprivileged(user: u32, args: &[&str]) -> (TempDir, Backend) {
+    let home = tempfile::tempdir().unwrap();
+    fs::set_permissions(home.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let (program, share) = (home.path().join("lanefsd"), home.path().join("share"));
+    common::copy_program(&program);
+    fs::create_dir(&share).unwrap();
+    chown(&share, Some(user), Some(user)).unwrap();
+    let ids = format!("--reuid={user} --regid={user} --clear-groups");
+    let starter = Backend::of("setpriv").args(ids.split_whitespace()).args([program]);
+    (home, starter.args(["--sandbox=none"]).args(args).share(share).by_fd().start().unwrap())
+}
+
+#[test]
+fn a_daemon_that_can_be_nobody_else_creates_as_its_user() {
+    const USER: u32 = 4321;
+    for args in [&[][..], &["--xattr", "--posix-acl=auto"], &["--no-killpriv-v2"]] {
+        let (_home, backend) = unprivileged(USER, args);
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        for (uid, gid, group) in [(0, 0, None), (USER, USER, Some(7)), (1000, 1000, Some(0)), (5, 0, None)] {
+            let client = session.client().caller(Caller { uid, gid, pid: 1, group });
+            make_one_of_each(&client).unwrap();
+            client.mknod(ROOT, "fifo", libc::S_IFIFO | 0o644, 0, 0).unwrap();
+            client.rename2(ROOT, "fifo", ROOT, "moved", libc::RENAME_WHITEOUT).unwrap();
+            for kind in KINDS.into_iter().chain(["fifo", "moved"]) {
+                assert_eq!(owners(&backend.path(kind)), (USER, USER), "{kind} by {uid}");
+            }
+            // Who is not that user in the guest makes no program that runs as that user.
+            let (entry, open) = client.create(ROOT, "tool", libc::O_RDWR, 0o6755, 0).unwrap();
+            client.write(entry.nodeid, open.fh, 0, b"x").unwrap();
+            client.release(entry.nodeid, open.fh).unwrap();
+            let bits = fs::metadata(backend.path("tool")).unwrap().mode() & 0o6000;
+            assert!(bits == 0 || uid == 0 || uid == USER, "{bits:o} by {uid}");
+            for kind in ["link", "node", "file", "tmpfile", "fifo", "moved", "tool"] {
+                client.unlink(ROOT, kind).unwrap();
+            }
+            client.rmdir(ROOT, "dir").unwrap();
+        }
+    }
+    // Where the guest takes the daemon's user for its root, others may not make what looks like root's.
+    let rule = format!("--translate-uid=squash-host:{USER}:0:1");
+    let (_home, backend) = unprivileged(USER, &[&rule]);
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    session.client().mkdir(ROOT, "roots", 0o755, 0).unwrap();
+    assert_eq!(common::errno(session.client().user(5, 5).mkdir(ROOT, "others", 0o755, 0)), libc::EPERM);
+}
+
+/// A daemon that is not root, but has root's privileges, keeps them when it serves the guest's root.
+#[test]
+fn a_privileged_daemon_of_a_user_keeps_its_capabilities() {
+    const USER: u32 = 4321;
+    let directory = common::disk_directory();
+    chown(directory.path(), Some(USER), Some(USER)).unwrap();
+    let held = "+setuid,+setgid,+dac_override,+fowner,+chown,+fsetid,+mknod";
+    let ids = format!("--reuid={USER} --regid={USER} --clear-groups --inh-caps={held} --ambient-caps={held}");
+    let starter = Backend::of("setpriv").args(ids.split_whitespace()).args([common::program()]);
+    let starter = starter.args(["--sandbox=none", "--thread-pool-size=1"]);
+    let backend = starter.share(directory.path()).by_fd().start().unwrap();
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    for round in 0..3 {
+        session.client().mkdir(ROOT, format!("roots-{round}"), 0o755, 0).unwrap();
+        session.client().user(5, 6).mkdir(ROOT, format!("users-{round}"), 0o755, 0).unwrap();
+        assert_eq!(owners(&backend.path(&format!("roots-{round}"))), (USER, USER));
+        assert_eq!(owners(&backend.path(&format!("users-{round}"))), (5, 6));
     }
 }
 

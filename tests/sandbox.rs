@@ -461,7 +461,7 @@ fn capabilities_that_are_not_needed_are_gone() {
         capabilities_in(sandbox, &[&["--inode-file-handles=never"], more].concat())
     };
     assert_eq!(with("none", &["--xattr"]), bits(&usual) | bits(&[SETFCAP]));
-    assert_eq!(with("none", &["--xattr", "--readonly"]), bits(&[DAC_OVERRIDE, FOWNER]));
+    assert_eq!(with("none", &["--xattr", "--readonly"]), bits(&[DAC_READ_SEARCH, FOWNER]));
     let changed = bits(&usual[..6]) | bits(&[SYS_ADMIN]);
     assert_eq!(with("chroot", &["--modcaps=+sys_admin:-cap_mknod"]), changed);
 }

@@ -1,5 +1,5 @@
 //! The read-only wrapper and the null store, around a real directory.
-#![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failed step fails the test")]
 
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
@@ -15,7 +15,7 @@ use lanefsd::fuse::extensions::Labels;
 use lanefsd::fuse::flags::{InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags, WriteFlags};
 use lanefsd::fuse::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
 use lanefsd::fuse::name::{LookupName, Name};
-use lanefsd::fuse::reply::Entry;
+use lanefsd::fuse::reply::{DirectoryWriter, Entry};
 use lanefsd::fuse::request::{Create, Read, Rename, Setattr, Tmpfile, Write};
 use lanefsd::sys::guest_buffers::{GuestReader, GuestWriter};
 use rustix::fs::{CWD, Mode, OFlags, openat};
@@ -241,4 +241,56 @@ fn a_read_only_share_answers_as_a_read_only_mount() {
     assert!(!fs.offered_flags().contains(InitFlags::WRITEBACK_CACHE));
     assert_eq!(std::fs::read(directory.path().join("old")).unwrap(), b"text");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2);
+}
+
+/// A file system that lets everything happen, also what no wrapper knows of yet.
+#[derive(Debug)]
+struct Willing;
+
+impl FileSystem for Willing {
+    fn access(&self, _: &Context, _: NodeId, _: u32) -> Result<(), Errno> {
+        Ok(())
+    }
+}
+
+#[test]
+fn the_read_only_wrapper_passes_on_nothing_that_it_does_not_list() {
+    // What has no method of its own in a wrapper is served by the file system below it.
+    assert!(NullStore::new(Willing, Duration::ZERO).below().is_ok());
+    assert_eq!(ReadOnly::new(Willing).below().map(drop), Err(Errno::NOSYS));
+    assert_eq!(ReadOnly::new(Willing).access(&context(), NodeId::ROOT, 4), Ok(()));
+}
+
+#[test]
+fn a_read_only_share_keeps_its_access_times() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let old = rustix::fs::Timestamps {
+        last_access: rustix::fs::Timespec { tv_sec: 1000, tv_nsec: 0 },
+        last_modification: rustix::fs::Timespec { tv_sec: 2000, tv_nsec: 0 },
+    };
+    let names = ["file", "dir"].map(|name| directory.path().join(name));
+    std::fs::write(&names[0], "text").unwrap();
+    std::fs::create_dir(&names[1]).unwrap();
+    for readonly in [true, false] {
+        for name in &names {
+            rustix::fs::utimensat(CWD, name, &old, rustix::fs::AtFlags::empty()).unwrap();
+        }
+        let open = |path: &std::path::Path| -> OwnedFd {
+            openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap()
+        };
+        let config = FsConfig { readonly, ..FsConfig::default() };
+        let fs = PassthroughFs::new(open(directory.path()), open("/proc/self/fd".as_ref()), config).unwrap();
+        let fs = ReadOnly::new(fs);
+        let node = look_up(&fs, c"file").unwrap().node;
+        let opened = fs.open(&context(), node, READ, OpenRequestFlags::empty()).unwrap();
+        assert_eq!(read(&fs, node, opened.handle, 0, 4), b"text");
+        let dir = look_up(&fs, c"dir").unwrap().node;
+        let listing = fs.opendir(&context(), dir, 0).unwrap().handle;
+        let mut buffer = Vec::new();
+        fs.readdir(&context(), dir, listing, 0, &mut DirectoryWriter::new(&mut buffer, 4096, false)).unwrap();
+        for name in &names {
+            let read_at = std::os::unix::fs::MetadataExt::atime(&std::fs::metadata(name).unwrap());
+            assert_eq!(read_at == 1000, readonly, "{name:?} was read at {read_at}");
+        }
+    }
 }

@@ -173,3 +173,26 @@ fn rules_that_are_none_are_refused_at_start() {
         assert!(stderr.contains("--xattrmap") && stderr.contains(words), "{stderr}");
     }
 }
+
+/// `cp -a`, `rsync -X`, dnf and flatpak leave out an attribute that is not supported, and fail at one
+/// that is forbidden.
+#[test]
+fn attributes_that_the_daemon_never_may_write_are_unsupported() {
+    for (args, refused) in [(&["--xattr"][..], true), (&["--xattr", "--modcaps=+sys_admin"], false)] {
+        let (_directory, backend, session) = on_disk(args);
+        fs::write(backend.path("file"), "").unwrap();
+        let client = session.client();
+        let node = client.lookup(ROOT, "file").unwrap().nodeid;
+        for name in ["trusted.overlay.opaque", "security.foo"] {
+            if refused {
+                assert_eq!(common::errno(client.setxattr(node, name, b"y", 0)), libc::ENOTSUP, "{name}");
+                setxattr(backend.path("file"), name, b"y", XattrFlags::empty()).unwrap();
+                assert_eq!(common::errno(client.removexattr(node, name)), libc::ENOTSUP, "{name}");
+            } else {
+                client.setxattr(node, name, b"y", 0).unwrap();
+                client.removexattr(node, name).unwrap();
+            }
+        }
+        client.setxattr(node, "user.name", b"y", 0).unwrap();
+    }
+}

@@ -197,7 +197,7 @@ impl<F: FileSystem> NullStore<F> {
             gid: None,
             atime: None,
             mtime: None,
-            kill_suidgid: false,
+            kill_suidgid: write.write_flags.contains(WriteFlags::KILL_SUIDGID),
         };
         self.inner.setattr(ctx, file.node, &set)?;
         file.size.store(new, Ordering::Release);

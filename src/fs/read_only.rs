@@ -3,19 +3,24 @@
 //! Whatever would change the share is refused with EROFS, and where a read-only mount of Linux has
 //! a better answer (a name that is there already is EEXIST), with that. Locks are taken: they
 //! change nothing.
+//!
+//! Every operation is listed here, either passed on or refused. One that is missing is answered
+//! ENOSYS, so that a new operation changes nothing until somebody has thought about it.
 
 use std::ffi::CStr;
 
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
-use super::{Context, FileSystem, Opened, Result};
-use crate::fuse::flags::{InitFlags, OpenRequestFlags};
-use crate::fuse::ids::{HandleId, NodeId};
+use super::{Context, FileSystem, Opened, Result, XattrReply};
+use crate::fuse::abi;
+use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
+use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
+use crate::fuse::init::Negotiated;
 use crate::fuse::name::{LookupName, Name};
-use crate::fuse::reply::{Attributes, Entry};
-use crate::fuse::request::{CopyFileRange, Create, Rename, Setattr, Tmpfile, Write};
-use crate::sys::guest_buffers::GuestReader;
+use crate::fuse::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
+use crate::fuse::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
+use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 
 /// `W_OK` of access(2).
 const WRITE_ACCESS: u32 = 2;
@@ -51,9 +56,47 @@ fn writes(flags: u32) -> bool {
     flags & OFlags::RWMODE != OFlags::RDONLY || flags.contains(OFlags::TRUNC)
 }
 
+/// Operations that change nothing: the file system inside serves them.
+macro_rules! pass_on {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*) $(-> $result:ty)?;)*) => {
+        $(fn $name(&self, $($argument: $kind),*) $(-> $result)? {
+            self.inner.$name($($argument),*)
+        })*
+    };
+}
+
 impl<F: FileSystem> FileSystem for ReadOnly<F> {
-    fn below(&self) -> Result<&dyn FileSystem> {
-        Ok(&self.inner)
+    pass_on! {
+        fn required_flags() -> InitFlags;
+        fn init(negotiated: &Negotiated);
+        fn destroy();
+        fn lookup(ctx: &Context, parent: NodeId, name: LookupName<'_>) -> Result<Entry>;
+        fn forget(node: NodeId, count: u64);
+        fn getattr(ctx: &Context, node: NodeId, handle: Option<HandleId>) -> Result<Attributes>;
+        fn statx(ctx: &Context, node: NodeId, statx: &Statx) -> Result<StatxReply>;
+        fn readlink(ctx: &Context, node: NodeId) -> Result<Vec<u8>>;
+        fn read(ctx: &Context, node: NodeId, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize>;
+        fn statfs(ctx: &Context, node: NodeId) -> Result<abi::Kstatfs>;
+        fn release(
+            ctx: &Context, node: NodeId, handle: HandleId, flags: ReleaseFlags, owner: LockOwner
+        ) -> Result<()>;
+        fn fsync(ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()>;
+        fn flush(ctx: &Context, node: NodeId, handle: HandleId, owner: LockOwner) -> Result<()>;
+        fn opendir(ctx: &Context, node: NodeId, flags: u32) -> Result<Opened>;
+        fn readdir(
+            ctx: &Context, node: NodeId, handle: HandleId, offset: u64, out: &mut DirectoryWriter<'_>
+        ) -> Result<()>;
+        fn releasedir(ctx: &Context, node: NodeId, handle: HandleId) -> Result<()>;
+        fn fsyncdir(ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()>;
+        fn lseek(ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64>;
+        fn syncfs(ctx: &Context, node: NodeId) -> Result<()>;
+        fn getxattr(ctx: &Context, node: NodeId, name: &CStr, size: u32) -> Result<XattrReply>;
+        fn listxattr(ctx: &Context, node: NodeId, size: u32) -> Result<XattrReply>;
+        fn getlk(ctx: &Context, node: NodeId, lock: &Lock) -> Result<abi::FileLock>;
+        fn setlk(ctx: &Context, node: NodeId, lock: &Lock) -> Result<()>;
+        fn setlkw(ctx: &Context, node: NodeId, lock: &Lock) -> Result<()>;
+        fn interrupt(unique: Unique);
+        fn interrupt_all();
     }
 
     fn offered_flags(&self) -> InitFlags {

@@ -9,10 +9,13 @@ use thiserror::Error;
 
 use crate::config::CapabilityChanges;
 
-/// To serve any file to anybody: who may do what is for the guest's kernel to say.
-const TO_READ: CapabilitySet = CapabilitySet::DAC_OVERRIDE.union(CapabilitySet::FOWNER);
+/// To show any file to anybody: who may do what is for the guest's kernel to say. FOWNER leaves
+/// access times alone.
+const TO_READ: CapabilitySet = CapabilitySet::DAC_READ_SEARCH.union(CapabilitySet::FOWNER);
 /// To make files that belong to the guest's users, and to keep set-id bits where POSIX does.
-const TO_CHANGE: CapabilitySet = CapabilitySet::CHOWN
+const TO_CHANGE: CapabilitySet = CapabilitySet::DAC_OVERRIDE
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::CHOWN)
     .union(CapabilitySet::FSETID)
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETUID)
@@ -49,10 +52,7 @@ pub struct Needs {
 
 impl Needs {
     fn capabilities(self) -> CapabilitySet {
-        let mut needed = TO_READ;
-        if !self.readonly {
-            needed |= TO_CHANGE;
-        }
+        let mut needed = if self.readonly { TO_READ } else { TO_CHANGE };
         if !self.readonly && self.xattr {
             needed |= CapabilitySet::SETFCAP;
         }

@@ -73,7 +73,8 @@ fn help(started: &OwnedFd, answering: &OwnedFd, target: Pid, maps: &IdMaps) -> !
 
 fn write_maps(target: Pid, maps: &IdMaps) -> Result<(), String> {
     let own = (geteuid().as_raw(), getegid().as_raw());
-    let only = |id| [IdRange { inside: 0, outside: id, count: 1 }];
+    // As with virtiofsd: the user has the same number inside and in the guest.
+    let only = |id| [IdRange { inside: id, outside: id, count: 1 }];
     let (own_user, own_group) = (only(own.0), only(own.1));
     let or = |ranges, own| if <[_]>::is_empty(ranges) { own } else { ranges };
     let users: &[IdRange] = or(&maps.users, &own_user);
@@ -128,9 +129,48 @@ fn run_tool(target: Pid, map: &Map<'_>) -> Result<(), String> {
     }
 }
 
-/// Becomes root of the user namespace, which has all files that the namespace has ids for.
-pub(super) fn become_root() -> Result<(), SandboxError> {
-    let (uid, gid) = (Uid::ROOT, Gid::ROOT);
-    set_thread_res_gid(gid, gid, gid).map_err(step("becoming the namespace's root group"))?;
-    set_thread_res_uid(uid, uid, uid).map_err(step("becoming the namespace's root"))
+/// Takes the ids that the process serves as: root of the user namespace if that has one, else the
+/// user who started the process, else any user there is. The process has all capabilities in the
+/// namespace, whoever it is.
+///
+/// `own` are the ids outside, from before the namespace was made.
+pub(super) fn become_server(own: (Uid, Gid), maps: &IdMaps) -> Result<(), SandboxError> {
+    let uid = Uid::from_raw(serving_id(&maps.users, own.0.as_raw()));
+    let gid = Gid::from_raw(serving_id(&maps.groups, own.1.as_raw()));
+    set_thread_res_gid(gid, gid, gid).map_err(step("taking a group of the namespace"))?;
+    set_thread_res_uid(uid, uid, uid).map_err(step("taking a user of the namespace"))
+}
+
+fn serving_id(ranges: &[IdRange], own: u32) -> u32 {
+    let Some(first) = ranges.first() else { return own };
+    if ranges.iter().any(|range| range.inside == 0) {
+        return 0;
+    }
+    let own_inside = |range: &IdRange| {
+        let place = own.checked_sub(range.outside).filter(|place| *place < range.count)?;
+        range.inside.checked_add(place)
+    };
+    ranges.iter().find_map(own_inside).unwrap_or(first.inside)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_daemon_serves_as_root_or_its_own_user_or_any_other() {
+        let range = |inside, outside, count| IdRange { inside, outside, count };
+        for (ranges, id) in [
+            (&[][..], 7),
+            (&[range(0, 7, 1)], 0),
+            (&[range(7, 7, 1)], 7),
+            (&[range(5, 7, 1)], 5),
+            (&[range(100, 700, 10), range(20, 3, 10)], 24),
+            (&[range(7, 7, 1), range(0, 700, 10)], 0),
+            (&[range(100, 700, 10), range(5, 8, 10)], 100),
+            (&[range(100, 700, 10), range(u32::MAX, 6, 10)], 100),
+        ] {
+            assert_eq!(serving_id(ranges, 7), id, "{ranges:?}");
+        }
+    }
 }

@@ -17,7 +17,8 @@ use crate::config::IdMaps;
 pub(super) fn enter(share: &Share<'_>, maps: &IdMaps) -> Result<Side, SandboxError> {
     // The child makes the mount namespace: this process has to keep its root, to remove the socket.
     let flags = UnshareFlags::NEWPID;
-    let own_users = !rustix::process::geteuid().is_root() || !maps.is_empty();
+    let own = (rustix::process::geteuid(), rustix::process::getegid());
+    let own_users = !own.0.is_root() || !maps.is_empty();
     match own_users {
         true => id_map::unshare(flags, maps)?,
         false => unshare(flags).map_err(step("making namespaces"))?,
@@ -29,7 +30,7 @@ pub(super) fn enter(share: &Share<'_>, maps: &IdMaps) -> Result<Side, SandboxErr
     // With the rights of the user who started the daemon.
     share.enter()?;
     if own_users {
-        id_map::become_root()?;
+        id_map::become_server(own, maps)?;
         // With another id the signal is forgotten.
         outside.end_with_it()?;
     }

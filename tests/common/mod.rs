@@ -14,6 +14,15 @@ pub fn program() -> OsString {
     std::env::var_os("LANEFSD_TEST_BACKEND").unwrap_or_else(|| env!("CARGO_BIN_EXE_lanefsd").into())
 }
 
+/// A copy of the program under test where other users reach it.
+///
+/// Another process makes it: what a thread of this one starts meanwhile would hold the copy open for
+/// writing for a moment, and nobody could run it (ETXTBSY).
+pub fn copy_program(to: &std::path::Path) {
+    let status = std::process::Command::new("cp").arg(program()).arg(to).status().expect("cp(1) runs");
+    assert!(status.success(), "the program cannot be copied to {}", to.display());
+}
+
 /// Whether the tests run against another back end than lanefsd: some things only lanefsd promises.
 pub fn is_foreign() -> bool {
     std::env::var_os("LANEFSD_TEST_BACKEND").is_some()

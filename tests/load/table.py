@@ -89,6 +89,10 @@ def checks(row, columns, best, earlier, cpu_target):
         one = [entry for entry in earlier if entry["name"] == row["name"].replace("-4", "-1")]
         if one and "lanefsd" in one[0]["columns"]:
             check("queues", ours["rate"] / one[0]["columns"]["lanefsd"]["rate"], targets.get("queues"), True)
+    if "root" in targets:
+        root = [entry for entry in earlier if row["name"] == entry["name"] + "-user"]
+        if root and "lanefsd" in root[0]["columns"]:
+            check("root CPU", ours["cpu"] / root[0]["columns"]["lanefsd"]["cpu"], targets["root"], False)
     return found
 
 
@@ -151,10 +155,13 @@ def page(found, facts):
         against_peer = verdict(checks, "rate")
         if best is None and verdict(checks, "queues") != "–":
             against_peer = "row before: " + verdict(checks, "queues")
+        cpu = verdict(checks, "CPU")
+        if verdict(checks, "root CPU") != "–":
+            cpu += "; against root's requests: " + verdict(checks, "root CPU")
         latency = ", ".join(text for text in (verdict(checks, "p50"), verdict(checks, "p99")) if text != "–")
         lines.append(f"| {entry['title']} | {rate.get('limit', '–')} | {rate.get('lanefsd', '–')} | {peer}"
                      f" | {against_peer} | {verdict(checks, 'limit')} | {latency or '–'}"
-                     f" | {verdict(checks, 'CPU')} | {verdict(checks, 'limit CPU')} |")
+                     f" | {cpu} | {verdict(checks, 'limit CPU')} |")
     targets = [check for entry in found for check in entry["checks"] if check["target"] is not None]
     unclear = sum(1 for check in targets if check["met"] is None)
     met = sum(1 for check in targets if check["met"])

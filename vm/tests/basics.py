@@ -103,5 +103,26 @@ def idmapped_mounts_have_the_right_owners(setting):
             assert (share / "mine").stat().st_uid == 1000
 
 
+# Each changes a set-user-ID program as an ordinary user; the guest says the mode before and at once after.
+CHANGE_PROGRAMS = """cd /mnt
+for change in 'dd if=/dev/zero of=tool bs=4096 count=1 conv=notrunc' 'fallocate -l 100000 tool' 'truncate -s 5 tool' \
+    'dd if=/dev/zero of=tool bs=4096 count=1 conv=notrunc oflag=direct' ': >tool'; do
+    dd if=/dev/zero of=tool bs=4096 count=2 2>/dev/null && chmod 6777 tool && stat -c %a tool
+    su user -c "$change" 2>/dev/null
+    stat -c %a tool
+done
+chown user:user tool && chmod 2666 tool && su user -c 'echo x >tool' && stat -c %a tool"""
+
+
+def programs_that_users_change_lose_their_set_id_bits(setting):
+    for arguments in ("--cache=always",), ("--cache=never", "--no-killpriv-v2"):
+        with disk.directory() as share, setting.guest(share, *arguments) as (guest, _):
+            share.chmod(0o777)
+            said = guest.output(CHANGE_PROGRAMS).split()
+            # A bit that gives nobody rights stays where its owner writes.
+            assert said == ["6777", "777"] * 5 + ["2666"], said
+
+
 TESTS = (files_are_the_same_on_both_sides, a_large_directory_is_listed_completely, callers_own_what_they_make,
-         all_cache_policies_serve, a_read_only_share_stays_as_it_is, idmapped_mounts_have_the_right_owners)
+         all_cache_policies_serve, a_read_only_share_stays_as_it_is, idmapped_mounts_have_the_right_owners,
+         programs_that_users_change_lose_their_set_id_bits)

@@ -9,7 +9,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
-use super::credentials::{gid_of, uid_of, without_fsetid};
+use super::credentials::{SetIdBits, explain_unmapped, gid_of, set_id_bits, uid_of};
 use super::identity::Owner;
 use super::inodes::Inode;
 use super::lookup::{PROC, proc_name, stat};
@@ -19,6 +19,7 @@ use crate::fuse::abi;
 use crate::fuse::ids::{HandleId, NodeId};
 use crate::fuse::reply::{Attributes, StatxReply};
 use crate::fuse::request::{self, SetTime, Setattr};
+use crate::mapping::ids::{HostGid, HostUid};
 
 /// Bits of a mode that chmod(2) sets.
 const PERMISSIONS: u32 = 0o7777;
@@ -71,7 +72,7 @@ pub(super) fn file_system(inode: &Inode) -> Result<abi::Kstatfs> {
 impl PassthroughFs {
     pub(super) fn attributes(&self, inode: &Inode) -> Result<Attributes> {
         let stat = stat(inode.path()?)?;
-        Ok(Attributes { attr: attr(&stat, self.owner(&stat)), valid: self.config.cache.timeout() })
+        Ok(Attributes { attr: attr(&stat, self.owner(&stat)), valid: self.attributes_valid(inode, &stat) })
     }
 
     /// STATX. The host is asked for what the guest wants, but never to synchronize with a server.
@@ -106,25 +107,31 @@ impl PassthroughFs {
             dev_minor: stat.stx_dev_minor,
             ..Default::default()
         };
-        Ok(StatxReply { statx, valid: self.config.cache.timeout() })
+        Ok(StatxReply { statx, valid: self.attributes_valid(inode, &stat) })
     }
 
     /// SETATTR, in the order mode, owner, size, times: a later step never undoes an earlier one but
     /// as POSIX asks for it (a new owner clears set-id bits).
-    pub(super) fn set_attributes(&self, node: NodeId, set: &Setattr) -> Result<Attributes> {
+    pub(super) fn set_attributes(&self, ctx: &Context, node: NodeId, set: &Setattr) -> Result<Attributes> {
         let inode = self.inode(node)?;
         // Owners that the guest must not give are refused before anything is changed.
         let uid: Option<Uid> = set.uid.map(|uid| uid_of(self.host_uid(uid)?)).transpose()?;
         let gid: Option<Gid> = set.gid.map(|gid| gid_of(self.host_gid(gid)?)).transpose()?;
+        // The guest's kernel has taken off the set-group-ID bit where it has to go.
+        set_id_bits(SetIdBits::Stay)?;
         if let Some(mode) = set.mode {
             self.set_mode(&inode, mode & PERMISSIONS)?;
         }
         if uid.is_some() || gid.is_some() {
             self.drop_mapped_capability(&inode)?;
-            chownat(inode.path()?, c"", uid, gid, AtFlags::EMPTY_PATH)?;
+            let result = chownat(inode.path()?, c"", uid, gid, AtFlags::EMPTY_PATH);
+            result.inspect_err(|errno| {
+                let (uid, gid) = (uid.map(|uid| HostUid(uid.as_raw())), gid.map(|gid| HostGid(gid.as_raw())));
+                explain_unmapped(*errno, uid, gid);
+            })?;
         }
         if let Some(size) = set.size {
-            self.set_size(&inode, set.handle, size, set.kill_suidgid)?;
+            self.set_size(ctx, &inode, set.handle, size, set.kill_suidgid)?;
         }
         if set.atime.is_some() || set.mtime.is_some() {
             let times =
@@ -142,15 +149,21 @@ impl PassthroughFs {
         }
     }
 
-    fn set_size(&self, inode: &Inode, handle: Option<HandleId>, size: u64, kill_suidgid: bool) -> Result<()> {
+    fn set_size(
+        &self,
+        ctx: &Context,
+        inode: &Inode,
+        handle: Option<HandleId>,
+        size: u64,
+        kill_suidgid: bool,
+    ) -> Result<()> {
         match inode.kind {
             FileType::RegularFile => {}
             FileType::Directory => return Err(Errno::ISDIR),
             _ => return Err(Errno::INVAL),
         }
-        self.drop_mapped_capability(inode)?;
         let _guard = inode.ranges.write_from(size.min(stat(inode.path()?)?.stx_size));
-        let _unprivileged = kill_suidgid.then(without_fsetid).transpose()?;
+        let _member = self.begin_change(ctx, inode, self.bits_after(ctx, kill_suidgid, true))?;
         let handle = handle.and_then(|handle| self.handles.get(inode.node, handle).ok());
         if let Some(handle) = handle {
             match ftruncate(handle.fd(), size) {

@@ -1,18 +1,32 @@
 //! Acting as the caller, for the length of one system call.
 //!
 //! Only the calling thread changes: these are the raw system calls, which do not touch the
-//! process's other threads as the C library's functions would. What was changed is changed back
-//! when the guard is dropped, on every path.
+//! process's other threads as the C library's functions would. Ids are changed back when the guard
+//! is dropped, on every path.
+//!
+//! CAP_FSETID alone stays as the last request needed it: it decides whether the host clears set-id
+//! bits of a file that is changed, and to take it off and back again for each WRITE would cost
+//! four system calls. Every operation for which it counts says so first, by [`set_id_bits`].
 
-use log::error;
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use log::{error, warn};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 use rustix::thread::{
-    CapabilitySet, capabilities, set_capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+    CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid,
 };
 
 use crate::fs::Result;
 use crate::mapping::ids::{HostGid, HostUid};
+
+thread_local! {
+    /// The capabilities of this thread, once it has asked for them. A thread is started with those
+    /// of the thread that starts it, and from then on nothing else changes them.
+    static SETS: Cell<Option<CapabilitySets>> = const { Cell::new(None) };
+}
 
 /// The daemon's own ids, which every thread has while it serves nobody.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +40,21 @@ impl OwnIds {
     pub fn current() -> OwnIds {
         OwnIds { uid: rustix::process::geteuid(), gid: rustix::process::getegid() }
     }
+
+    /// The user that a request of `uid` acts as: the daemon's own where it cannot be another.
+    ///
+    /// Root is such another unless the daemon is root: who becomes root and somebody else again
+    /// loses all capabilities (capabilities(7), "Effect of user ID changes").
+    pub fn user_for(self, uid: HostUid, held: CapabilitySet) -> HostUid {
+        let can = self.uid.is_root() || (uid.0 != 0 && held.contains(CapabilitySet::SETUID));
+        if can { uid } else { HostUid(self.uid.as_raw()) }
+    }
+
+    /// The same for a group.
+    pub fn group_for(self, gid: HostGid, held: CapabilitySet) -> HostGid {
+        let can = self.uid.is_root() || (gid.0 != 0 && held.contains(CapabilitySet::SETGID));
+        if can { gid } else { HostGid(self.gid.as_raw()) }
+    }
 }
 
 /// A caller in the host's numbers.
@@ -37,6 +66,8 @@ pub struct Caller {
     pub gid: HostGid,
     /// The one supplementary group that matters.
     pub group: Option<HostGid>,
+    /// Capabilities to act with, as far as the daemon has them.
+    pub effective: CapabilitySet,
 }
 
 /// The thread has the caller's ids until this is dropped.
@@ -49,83 +80,119 @@ pub struct CallerGuard {
     groups_changed: bool,
 }
 
-/// Puts the caller's user, group and the one supplementary group that matters on the thread.
-///
-/// The guest has already checked the caller's permissions. With `keep_override` a daemon that had
-/// CAP_DAC_OVERRIDE keeps it, where the host would refuse what the guest's kernel rightly allowed.
-pub fn become_caller(own: OwnIds, caller: Caller, keep_override: bool) -> Result<CallerGuard> {
+/// Capabilities that the daemon may use.
+pub fn held() -> Result<CapabilitySet> {
+    sets().map(|sets| sets.permitted)
+}
+
+/// Puts the caller's user, group and the one supplementary group that matters on the thread, with
+/// the caller's capabilities.
+pub fn become_caller(own: OwnIds, caller: Caller) -> Result<CallerGuard> {
     let (uid, gid) = (uid_of(caller.uid)?, gid_of(caller.gid)?);
-    let mut guard = CallerGuard { own, uid_changed: false, gid_changed: false, groups_changed: false };
     let group = caller.group.map(gid_of).transpose()?.filter(|group| *group != gid);
+    let sets = sets()?;
+    let mut guard = CallerGuard { own, uid_changed: false, gid_changed: false, groups_changed: false };
     if let Some(group) = group
-        && uid != own.uid
+        && sets.permitted.contains(CapabilitySet::SETGID)
     {
-        set_thread_groups(&[group])?;
-        guard.groups_changed = true;
+        // It decides on the set-group-id bit alone, which is cleared where the namespace knows no
+        // such group or no setgroups(2).
+        guard.groups_changed = set_thread_groups(&[group]).is_ok();
     }
     if gid != own.gid {
-        set_thread_res_gid(None::<Gid>, Some(gid), None::<Gid>)?;
+        let result = set_thread_res_gid(None::<Gid>, Some(gid), None::<Gid>);
+        result.inspect_err(|errno| explain_unmapped(*errno, None, Some(caller.gid)))?;
         guard.gid_changed = true;
     }
     if uid != own.uid {
-        let could_override =
-            keep_override && capabilities(None)?.effective.contains(CapabilitySet::DAC_OVERRIDE);
-        set_thread_res_uid(None::<Uid>, Some(uid), None::<Uid>)?;
+        let result = set_thread_res_uid(None::<Uid>, Some(uid), None::<Uid>);
+        result.inspect_err(|errno| explain_unmapped(*errno, Some(caller.uid), None))?;
         guard.uid_changed = true;
-        if could_override {
-            raise(CapabilitySet::DAC_OVERRIDE)?;
+        if own.uid.is_root() {
+            note(CapabilitySets { effective: CapabilitySet::empty(), ..sets });
         }
     }
+    make_effective(caller.effective)?;
     Ok(guard)
 }
 
 impl Drop for CallerGuard {
     fn drop(&mut self) {
-        // Back to an id that the thread has as its real one is always allowed; with the user, the
-        // kernel gives the capabilities back. Should it fail all the same, the thread must not
-        // serve anybody else.
+        // Back to an id that the thread has as its real one is always allowed. Should it fail all
+        // the same, the thread must not serve anybody else.
         let mut result = Ok(());
         if self.uid_changed {
             result = result.and(set_thread_res_uid(None::<Uid>, Some(self.own.uid), None::<Uid>));
+            if self.own.uid.is_root() {
+                // The kernel has given the capabilities back with the user.
+                result =
+                    result.and(sets().map(|sets| note(CapabilitySets { effective: sets.permitted, ..sets })));
+            }
         }
+        result = result.and_then(|()| make_effective(CapabilitySet::all()));
         if self.gid_changed {
             result = result.and(set_thread_res_gid(None::<Gid>, Some(self.own.gid), None::<Gid>));
         }
         if self.groups_changed {
             result = result.and(set_thread_groups(&[]));
         }
-        if let Err(errno) = result {
-            error!("a worker cannot take a caller's ids off again ({errno}); the daemon ends");
-            std::process::abort();
-        }
+        end_unless(result);
     }
 }
 
-/// The thread lacks CAP_FSETID until this is dropped, so that the host clears set-id bits on write
-/// and truncate as it does for an unprivileged caller.
+/// The thread has another group until this is dropped, but the user and capabilities of the daemon.
 #[derive(Debug)]
-#[must_use = "the capability comes back when this is dropped"]
-pub struct NoFsetid(bool);
+#[must_use = "the group is taken off again when this is dropped"]
+pub struct GroupGuard(Gid);
 
-/// Drops CAP_FSETID from the thread, if it has it.
-pub fn without_fsetid() -> Result<NoFsetid> {
-    let mut sets = capabilities(None)?;
-    let had = sets.effective.contains(CapabilitySet::FSETID);
-    if had {
-        sets.effective.remove(CapabilitySet::FSETID);
-        set_capabilities(None, sets)?;
-    }
-    Ok(NoFsetid(had))
+/// Makes the thread a member of `gid` alone, if the daemon may do that.
+pub fn become_member(own: OwnIds, gid: HostGid) -> Option<GroupGuard> {
+    let gid = gid_of(gid).ok()?;
+    let changed = gid != own.gid && set_thread_res_gid(None::<Gid>, Some(gid), None::<Gid>).is_ok();
+    changed.then_some(GroupGuard(own.gid))
 }
 
-impl Drop for NoFsetid {
+impl Drop for GroupGuard {
     fn drop(&mut self) {
-        if self.0
-            && let Err(errno) = raise(CapabilitySet::FSETID)
-        {
-            error!("a worker cannot take CAP_FSETID back ({errno}); set-id bits may be lost");
-        }
+        end_unless(set_thread_res_gid(None::<Gid>, Some(self.0), None::<Gid>));
     }
+}
+
+/// What the host does to the set-id bits of a file that is changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetIdBits {
+    /// Nothing, as for a process with CAP_FSETID.
+    Stay,
+    /// It clears them, as for a process without.
+    Go,
+}
+
+/// Gives the thread CAP_FSETID or takes it off; nothing is done if it is so already.
+///
+/// It holds for all that the thread does until this is called again.
+pub fn set_id_bits(bits: SetIdBits) -> Result<()> {
+    let effective = sets()?.effective;
+    make_effective(match bits {
+        SetIdBits::Stay => effective | CapabilitySet::FSETID,
+        SetIdBits::Go => effective - CapabilitySet::FSETID,
+    })
+}
+
+/// Says once what to do about an id that the daemon's user namespace does not have, if that is what
+/// the host's kernel means by EINVAL.
+pub fn explain_unmapped(errno: Errno, uid: Option<HostUid>, gid: Option<HostGid>) {
+    static SAID: AtomicBool = AtomicBool::new(false);
+    if errno != Errno::INVAL || SAID.swap(true, Ordering::Relaxed) {
+        return;
+    }
+    let uid = uid.map(|uid| format!("user {} (see --uid-map)", uid.0));
+    let gid = gid.map(|gid| format!("group {} (see --gid-map)", gid.0));
+    let ids: Vec<String> = uid.into_iter().chain(gid).collect();
+    warn!(
+        "the daemon's user namespace has no {}: a request that named it was refused. Map it, or give it another \
+         number with --translate-uid and --translate-gid. Further ids are refused without a message",
+        ids.join(", or no ")
+    );
 }
 
 /// A user, as system calls take one; EINVAL for the id that system calls take for "unchanged".
@@ -138,9 +205,95 @@ pub fn gid_of(gid: HostGid) -> Result<Gid> {
     if gid.0 == u32::MAX { Err(Errno::INVAL) } else { Ok(Gid::from_raw(gid.0)) }
 }
 
-/// Adds a permitted capability to the effective ones.
-fn raise(capability: CapabilitySet) -> std::result::Result<(), Errno> {
-    let mut sets = capabilities(None)?;
-    sets.effective.insert(capability);
-    set_capabilities(None, sets)
+/// The thread's capabilities, which the kernel is asked for once.
+fn sets() -> Result<CapabilitySets> {
+    match SETS.get() {
+        Some(sets) => Ok(sets),
+        None => capabilities(None).inspect(|sets| note(*sets)),
+    }
+}
+
+fn note(sets: CapabilitySets) {
+    SETS.set(Some(sets));
+}
+
+/// Makes `wanted` the effective capabilities, as far as they are permitted.
+fn make_effective(wanted: CapabilitySet) -> Result<()> {
+    let sets = sets()?;
+    let new = CapabilitySets { effective: wanted & sets.permitted, ..sets };
+    if new != sets {
+        set_capabilities(None, new)?;
+        note(new);
+    }
+    Ok(())
+}
+
+/// A thread that cannot take a caller's ids off again must not serve anybody else.
+fn end_unless(result: Result<()>) {
+    if let Err(errno) = result {
+        error!("a worker cannot take a caller's ids off again ({errno}); the daemon ends");
+        std::process::abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a thread remembers has to be what the kernel says, after each of these.
+    #[test]
+    fn remembered_capabilities_are_those_of_the_kernel() {
+        let own = OwnIds::current();
+        if !own.uid.is_root() {
+            return;
+        }
+        let check = |step: &str| {
+            let (kernel, known) = (capabilities(None).unwrap(), sets().unwrap());
+            assert_eq!((kernel.effective, kernel.permitted), (known.effective, known.permitted), "{step}");
+            kernel.effective
+        };
+        let begin = check("at the beginning");
+        let user = |uid, effective| Caller { uid: HostUid(uid), gid: HostGid(5), group: None, effective };
+        for bits in [SetIdBits::Go, SetIdBits::Stay, SetIdBits::Go] {
+            for uid in [0, 1000] {
+                for effective in [CapabilitySet::DAC_OVERRIDE, CapabilitySet::all(), CapabilitySet::empty()] {
+                    set_id_bits(bits).unwrap();
+                    let has = check("with or without CAP_FSETID").contains(CapabilitySet::FSETID);
+                    assert_eq!(has, bits == SetIdBits::Stay && begin.contains(CapabilitySet::FSETID));
+                    let guard = become_caller(own, user(uid, effective)).unwrap();
+                    assert_eq!(check("as a caller"), effective & begin);
+                    drop(guard);
+                    assert_eq!(check("after the call"), begin);
+                }
+            }
+        }
+        // A thread that is started by one without the capability begins without it.
+        set_id_bits(SetIdBits::Go).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                check("in a new thread");
+                set_id_bits(SetIdBits::Stay).unwrap();
+                check("in a new thread that took it");
+            });
+        });
+    }
+
+    #[test]
+    fn nobody_becomes_root_but_a_daemon_of_root() {
+        let own = |uid| OwnIds { uid: Uid::from_raw(uid), gid: Gid::from_raw(uid) };
+        let (all, none) = (CapabilitySet::all(), CapabilitySet::empty());
+        for (daemon, caller, held, acts) in [
+            (0, 0, all, 0),
+            (0, 1000, all, 1000),
+            (0, 1000, none, 1000),
+            (7, 0, all, 7),
+            (7, 0, none, 7),
+            (7, 1000, all, 1000),
+            (7, 1000, none, 7),
+            (7, 7, none, 7),
+        ] {
+            assert_eq!(own(daemon).user_for(HostUid(caller), held), HostUid(acts), "{daemon} {caller}");
+            assert_eq!(own(daemon).group_for(HostGid(caller), held), HostGid(acts), "{daemon} {caller}");
+        }
+    }
 }

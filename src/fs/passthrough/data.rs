@@ -5,11 +5,10 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::PassthroughFs;
-use super::credentials::without_fsetid;
 use super::handles::Handle;
 use super::io_mode::Mode;
 use super::range_lock::lock_copy;
+use super::{Context, PassthroughFs};
 use crate::fs::Result;
 use crate::fuse::flags::{FsyncFlags, WriteFlags};
 use crate::fuse::ids::LockOwner;
@@ -44,22 +43,19 @@ impl PassthroughFs {
     /// WRITE. Of two writes that overlap, one is whole before the other begins.
     pub(super) fn write_data(
         &self,
+        ctx: &Context,
         handle: &Handle,
         write: &Write,
         data: &mut GuestReader<'_>,
     ) -> Result<usize> {
-        if handle.mode().is_none() {
-            return Err(Errno::ISDIR);
-        }
+        let mode = handle.mode().ok_or(Errno::ISDIR)?;
         let from_cache = write.write_flags.contains(WriteFlags::CACHE);
         let appends = !from_cache && write.flags & libc::O_APPEND.cast_unsigned() != 0;
         let ranges = &handle.inode.ranges;
         // Where an append goes is known when it is done: it excludes all other writes.
         let _guard =
             if appends { ranges.write_from(0) } else { ranges.write(write.offset, u64::from(write.size)) };
-        let kill = write.write_flags.contains(WriteFlags::KILL_SUIDGID);
-        let _unprivileged = kill.then(without_fsetid).transpose()?;
-        self.drop_mapped_capability(&handle.inode)?;
+        let _member = self.begin_change(ctx, &handle.inode, self.bits_after_write(ctx, mode, write))?;
         // The guest's idea of the end of the file may be old; with RWF_APPEND the host's counts.
         let flags = if appends { libc::RWF_APPEND } else { 0 };
         write_all(handle.fd(), write.offset, flags, data)

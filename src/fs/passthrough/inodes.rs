@@ -3,7 +3,7 @@
 use std::borrow::Borrow;
 use std::collections::HashSet;
 use std::hash::{Hash, Hasher};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use rustix::fs::FileType;
@@ -52,6 +52,8 @@ pub struct Inode {
     pub ranges: RangeLock,
     /// Locks that the guest's programs hold.
     pub locks: InodeLocks,
+    /// It had a set-group-ID bit without execution by the group when it was last looked at.
+    pub lone_group_bit: AtomicBool,
     /// What keeps hold of it.
     pin: Pin,
     /// How often the guest has looked it up and not forgotten it. Goes up only under the lock of
@@ -258,6 +260,7 @@ fn new_inode(node: NodeId, key: InodeKey, kind: FileType, pin: Pin) -> Inode {
         io_mode: IoMode::default(),
         ranges: RangeLock::default(),
         locks: InodeLocks::default(),
+        lone_group_bit: AtomicBool::new(false),
         pin,
         lookups: AtomicU64::new(0),
     }

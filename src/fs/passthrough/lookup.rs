@@ -93,7 +93,7 @@ impl PassthroughFs {
         if other_mount && inode.kind == FileType::Directory && self.session().submounts {
             attr.flags |= AttrFlags::SUBMOUNT.bits();
         }
-        let attributes = Attributes { attr, valid: timeout };
+        let attributes = Attributes { attr, valid: self.attributes_valid(inode, stat) };
         Entry { node: inode.node, generation: 0, entry_valid: timeout, attributes }
     }
 
@@ -106,7 +106,17 @@ impl PassthroughFs {
             _ => return Err(Errno::NXIO),
         }
         let path = inode.path()?;
-        openat(&self.proc_self_fd, DecInt::from_fd(&*path), flags | OFlags::CLOEXEC, Mode::empty())
+        let open = |flags| {
+            openat(&self.proc_self_fd, DecInt::from_fd(&*path), flags | OFlags::CLOEXEC, Mode::empty())
+        };
+        if self.config.readonly {
+            // Only the owner and CAP_FOWNER may.
+            match open(flags | OFlags::NOATIME) {
+                Err(Errno::PERM) => {}
+                result => return result,
+            }
+        }
+        open(flags)
     }
 
     /// An O_PATH descriptor of what `file` has open.

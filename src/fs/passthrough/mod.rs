@@ -22,6 +22,7 @@ mod names;
 mod open;
 mod pins;
 pub mod range_lock;
+mod set_id;
 mod shards;
 mod xattr;
 
@@ -59,8 +60,12 @@ struct Session {
     policy: IoPolicy,
     /// Directories that are roots of other mounts are marked.
     submounts: bool,
-    /// Creating calls carry the supplementary group that matters.
-    groups_are_sent: bool,
+    /// The guest says whether a change is to clear set-id bits (HANDLE_KILLPRIV_V2).
+    says_who_clears: bool,
+    /// The guest says whether an ACL is to clear the set-group-ID bit (SETXATTR_EXT).
+    long_setxattr: bool,
+    /// New files keep the set-group-ID bit that they are asked for: the guest's kernel has decided.
+    keeps_group_bit: bool,
     /// The guest leaves umasks to us.
     leaves_umask: bool,
     /// The guest evaluates ACLs, and so may see and set them.
@@ -153,7 +158,9 @@ impl PassthroughFs {
         let session = Session {
             policy: policy(&config, false),
             submounts: false,
-            groups_are_sent: false,
+            says_who_clears: false,
+            long_setxattr: false,
+            keeps_group_bit: false,
             leaves_umask: false,
             acls: false,
             labels: false,
@@ -254,7 +261,9 @@ impl FileSystem for PassthroughFs {
         *self.session.write().unwrap_or_else(PoisonError::into_inner) = Session {
             policy: policy(&self.config, flags.contains(InitFlags::WRITEBACK_CACHE)),
             submounts: flags.contains(InitFlags::SUBMOUNTS),
-            groups_are_sent: flags.contains(InitFlags::CREATE_SUPP_GROUP),
+            says_who_clears: flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
+            long_setxattr: flags.contains(InitFlags::SETXATTR_EXT),
+            keeps_group_bit: identity::guest_strips_group_bit(negotiated),
             leaves_umask: flags.contains(InitFlags::DONT_MASK),
             acls: flags.contains(InitFlags::POSIX_ACL),
             labels: flags.contains(InitFlags::SECURITY_CTX),
@@ -285,8 +294,8 @@ impl FileSystem for PassthroughFs {
         self.attributes(&*self.inode(node)?)
     }
 
-    fn setattr(&self, _ctx: &Context, node: NodeId, set: &Setattr) -> Result<Attributes> {
-        self.set_attributes(node, set)
+    fn setattr(&self, ctx: &Context, node: NodeId, set: &Setattr) -> Result<Attributes> {
+        self.set_attributes(ctx, node, set)
     }
 
     fn statx(&self, _ctx: &Context, node: NodeId, statx: &Statx) -> Result<StatxReply> {
@@ -333,8 +342,8 @@ impl FileSystem for PassthroughFs {
         self.make_link(&self.inode(node)?, &*self.inode(new_parent)?, name)
     }
 
-    fn open(&self, _ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
-        self.open_file(self.inode(node)?, flags, open_flags)
+    fn open(&self, ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
+        self.open_file(ctx, self.inode(node)?, flags, open_flags)
     }
 
     fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened)> {
@@ -349,14 +358,8 @@ impl FileSystem for PassthroughFs {
         self.read_data(&*self.handles.get(node, read.handle)?, read, data)
     }
 
-    fn write(
-        &self,
-        _ctx: &Context,
-        node: NodeId,
-        write: &Write,
-        data: &mut GuestReader<'_>,
-    ) -> Result<usize> {
-        self.write_data(&*self.handles.get(node, write.handle)?, write, data)
+    fn write(&self, ctx: &Context, node: NodeId, write: &Write, data: &mut GuestReader<'_>) -> Result<usize> {
+        self.write_data(ctx, &*self.handles.get(node, write.handle)?, write, data)
     }
 
     fn statfs(&self, _ctx: &Context, node: NodeId) -> Result<abi::Kstatfs> {
@@ -421,7 +424,7 @@ impl FileSystem for PassthroughFs {
 
     fn fallocate(
         &self,
-        _ctx: &Context,
+        ctx: &Context,
         node: NodeId,
         handle: HandleId,
         mode: u32,
@@ -429,19 +432,17 @@ impl FileSystem for PassthroughFs {
         length: u64,
     ) -> Result<()> {
         let handle = self.handles.get(node, handle)?;
-        self.drop_mapped_capability(&handle.inode)?;
-        data::allocate(&handle, mode, offset, length)
+        self.change(ctx, &handle.inode, || data::allocate(&handle, mode, offset, length))
     }
 
     fn lseek(&self, _ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {
         data::seek(&*self.handles.get(node, handle)?, offset, whence)
     }
 
-    fn copy_file_range(&self, _ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
+    fn copy_file_range(&self, ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
         let source = self.handles.get(node, copy.handle_in)?;
         let target = self.handles.get(copy.node_out, copy.handle_out)?;
-        self.drop_mapped_capability(&target.inode)?;
-        data::copy(&source, &target, copy)
+        self.change(ctx, &target.inode, || data::copy(&source, &target, copy))
     }
 
     fn syncfs(&self, _ctx: &Context, node: NodeId) -> Result<()> {
@@ -450,14 +451,14 @@ impl FileSystem for PassthroughFs {
 
     fn setxattr(
         &self,
-        _ctx: &Context,
+        ctx: &Context,
         node: NodeId,
         name: &CStr,
         value: &[u8],
         flags: u32,
         acl_kill_sgid: bool,
     ) -> Result<()> {
-        self.set_xattr(&*self.inode(node)?, name, value, flags, acl_kill_sgid)
+        self.set_xattr(ctx, &*self.inode(node)?, (name, value), flags, acl_kill_sgid)
     }
 
     fn getxattr(&self, _ctx: &Context, node: NodeId, name: &CStr, size: u32) -> Result<XattrReply> {

@@ -101,7 +101,7 @@ impl PassthroughFs {
             Some(flags) if flags.is_empty() => renameat(from.path()?, name, to.path()?, new_name),
             Some(flags) => {
                 let whiteout = flags.contains(RenameFlags::WHITEOUT);
-                let _caller = whiteout.then(|| self.become_caller_without_groups(ctx)).transpose()?;
+                let _caller = whiteout.then(|| self.become_caller(ctx)).transpose()?;
                 renameat_with(from.path()?, name, to.path()?, new_name, flags)
             }
         }

@@ -7,7 +7,6 @@ use rustix::fs::{FileType, OFlags, openat};
 use rustix::io::Errno;
 
 use super::budget::Held;
-use super::credentials::without_fsetid;
 use super::handles::Handle;
 use super::inodes::Inode;
 use super::{Context, PassthroughFs};
@@ -26,6 +25,7 @@ impl PassthroughFs {
     /// OPEN.
     pub(super) fn open_file(
         &self,
+        ctx: &Context,
         inode: Arc<Inode>,
         flags: u32,
         open_flags: OpenRequestFlags,
@@ -36,11 +36,8 @@ impl PassthroughFs {
         let host_flags = self.host_flags(flags);
         let truncates = host_flags.contains(OFlags::TRUNC);
         let _guard = truncates.then(|| inode.ranges.write_from(0));
-        let kill = truncates && open_flags.contains(OpenRequestFlags::KILL_SUIDGID);
-        let _unprivileged = kill.then(without_fsetid).transpose()?;
-        if truncates {
-            self.drop_mapped_capability(&inode)?;
-        }
+        let bits = self.bits_after(ctx, open_flags.contains(OpenRequestFlags::KILL_SUIDGID), false);
+        let _member = truncates.then(|| self.begin_change(ctx, &inode, bits)).transpose()?;
         let slot = self.budget.take()?;
         let file = slot.hold(self.reopen(&inode, host_flags)?);
         self.add_file(&inode, file, flags)
@@ -80,7 +77,7 @@ impl PassthroughFs {
                 drop(slots);
                 let entry = self.look_up(parent, name)?;
                 self.open_entry(entry, || {
-                    self.open_file(self.inode(entry.node)?, create.flags, create.open_flags)
+                    self.open_file(ctx, self.inode(entry.node)?, create.flags, create.open_flags)
                 })
             }
             Err(errno) => Err(errno),

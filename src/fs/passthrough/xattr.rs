@@ -10,13 +10,15 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use rustix::path::DecInt;
+use rustix::thread::CapabilitySet;
 
-use super::credentials::without_fsetid;
+use super::credentials::{self, SetIdBits, set_id_bits};
 use super::inodes::Inode;
 use super::lookup::{PROC, proc_name, stat};
-use super::{NO_XATTR, PassthroughFs, StartError};
+use super::{Context, NO_XATTR, PassthroughFs, StartError};
 use crate::config::{FsConfig, Insistence};
 use crate::fs::{Result, XattrReply};
+use crate::fuse::ids::GuestUid;
 use crate::mapping::acl::{
     ACCESS, CAPABILITY, DEFAULT, ValueError, holds_ids, is_acl, value_to_guest, value_to_host,
 };
@@ -62,9 +64,9 @@ pub(super) fn acls_can_be_had(root: &OwnedFd, config: &FsConfig) -> std::result:
 impl PassthroughFs {
     pub(super) fn set_xattr(
         &self,
+        ctx: &Context,
         inode: &Inode,
-        name: &CStr,
-        value: &[u8],
+        (name, value): (&CStr, &[u8]),
         flags: u32,
         acl_kill_sgid: bool,
     ) -> Result<()> {
@@ -84,10 +86,22 @@ impl PassthroughFs {
                 },
             )?;
         }
-        if acl_kill_sgid && *name == *ACCESS {
-            return set_acl_and_clear_sgid(inode, &value, flags);
+        if *name == *ACCESS {
+            if acl_kill_sgid || self.acl_is_a_strangers(ctx, inode)? {
+                return set_acl_and_clear_sgid(inode, &value, flags);
+            }
+            set_id_bits(SetIdBits::Stay)?;
         }
-        setxattr(proc_name(&*inode.path()?), &*name, &value, flags)
+        setxattr(proc_name(&*inode.path()?), &*name, &value, flags).map_err(|errno| unsupported(errno, &name))
+    }
+
+    /// Whether an access ACL comes from somebody outside of the file's group, for guests that do not
+    /// say so themselves.
+    fn acl_is_a_strangers(&self, ctx: &Context, inode: &Inode) -> Result<bool> {
+        if self.session().long_setxattr || ctx.uid == GuestUid(0) {
+            return Ok(false);
+        }
+        Ok(self.owner(&stat(inode.path()?)?).gid != ctx.gid)
     }
 
     pub(super) fn get_xattr(&self, inode: &Inode, name: &CStr, size: u32) -> Result<XattrReply> {
@@ -131,7 +145,8 @@ impl PassthroughFs {
 
     pub(super) fn remove_xattr(&self, inode: &Inode, name: &CStr) -> Result<()> {
         self.check_xattr()?;
-        removexattr(proc_name(&*inode.path()?), &*self.host_name(name).map_err(refused)?)
+        let name = self.host_name(name).map_err(refused)?;
+        removexattr(proc_name(&*inode.path()?), &*name).map_err(|errno| unsupported(errno, &name))
     }
 
     /// Takes capabilities off a file whose data or owner is about to change, where the host's
@@ -187,9 +202,19 @@ pub(super) fn refused(refusal: Refusal) -> Errno {
     }
 }
 
+/// The errno for an attribute that the host refuses: ENOTSUP for one that the daemon never may write,
+/// whoever calls. Programs that copy attributes go on without it then, and give up at EPERM.
+fn unsupported(errno: Errno, host_name: &CStr) -> Errno {
+    let name = host_name.to_bytes();
+    let privileged =
+        name.starts_with(b"trusted.") || (name.starts_with(b"security.") && name != CAPABILITY.to_bytes());
+    let may = credentials::held().is_ok_and(|held| held.contains(CapabilitySet::SYS_ADMIN));
+    if errno == Errno::PERM && privileged && !may { Errno::NOTSUP } else { errno }
+}
+
 /// Sets an access ACL for a caller who is not in the file's group: the set-group-id bit goes.
 fn set_acl_and_clear_sgid(inode: &Inode, value: &[u8], flags: XattrFlags) -> Result<()> {
-    let _unprivileged = without_fsetid()?;
+    set_id_bits(SetIdBits::Go)?;
     setxattr(proc_name(&*inode.path()?), ACCESS, value, flags)?;
     // The host has done so by itself, unless the file's group is the daemon's own.
     let mode = Mode::from_raw_mode(u32::from(stat(inode.path()?)?.stx_mode));

@@ -67,8 +67,8 @@ pub fn requests<'a>(
     let dir = ground.directory;
     match work.op {
         Op::Write => {
-            let flags = work.open_flags();
-            let request = write_request(node, fh, 0, block, WriteFlags::empty(), flags);
+            let flags = if work.user == 0 { WriteFlags::empty() } else { WriteFlags::KILL_SUIDGID };
+            let request = write_request(node, fh, 0, block, flags, work.open_flags());
             (Box::new(Data::new(work, slot, random)), vec![request])
         }
         Op::Read => (Box::new(Data::new(work, slot, random)), vec![read_request(node, fh, 0, work.block)]),

@@ -13,6 +13,7 @@ use std::time::Instant;
 use lanefsd_frontend::chain::Cut;
 use lanefsd_frontend::client::data::read_request;
 use lanefsd_frontend::queue::{Pending, Queue};
+use lanefsd_frontend::request::Caller;
 use lanefsd_frontend::ring::Ring;
 use lanefsd_frontend::session::Session;
 
@@ -61,7 +62,10 @@ impl<'s> Lane<'s> {
         let block = vec![0xa5; written(work)];
         let mut slots = Vec::with_capacity(depth);
         for number in index * depth..(index + 1) * depth {
-            let (cycle, requests) = requests(ground, number, &block);
+            let (cycle, mut requests) = requests(ground, number, &block);
+            for request in &mut requests {
+                request.caller = Caller { uid: work.user, gid: work.user, ..request.caller };
+            }
             let unique = |step: usize| 1_000_000 + 2 * (number * 16 + step) as u64;
             let lay =
                 |(step, request)| Exchange::new(session.memory(), request, unique(step), cut(work.segments));

@@ -50,6 +50,10 @@ pub struct Work {
     /// Open the data file with O_DIRECT (the back end needs --allow-direct-io for that to matter).
     #[arg(long)]
     pub direct: bool,
+    /// User (and group) on whose behalf requests come. For any but 0 a WRITE asks to clear set-id bits, as a Linux
+    /// guest does for callers without CAP_FSETID.
+    #[arg(long, default_value_t = 0)]
+    pub user: u32,
     /// Bytes of the data file.
     #[arg(long, default_value_t = 64 << 20)]
     pub file_size: u64,

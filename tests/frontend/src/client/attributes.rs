@@ -94,15 +94,23 @@ impl Client<'_> {
 
     /// SETATTR.
     pub fn setattr(&self, node: u64, change: Change) -> Result<Attr> {
-        let request = Request::new(Opcode::Setattr, node).arg(&change.0).reply::<AttrOut>();
-        self.call::<AttrOut>(request).map(|out| out.attr)
+        self.setattr_reply(node, change).map(|out| out.attr)
+    }
+
+    /// SETATTR, with the time that the answer is valid.
+    pub fn setattr_reply(&self, node: u64, change: Change) -> Result<AttrOut> {
+        self.call(Request::new(Opcode::Setattr, node).arg(&change.0).reply::<AttrOut>())
     }
 
     /// STATX with a mask of `STATX_*` bits.
     pub fn statx(&self, node: u64, mask: u32) -> Result<Statx> {
+        self.statx_reply(node, mask).map(|out| out.stat)
+    }
+
+    /// STATX, with the time that the answer is valid.
+    pub fn statx_reply(&self, node: u64, mask: u32) -> Result<StatxOut> {
         let arg = StatxIn { sx_mask: mask, ..StatxIn::default() };
-        let request = Request::new(Opcode::Statx, node).arg(&arg).reply::<StatxOut>();
-        self.call::<StatxOut>(request).map(|out| out.stat)
+        self.call(Request::new(Opcode::Statx, node).arg(&arg).reply::<StatxOut>())
     }
 
     /// ACCESS with the mask of access(2).

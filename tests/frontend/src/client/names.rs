@@ -147,11 +147,23 @@ impl Client<'_> {
         mode: u32,
         umask: u32,
     ) -> Result<(EntryOut, OpenOut)> {
+        self.create_with(parent, name, flags, (mode, umask), 0)
+    }
+
+    /// The same with flags of the protocol.
+    pub fn create_with(
+        &self,
+        parent: u64,
+        name: impl AsRef<[u8]>,
+        flags: i32,
+        (mode, umask): (u32, u32),
+        open_flags: u32,
+    ) -> Result<(EntryOut, OpenOut)> {
         let arg = CreateIn {
             flags: flags.cast_unsigned(),
             mode: libc::S_IFREG | self.masked(mode, umask),
             umask,
-            open_flags: 0,
+            open_flags,
         };
         let request = Request::new(Opcode::Create, parent).arg(&arg).name(name).reply::<CreateOut>();
         self.call::<CreateOut>(request).map(|out| (out.entry, out.open))
