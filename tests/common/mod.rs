@@ -14,6 +14,13 @@ pub fn program() -> OsString {
     std::env::var_os("LANEFSD_TEST_BACKEND").unwrap_or_else(|| env!("CARGO_BIN_EXE_lanefsd").into())
 }
 
+/// Copies the program under test to where any user may run it. By a process of its own: a descriptor for
+/// writing that another test's child inherits would keep the copy from being started.
+pub fn copy_program(to: &std::path::Path) {
+    let copied = std::process::Command::new("cp").arg(program()).arg(to).status();
+    assert!(copied.is_ok_and(|status| status.success()), "cp(1) copies to {}", to.display());
+}
+
 /// Whether the tests run against another back end than lanefsd: some things only lanefsd promises.
 pub fn is_foreign() -> bool {
     std::env::var_os("LANEFSD_TEST_BACKEND").is_some()
