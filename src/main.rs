@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         Ok(status) => status,
         Err(error) => {
             let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
-            eprintln!("lanefsd: {}", causes.join(": "));
+            logging::report_fatal(&causes.join(": "));
             ExitCode::FAILURE
         }
     }
@@ -37,7 +37,7 @@ fn run() -> Result<ExitCode> {
         }
         Command::Serve(config) => config,
     };
-    logging::start(config.log_level, config.syslog)?;
+    logging::start(config.log_level, config.syslog);
     signals::ignore_file_size_limit();
     sandbox::raise_descriptor_limit(config.rlimit_nofile)?;
     if let Some(cpus) = &config.cpus {
