@@ -1,21 +1,25 @@
 //! Options as users type them. The names are virtiofsd's wherever it has one.
 
 mod attributes;
+mod choices;
+mod migration;
 mod old_form;
 mod values;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Parser, ValueEnum, value_parser};
+use clap::{ArgAction, Parser, value_parser};
 use log::LevelFilter;
 use thiserror::Error;
 
 use self::attributes::AttributeOptions;
+use self::choices::{Cache, FileHandles, Parallel, SandboxMode, SeccompMode, log_levels};
+use self::migration::MigrationOptions;
 use self::values::{parse_cpus, parse_id_range, parse_modcaps, parse_store};
 use crate::config::{
-    CachePolicy, CapabilityChanges, Config, DeviceConfig, FsConfig, IdMaps, InodeFileHandles, Listen,
-    ParallelDirectWrites, Sandbox, Seccomp,
+    CapabilityChanges, Config, DeviceConfig, FsConfig, IdMaps, LEAST_DESCRIPTORS, Listen,
+    ParallelDirectWrites,
 };
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
@@ -60,8 +64,9 @@ pub struct Options {
     #[command(flatten)]
     attributes: AttributeOptions,
 
-    /// Make a socket at this path and listen there for the front end (QEMU's chardev)
-    #[arg(long, value_name = "PATH", help_heading = "Connection")]
+    /// Make a socket at this path and listen there for the front end (QEMU's chardev); PATH.pid holds
+    /// the process to signal
+    #[arg(long, alias = "socket", value_name = "PATH", help_heading = "Connection")]
     socket_path: Option<PathBuf>,
 
     /// Listen on this descriptor, which the daemon was started with
@@ -81,7 +86,7 @@ pub struct Options {
     tag: Option<String>,
 
     /// What the guest may cache: nothing, all but file data, all for a second, or all
-    #[arg(long, value_enum, default_value = "auto", help_heading = "Caching and data")]
+    #[arg(long, value_enum, ignore_case = true, default_value = "auto", help_heading = "Caching and data")]
     cache: Cache,
 
     /// Which files many writers may write at once: those in direct mode, all regular files, or none
@@ -117,7 +122,8 @@ pub struct Options {
     #[arg(long, value_name = "NUMBER", default_value_t = MAX_QUEUES - 1, help_heading = "Resources")]
     request_queues: usize,
 
-    /// Descriptors the daemon may have open [default: what the host allows, up to a million]
+    /// Descriptors the daemon may have open; 0 for the limit that it was started with [default: what
+    /// the host allows, up to a million]
     #[arg(long, value_name = "NUMBER", help_heading = "Resources")]
     rlimit_nofile: Option<u64>,
 
@@ -130,7 +136,7 @@ pub struct Options {
     cpus: Option<String>,
 
     /// How to confine the daemon [default: the safest that can be had]
-    #[arg(long, value_enum, help_heading = "Security")]
+    #[arg(long, value_enum, ignore_case = true, help_heading = "Security")]
     sandbox: Option<SandboxMode>,
 
     /// User ids of the sandbox that stand for those of the host, as in :0:1000:1: (:INSIDE:OUTSIDE:COUNT:);
@@ -151,14 +157,14 @@ pub struct Options {
     modcaps: Option<String>,
 
     /// Most detailed messages to print [default: info, or what RUST_LOG says]
-    #[arg(long, value_name = "LEVEL", help_heading = "Messages")]
+    #[arg(long, value_name = "LEVEL", value_parser = log_levels(), ignore_case = true, help_heading = "Messages")]
     log_level: Option<LevelFilter>,
 
     /// Print messages for debugging, as --log-level=debug does
     #[arg(short, help_heading = "Messages")]
     debug: bool,
 
-    /// Send messages to the system log instead of standard error
+    /// Send messages to the system log instead of standard error, as far as it can be reached
     #[arg(long, help_heading = "Messages")]
     syslog: bool,
 
@@ -166,9 +172,9 @@ pub struct Options {
     #[arg(long, action = ArgAction::SetTrue, help_heading = "Messages")]
     print_capabilities: bool,
 
-    /// Options in the old form: source=DIRECTORY, cache=, sandbox=, modcaps=, log_level=, and with or
-    /// without no_: xattr, flock, posix_lock, readdirplus, writeback, announce_submounts,
-    /// allow_direct_io
+    /// Options in the old form: source=DIRECTORY, cache=, sandbox=, modcaps=, xattrmap=, loglevel=, and
+    /// with or without no_: xattr, flock, posix_lock, readdirplus, writeback, allow_direct_io,
+    /// announce_submounts, posix_acl, security_label, killpriv_v2
     #[arg(short = 'o', value_name = "LIST", help_heading = "Old forms")]
     old_form: Vec<String>,
 
@@ -176,64 +182,12 @@ pub struct Options {
     #[arg(short, help_heading = "Old forms")]
     foreground: bool,
 
+    #[command(flatten)]
+    migration: MigrationOptions,
+
     /// Benchmarks only: with null or null:LATENCY (2ms, 50us), written data is dropped
     #[arg(long, value_name = "STORE", default_value = "host", help_heading = "Benchmarks")]
     store: String,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Cache {
-    /// Neither names, nor attributes, nor data
-    #[value(alias = "none")]
-    Never,
-    /// Names and attributes, but no data
-    Metadata,
-    /// All, checked again after a second and at each open
-    Auto,
-    /// All, for as long as the guest likes; only for shares that nobody else changes
-    Always,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Parallel {
-    /// Files that the guest does not cache
-    Auto,
-    /// Every regular file
-    Always,
-    /// No file
-    Never,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum FileHandles {
-    /// A descriptor for each inode that the guest knows, and an error when there are no more
-    Never,
-    /// Where the host can do it
-    Prefer,
-    /// Do not start where the host cannot do it
-    Mandatory,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum SandboxMode {
-    /// Own mount, PID and network namespaces, with the share as the root
-    Namespace,
-    /// The share as the root directory (needs root)
-    Chroot,
-    /// None
-    None,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum SeccompMode {
-    /// It is carried out
-    None,
-    /// The daemon ends at once
-    Kill,
-    /// It is carried out, and the kernel's log tells of it
-    Log,
-    /// The daemon gets the signal SIGSYS, for debuggers
-    Trap,
 }
 
 /// Options that contradict each other or make no sense. Each is one sentence that says what to do.
@@ -270,10 +224,12 @@ pub enum OptionError {
     BadIdRange { option: &'static str, text: String },
     #[error("--uid-map and --gid-map need --sandbox=namespace")]
     MapNeedsNamespace,
-    #[error("--rlimit-nofile must be at least 64")]
+    #[error("--rlimit-nofile must be at least 64, or 0 for the limit that the daemon is started with")]
     BadLimit,
     #[error("--translate-{ids} cannot be used")]
     BadIdMap { ids: &'static str, source: IdMapError },
+    #[error("--{0} goes with --migration-mode=find-paths only: leave one of the two out")]
+    FindPathsOnly(&'static str),
     #[error("--xattrmap cannot be used")]
     BadXattrMap(#[source] XattrMapError),
 }
@@ -292,6 +248,7 @@ pub const CAPABILITIES: &str = r#"{
   "type": "fs",
   "features": [
     "posix-acl-negotiation-mode",
+    "security-label-negotiation-mode",
     "separate-options"
   ]
 }"#;
@@ -318,7 +275,7 @@ impl Options {
         if !(1..MAX_QUEUES).contains(&self.request_queues) {
             return Err(OptionError::BadQueues);
         }
-        if self.rlimit_nofile.is_some_and(|limit| limit < 64) {
+        if self.rlimit_nofile.is_some_and(|limit| (1..LEAST_DESCRIPTORS).contains(&limit)) {
             return Err(OptionError::BadLimit);
         }
         let id_maps = self.id_maps()?;
@@ -341,22 +298,14 @@ impl Options {
             },
             fs,
             readonly: self.readonly,
-            sandbox: self.sandbox.map(|sandbox| match sandbox {
-                SandboxMode::Namespace => Sandbox::Namespace,
-                SandboxMode::Chroot => Sandbox::Chroot,
-                SandboxMode::None => Sandbox::None,
-            }),
+            sandbox: self.sandbox.map(Into::into),
             id_maps,
-            seccomp: match self.seccomp {
-                SeccompMode::None => Seccomp::None,
-                SeccompMode::Kill => Seccomp::Kill,
-                SeccompMode::Log => Seccomp::Log,
-                SeccompMode::Trap => Seccomp::Trap,
-            },
+            seccomp: self.seccomp.into(),
             capabilities: self.modcaps.as_deref().map_or(Ok(CapabilityChanges::NONE), parse_modcaps)?,
             rlimit_nofile: self.rlimit_nofile,
             log_level: if self.debug { self.log_level.max(Some(LevelFilter::Debug)) } else { self.log_level },
             syslog: self.syslog,
+            remarks: self.migration.remarks()?,
         })
     }
 
@@ -389,27 +338,14 @@ impl Options {
 
     fn fs_config(&self) -> FsConfig {
         FsConfig {
-            cache: match self.cache {
-                Cache::Never => CachePolicy::Never,
-                Cache::Metadata => CachePolicy::Metadata,
-                Cache::Auto => CachePolicy::Auto,
-                Cache::Always => CachePolicy::Always,
-            },
-            parallel_direct_writes: match self.parallel_direct_writes {
-                Parallel::Auto => ParallelDirectWrites::Auto,
-                Parallel::Always => ParallelDirectWrites::Always,
-                Parallel::Never => ParallelDirectWrites::Never,
-            },
+            cache: self.cache.into(),
+            parallel_direct_writes: self.parallel_direct_writes.into(),
             writeback: self.writeback,
             allow_mmap: self.allow_mmap,
             allow_direct_io: self.allow_direct_io,
             readdirplus: !self.no_readdirplus,
             xattr: self.xattr,
-            inode_file_handles: match self.inode_file_handles {
-                FileHandles::Never => InodeFileHandles::Never,
-                FileHandles::Prefer => InodeFileHandles::Prefer,
-                FileHandles::Mandatory => InodeFileHandles::Mandatory,
-            },
+            inode_file_handles: self.inode_file_handles.into(),
             posix_lock: self.posix_lock,
             flock: self.flock,
             announce_submounts: !self.no_announce_submounts,
@@ -421,7 +357,7 @@ impl Options {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Store;
+    use crate::config::{CachePolicy, Sandbox, Seccomp, Store};
     use clap::CommandFactory;
     use std::time::Duration;
 

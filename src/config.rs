@@ -6,7 +6,11 @@ use std::time::Duration;
 
 use crate::mapping::ids::{GidMap, UidMap};
 use crate::mapping::xattrs::XattrMap;
+use crate::remarks::Remark;
 use rustix::thread::CapabilitySet;
+
+/// With fewer descriptors there is no point in serving.
+pub const LEAST_DESCRIPTORS: u64 = 64;
 
 /// Everything a start of the daemon is told.
 #[derive(Clone, Debug)]
@@ -35,7 +39,8 @@ pub struct Config {
     pub seccomp: Seccomp,
     /// Changes to the capabilities that are kept.
     pub capabilities: CapabilityChanges,
-    /// RLIMIT_NOFILE to set; `None` for as many descriptors as the host allows.
+    /// RLIMIT_NOFILE to set; `None` for as many descriptors as the host allows, 0 for those that it
+    /// allows at the start.
     pub rlimit_nofile: Option<u64>,
     /// CPUs to run on; `None` for all.
     pub cpus: Option<Vec<usize>>,
@@ -43,6 +48,8 @@ pub struct Config {
     pub log_level: Option<log::LevelFilter>,
     /// Send messages to syslog instead of stderr.
     pub syslog: bool,
+    /// What whoever starts the daemon should know about these settings.
+    pub remarks: Vec<Remark>,
 }
 
 /// Where front ends connect.

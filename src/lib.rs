@@ -11,6 +11,7 @@ pub mod fuse;
 pub mod listen;
 pub mod logging;
 pub mod mapping;
+pub mod remarks;
 pub mod sandbox;
 pub mod server;
 pub mod service;

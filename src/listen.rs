@@ -1,32 +1,69 @@
-//! The socket at which the front end connects.
+//! The listening socket and its pid file.
+
+mod group;
+mod path;
+mod pid_file;
 
 use std::io;
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 
-use rustix::fs::{CWD, Gid, Mode};
+use rustix::fs::Mode;
 use thiserror::Error;
 
+use self::group::Group;
+use self::path::{FileId, SocketPath};
+use self::pid_file::PidFile;
 use crate::config::Listen;
 
 /// Why there is nothing to listen on.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum ListenError {
-    #[error("the socket {0} is in use by another daemon; end that one, or choose another --socket-path")]
-    InUse(String),
+    #[error(
+        "the socket {path} is in use by another daemon{holder}; end that one, or choose another --socket-path"
+    )]
+    InUse { path: String, holder: String },
     #[error("{0} is there and is no socket; remove it, or choose another --socket-path")]
     NoSocket(String),
+    #[error("{0} is there and holds no process id; remove it, or choose another --socket-path")]
+    NoPidFile(String),
     #[error("the directory of the socket {0} is not there; make it, or choose another --socket-path")]
     NoDirectory(String),
-    #[error("the socket {path} cannot be made")]
+    #[error("the directory of the socket {0} is no directory; choose another --socket-path")]
+    NotADirectory(String),
+    #[error(
+        "this user may not make the socket {0}; choose a --socket-path in a directory of its own, such as the one that XDG_RUNTIME_DIR names"
+    )]
+    NotAllowed(String),
+    #[error("--socket-path {0} does not end with the name of a socket; add one")]
+    NoName(String),
+    #[error(
+        "the socket's path has {length} bytes, and the system allows {} for sockets; choose a shorter --socket-path than {path}",
+        path::MAX_LENGTH
+    )]
+    TooLong { path: String, length: usize },
+    #[error("{path} cannot be made")]
     Make { path: String, source: io::Error },
+    #[error(
+        "the socket {0} was replaced while it was made; choose a --socket-path in a directory that nobody else writes to"
+    )]
+    Replaced(String),
     #[error("--socket-group: there is no group {0}")]
     NoGroup(String),
-    #[error("--fd {0} is no listening socket; the caller has to pass one")]
-    BadFd(RawFd),
+    #[error("--socket-group {0} takes root, or a user who is a member of that group")]
+    ForeignGroup(String),
+    #[error(
+        "--fd {0} is not open; whoever starts the daemon has to pass a listening socket as that descriptor"
+    )]
+    ClosedFd(RawFd),
+    #[error("--fd {0} is no socket; whoever starts the daemon has to pass a listening one")]
+    NoSocketFd(RawFd),
+    #[error(
+        "--fd {0} is a socket that does not listen; call listen(2) before the start, and do not pass a connection"
+    )]
+    DeafFd(RawFd),
 }
 
 /// A listening socket. If the daemon made it, its path is removed when this is dropped.
@@ -36,20 +73,26 @@ pub struct Socket {
     made: Option<Made>,
 }
 
-/// A path that is ours as long as the file behind it is.
+/// Files of this daemon, which are removed with it.
 #[derive(Debug)]
 struct Made {
-    path: PathBuf,
-    file: (u64, u64),
+    place: SocketPath,
+    socket: FileId,
+    pid_file: PidFile,
+    /// Whether this process removes them.
+    owned: bool,
 }
 
 impl Socket {
     /// Listens as was asked.
     pub fn open(listen: &Listen, group: Option<&str>) -> Result<Socket, ListenError> {
-        match listen {
-            Listen::Path(path) => make(path, group),
-            Listen::Fd(fd) => Ok(Socket { listener: take_over(*fd)?, made: None }),
-        }
+        let socket = match listen {
+            Listen::Path(path) => make(path, group)?,
+            Listen::Fd(fd) => Socket { listener: take_over(*fd)?, made: None },
+        };
+        // accept(2) must not block when another process that shares the socket was faster.
+        let _ = socket.listener.set_nonblocking(true);
+        Ok(socket)
     }
 
     /// The socket itself.
@@ -57,94 +100,110 @@ impl Socket {
         &self.listener
     }
 
-    /// Leaves the removal of the path to another process.
+    /// Leaves the removal of the paths to another process, and keeps nothing open of their directory.
     pub fn keep_path(&mut self) {
-        std::mem::forget(self.made.take());
+        if let Some(mut made) = self.made.take() {
+            made.owned = false;
+        }
     }
 }
 
 impl Drop for Made {
     fn drop(&mut self) {
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == self.file) {
-            // Somebody else may be faster.
-            let _ = std::fs::remove_file(&self.path);
+        if self.owned {
+            self.place.remove_if(self.place.name(), self.socket);
+            self.pid_file.remove(&self.place);
         }
     }
 }
 
 fn make(path: &Path, group: Option<&str>) -> Result<Socket, ListenError> {
-    let name = || path.display().to_string();
-    let failed = |source| ListenError::Make { path: name(), source };
-    let group = group.map(find_group).transpose()?;
-    // A path that the working directory does not matter to: it changes before the removal.
-    let path = std::path::absolute(path).map_err(failed)?;
-    if path.parent().is_some_and(|directory| !directory.is_dir()) {
-        return Err(ListenError::NoDirectory(name()));
+    let group = group.map(Group::find).transpose()?;
+    let place = SocketPath::of(path)?;
+    let pid_file = PidFile::make(&place)?;
+    let (listener, socket) = match bind(&place, path) {
+        Ok(bound) => bound,
+        Err(error) => {
+            pid_file.remove(&place);
+            return Err(error);
+        }
+    };
+    let made = Made { socket: socket.id(), place, pid_file, owned: true };
+    if let Some(group) = group {
+        group.may_connect_to(&socket, &made.place)?;
     }
-    clear_the_way(&path)?;
+    Ok(Socket { listener, made: Some(made) })
+}
+
+/// Makes the socket, for its owner alone.
+fn bind(place: &SocketPath, path: &Path) -> Result<(UnixListener, path::Node), ListenError> {
+    clear_the_way(place)?;
     // Nobody else may connect before owner and mode are right.
     let umask = rustix::process::umask(Mode::RWXG | Mode::RWXO);
-    let bound = UnixListener::bind(&path);
+    // By the path as it was given, which may be much shorter than the whole one.
+    let bound = UnixListener::bind(path);
     rustix::process::umask(umask);
-    let listener = bound.map_err(failed)?;
-    let metadata = std::fs::symlink_metadata(&path).map_err(failed)?;
-    let made = Some(Made { path: path.clone(), file: (metadata.dev(), metadata.ino()) });
-    if let Some(group) = group {
-        rustix::fs::chownat(CWD, &path, None, Some(group), rustix::fs::AtFlags::empty())
-            .map_err(|errno| failed(errno.into()))?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o660)).map_err(failed)?;
+    let listener = bound.map_err(|source| place.failed(source))?;
+    match place.lookup(place.name()).map_err(|source| place.failed(source))? {
+        Some(node) if node.is_socket() => Ok((listener, node)),
+        _ => Err(ListenError::Replaced(place.display())),
     }
-    Ok(Socket { listener, made })
 }
 
 /// Removes a socket that nobody listens on any more.
-fn clear_the_way(path: &Path) -> Result<(), ListenError> {
-    let name = || path.display().to_string();
-    let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
-    if !metadata.file_type().is_socket() {
-        return Err(ListenError::NoSocket(name()));
+fn clear_the_way(place: &SocketPath) -> Result<(), ListenError> {
+    let Some(node) = place.lookup(place.name()).map_err(|source| place.failed(source))? else {
+        return Ok(());
+    };
+    if !node.is_socket() {
+        return Err(ListenError::NoSocket(place.display()));
     }
-    match UnixStream::connect(path) {
+    match node.connect() {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).map_err(|source| ListenError::Make { path: name(), source })
+            place.remove(place.name()).map_err(|source| place.failed(source))
         }
-        _ => Err(ListenError::InUse(name())),
+        Ok(_) => Err(ListenError::InUse { path: place.display(), holder: String::new() }),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(ListenError::InUse { path: place.display(), holder: String::new() })
+        }
+        Err(source) => Err(place.failed(source)),
     }
-}
-
-fn find_group(name: &str) -> Result<Gid, ListenError> {
-    let id = std::fs::read_to_string("/etc/group").ok().and_then(|groups| group_id(&groups, name));
-    id.map(Gid::from_raw).ok_or_else(|| ListenError::NoGroup(name.to_owned()))
-}
-
-/// The id of a group in the form of group(5), given its name or its id.
-fn group_id(groups: &str, name: &str) -> Option<u32> {
-    let by_name = groups.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
-    });
-    by_name.or_else(|| name.parse().ok())
 }
 
 fn take_over(fd: RawFd) -> Result<UnixListener, ListenError> {
-    // SAFETY: borrowed for two questions only; a descriptor that is not open answers EBADF.
+    // SAFETY: borrowed for some questions only; a descriptor that is not open answers EBADF.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-    if !rustix::net::sockopt::socket_acceptconn(borrowed).unwrap_or(false) {
-        return Err(ListenError::BadFd(fd));
+    match rustix::net::sockopt::socket_acceptconn(borrowed) {
+        Ok(true) => {}
+        Ok(false) => return Err(ListenError::DeafFd(fd)),
+        Err(rustix::io::Errno::BADF) => return Err(ListenError::ClosedFd(fd)),
+        Err(_) => return Err(ListenError::NoSocketFd(fd)),
     }
     // A caller may have left it open for the children of the daemon, of which there are none.
     let _ = rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC);
     // SAFETY: the caller passed the descriptor to this process for this use, and the command line
     // names it once.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
+    Ok(unsafe { OwnedFd::from_raw_fd(borrowed.as_raw_fd()) }.into())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
+
     use super::*;
 
     fn open(path: &Path) -> Result<Socket, ListenError> {
         Socket::open(&Listen::Path(path.to_owned()), None)
+    }
+
+    fn names(directory: &Path) -> Vec<String> {
+        let mut names: Vec<_> = std::fs::read_dir(directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
     }
 
     #[test]
@@ -152,10 +211,13 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let socket = open(&path).unwrap();
+        assert_eq!(names(directory.path()), ["socket", "socket.pid"]);
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o77, 0);
-        assert!(matches!(open(&path), Err(ListenError::InUse(_))));
+        let error = open(&path).unwrap_err();
+        let own = format!("process {}", std::process::id());
+        assert!(matches!(&error, ListenError::InUse { holder, .. } if holder.contains(&own)), "{error}");
         drop(socket);
-        assert!(!path.exists());
+        assert_eq!(names(directory.path()), [""; 0]);
     }
 
     #[test]
@@ -167,12 +229,29 @@ mod tests {
         let mut socket = open(&path).unwrap();
         socket.keep_path();
         drop(socket);
-        assert!(path.exists());
-        std::fs::remove_file(&path).unwrap();
+        assert_eq!(names(directory.path()), ["socket", "socket.pid"]);
+        // Both are stale now.
+        drop(open(&path).unwrap());
+        assert_eq!(names(directory.path()), [""; 0]);
         std::fs::write(&path, "kept").unwrap();
         assert!(matches!(open(&path), Err(ListenError::NoSocket(_))));
         assert_eq!(std::fs::read(&path).unwrap(), b"kept");
-        assert!(matches!(open(&path.join("x/y")), Err(ListenError::NoDirectory(_))));
+        assert_eq!(names(directory.path()), ["socket"]);
+        assert!(matches!(open(&directory.path().join("x/y")), Err(ListenError::NoDirectory(_))));
+        assert!(matches!(open(&path.join("y")), Err(ListenError::NotADirectory(_))));
+        assert!(matches!(open(Path::new("/")), Err(ListenError::NoName(_))));
+        let long = directory.path().join("x".repeat(120));
+        assert!(matches!(open(&long), Err(ListenError::TooLong { .. })));
+        assert_eq!(names(directory.path()), ["socket"]);
+    }
+
+    #[test]
+    fn a_living_daemon_without_a_pid_file_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let _other = UnixListener::bind(&path).unwrap();
+        assert!(matches!(open(&path), Err(ListenError::InUse { .. })));
+        assert_eq!(names(directory.path()), ["socket"]);
     }
 
     #[test]
@@ -183,22 +262,29 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
         drop(socket);
-        assert!(path.exists());
+        assert_eq!(names(directory.path()), ["socket"]);
     }
 
     #[test]
-    fn groups_are_found_by_name_and_number() {
-        let groups = "root:x:0:\nkvm:x:104:qemu,me\n";
-        assert_eq!(group_id(groups, "kvm"), Some(104));
-        assert_eq!(group_id(groups, "12"), Some(12));
-        assert_eq!(group_id(groups, "nobody-here"), None);
+    fn what_is_removed_is_in_the_directory_that_was_meant() {
+        let top = tempfile::tempdir().unwrap();
+        let at = |name: &str| top.path().join(name);
+        std::fs::create_dir(at("run")).unwrap();
+        let socket = open(&at("run/socket")).unwrap();
+        std::fs::rename(at("run"), at("moved")).unwrap();
+        std::fs::create_dir(at("run")).unwrap();
+        std::fs::hard_link(at("moved/socket"), at("run/socket")).unwrap();
+        drop(socket);
+        assert_eq!(names(&at("run")), ["socket"]);
+        assert_eq!(names(&at("moved")), [""; 0]);
     }
 
     #[test]
     fn a_descriptor_that_does_not_listen_is_refused() {
         let (one, _other) = UnixStream::pair().unwrap();
-        use std::os::fd::AsRawFd;
-        assert!(matches!(take_over(one.as_raw_fd()), Err(ListenError::BadFd(_))));
-        assert!(matches!(take_over(9999), Err(ListenError::BadFd(9999))));
+        assert!(matches!(take_over(one.as_raw_fd()), Err(ListenError::DeafFd(_))));
+        let file = std::fs::File::open("/").unwrap();
+        assert!(matches!(take_over(file.as_raw_fd()), Err(ListenError::NoSocketFd(_))));
+        assert!(matches!(take_over(9999), Err(ListenError::ClosedFd(9999))));
     }
 }

@@ -1,36 +1,83 @@
 //! Messages: one line each, to standard error or the system log. What a guest can cause is limited.
 
-use std::io::Write;
+mod system_log;
+
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use log::LevelFilter;
-use thiserror::Error;
+use log::{LevelFilter, warn};
+use time::OffsetDateTime;
+
+use self::system_log::SystemLog;
 
 /// Messages of one kind that are printed at once.
 const BURST: u32 = 10;
 /// Time after which as many may be printed again.
 const PERIOD: Duration = Duration::from_secs(5);
 
-/// The system log is not there.
-#[derive(Debug, Error)]
-#[error("the system log cannot be reached; leave --syslog out to print messages on standard error")]
-pub struct LoggingError(#[source] syslog::Error);
+/// Whether messages go to the system log.
+static TO_SYSTEM_LOG: AtomicBool = AtomicBool::new(false);
 
 /// Prints messages up to `level` from now on; without one RUST_LOG decides, and without that it is info.
-pub fn start(level: Option<LevelFilter>, to_syslog: bool) -> Result<(), LoggingError> {
-    if to_syslog {
-        let level = level.unwrap_or(LevelFilter::Info);
-        return syslog::init_unix(syslog::Facility::LOG_DAEMON, level).map_err(LoggingError);
-    }
+/// If the system log cannot be reached, they go to standard error.
+pub fn start(level: Option<LevelFilter>, to_syslog: bool) {
+    let unreachable = match to_syslog.then(SystemLog::reach) {
+        Some(Ok(log)) => {
+            let level = level.or_else(|| std::env::var("RUST_LOG").ok()?.parse().ok());
+            log::set_max_level(level.unwrap_or(LevelFilter::Info));
+            // It fails only if there is a logger already.
+            let _ = log::set_boxed_logger(Box::new(log));
+            TO_SYSTEM_LOG.store(true, Ordering::Relaxed);
+            return;
+        }
+        Some(Err(error)) => Some(error),
+        None => None,
+    };
     let mut builder = env_logger::Builder::new();
     match (level, std::env::var("RUST_LOG")) {
         (None, Ok(filter)) => builder.parse_filters(&filter),
         _ => builder.filter_level(level.unwrap_or(LevelFilter::Info)),
     };
-    builder.format(|out, record| writeln!(out, "lanefsd {}: {}", record.level(), record.args()));
+    let with_time = !is_the_journal();
+    builder.format(move |out, record| {
+        if with_time {
+            write!(out, "{} ", Now)?;
+        }
+        writeln!(out, "lanefsd {}: {}", record.level(), record.args())
+    });
     builder.init();
-    Ok(())
+    if let Some(error) = unreachable {
+        warn!("the system log cannot be reached ({error}), so messages go to standard error");
+    }
+}
+
+/// Reports the error that ends the daemon: on standard error, and in the system log if that is used.
+pub fn report_fatal(error: &str) {
+    let _ = writeln!(io::stderr(), "lanefsd: {error}");
+    if TO_SYSTEM_LOG.load(Ordering::Relaxed) {
+        log::error!("{error}");
+    }
+}
+
+/// Whether standard error is systemd's journal, which adds timestamps itself.
+fn is_the_journal() -> bool {
+    let here = rustix::fs::fstat(io::stderr()).map(|stat| format!("{}:{}", stat.st_dev, stat.st_ino));
+    std::env::var("JOURNAL_STREAM").is_ok_and(|journal| here == Ok(journal))
+}
+
+/// The current time in RFC 3339 format. UTC, since /etc/localtime is out of reach in the sandbox.
+struct Now;
+
+impl fmt::Display for Now {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let now = OffsetDateTime::now_utc();
+        let (date, (hour, minute, second, ms)) = (now.date(), now.time().as_hms_milli());
+        let (year, month, day) = (date.year(), u8::from(date.month()), date.day());
+        write!(out, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{ms:03}Z")
+    }
 }
 
 /// How often one place in the code may print a message.

@@ -13,6 +13,7 @@ use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::read_only::ReadOnly;
 use lanefsd::listen::Socket;
 use lanefsd::logging;
+use lanefsd::remarks;
 use lanefsd::sandbox::{self, Needs, Sandboxed, Side};
 use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
@@ -23,23 +24,24 @@ fn main() -> ExitCode {
         Ok(status) => status,
         Err(error) => {
             let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
-            eprintln!("lanefsd: {}", causes.join(": "));
+            logging::report_fatal(&causes.join(": "));
             ExitCode::FAILURE
         }
     }
 }
 
 fn run() -> Result<ExitCode> {
-    let config = match cli::parse(std::env::args_os())? {
+    let mut config = match cli::parse(std::env::args_os())? {
         Command::PrintCapabilities => {
             println!("{CAPABILITIES}");
             return Ok(ExitCode::SUCCESS);
         }
         Command::Serve(config) => config,
     };
-    logging::start(config.log_level, config.syslog)?;
+    logging::start(config.log_level, config.syslog);
     signals::ignore_file_size_limit();
-    sandbox::raise_descriptor_limit(config.rlimit_nofile)?;
+    config.remarks.extend(sandbox::raise_descriptor_limit(config.rlimit_nofile)?);
+    config.remarks.extend(remarks::about(&config));
     if let Some(cpus) = &config.cpus {
         sandbox::bind_to_cpus(cpus)?;
     }
@@ -81,6 +83,7 @@ fn serve(config: &Config, socket: &Socket, sandboxed: Sandboxed) -> Result<()> {
     };
     let service = Arc::new(Service::new(fs));
     sandbox::install_seccomp(config.seccomp, file_handles)?;
+    remarks::print(&config.remarks);
     server::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
     Ok(())
 }

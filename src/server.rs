@@ -1,5 +1,7 @@
 //! Front ends come and go: one is served at a time, until a signal or the last one has left.
 
+mod acceptor;
+
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -8,14 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use log::{error, info};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
 use signal_hook::low_level::pipe;
 use thiserror::Error;
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
+use self::acceptor::{Acceptor, Event};
 use crate::config::DeviceConfig;
 use crate::device::backend::Backend;
+use crate::logging::info_limited;
 use crate::service::Service;
 use crate::sys::signals;
 
@@ -59,12 +61,21 @@ impl AsFd for Signals {
     }
 }
 
+/// How a conversation came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// The front end has left.
+    Left,
+    /// Not one of its messages could be handled: this was not a front end.
+    NoFrontEnd,
+}
+
 /// The connection with one front end, served by a thread of its own.
 struct Connection {
     stream: UnixStream,
     /// Its other end is closed when the thread is done.
     done: UnixStream,
-    thread: JoinHandle<Result<(), ServerError>>,
+    thread: JoinHandle<Result<Ending, ServerError>>,
 }
 
 /// Serves front ends that connect to `listener` until a signal comes or, without
@@ -76,41 +87,62 @@ pub fn serve(
     keep_listening: bool,
     service: &Arc<Service>,
 ) -> Result<(), ServerError> {
-    info!("Waiting for vhost-user socket connection...");
-    let mut connection: Option<Connection> = None;
+    let mut acceptor = Acceptor::new(listener);
     loop {
-        // While one front end is served, the next one waits in the socket's queue.
-        let source = connection.as_ref().map_or(listener.as_fd(), |connection| connection.done.as_fd());
-        if wait(signals, source)? {
+        info!("Waiting for vhost-user socket connection...");
+        let Some(connection) = next_front_end(&mut acceptor, signals, config, keep_listening, service)?
+        else {
+            return Ok(());
+        };
+        let signalled = loop {
+            match acceptor.wait(signals.as_fd(), Some(connection.done.as_fd()))? {
+                Event::Signal => break true,
+                Event::Watched => break false,
+                // It waits until the current front end disconnects.
+                Event::Pending => {}
+            }
+        };
+        if signalled {
             info!("a signal ends the daemon");
-            return connection.map_or(Ok(()), Connection::end);
+            return connection.end().map(drop);
         }
-        match connection.take() {
-            None => {
-                let (stream, _) = listener.accept().map_err(ServerError::Listen)?;
-                connection = Some(Connection::begin(stream, config, service)?);
-            }
-            Some(finished) if keep_listening => {
-                if let Err(error) = finished.end() {
-                    error!("{error}");
-                }
-                info!("Waiting for vhost-user socket connection...");
-            }
-            Some(finished) => return finished.end(),
+        match connection.end() {
+            Ok(Ending::NoFrontEnd) => {}
+            Err(error) if keep_listening => error!("{error}"),
+            Ok(Ending::Left) if keep_listening => {}
+            ended => return ended.map(drop),
         }
     }
 }
 
-/// Waits until `source` is readable, or a signal has come: then true.
-fn wait(signals: &Signals, source: BorrowedFd<'_>) -> Result<bool, ServerError> {
-    let mut fds = [PollFd::new(signals, PollFlags::IN), PollFd::from_borrowed_fd(source, PollFlags::IN)];
+/// Waits for a front end and begins to serve it; `None` when a signal has come instead.
+fn next_front_end(
+    acceptor: &mut Acceptor<'_>,
+    signals: &Signals,
+    config: &DeviceConfig,
+    keep_listening: bool,
+    service: &Arc<Service>,
+) -> Result<Option<Connection>, ServerError> {
     loop {
-        match poll(&mut fds, None) {
-            Ok(_) => return Ok(!fds.first().is_none_or(|fd| fd.revents().is_empty())),
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(ServerError::SetUp(errno.into())),
+        while let Some(stream) = acceptor.next() {
+            match Connection::begin(stream, config, service) {
+                Ok(connection) => return Ok(Some(connection)),
+                // Another time there may be a thread and a descriptor for it.
+                Err(error) if keep_listening => {
+                    error!("a front end cannot be served: {}", with_cause(&error))
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if acceptor.wait(signals.as_fd(), None)? == Event::Signal {
+            info!("a signal ends the daemon");
+            return Ok(None);
         }
     }
+}
+
+fn with_cause(error: &ServerError) -> String {
+    std::error::Error::source(error).map_or(error.to_string(), |cause| format!("{error}: {cause}"))
 }
 
 impl Connection {
@@ -132,7 +164,7 @@ impl Connection {
     }
 
     /// Ends the conversation, if it has not ended yet, and waits for all requests in flight.
-    fn end(self) -> Result<(), ServerError> {
+    fn end(self) -> Result<Ending, ServerError> {
         // It fails only if the front end was faster.
         let _ = self.stream.shutdown(Shutdown::Both);
         self.thread.join().unwrap_or_else(|_| Err(ServerError::FrontEnd("the control thread failed".into())))
@@ -140,19 +172,25 @@ impl Connection {
 }
 
 /// Answers the front end's messages until it leaves, then stops the device.
-fn talk(stream: UnixStream, backend: Backend) -> Result<(), ServerError> {
+fn talk(stream: UnixStream, backend: Backend) -> Result<Ending, ServerError> {
     let backend = Arc::new(Mutex::new(backend));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&backend));
+    let mut answered = false;
     let error = loop {
-        if let Err(error) = handler.handle_request() {
-            break error;
+        match handler.handle_request() {
+            Ok(()) => answered = true,
+            Err(error) => break error,
         }
     };
     backend.lock().unwrap_or_else(PoisonError::into_inner).shut_down();
+    if !answered {
+        info_limited!("a connection was closed that is not from a front end: {error}");
+        return Ok(Ending::NoFrontEnd);
+    }
     match error {
         ProtocolError::Disconnected | ProtocolError::PartialMessage | ProtocolError::SocketBroken(_) => {
             info!("the front end has left");
-            Ok(())
+            Ok(Ending::Left)
         }
         ProtocolError::ReqHandlerError(error) => Err(ServerError::FrontEnd(error.to_string())),
         ProtocolError::InvalidMessage => Err(ServerError::FrontEnd(

@@ -155,8 +155,8 @@ impl Service {
         let missing = self.fs.required_flags() - negotiated.flags;
         if !missing.is_empty() {
             warn_limited!(
-                "a guest was refused: it lacks {missing:?}, which was asked for with the mode always; \
-                 with the mode auto it is served without"
+                "a guest was refused, whom --posix-acl=auto or --security-label=auto would serve: it lacks \
+                 {missing:?}, which that option demands without a mode or with always"
             );
             return Err(Errno::PROTO);
         }

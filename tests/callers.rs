@@ -15,6 +15,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use lanefsd::fuse::flags::InitFlags;
 use lanefsd_frontend::backend::Starter;
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::{Backend, Session, SessionOptions};
@@ -59,11 +60,99 @@ const LINES: &[(&str, &str)] = &[
     ),
     ("cloud-hypervisor", "--socket-path SOCKET --shared-dir SHARE --cache=never"),
     ("cloud-hypervisor", "--socket-path SOCKET --shared-dir SHARE --cache=never --thread-pool-size=4"),
+    ("virtme-ng", "--syslog --no-announce-submounts --socket-path SOCKET --shared-dir SHARE --sandbox none"),
+    (
+        "systemd-vmspawn",
+        "--shared-dir SHARE --xattr --fd=FD --no-announce-submounts --log-level=error --modcaps=-mknod",
+    ),
+    ("mkosi", "--fd=FD --shared-dir SHARE --xattr --no-announce-submounts --sandbox=chroot"),
+    (
+        "microvm.nix",
+        "--socket-path=SOCKET --socket-group=root --shared-dir=SHARE --rlimit-nofile 1048 --thread-pool-size 4 --posix-acl --xattr --cache=auto --inode-file-handles=prefer",
+    ),
+    (
+        "Firecracker's fork",
+        "--socket-path SOCKET --shared-dir SHARE --readonly --no-announce-submounts --sandbox namespace --inode-file-handles=never --migration-mode find-paths --migration-on-error abort",
+    ),
+    (
+        "Kata runtime-go",
+        "--syslog --cache=auto --shared-dir=SHARE --fd=FD --announce-submounts --thread-pool-size=1",
+    ),
+    ("scripts of old", "--socket=SOCKET -o source=SHARE -o cache=auto -o loglevel=err -f"),
     (
         "runcvm",
         "-o modcaps=+sys_admin -o cache=always -o announce_submounts -o xattr --socket-path=SOCKET -o source=SHARE -o sandbox=chroot",
     ),
 ];
+
+/// What virtiofsd 1.14 takes besides directory and socket, one start for each line.
+const VIRTIOFSDS_OPTIONS: &[&str] = &[
+    "--tag=share",
+    "--socket-group=root",
+    "--thread-pool-size=0",
+    "--xattr",
+    "--posix-acl",
+    "--posix-acl=never",
+    "--posix-acl=auto",
+    "--posix-acl=always",
+    "--xattrmap=:map::user.virtiofs.:",
+    "--xattrmap=:prefix:all:trusted.:user.virtiofs.::bad:all:trusted.:security.::ok:all:::",
+    "--xattrmap=/prefix/all//user.virtiofs.//bad/all///",
+    "--sandbox=Namespace",
+    "--sandbox=chroot",
+    "--sandbox=none",
+    "--readonly",
+    "--seccomp=none",
+    "--seccomp=kill",
+    "--seccomp=log",
+    "--seccomp=trap",
+    "--announce-submounts --no-announce-submounts",
+    "--inode-file-handles=never",
+    "--inode-file-handles=fallback",
+    "--inode-file-handles=prefer",
+    "--inode-file-handles=mandatory",
+    "--cache=auto",
+    "--cache=always",
+    "--cache=never --allow-mmap",
+    "--cache=Metadata",
+    "--no-readdirplus",
+    "--writeback",
+    "--allow-direct-io",
+    "--modcaps=+sys_admin:-chown",
+    "--log-level=off",
+    "--log-level=ERROR",
+    "--log-level trace",
+    "--rlimit-nofile=0",
+    "--rlimit-nofile 4096",
+    "-o xattrmap=:map::user.virtiofs.:",
+    "-o cache=auto,cache=always,cache=none,cache=metadata",
+    "-o loglevel=debug,loglevel=info,loglevel=warn,loglevel=err",
+    "-o sandbox=namespace,sandbox=chroot",
+    "-o modcaps=+sys_admin",
+    "-o xattr,no_xattr,readdirplus,no_readdirplus,writeback,no_writeback",
+    "-o allow_direct_io,no_allow_direct_io,announce_submounts,killpriv_v2,no_killpriv_v2",
+    "-o posix_acl,no_posix_acl,security_label,no_security_label,no_posix_lock,no_flock",
+    "-d",
+    "-f",
+    "--killpriv-v2",
+    "--no-killpriv-v2",
+    // The guest of this test has no labels, and is served all the same.
+    "--security-label --security-label=auto",
+    "--security-label=auto",
+    "--uid-map=:0:0:1: --gid-map /0/0/1/",
+    "--translate-uid=guest:1:2:3 --translate-gid guest:1:2:3",
+    "--translate-uid=host:1:2:3",
+    "--translate-uid=squash-guest:1:2:3 --translate-uid=squash-host:1:2:3",
+    "--translate-uid=forbid-guest:1:3",
+    "--translate-uid=map:1:2:3",
+    "--preserve-noatime",
+    "--migration-mode=find-paths --migration-on-error=abort",
+    "--migration-mode=file-handles --migration-on-error=guest-error",
+    "--migration-verify-handles --migration-confirm-paths",
+];
+
+/// An ordinary user of the host, who needs no name.
+const USER: u32 = 4321;
 
 /// A directory for one start.
 struct Place(TempDir);
@@ -149,6 +238,77 @@ fn every_line_starts_and_serves() {
 }
 
 #[test]
+fn every_option_of_virtiofsd_starts() {
+    for options in VIRTIOFSDS_OPTIONS {
+        eprintln!("{options}");
+        let place = Place::new();
+        let line = format!("--socket-path SOCKET --shared-dir SHARE {options}");
+        let (mut backend, session) = place.start(Backend::of(common::program()), &line);
+        session.client().getattr(ROOT).unwrap();
+        drop(session);
+        backend.expect_success().unwrap();
+    }
+}
+
+/// Build tools start it as root of a user namespace, runners as a user without a sandbox.
+#[test]
+fn users_start_it() {
+    let squash = "--sandbox=none --translate-uid=squash-host:0:USER:4294967295 --translate-gid=squash-host:0:USER:4294967295";
+    let vmspawn =
+        "--shared-dir SHARE --xattr --fd=FD --no-announce-submounts --log-level=error --modcaps=-mknod";
+    for (caller, wrapper, line) in [
+        (
+            "mkosi",
+            "unshare -Ur",
+            "--fd=FD --shared-dir SHARE --xattr --no-announce-submounts --sandbox=chroot",
+        ),
+        ("systemd-vmspawn", "unshare -Ur", vmspawn),
+        ("a user", "", "--socket-path SOCKET --shared-dir SHARE"),
+        ("a user", "", "--socket-path SOCKET --shared-dir SHARE --rlimit-nofile=0 --sandbox=namespace"),
+        (
+            "libvirt's session mode",
+            "",
+            "--fd=FD --shared-dir SHARE --uid-map=:0:USER:1: --gid-map=:0:USER:1:",
+        ),
+        ("a runner", "", &format!("--socket-path SOCKET --shared-dir SHARE --readonly {squash}")),
+        ("KubeVirt", "", "--socket-path=SOCKET --shared-dir=SHARE --sandbox=none --cache=auto --xattr"),
+    ] {
+        eprintln!("{caller}: {wrapper} {line}");
+        let place = Place::new();
+        let program = place.0.path().join("lanefsd");
+        common::copy_program(&program);
+        for path in [place.0.path(), &place.share()] {
+            std::os::unix::fs::chown(path, Some(USER), Some(USER)).unwrap();
+        }
+        let words = format!("--reuid={USER} --regid={USER} --clear-groups {wrapper}");
+        let starter = Backend::of("setpriv").args(words.split_whitespace()).args([&program]);
+        let (mut backend, session) = place.start(starter, &line.replace("USER", &USER.to_string()));
+        let node = session.client().lookup(ROOT, "from-host").unwrap().nodeid;
+        assert_eq!(session.client().read_file(node).unwrap(), b"hello", "{caller}");
+        drop(session);
+        backend.expect_success().unwrap();
+        assert!(!place.socket().exists(), "{caller}: the socket is left behind");
+    }
+}
+
+/// What libvirt starts in place of the daemon to get at options that it has no element for.
+#[test]
+fn a_wrapper_script_adds_options() {
+    let place = Place::new();
+    let wrapper = place.0.path().join("wrapper");
+    let program = std::path::PathBuf::from(common::program());
+    let script = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/dist/lanefsd-with-locks")).unwrap();
+    let script = script.replace("/usr/bin/lanefsd", program.to_str().unwrap());
+    assert!(script.contains(program.to_str().unwrap()));
+    fs::write(&wrapper, script).unwrap();
+    let by_shell = |args: &[&str]| Backend::of("sh").args([&wrapper]).args(args);
+    let output = std::process::Command::new("sh").arg(&wrapper).arg("--print-capabilities").output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stdout).contains("separate-options"));
+    let (_backend, session) = place.start(by_shell(&[]), "--fd=FD --shared-dir SHARE");
+    assert!(session.init_flags().contains(InitFlags::POSIX_LOCKS | InitFlags::FLOCK_LOCKS));
+}
+
+#[test]
 fn podman_wants_errors_alone() {
     let place = Place::new();
     let line = "--sandbox none --socket-path SOCKET --shared-dir . --seccomp=none";
@@ -187,4 +347,35 @@ fn kata_wants_the_system_log() {
     drop(session);
     backend.expect_success().unwrap();
     assert_eq!(backend.stderr(), "");
+}
+
+/// A host on which nobody listens for messages to the system log, or no longer.
+#[test]
+fn without_a_system_log_messages_go_to_standard_error() {
+    let line = "--syslog --cache=auto --shared-dir=SHARE --fd=FD --thread-pool-size=1 --announce-submounts";
+    let place = Place::new();
+    let script = "mount -t tmpfs none /run && { [ ! -e /dev/log ] || mount --bind /dev/null /dev/log; } && exec \"$@\"";
+    let starter =
+        Backend::of("unshare").args(["--mount", "sh", "-c", script, "sh"]).args([common::program()]);
+    let (mut backend, session) = place.start(starter, line);
+    place.use_it(&session, false);
+    common::wait_for_words(&mut backend, "session begins");
+    assert!(backend.stderr().contains("the system log cannot be reached"), "{}", backend.stderr());
+    drop(session);
+    backend.expect_success().unwrap();
+
+    let place = Place::new();
+    let path = place.0.path().join("log");
+    let log = UnixDatagram::bind(&path).unwrap();
+    let script = "if [ -e /dev/log ]; then mount --bind $0 /dev/log; \
+                  else mount -t tmpfs none /run && ln -s $0 /run/syslog; fi && exec \"$@\"";
+    let starter = Backend::of("unshare").args(["--mount", "sh", "-c", script]).args([Path::new(&path)]);
+    let (mut backend, session) = place.start(starter.args([common::program()]), line);
+    assert_eq!(backend.stderr(), "");
+    // The log daemon ends, and the next one has another socket.
+    drop(log);
+    session.init().unwrap();
+    common::wait_for_words(&mut backend, "session begins");
+    drop(session);
+    backend.expect_success().unwrap();
 }

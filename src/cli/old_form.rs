@@ -2,9 +2,11 @@
 //! them and libvirt before version 10 gives them.
 
 use clap::ValueEnum;
+use log::LevelFilter;
 
 use super::attributes::Mode;
-use super::{Cache, OptionError, Options, SandboxMode};
+use super::choices::{Cache, SandboxMode};
+use super::{OptionError, Options};
 
 impl Options {
     /// Takes what stands in `-o` into the other options. It counts over them, and the last of it most.
@@ -25,11 +27,13 @@ impl Options {
     fn assign(&mut self, name: &str, value: &str) -> Option<()> {
         match name {
             "source" => self.shared_dir = Some(value.into()),
-            "cache" => self.cache = Cache::from_str(value, false).ok()?,
-            "sandbox" => self.sandbox = Some(SandboxMode::from_str(value, false).ok()?),
+            "cache" => self.cache = Cache::from_str(value, true).ok()?,
+            "sandbox" => self.sandbox = Some(SandboxMode::from_str(value, true).ok()?),
             "modcaps" => self.modcaps = Some(value.to_owned()),
             "xattrmap" => self.attributes.xattrmap = Some(value.to_owned()),
-            "log_level" => self.log_level = Some(value.parse().ok()?),
+            // The C program called it log_level.
+            "loglevel" | "log_level" if value == "err" => self.log_level = Some(LevelFilter::Error),
+            "loglevel" | "log_level" => self.log_level = Some(value.parse().ok()?),
             _ => return None,
         }
         Some(())
@@ -83,7 +87,7 @@ fn split(list: &str) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use log::LevelFilter;
+    use clap::CommandFactory;
     use rustix::thread::CapabilitySet;
 
     use super::*;
@@ -116,8 +120,26 @@ mod tests {
         assert_eq!(with("-o modcaps=+sys_admin").unwrap().capabilities.add, CapabilitySet::SYS_ADMIN);
         assert_eq!(with("-o log_level=warn").unwrap().log_level, Some(LevelFilter::Warn));
         assert_eq!(with("-d --log-level trace").unwrap().log_level, Some(LevelFilter::Trace));
+        for (text, level) in [("err", LevelFilter::Error), ("debug", LevelFilter::Debug)] {
+            assert_eq!(with(&format!("-o loglevel={text}")).unwrap().log_level, Some(level));
+        }
         for bad in ["nil", "cache=nil", "cache", "source", "no_source=/d", "xattr=1", ",", "timeout=3"] {
             assert!(matches!(with(&format!("-o {bad}")), Err(OptionError::OldForm(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_help_names_all_that_can_stand_there() {
+        let help = Options::command().render_long_help().to_string();
+        let (_, help) = help.split_once("in the old form").unwrap();
+        let (help, _) = help.split_once("  -f").unwrap();
+        let help: String = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        for name in ["source=", "cache=", "sandbox=", "modcaps=", "xattrmap=", "loglevel="]
+            .into_iter()
+            .chain(["xattr,", "flock", "posix_lock", "readdirplus", "writeback", "announce_submounts"])
+            .chain(["allow_direct_io", "posix_acl", "security_label", "killpriv_v2"])
+        {
+            assert!(help.contains(name), "{name} is not in: {help}");
         }
     }
 

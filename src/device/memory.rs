@@ -35,7 +35,9 @@ pub enum MemoryError {
     #[error("there is no region of guest memory at {0:#x}")]
     Missing(u64),
     /// An address of the front end that is in no region.
-    #[error("the front end's address {0:#x} is in no memory region")]
+    #[error(
+        "the front end's address {0:#x} is in no memory region that it shares; give the VM shared memory (share=on of QEMU's memory-backend-memfd, <access mode='shared'/> of libvirt)"
+    )]
     Address(u64),
 }
 

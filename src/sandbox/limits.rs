@@ -5,8 +5,13 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use thiserror::Error;
 
+use crate::config::LEAST_DESCRIPTORS;
+use crate::remarks::Remark;
+
 /// Descriptors that are asked for when nothing else was said: a million inodes.
 const WANTED: u64 = 1_000_000;
+/// A limit that a guest meets in ordinary use, such as a search through a source tree.
+const FEW: u64 = 100_000;
 
 /// Why a limit cannot be set.
 #[derive(Debug, Error)]
@@ -21,24 +26,61 @@ pub enum LimitError {
         /// What the system call said.
         source: Errno,
     },
+    /// The limit that is there does not do.
+    #[error(
+        "the daemon may open {0} files at once, which does not do; give --rlimit-nofile, or raise the limit where it is started (LimitNOFILE= of systemd, ulimit -n)"
+    )]
+    TooFew(u64),
     /// sched_setaffinity(2) failed.
     #[error("--cpus names no CPU that the host has")]
     Cpus(#[source] Errno),
 }
 
-/// Sets RLIMIT_NOFILE to `wanted`, or as high as the host allows.
-pub fn raise_descriptor_limit(wanted: Option<u64>) -> Result<(), LimitError> {
-    let hard = getrlimit(Resource::Nofile).maximum;
-    let allowed = hard.unwrap_or(u64::MAX);
-    let limit = wanted.unwrap_or(WANTED.max(allowed.min(WANTED)));
-    let maximum = if limit > allowed { Some(limit) } else { hard };
-    match (setrlimit(Resource::Nofile, Rlimit { current: Some(limit), maximum }), wanted) {
-        (Ok(()), _) => Ok(()),
-        (Err(source), Some(wanted)) => Err(LimitError::Descriptors { wanted, allowed, source }),
-        // Without the privilege to pass the hard limit, that is the best.
-        (Err(_), None) => setrlimit(Resource::Nofile, Rlimit { current: hard, maximum: hard })
-            .map_err(|source| LimitError::Descriptors { wanted: allowed, allowed, source }),
+/// Sets RLIMIT_NOFILE to `wanted`, or as high as the host allows. 0 leaves it as it is. What there is to
+/// be said about it is returned.
+pub fn raise_descriptor_limit(wanted: Option<u64>) -> Result<Option<Remark>, LimitError> {
+    let remark = match wanted {
+        Some(0) => None,
+        Some(wanted) => {
+            let refused = |source| LimitError::Descriptors { wanted, allowed: hard_limit(), source };
+            set(wanted).map_err(refused)?;
+            None
+        }
+        None => raise(most_of_the_host().min(WANTED)),
+    };
+    match getrlimit(Resource::Nofile).current {
+        Some(limit) if limit < LEAST_DESCRIPTORS => Err(LimitError::TooFew(limit)),
+        _ => Ok(remark),
     }
+}
+
+/// Raises the limit to `wanted` if that can be had, or else as far as it goes.
+fn raise(wanted: u64) -> Option<Remark> {
+    // Without the privilege to pass the hard limit, that is the best.
+    if set(wanted).is_ok() || (set(hard_limit().min(wanted)).is_ok() && hard_limit() >= wanted) {
+        return None;
+    }
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let text = format!(
+        "the daemon may open {limit} files at once and not {wanted}, since the hard limit of descriptors is lower; raise that where it is started (LimitNOFILE= of systemd, ulimit -Hn) if the guest uses many files"
+    );
+    Some(if limit < FEW { Remark::warning(text) } else { Remark::information(text) })
+}
+
+fn set(limit: u64) -> Result<(), Errno> {
+    let hard = getrlimit(Resource::Nofile).maximum;
+    let maximum = hard.map(|hard| hard.max(limit));
+    setrlimit(Resource::Nofile, Rlimit { current: Some(limit), maximum })
+}
+
+fn hard_limit() -> u64 {
+    getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX)
+}
+
+/// What nobody can raise the limit above.
+fn most_of_the_host() -> u64 {
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok();
+    most.and_then(|most| most.trim().parse().ok()).unwrap_or(WANTED)
 }
 
 /// Lets the process, and all threads that it starts later, run on `cpus` alone.

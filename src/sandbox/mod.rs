@@ -11,6 +11,7 @@ mod mounts;
 mod namespace;
 mod process;
 mod seccomp;
+mod share;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -33,11 +34,7 @@ use crate::config::{IdMaps, Sandbox};
 #[derive(Debug, Error)]
 pub enum SandboxError {
     /// The share is missing, no directory, or may not be looked at.
-    #[error(
-        "the shared directory {path} cannot be opened; --shared-dir needs a directory that is there and that \
-         the daemon's user may enter",
-        path = path.display()
-    )]
+    #[error("the shared directory {path} cannot be opened; {advice}", path = path.display(), advice = share::advice(path, *source))]
     Share {
         /// The directory.
         path: PathBuf,

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use log::warn;
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
@@ -46,6 +47,19 @@ impl Budget {
     /// How many there are altogether.
     pub fn most(&self) -> usize {
         self.most
+    }
+
+    /// Says at the start what nobody could guess from an EMFILE later: inodes cannot be held by file
+    /// handles, for which `errno` is the reason.
+    pub fn warn_without_handles(&self, errno: Errno) {
+        let remedy = match errno {
+            Errno::PERM => "raise --rlimit-nofile, or start the daemon with CAP_DAC_READ_SEARCH",
+            _ => "raise --rlimit-nofile",
+        };
+        warn!(
+            "inodes cannot be held by file handles here ({errno}), so the guest can know and open {} files at once, and gets EMFILE (too many open files) for more; {remedy} if it needs more",
+            self.most
+        );
     }
 
     /// The right to hold one more descriptor, and memory for what belongs to it; EMFILE if there is no

@@ -214,7 +214,7 @@ fn descriptors(
         (_, Ok(descriptors)) => Ok(descriptors),
         (InodeFileHandles::Mandatory, Err(_)) => Err(StartError::NoFileHandles),
         (InodeFileHandles::Prefer, Err(errno)) => {
-            debug!("inodes cannot be held by file handles here: {errno}");
+            budget.warn_without_handles(errno);
             Ok(Descriptors::unlimited(budget))
         }
     }

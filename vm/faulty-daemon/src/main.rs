@@ -126,7 +126,7 @@ fn main() -> Result<()> {
     else {
         bail!("this daemon only serves");
     };
-    logging::start(config.log_level, config.syslog)?;
+    logging::start(config.log_level, config.syslog);
     raise_descriptor_limit(config.rlimit_nofile)?;
     signals::hold();
     let socket = Socket::open(&config.listen, config.socket_group.as_deref())?;

@@ -1,0 +1,279 @@
+//! Accepts connections and picks the next front end: the first one that sends something.
+//!
+//! Health checks and port scanners connect to the socket without a word. Such a connection is not a
+//! front end: it may close without an effect, and it does not block others while it is open.
+
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use log::{debug, warn};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
+
+use super::ServerError;
+use crate::logging::info_limited;
+
+/// Pending connections at most. Further ones replace an idle one, or stay in the listen backlog.
+const MAX_PENDING: usize = 8;
+/// How long nothing is accepted after the host was out of descriptors or memory.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Event {
+    /// A signal requests the end.
+    Signal,
+    /// The descriptor that the caller watches is readable.
+    Watched,
+    /// A connection has sent its first bytes.
+    Pending,
+}
+
+/// A connection that is not served yet.
+#[derive(Debug)]
+struct Pending {
+    stream: UnixStream,
+    has_data: bool,
+}
+
+/// The listening socket and its pending connections.
+#[derive(Debug)]
+pub(super) struct Acceptor<'a> {
+    listener: &'a UnixListener,
+    pending: Vec<Pending>,
+    paused_until: Option<Instant>,
+}
+
+impl<'a> Acceptor<'a> {
+    pub(super) fn new(listener: &'a UnixListener) -> Acceptor<'a> {
+        Acceptor { listener, pending: Vec::new(), paused_until: None }
+    }
+
+    /// The oldest connection that has sent something.
+    pub(super) fn next(&mut self) -> Option<UnixStream> {
+        let at = self.pending.iter().position(|connection| connection.has_data)?;
+        Some(self.pending.remove(at).stream)
+    }
+
+    /// Waits for an event. `watched` is an additional descriptor: the front end that is being served.
+    pub(super) fn wait(
+        &mut self,
+        signals: BorrowedFd<'_>,
+        watched: Option<BorrowedFd<'_>>,
+    ) -> Result<Event, ServerError> {
+        loop {
+            let (signal, done) = self.poll(signals, watched)?;
+            if signal {
+                return Ok(Event::Signal);
+            }
+            if done {
+                return Ok(Event::Watched);
+            }
+            if self.process_pending(watched.is_some())? {
+                return Ok(Event::Pending);
+            }
+        }
+    }
+
+    /// One poll(2): whether a signal has come, and whether `watched` is readable.
+    fn poll(
+        &self,
+        signals: BorrowedFd<'_>,
+        watched: Option<BorrowedFd<'_>>,
+    ) -> Result<(bool, bool), ServerError> {
+        let entry = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let rest = self.paused_until.map(|until| until.saturating_duration_since(Instant::now()));
+        let mut fds = vec![entry(signals)];
+        fds.extend(watched.map(entry));
+        // Level-triggered: a connection with unread data would end every poll at once.
+        fds.extend(
+            self.pending
+                .iter()
+                .filter(|connection| !connection.has_data)
+                .map(|connection| entry(connection.stream.as_fd())),
+        );
+        if rest.is_none() && self.has_room() {
+            fds.push(entry(self.listener.as_fd()));
+        }
+        let timeout = rest.map(|rest| Timespec { tv_sec: 0, tv_nsec: i64::from(rest.subsec_nanos()).max(1) });
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(ServerError::SetUp(errno.into())),
+        }
+        let ready = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
+        Ok((ready(0), watched.is_some() && ready(1)))
+    }
+
+    /// Whether another connection can be accepted, if need be in place of an idle one.
+    fn has_room(&self) -> bool {
+        self.pending.len() < MAX_PENDING || self.pending.iter().any(|connection| !connection.has_data)
+    }
+
+    /// Accepts new connections, drops closed ones, and returns whether one has sent its first bytes.
+    fn process_pending(&mut self, busy: bool) -> Result<bool, ServerError> {
+        self.accept_all()?;
+        let mut got_data = false;
+        self.pending.retain_mut(|connection| {
+            if connection.has_data {
+                return true;
+            }
+            match peek(&connection.stream) {
+                Ok(0) => {
+                    debug!("a connection was closed before it sent anything");
+                    false
+                }
+                Ok(_) => {
+                    connection.has_data = true;
+                    got_data = true;
+                    if busy {
+                        info_limited!(
+                            "another front end waits at the socket: one daemon serves one VM at a time; start another daemon for another VM"
+                        );
+                    }
+                    true
+                }
+                Err(Errno::AGAIN | Errno::INTR) => true,
+                Err(errno) => {
+                    debug!("a pending connection failed: {errno}");
+                    false
+                }
+            }
+        });
+        Ok(got_data)
+    }
+
+    fn accept_all(&mut self) -> Result<(), ServerError> {
+        if self.paused_until.is_some_and(|until| Instant::now() < until) {
+            return Ok(());
+        }
+        self.paused_until = None;
+        while self.has_room() {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) => return self.accept_failed(error),
+            };
+            if self.pending.len() >= MAX_PENDING
+                && let Some(idle) = self.pending.iter().position(|connection| !connection.has_data)
+            {
+                info_limited!("too many idle connections at the socket; the oldest one was closed");
+                self.pending.remove(idle);
+            }
+            self.pending.push(Pending { stream, has_data: false });
+        }
+        Ok(())
+    }
+
+    /// Only permanent errors end the daemon.
+    fn accept_failed(&mut self, error: io::Error) -> Result<(), ServerError> {
+        match Errno::from_io_error(&error) {
+            Some(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(()),
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                warn!("no connections are accepted for a second: {error}");
+                self.paused_until = Some(Instant::now() + PAUSE);
+                Ok(())
+            }
+            _ => Err(ServerError::Listen(error)),
+        }
+    }
+}
+
+/// The number of bytes that can be read, up to 1, without reading them; 0 at the end of the stream.
+fn peek(stream: &UnixStream) -> Result<usize, Errno> {
+    let mut byte = [0];
+    // Without a control buffer no descriptors are received.
+    let mut none = RecvAncillaryBuffer::default();
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    recvmsg(stream, &mut [IoSliceMut::new(&mut byte)], &mut none, flags).map(|message| message.bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    struct Place {
+        directory: tempfile::TempDir,
+        listener: UnixListener,
+        signals: UnixStream,
+        _other: UnixStream,
+    }
+
+    impl Place {
+        fn new() -> Place {
+            let directory = tempfile::tempdir().unwrap();
+            let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            let (signals, other) = UnixStream::pair().unwrap();
+            Place { directory, listener, signals, _other: other }
+        }
+
+        fn connect(&self) -> UnixStream {
+            UnixStream::connect(self.directory.path().join("socket")).unwrap()
+        }
+
+        fn connect_and_send(&self, word: u8) -> UnixStream {
+            let mut stream = self.connect();
+            stream.write_all(&[word]).unwrap();
+            stream
+        }
+    }
+
+    fn word(stream: Option<UnixStream>) -> u8 {
+        let mut byte = [0];
+        io::Read::read_exact(&mut stream.unwrap(), &mut byte).unwrap();
+        byte[0]
+    }
+
+    #[test]
+    fn idle_connections_block_nobody() {
+        let place = Place::new();
+        let mut acceptor = Acceptor::new(&place.listener);
+        let _idle: Vec<_> = (0..3 * MAX_PENDING).map(|_| place.connect()).collect();
+        let _first = place.connect_and_send(1);
+        let _second = place.connect_and_send(2);
+        drop(place.connect());
+        while acceptor.pending.iter().filter(|connection| connection.has_data).count() < 2 {
+            assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        }
+        assert!(acceptor.pending.len() <= MAX_PENDING);
+        assert_eq!((word(acceptor.next()), word(acceptor.next())), (1, 2));
+        assert!(acceptor.next().is_none());
+    }
+
+    #[test]
+    fn pending_connections_keep_their_order() {
+        let place = Place::new();
+        let mut acceptor = Acceptor::new(&place.listener);
+        let mut waiting = vec![];
+        for turn in 0..MAX_PENDING {
+            waiting.push(place.connect_and_send(u8::try_from(turn).unwrap()));
+            assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        }
+        let _more = place.connect_and_send(100);
+        let (done, other) = UnixStream::pair().unwrap();
+        drop(other);
+        assert_eq!(acceptor.wait(place.signals.as_fd(), Some(done.as_fd())).unwrap(), Event::Watched);
+        for turn in 0..MAX_PENDING {
+            assert_eq!(usize::from(word(acceptor.next())), turn);
+        }
+        assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        assert_eq!(word(acceptor.next()), 100);
+    }
+
+    #[test]
+    fn running_out_of_descriptors_pauses_accepting() {
+        let place = Place::new();
+        let mut acceptor = Acceptor::new(&place.listener);
+        acceptor.accept_failed(Errno::MFILE.into()).unwrap();
+        assert!(acceptor.paused_until.is_some());
+        let _caller = place.connect_and_send(7);
+        assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        assert!(acceptor.paused_until.is_none());
+        assert_eq!(word(acceptor.next()), 7);
+        assert!(acceptor.accept_failed(Errno::BADF.into()).is_err());
+    }
+}
