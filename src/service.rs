@@ -28,6 +28,10 @@ const SESSION: u8 = 1;
 const LONG_SETXATTR: u8 = 2;
 /// Beside it: labels follow the arguments.
 const TRAILING_LABELS: u8 = 4;
+/// Beside it: the header announces extensions of creating requests.
+const EXTENSIONS: u8 = 8;
+/// Beside it: opening requests say how to open.
+const OPEN_FLAGS: u8 = 16;
 
 /// Bytes of the longest reply to READDIR: a worker keeps that much. What is longer comes in parts.
 const MAX_LISTING: usize = 1 << 20;
@@ -125,6 +129,8 @@ impl Service {
         let layout = Layout {
             long_setxattr: session & LONG_SETXATTR != 0,
             trailing_labels: session & TRAILING_LABELS != 0,
+            extensions: session & EXTENSIONS != 0,
+            open_flags: session & OPEN_FLAGS != 0,
         };
         let request = Request::decode(header, &scratch.arguments, layout).map_err(refused)?;
         trace!("{request:?}");
@@ -166,7 +172,9 @@ impl Service {
         let layout = negotiated.layout();
         let long = if layout.long_setxattr { LONG_SETXATTR } else { 0 };
         let trailing = if layout.trailing_labels { TRAILING_LABELS } else { 0 };
-        self.session.store(SESSION | long | trailing, Ordering::SeqCst);
+        let extensions = if layout.extensions { EXTENSIONS } else { 0 };
+        let open_flags = if layout.open_flags { OPEN_FLAGS } else { 0 };
+        self.session.store(SESSION | long | trailing | extensions | open_flags, Ordering::SeqCst);
         body.put(&negotiated.to_wire())
     }
 

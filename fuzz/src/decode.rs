@@ -12,7 +12,9 @@ use zerocopy::FromBytes;
 pub fn decode(data: &[u8]) {
     let Some((&choice, message)) = data.split_first() else { return };
     let Ok((header, rest)) = abi::InHeader::read_from_prefix(message) else { return };
-    let layout = Layout { long_setxattr: choice & 1 != 0, trailing_labels: choice & 2 != 0 };
+    let bit = |number: u8| choice & (1 << number) != 0;
+    let layout =
+        Layout { long_setxattr: bit(0), trailing_labels: bit(1), extensions: bit(2), open_flags: bit(3) };
     // As the service does it, and with bytes that the header's length does not cover.
     if let Ok(count) = argument_bytes(&header, message.len()) {
         assert!(count <= MAX_ARGUMENTS && count <= rest.len());
