@@ -7,6 +7,7 @@
 
 mod attributes;
 mod budget;
+mod close;
 mod credentials;
 mod data;
 mod directories;
@@ -365,23 +366,13 @@ impl FileSystem for PassthroughFs {
 
     fn release(
         &self,
-        ctx: &Context,
+        _ctx: &Context,
         node: NodeId,
         handle: HandleId,
         flags: ReleaseFlags,
         owner: LockOwner,
     ) -> Result<()> {
-        // Whatever the flush says, the guest will not name this handle again.
-        let flushed = match flags.contains(ReleaseFlags::FLUSH) {
-            true => self.flush(ctx, node, handle, owner),
-            false => Ok(()),
-        };
-        let handle = self.handles.remove(node, handle)?;
-        if flags.contains(ReleaseFlags::FLOCK_UNLOCK) {
-            // A request that is still under way may keep the descriptor, but not the lock.
-            locks::drop_flock(&handle)?;
-        }
-        flushed
+        self.close_file(node, handle, flags, owner)
     }
 
     fn fsync(&self, _ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
