@@ -12,10 +12,12 @@ use crate::fs::{Context, FileSystem, Opened, XattrReply};
 use crate::fuse::abi;
 use crate::fuse::decode::{DecodeError, argument_bytes};
 use crate::fuse::flags::SetxattrFlags;
+use crate::fuse::ids::NodeId;
 use crate::fuse::init::{self, Layout, negotiate};
+use crate::fuse::ioctl::Command;
 use crate::fuse::opcode::Opcode;
 use crate::fuse::reply::{DirectoryWriter, OUT_HEADER_SIZE};
-use crate::fuse::request::{CopyFileRange, Init, Operation, Read, Request, Write};
+use crate::fuse::request::{CopyFileRange, Init, Ioctl, Operation, Read, Request, Write};
 use crate::logging::{info_limited, warn_limited};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter, Reserved};
 use crate::sys::memory;
@@ -335,8 +337,21 @@ impl Service {
             Operation::Getlk(lock) => body.put(&abi::LkOut { lk: fs.getlk(ctx, node, lock)? }),
             Operation::Setlk(lock) => fs.setlk(ctx, node, lock),
             Operation::Setlkw(lock) => fs.setlkw(ctx, node, lock),
+            Operation::Ioctl(ioctl) => self.ioctl(ctx, node, ioctl, body),
             _ => Err(Errno::NOSYS),
         }
+    }
+
+    /// What is not served is no typewriter: some kernels pass ENOSYS on to programs, which know ENOTTY only.
+    fn ioctl(&self, ctx: &Context, node: NodeId, ioctl: &Ioctl<'_>, body: &mut Body<'_>) -> Result<()> {
+        let command = Command::decode(ioctl)?;
+        body.has_room_for::<abi::IoctlOut>()?;
+        let reply = match self.fs.ioctl(ctx, node, ioctl.handle, command) {
+            Err(Errno::NOSYS) => Err(Errno::NOTTY),
+            reply => reply,
+        }?;
+        body.put(&abi::IoctlOut::default())?;
+        body.put_bytes(reply.bytes())
     }
 
     fn create_operation(&self, ctx: &Context, request: &Request<'_>, body: &mut Body<'_>) -> Result<()> {

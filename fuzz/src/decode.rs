@@ -3,6 +3,7 @@
 use lanefsd::fuse::abi;
 use lanefsd::fuse::decode::{IN_HEADER_SIZE, MAX_ARGUMENTS, argument_bytes};
 use lanefsd::fuse::init::{Layout, negotiate};
+use lanefsd::fuse::ioctl::Command;
 use lanefsd::fuse::name::{LookupName, NAME_MAX, Name};
 use lanefsd::fuse::opcode::Opcode;
 use lanefsd::fuse::request::{Operation, Request, SetTime};
@@ -85,6 +86,10 @@ fn check_operation(header: &abi::InHeader, operation: &Operation<'_>) {
         Operation::Getlk(lock) | Operation::Setlk(lock) | Operation::Setlkw(lock) => {
             assert!(lock.start <= lock.end);
             check_offset(lock.end);
+        }
+        Operation::Ioctl(ioctl) => {
+            assert!(ioctl.data.len() <= MAX_ARGUMENTS);
+            let _ = Command::decode(ioctl);
         }
         Operation::Setattr(set) => {
             for time in [set.atime, set.mtime].into_iter().flatten() {

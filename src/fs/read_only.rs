@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use super::{Context, FileSystem, Opened, Result};
 use crate::fuse::flags::{InitFlags, OpenRequestFlags};
 use crate::fuse::ids::{HandleId, NodeId};
+use crate::fuse::ioctl::{Command, Reply};
 use crate::fuse::name::{LookupName, Name};
 use crate::fuse::reply::{Attributes, Entry};
 use crate::fuse::request::{CopyFileRange, Create, Rename, Setattr, Tmpfile, Write};
@@ -158,6 +159,13 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
 
     fn setxattr(&self, _: &Context, _: NodeId, _: &CStr, _: &[u8], _: u32, _: bool) -> Result<()> {
         Err(Errno::ROFS)
+    }
+
+    fn ioctl(&self, ctx: &Context, node: NodeId, handle: HandleId, command: Command) -> Result<Reply> {
+        if command.changes() {
+            return Err(Errno::ROFS);
+        }
+        self.inner.ioctl(ctx, node, handle, command)
     }
 
     fn removexattr(&self, _: &Context, _: NodeId, _: &CStr) -> Result<()> {

@@ -271,6 +271,16 @@ mod tests {
     }
 
     #[test]
+    fn an_ioctl_brings_as_many_bytes_as_it_says() {
+        let ioctl = abi::IoctlIn { in_size: 4, ..Default::default() };
+        let bytes = [ioctl.as_bytes(), &[1, 2, 3, 4]].concat();
+        assert!(decode(Opcode::Ioctl, &bytes).unwrap().contains("data: [1, 2, 3, 4]"));
+        assert_eq!(decode(Opcode::Ioctl, &bytes[..35]), Err(DecodeError::Truncated(Opcode::Ioctl)));
+        let ioctl = abi::IoctlIn { in_size: u32::MAX, ..Default::default() };
+        assert_eq!(decode(Opcode::Ioctl, ioctl.as_bytes()), Err(DecodeError::Truncated(Opcode::Ioctl)));
+    }
+
+    #[test]
     fn init_of_an_old_guest_is_short() {
         let init = abi::InitIn { major: 7, minor: 27, flags: 1, ..Default::default() };
         assert!(decode(Opcode::Init, &init.as_bytes()[..16]).unwrap().contains("minor: 27"));

@@ -183,6 +183,23 @@ bitflags! {
         const FLOCK = 1 << 0;
     }
 
+    /// `FUSE_IOCTL_*` of an IOCTL.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct IoctlFlags: u32 {
+        /// The caller is a 32-bit program on a 64-bit kernel.
+        const COMPAT = 1 << 0;
+        /// The server may have the caller's memory read and written as it likes (CUSE only).
+        const UNRESTRICTED = 1 << 1;
+        /// The call is to be made again (in replies only).
+        const RETRY = 1 << 2;
+        /// The caller is a 32-bit program.
+        const _32BIT = 1 << 3;
+        /// The handle is a directory's.
+        const DIR = 1 << 4;
+        /// The caller is an x32 program.
+        const COMPAT_X32 = 1 << 5;
+    }
+
     /// `FUSE_FSYNC_*`.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct FsyncFlags: u32 {

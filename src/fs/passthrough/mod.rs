@@ -11,6 +11,7 @@ mod close;
 mod credentials;
 mod data;
 mod directories;
+mod file_flags;
 mod handles;
 mod identity;
 mod inodes;
@@ -49,6 +50,7 @@ use crate::fuse::abi;
 use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
 use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
 use crate::fuse::init::Negotiated;
+use crate::fuse::ioctl::{Command, Reply};
 use crate::fuse::name::{LookupName, Name};
 use crate::fuse::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
 use crate::fuse::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
@@ -226,6 +228,7 @@ impl FileSystem for PassthroughFs {
             | InitFlags::AUTO_INVAL_DATA
             | InitFlags::ASYNC_DIO
             | InitFlags::PARALLEL_DIROPS
+            | InitFlags::HAS_IOCTL_DIR
             | InitFlags::CREATE_SUPP_GROUP
             | InitFlags::SETXATTR_EXT
             | InitFlags::ALLOW_IDMAP;
@@ -473,6 +476,10 @@ impl FileSystem for PassthroughFs {
 
     fn setlkw(&self, ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
         self.take_lock(&*self.handles.get(node, lock.handle)?, lock, Some(ctx.unique))
+    }
+
+    fn ioctl(&self, ctx: &Context, node: NodeId, handle: HandleId, command: Command) -> Result<Reply> {
+        self.file_flags(ctx, &*self.handles.get(node, handle)?, command)
     }
 
     fn interrupt(&self, unique: Unique) {

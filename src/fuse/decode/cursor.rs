@@ -6,13 +6,15 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::{DecodeError, IN_HEADER_SIZE, Result, WRITE_IN_SIZE};
 use crate::fuse::abi;
-use crate::fuse::flags::{FsyncFlags, LockFlags, OpenRequestFlags, ReleaseFlags, SetxattrFlags, WriteFlags};
+use crate::fuse::flags::{
+    FsyncFlags, IoctlFlags, LockFlags, OpenRequestFlags, ReleaseFlags, SetxattrFlags, WriteFlags,
+};
 use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
 use crate::fuse::init::Layout;
 use crate::fuse::name::{LookupName, Name};
 use crate::fuse::opcode::Opcode;
 use crate::fuse::request::{
-    CopyFileRange, Create, ForgetList, Init, Lock, LockKind, Operation, Read, Rename, Setattr, Statx,
+    CopyFileRange, Create, ForgetList, Init, Ioctl, Lock, LockKind, Operation, Read, Rename, Setattr, Statx,
     Tmpfile, Write, handle_if,
 };
 
@@ -77,8 +79,8 @@ impl<'a> Cursor<'a> {
             Opcode::Getlk => Operation::Getlk(self.lock()?),
             Opcode::Setlk => Operation::Setlk(self.lock()?),
             Opcode::Setlkw => Operation::Setlkw(self.lock()?),
-            Opcode::Ioctl
-            | Opcode::Poll
+            Opcode::Ioctl => self.ioctl()?,
+            Opcode::Poll
             | Opcode::Bmap
             | Opcode::NotifyReply
             | Opcode::SetupMapping
@@ -282,6 +284,19 @@ impl<'a> Cursor<'a> {
             pid: raw.lk.pid,
             flock: LockFlags::from_bits_truncate(raw.lk_flags).contains(LockFlags::FLOCK),
         })
+    }
+
+    /// An IOCTL and the bytes that the caller hands in, as many as it says.
+    fn ioctl(&mut self) -> Result<Operation<'a>> {
+        let raw: abi::IoctlIn = self.take()?;
+        let data = self.bytes(usize::try_from(raw.in_size).unwrap_or(usize::MAX))?;
+        Ok(Operation::Ioctl(Ioctl {
+            handle: HandleId(raw.fh),
+            flags: IoctlFlags::from_bits_truncate(raw.flags),
+            command: raw.cmd,
+            data,
+            room: raw.out_size,
+        }))
     }
 
     /// How to open. Before HANDLE_KILLPRIV_V2 these bytes were padding, and guests leave rubbish there.
