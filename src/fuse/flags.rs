@@ -52,7 +52,8 @@ bitflags! {
         const ABORT_ERROR = 1 << 21;
         /// `max_pages` of the reply counts.
         const MAX_PAGES = 1 << 22;
-        /// READLINK replies may be cached.
+        /// READLINK replies may be cached. Not offered: such a target is cut at the link's st_size (up to
+        /// Linux 6.13), which is 0 for links in /proc and /sys.
         const CACHE_SYMLINKS = 1 << 23;
         /// ENOSYS to OPENDIR means that it is not needed.
         const NO_OPENDIR_SUPPORT = 1 << 24;
