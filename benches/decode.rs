@@ -28,7 +28,7 @@ fn header(opcode: Opcode, arguments: usize, data: usize) -> InHeader {
 fn decode(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decode");
     group.sample_size(20).measurement_time(Duration::from_secs(2)).warm_up_time(Duration::from_millis(500));
-    let layout = Layout { long_setxattr: true, trailing_labels: false };
+    let layout = Layout { long_setxattr: true, trailing_labels: false, extensions: true, open_flags: true };
     let size = 4096;
     let create = [CreateIn::default().as_bytes(), b"name\0"].concat();
     let forgets = [ForgetOne { nodeid: 2, nlookup: 1 }; 64];

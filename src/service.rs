@@ -12,10 +12,12 @@ use crate::fs::{Context, FileSystem, Opened, XattrReply};
 use crate::fuse::abi;
 use crate::fuse::decode::{DecodeError, argument_bytes};
 use crate::fuse::flags::SetxattrFlags;
+use crate::fuse::ids::NodeId;
 use crate::fuse::init::{self, Layout, negotiate};
+use crate::fuse::ioctl::Command;
 use crate::fuse::opcode::Opcode;
 use crate::fuse::reply::{DirectoryWriter, OUT_HEADER_SIZE};
-use crate::fuse::request::{CopyFileRange, Init, Operation, Read, Request, Write};
+use crate::fuse::request::{CopyFileRange, Init, Ioctl, Operation, Read, Request, Write};
 use crate::logging::{info_limited, warn_limited};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter, Reserved};
 use crate::sys::memory;
@@ -28,6 +30,10 @@ const SESSION: u8 = 1;
 const LONG_SETXATTR: u8 = 2;
 /// Beside it: labels follow the arguments.
 const TRAILING_LABELS: u8 = 4;
+/// Beside it: the header announces extensions of creating requests.
+const EXTENSIONS: u8 = 8;
+/// Beside it: opening requests say how to open.
+const OPEN_FLAGS: u8 = 16;
 
 /// Bytes of the longest reply to READDIR: a worker keeps that much. What is longer comes in parts.
 const MAX_LISTING: usize = 1 << 20;
@@ -125,6 +131,8 @@ impl Service {
         let layout = Layout {
             long_setxattr: session & LONG_SETXATTR != 0,
             trailing_labels: session & TRAILING_LABELS != 0,
+            extensions: session & EXTENSIONS != 0,
+            open_flags: session & OPEN_FLAGS != 0,
         };
         let request = Request::decode(header, &scratch.arguments, layout).map_err(refused)?;
         trace!("{request:?}");
@@ -166,7 +174,9 @@ impl Service {
         let layout = negotiated.layout();
         let long = if layout.long_setxattr { LONG_SETXATTR } else { 0 };
         let trailing = if layout.trailing_labels { TRAILING_LABELS } else { 0 };
-        self.session.store(SESSION | long | trailing, Ordering::SeqCst);
+        let extensions = if layout.extensions { EXTENSIONS } else { 0 };
+        let open_flags = if layout.open_flags { OPEN_FLAGS } else { 0 };
+        self.session.store(SESSION | long | trailing | extensions | open_flags, Ordering::SeqCst);
         body.put(&negotiated.to_wire())
     }
 
@@ -327,8 +337,21 @@ impl Service {
             Operation::Getlk(lock) => body.put(&abi::LkOut { lk: fs.getlk(ctx, node, lock)? }),
             Operation::Setlk(lock) => fs.setlk(ctx, node, lock),
             Operation::Setlkw(lock) => fs.setlkw(ctx, node, lock),
+            Operation::Ioctl(ioctl) => self.ioctl(ctx, node, ioctl, body),
             _ => Err(Errno::NOSYS),
         }
+    }
+
+    /// What is not served is no typewriter: some kernels pass ENOSYS on to programs, which know ENOTTY only.
+    fn ioctl(&self, ctx: &Context, node: NodeId, ioctl: &Ioctl<'_>, body: &mut Body<'_>) -> Result<()> {
+        let command = Command::decode(ioctl)?;
+        body.has_room_for::<abi::IoctlOut>()?;
+        let reply = match self.fs.ioctl(ctx, node, ioctl.handle, command) {
+            Err(Errno::NOSYS) => Err(Errno::NOTTY),
+            reply => reply,
+        }?;
+        body.put(&abi::IoctlOut::default())?;
+        body.put_bytes(reply.bytes())
     }
 
     fn create_operation(&self, ctx: &Context, request: &Request<'_>, body: &mut Body<'_>) -> Result<()> {

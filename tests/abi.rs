@@ -13,7 +13,7 @@ use std::process::Command;
 
 use lanefsd::fuse::abi;
 use lanefsd::fuse::flags::{
-    AttrFlags, FsyncFlags, GetattrFlags, InitFlags, LockFlags, OpenReplyFlags, OpenRequestFlags,
+    AttrFlags, FsyncFlags, GetattrFlags, InitFlags, IoctlFlags, LockFlags, OpenReplyFlags, OpenRequestFlags,
     ReleaseFlags, SetattrValid, SetxattrFlags, WriteFlags,
 };
 use lanefsd::fuse::opcode::Opcode;
@@ -109,7 +109,7 @@ fn constants_have_the_kernels_values() {
     let mut ours: Vec<(String, u64)> = Vec::new();
     macro_rules! flags {
         ($($flags:ty, $prefix:literal;)*) => {$(
-            ours.extend(<$flags>::all().iter_names().map(|(name, bit)| (format!("{}{name}", $prefix), u64::from(bit.bits()))));
+            ours.extend(<$flags>::all().iter_names().map(|(name, bit)| (format!("{}{}", $prefix, name.trim_start_matches('_')), u64::from(bit.bits()))));
         )*};
     }
     flags! {
@@ -122,6 +122,7 @@ fn constants_have_the_kernels_values() {
         GetattrFlags, "FUSE_GETATTR_";
         LockFlags, "FUSE_LK_";
         FsyncFlags, "FUSE_FSYNC_";
+        IoctlFlags, "FUSE_IOCTL_";
         AttrFlags, "FUSE_ATTR_";
         SetxattrFlags, "FUSE_SETXATTR_";
     }

@@ -20,14 +20,8 @@ use lanefsd_frontend::{Backend, Caller, Client, Request, SessionOptions};
 const ALL_LOCKS: u64 = i64::MAX.unsigned_abs();
 
 /// The opcodes that are answered ENOSYS without a look at their arguments.
-const NOT_SERVED: &[Opcode] = &[
-    Opcode::Bmap,
-    Opcode::Ioctl,
-    Opcode::Poll,
-    Opcode::NotifyReply,
-    Opcode::SetupMapping,
-    Opcode::RemoveMapping,
-];
+const NOT_SERVED: &[Opcode] =
+    &[Opcode::Bmap, Opcode::Poll, Opcode::NotifyReply, Opcode::SetupMapping, Opcode::RemoveMapping];
 
 fn names(client: &Client<'_>) {
     let dir = client.mkdir(ROOT, "dir", 0o755, 0o022).unwrap().nodeid;
@@ -64,12 +58,23 @@ fn data(client: &Client<'_>) {
     for data_only in [true, false] {
         client.fsync(node, fh, data_only).unwrap();
     }
+    flags(client, node, fh);
     client.flush(node, fh, 1).unwrap();
     client.release(node, fh).unwrap();
     let again = client.open(node, libc::O_WRONLY | libc::O_TRUNC | libc::O_DIRECT).unwrap();
     client.release(node, again.fh).unwrap();
     client.syncfs(ROOT).unwrap();
     client.statfs(ROOT).unwrap();
+}
+
+/// Flags of files, both forms, which not every file system of a host has.
+fn flags(client: &Client<'_>, node: u64, fh: u64) {
+    for (get, set, size) in [(0x8008_6601, 0x4008_6602, 4), (0x801c_581f, 0x401c_5820, 28)] {
+        match client.ioctl(node, fh, get, &[], size) {
+            Ok(old) => drop(client.ioctl(node, fh, set, &old, 0).unwrap()),
+            Err(error) => assert_eq!(error.errno().unwrap().0, libc::ENOTTY),
+        }
+    }
 }
 
 fn attributes(client: &Client<'_>) {

@@ -16,13 +16,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use lanefsd::fuse::abi::{InitIn, InitOut};
-use lanefsd::fuse::flags::{AttrFlags, InitFlags};
+use lanefsd::fuse::flags::{AttrFlags, InitFlags, WriteFlags};
 use lanefsd::fuse::opcode::Opcode;
-use lanefsd_frontend::client::ROOT;
+use lanefsd_frontend::client::{self, ROOT};
 use lanefsd_frontend::connection::Connection;
 use lanefsd_frontend::message::{VringState, code, feature, protocol};
 use lanefsd_frontend::session::linux_init_flags;
 use lanefsd_frontend::{Request, Session, SessionOptions};
+use zerocopy::IntoBytes;
 
 /// Request queues that lanefsd supports; the high-priority queue comes on top.
 const REQUEST_QUEUES: usize = 63;
@@ -212,4 +213,80 @@ fn requests_before_init_are_refused() {
     assert!(common::errno(session.client().lookup(ROOT, "x")) > 0);
     session.init().unwrap();
     session.client().getattr(ROOT).unwrap();
+}
+
+#[test]
+fn the_headers_last_word_is_padding_until_extensions_are_agreed_on() {
+    use lanefsd::fuse::abi::{EntryOut, GetattrIn, LkIn, MkdirIn, ReadIn, StatfsOut};
+    // By the guest's age and what it knows: whether the word has a meaning.
+    for (minor, flags, extended) in [
+        (31, InitFlags::DO_READDIRPLUS | InitFlags::MAX_PAGES, false),
+        (37, linux_init_flags() - InitFlags::CREATE_SUPP_GROUP, false),
+        (45, linux_init_flags() - InitFlags::CREATE_SUPP_GROUP, false),
+        (45, linux_init_flags(), true),
+    ] {
+        let backend = common::start(&["--posix-lock"]);
+        let session = Session::start(connect(backend.socket()), SessionOptions::default()).unwrap();
+        let client = session.client();
+        for word in [1, 5, 0x1234, 0xffff, 0x5678_0001, u32::MAX] {
+            let [low, high]: [u32; 2] = zerocopy::transmute!(flags.bits());
+            let init = InitIn { major: 7, minor, flags: low, flags2: high, ..InitIn::default() };
+            let len = if minor >= 36 { size_of::<InitIn>() } else { 16 };
+            let init = Request::new(Opcode::Init, 0).arg(&init.as_bytes()[..len]);
+            client.call::<InitOut>(init.last_word(word).reply::<InitOut>()).unwrap();
+            // Nothing but creating requests has extensions.
+            let name = format!("file-{word:x}");
+            let (entry, open) = client.create(ROOT, &name, libc::O_RDWR, 0o600, 0).unwrap();
+            let (node, fh) = (entry.nodeid, open.fh);
+            let write = client::data::write_request(node, fh, 0, b"data", WriteFlags::empty(), libc::O_RDWR);
+            client.call_bytes(&write.last_word(word)).unwrap();
+            let read = client::data::read_request(node, fh, 0, 100);
+            assert_eq!(client.call_bytes(&read.last_word(word)).unwrap(), b"data");
+            let request = |opcode, node| Request::new(opcode, node).last_word(word);
+            client.call::<EntryOut>(request(Opcode::Lookup, ROOT).name(&name).reply::<EntryOut>()).unwrap();
+            client
+                .call_bytes(&request(Opcode::Getattr, node).arg(&GetattrIn::default()).reply_data(104))
+                .unwrap();
+            client.call::<StatfsOut>(request(Opcode::Statfs, ROOT).reply::<StatfsOut>()).unwrap();
+            let lock = LkIn { fh, owner: 1, ..LkIn::default() };
+            client.call_empty(request(Opcode::Setlkw, node).arg(&lock)).unwrap();
+            let root = client.opendir(ROOT).unwrap().fh;
+            let list = ReadIn { fh: root, size: 4096, ..ReadIn::default() };
+            assert!(
+                !client
+                    .call_bytes(&request(Opcode::Readdir, ROOT).arg(&list).reply_data(4096))
+                    .unwrap()
+                    .is_empty()
+            );
+            client.call_empty(request(Opcode::Unlink, ROOT).name(&name)).unwrap();
+            let mkdir = request(Opcode::Mkdir, ROOT).arg(&MkdirIn { mode: 0o755, umask: 0 }).name("dir");
+            let made = client.call::<EntryOut>(mkdir.reply::<EntryOut>());
+            match extended {
+                true => assert_eq!(common::errno(made), libc::EINVAL, "{word:#x}"),
+                false => {
+                    made.unwrap();
+                    client.call_empty(request(Opcode::Rmdir, ROOT).name("dir")).unwrap();
+                }
+            }
+            client.call_empty(request(Opcode::Destroy, 0)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn no_more_pages_are_promised_than_a_guest_is_known_to_carry() {
+    let backend = common::start(&[]);
+    let session = Session::start(connect(backend.socket()), SessionOptions::default()).unwrap();
+    for (minor, flags, max_pages, max_write) in [
+        (31, linux_init_flags(), 4096, 16 << 20),
+        (32, linux_init_flags(), 4096, 16 << 20),
+        (45, linux_init_flags(), 4096, 16 << 20),
+        (45, linux_init_flags() - InitFlags::MAX_PAGES, 0, 128 << 10),
+        (31, InitFlags::DO_READDIRPLUS | InitFlags::MAX_PAGES, 256, 1 << 20),
+        (31, InitFlags::DO_READDIRPLUS, 0, 128 << 10),
+        (45, InitFlags::MAX_PAGES | InitFlags::INIT_EXT, 256, 1 << 20),
+    ] {
+        let reply = session.init_with(minor, flags).unwrap();
+        assert_eq!((reply.max_pages, reply.max_write), (max_pages, max_write), "{minor} {flags:?}");
+    }
 }

@@ -308,7 +308,7 @@ fn extended_attributes_are_off_by_default() {
 #[test]
 fn what_virtio_fs_has_not_is_enosys() {
     let (_backend, session) = common::serve(&[]);
-    for opcode in [Opcode::Ioctl, Opcode::Poll, Opcode::Bmap] {
+    for opcode in [Opcode::Poll, Opcode::Bmap] {
         let request = Request::new(opcode, ROOT).arg(&[0u8; 64]).reply_data(64);
         assert_eq!(common::errno(session.client().call_bytes(&request)), libc::ENOSYS, "{opcode:?}");
     }

@@ -3,6 +3,7 @@
 use lanefsd::fuse::abi;
 use lanefsd::fuse::decode::{IN_HEADER_SIZE, MAX_ARGUMENTS, argument_bytes};
 use lanefsd::fuse::init::{Layout, negotiate};
+use lanefsd::fuse::ioctl::Command;
 use lanefsd::fuse::name::{LookupName, NAME_MAX, Name};
 use lanefsd::fuse::opcode::Opcode;
 use lanefsd::fuse::request::{Operation, Request, SetTime};
@@ -12,7 +13,9 @@ use zerocopy::FromBytes;
 pub fn decode(data: &[u8]) {
     let Some((&choice, message)) = data.split_first() else { return };
     let Ok((header, rest)) = abi::InHeader::read_from_prefix(message) else { return };
-    let layout = Layout { long_setxattr: choice & 1 != 0, trailing_labels: choice & 2 != 0 };
+    let bit = |number: u8| choice & (1 << number) != 0;
+    let layout =
+        Layout { long_setxattr: bit(0), trailing_labels: bit(1), extensions: bit(2), open_flags: bit(3) };
     // As the service does it, and with bytes that the header's length does not cover.
     if let Ok(count) = argument_bytes(&header, message.len()) {
         assert!(count <= MAX_ARGUMENTS && count <= rest.len());
@@ -83,6 +86,10 @@ fn check_operation(header: &abi::InHeader, operation: &Operation<'_>) {
         Operation::Getlk(lock) | Operation::Setlk(lock) | Operation::Setlkw(lock) => {
             assert!(lock.start <= lock.end);
             check_offset(lock.end);
+        }
+        Operation::Ioctl(ioctl) => {
+            assert!(ioctl.data.len() <= MAX_ARGUMENTS);
+            let _ = Command::decode(ioctl);
         }
         Operation::Setattr(set) => {
             for time in [set.atime, set.mtime].into_iter().flatten() {

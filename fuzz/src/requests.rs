@@ -189,7 +189,7 @@ impl Writer<'_, '_> {
 
     fn on_handle(&mut self, opcode: Opcode, node: &mut u64) {
         use Opcode::{
-            CopyFileRange, CopyFileRange64, Fallocate, Flush, Fsync, Fsyncdir, Getlk, Lseek, Read, Readdir,
+            CopyFileRange, CopyFileRange64, Fallocate, Flush, Fsync, Fsyncdir, Getlk, Ioctl, Lseek, Read, Readdir,
             Readdirplus, Release, Releasedir, Setlk, Setlkw, Write,
         };
         match opcode {
@@ -234,11 +234,35 @@ impl Writer<'_, '_> {
                 let lk_flags = u32::from(self.input.byte() & 1);
                 self.put(abi::LkIn { fh, owner, lk, lk_flags, padding: 0 });
             }
+            Ioctl => self.ioctl(node),
             _ => {
                 let count = usize::from(self.input.byte());
                 self.out.extend(self.input.bytes(count));
             }
         }
+    }
+
+    /// Flags and attributes of files, of plausible sizes as a rule.
+    fn ioctl(&mut self, node: &mut u64) {
+        let fh = self.handle(node);
+        let cmd = match self.input.byte() {
+            255 => self.input.word(),
+            _ => self.input.choose(&[
+                0x8008_6601,
+                0x4008_6602,
+                0x8004_6601,
+                0x4004_6602,
+                0x801c_581f,
+                0x401c_5820,
+                0x5401,
+            ]),
+        };
+        let (len, out_size) = (self.input.choose(&[0, 4, 8, 28]), self.input.choose(&[0, 4, 8, 28, u32::MAX]));
+        let data = self.input.bytes(len);
+        let in_size = u32::try_from(data.len()).unwrap_or(0);
+        let flags = u32::from(self.input.byte() & 0x1a);
+        self.put(abi::IoctlIn { fh, flags, cmd, arg: 0, in_size, out_size });
+        self.out.extend(data);
     }
 
     fn init(&mut self) {

@@ -15,6 +15,7 @@ use crate::fuse::extensions::Labels;
 use crate::fuse::flags::{FsyncFlags, InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
 use crate::fuse::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
 use crate::fuse::init::Negotiated;
+use crate::fuse::ioctl::{Command, Reply};
 use crate::fuse::name::{LookupName, Name};
 use crate::fuse::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
 use crate::fuse::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
@@ -337,6 +338,11 @@ pub trait FileSystem: Send + Sync {
     /// or [`FileSystem::interrupt_all`].
     fn setlkw(&self, ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
         self.below()?.setlkw(ctx, node, lock)
+    }
+
+    /// Reads or changes the flags of an open file or directory.
+    fn ioctl(&self, ctx: &Context, node: NodeId, handle: HandleId, command: Command) -> Result<Reply> {
+        self.below()?.ioctl(ctx, node, handle, command)
     }
 
     /// Ends the wait of request `unique`, if it waits.

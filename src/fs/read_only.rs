@@ -17,6 +17,7 @@ use crate::fuse::abi;
 use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
 use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
 use crate::fuse::init::Negotiated;
+use crate::fuse::ioctl::{Command, Reply};
 use crate::fuse::name::{LookupName, Name};
 use crate::fuse::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
 use crate::fuse::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
@@ -201,6 +202,13 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
 
     fn setxattr(&self, _: &Context, _: NodeId, _: &CStr, _: &[u8], _: u32, _: bool) -> Result<()> {
         Err(Errno::ROFS)
+    }
+
+    fn ioctl(&self, ctx: &Context, node: NodeId, handle: HandleId, command: Command) -> Result<Reply> {
+        if command.changes() {
+            return Err(Errno::ROFS);
+        }
+        self.inner.ioctl(ctx, node, handle, command)
     }
 
     fn removexattr(&self, _: &Context, _: NodeId, _: &CStr) -> Result<()> {

@@ -394,6 +394,24 @@ wire! {
         unique: u64,
     }
 
+    /// Arguments of IOCTL; `in_size` bytes of the caller's follow.
+    struct IoctlIn("fuse_ioctl_in") {
+        fh: u64,
+        flags: u32,
+        cmd: u32,
+        arg: u64,
+        in_size: u32,
+        out_size: u32,
+    }
+
+    /// Reply to IOCTL; at most `out_size` bytes for the caller follow.
+    struct IoctlOut("fuse_ioctl_out") {
+        result: i32,
+        flags: u32,
+        in_iovs: u32,
+        out_iovs: u32,
+    }
+
     /// Arguments of FALLOCATE.
     struct FallocateIn("fuse_fallocate_in") {
         fh: u64,

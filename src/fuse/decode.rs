@@ -1,27 +1,25 @@
 //! Bytes to [`Request`]. Total: whatever a guest sends is a request or a [`DecodeError`].
 
-use std::ffi::CStr;
+mod cursor;
 
 use rustix::io::Errno;
 use thiserror::Error;
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
+use self::cursor::Cursor;
 use super::abi;
 use super::extensions::Extensions;
-use super::flags::{FsyncFlags, LockFlags, OpenRequestFlags, ReleaseFlags, SetxattrFlags, WriteFlags};
-use super::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
+use super::ids::{GuestGid, GuestUid, NodeId, Unique};
 use super::init::Layout;
-use super::name::{LookupName, Name, NameError};
+use super::name::NameError;
 use super::opcode::Opcode;
-use super::request::{
-    CopyFileRange, Create, Header, Init, Lock, LockKind, Operation, Read, Rename, Request, Setattr, Statx,
-    Tmpfile, Write, handle_if,
-};
+use super::request::{Header, Request};
 
 /// Bytes of the header in front of every request.
 pub const IN_HEADER_SIZE: usize = size_of::<abi::InHeader>();
 /// Bytes of WRITE's arguments; its data follows them.
 pub const WRITE_IN_SIZE: usize = size_of::<abi::WriteIn>();
+/// Bytes of READ's arguments.
+const READ_IN_SIZE: usize = size_of::<abi::ReadIn>();
 /// Bytes that the arguments of a request other than WRITE may have: the longest are an xattr's
 /// value (64 KiB) and a BATCH_FORGET.
 pub const MAX_ARGUMENTS: usize = 256 << 10;
@@ -77,6 +75,11 @@ type Result<T> = std::result::Result<T, DecodeError>;
 /// `readable` bytes: all but the header, and of a WRITE not its data.
 pub fn argument_bytes(header: &abi::InHeader, readable: usize) -> Result<usize> {
     let opcode = Opcode::from_number(header.opcode).ok_or(DecodeError::UnknownOpcode(header.opcode))?;
+    let got = readable.checked_sub(IN_HEADER_SIZE);
+    if let (Opcode::Read | Opcode::Readlink, Some(got)) = (opcode, got) {
+        // The Windows driver counts the reply's data in the header's length: the chain's counts.
+        return Ok(got.min(READ_IN_SIZE));
+    }
     let wrong_length = DecodeError::Length { told: header.len, got: readable };
     let told = usize::try_from(header.len).map_err(|_| wrong_length)?;
     if told > readable {
@@ -94,7 +97,11 @@ impl<'a> Request<'a> {
     /// Decodes `arguments`, the [`argument_bytes`] behind `header`.
     pub fn decode(raw: &abi::InHeader, arguments: &'a [u8], layout: Layout) -> Result<Request<'a>> {
         let opcode = Opcode::from_number(raw.opcode).ok_or(DecodeError::UnknownOpcode(raw.opcode))?;
-        let (arguments, extensions) = split_extensions(opcode, raw, arguments)?;
+        let (arguments, extensions) = match layout.extensions && opcode.creates() {
+            true => split_extensions(opcode, raw, arguments)?,
+            // The header's last word is padding, and guests leave rubbish there.
+            false => (arguments, &[][..]),
+        };
         let mut extensions = Extensions::parse(opcode, extensions)?;
         let header = Header {
             unique: Unique(raw.unique),
@@ -105,14 +112,10 @@ impl<'a> Request<'a> {
             pid: raw.pid,
             supplementary_group: extensions.group,
         };
-        let mut cursor = Cursor { opcode, rest: arguments };
-        let operation = match opcode {
-            Opcode::Setxattr => cursor.setxattr(layout.long_setxattr)?,
-            Opcode::Write => cursor.write(raw)?,
-            _ => cursor.operation()?,
-        };
+        let mut cursor = Cursor::new(opcode, layout, arguments);
+        let operation = cursor.operation(raw)?;
         if layout.trailing_labels && opcode.creates() {
-            extensions = Extensions::parse(opcode, cursor.rest)?;
+            extensions = Extensions::parse(opcode, cursor.rest())?;
         }
         Ok(Request { header, operation, labels: extensions.labels })
     }
@@ -125,307 +128,19 @@ fn split_extensions<'a>(
     arguments: &'a [u8],
 ) -> Result<(&'a [u8], &'a [u8])> {
     let extensions = usize::from(raw.total_extlen) * abi::RECORD_ALIGN;
-    if extensions > 0 && opcode == Opcode::Write {
-        return Err(DecodeError::Extensions(opcode));
-    }
     let split = arguments.len().checked_sub(extensions).ok_or(DecodeError::Extensions(opcode))?;
     arguments.split_at_checked(split).ok_or(DecodeError::Extensions(opcode))
-}
-
-/// Takes arguments off the front.
-struct Cursor<'a> {
-    opcode: Opcode,
-    rest: &'a [u8],
-}
-
-impl<'a> Cursor<'a> {
-    fn operation(&mut self) -> Result<Operation<'a>> {
-        Ok(match self.opcode {
-            Opcode::Init => self.init()?,
-            Opcode::Destroy => Operation::Destroy,
-            Opcode::Lookup => Operation::Lookup { name: self.lookup_name()? },
-            Opcode::Forget => Operation::Forget { nlookup: self.take::<abi::ForgetIn>()?.nlookup },
-            Opcode::BatchForget => self.batch_forget()?,
-            Opcode::Getattr => {
-                let raw: abi::GetattrIn = self.take()?;
-                Operation::Getattr { handle: handle_if(raw.getattr_flags, raw.fh) }
-            }
-            Opcode::Setattr => Operation::Setattr(Setattr::from_wire(&self.take()?)),
-            Opcode::Statx => {
-                let raw: abi::StatxIn = self.take()?;
-                let handle = handle_if(raw.getattr_flags, raw.fh);
-                Operation::Statx(Statx { handle, flags: raw.sx_flags, mask: raw.sx_mask })
-            }
-            Opcode::Readlink => Operation::Readlink,
-            Opcode::Statfs => Operation::Statfs,
-            Opcode::Access => Operation::Access { mask: self.take::<abi::AccessIn>()?.mask },
-            Opcode::Interrupt => {
-                Operation::Interrupt { unique: Unique(self.take::<abi::InterruptIn>()?.unique) }
-            }
-            Opcode::Syncfs => Operation::Syncfs,
-            Opcode::Getxattr => {
-                let size = self.take::<abi::GetxattrIn>()?.size;
-                Operation::Getxattr { name: self.c_str()?, size }
-            }
-            Opcode::Listxattr => Operation::Listxattr { size: self.take::<abi::GetxattrIn>()?.size },
-            Opcode::Removexattr => Operation::Removexattr { name: self.c_str()? },
-            Opcode::Getlk => Operation::Getlk(self.lock()?),
-            Opcode::Setlk => Operation::Setlk(self.lock()?),
-            Opcode::Setlkw => Operation::Setlkw(self.lock()?),
-            Opcode::Ioctl
-            | Opcode::Poll
-            | Opcode::Bmap
-            | Opcode::NotifyReply
-            | Opcode::SetupMapping
-            | Opcode::RemoveMapping => Operation::Unsupported,
-            _ => return self.name_operation(),
-        })
-    }
-
-    /// Operations that change names.
-    fn name_operation(&mut self) -> Result<Operation<'a>> {
-        Ok(match self.opcode {
-            Opcode::Symlink => Operation::Symlink { name: self.name()?, target: self.c_str()? },
-            Opcode::Mknod => {
-                let raw: abi::MknodIn = self.take()?;
-                Operation::Mknod { name: self.name()?, mode: raw.mode, rdev: raw.rdev, umask: raw.umask }
-            }
-            Opcode::Mkdir => {
-                let raw: abi::MkdirIn = self.take()?;
-                Operation::Mkdir { name: self.name()?, mode: raw.mode, umask: raw.umask }
-            }
-            Opcode::Unlink => Operation::Unlink { name: self.name()? },
-            Opcode::Rmdir => Operation::Rmdir { name: self.name()? },
-            Opcode::Rename => {
-                let raw: abi::RenameIn = self.take()?;
-                self.rename(raw.newdir, 0)?
-            }
-            Opcode::Rename2 => {
-                let raw: abi::Rename2In = self.take()?;
-                self.rename(raw.newdir, raw.flags)?
-            }
-            Opcode::Link => {
-                let raw: abi::LinkIn = self.take()?;
-                Operation::Link { from: NodeId(raw.oldnodeid), name: self.name()? }
-            }
-            Opcode::Create => self.create()?,
-            Opcode::Tmpfile => self.tmpfile()?,
-            _ => return self.file_operation(),
-        })
-    }
-
-    /// Operations on open files and directories.
-    fn file_operation(&mut self) -> Result<Operation<'a>> {
-        Ok(match self.opcode {
-            Opcode::Open => {
-                let raw: abi::OpenIn = self.take()?;
-                let open_flags = OpenRequestFlags::from_bits_truncate(raw.open_flags);
-                Operation::Open { flags: raw.flags, open_flags }
-            }
-            Opcode::Opendir => Operation::Opendir { flags: self.take::<abi::OpenIn>()?.flags },
-            Opcode::Read => {
-                let raw: abi::ReadIn = self.take()?;
-                let offset = self.offset(raw.offset)?;
-                Operation::Read(Read { handle: HandleId(raw.fh), offset, size: raw.size, flags: raw.flags })
-            }
-            Opcode::Readdir | Opcode::Readdirplus => {
-                let raw: abi::ReadIn = self.take()?;
-                let plus = self.opcode == Opcode::Readdirplus;
-                Operation::Readdir { handle: HandleId(raw.fh), offset: raw.offset, size: raw.size, plus }
-            }
-            Opcode::Release => {
-                let raw: abi::ReleaseIn = self.take()?;
-                let flags = ReleaseFlags::from_bits_truncate(raw.release_flags);
-                let lock_owner = LockOwner(raw.lock_owner);
-                Operation::Release { handle: HandleId(raw.fh), flags, lock_owner }
-            }
-            Opcode::Releasedir => {
-                Operation::Releasedir { handle: HandleId(self.take::<abi::ReleaseIn>()?.fh) }
-            }
-            Opcode::Flush => {
-                let raw: abi::FlushIn = self.take()?;
-                Operation::Flush { handle: HandleId(raw.fh), lock_owner: LockOwner(raw.lock_owner) }
-            }
-            Opcode::Fsync | Opcode::Fsyncdir => self.fsync()?,
-            Opcode::Fallocate => {
-                let raw: abi::FallocateIn = self.take()?;
-                let (offset, length) = (self.offset(raw.offset)?, self.offset(raw.length)?);
-                Operation::Fallocate { handle: HandleId(raw.fh), offset, length, mode: raw.mode }
-            }
-            Opcode::Lseek => {
-                let raw: abi::LseekIn = self.take()?;
-                Operation::Lseek { handle: HandleId(raw.fh), offset: raw.offset, whence: raw.whence }
-            }
-            Opcode::CopyFileRange | Opcode::CopyFileRange64 => self.copy_file_range()?,
-            _ => Operation::Unsupported,
-        })
-    }
-
-    fn init(&mut self) -> Result<Operation<'a>> {
-        if self.rest.len() < abi::COMPAT_INIT_IN_SIZE {
-            return Err(DecodeError::Truncated(self.opcode));
-        }
-        Ok(Operation::Init(Init::from_wire(&self.take_padded())))
-    }
-
-    fn batch_forget(&mut self) -> Result<Operation<'a>> {
-        let count = usize::try_from(self.take::<abi::BatchForgetIn>()?.count);
-        let bytes = count.ok().and_then(|n| n.checked_mul(size_of::<abi::ForgetOne>()));
-        let items = bytes.and_then(|n| self.rest.get(..n)).ok_or(DecodeError::Truncated(self.opcode))?;
-        Ok(Operation::BatchForget { items: super::request::ForgetList(items) })
-    }
-
-    fn rename(&mut self, new_parent: u64, flags: u32) -> Result<Operation<'a>> {
-        let (name, new_name) = (self.name()?, self.name()?);
-        Ok(Operation::Rename(Rename { name, new_parent: NodeId(new_parent), new_name, flags }))
-    }
-
-    fn create(&mut self) -> Result<Operation<'a>> {
-        let raw: abi::CreateIn = self.take()?;
-        Ok(Operation::Create(Create {
-            name: self.name()?,
-            flags: raw.flags,
-            mode: raw.mode,
-            umask: raw.umask,
-            open_flags: OpenRequestFlags::from_bits_truncate(raw.open_flags),
-        }))
-    }
-
-    /// The name that Linux sends along is that of an unnamed dentry and means nothing.
-    fn tmpfile(&mut self) -> Result<Operation<'a>> {
-        let raw: abi::CreateIn = self.take()?;
-        let _meaningless = self.c_str();
-        Ok(Operation::Tmpfile(Tmpfile {
-            flags: raw.flags,
-            mode: raw.mode,
-            umask: raw.umask,
-            open_flags: OpenRequestFlags::from_bits_truncate(raw.open_flags),
-        }))
-    }
-
-    /// The data's length is the header's less what stands before it, and has to be WRITE's size.
-    fn write(&mut self, header: &abi::InHeader) -> Result<Operation<'a>> {
-        let raw: abi::WriteIn = self.take()?;
-        let offset = self.offset(raw.offset)?;
-        let told = u64::from(header.len).checked_sub((IN_HEADER_SIZE + WRITE_IN_SIZE) as u64);
-        if told != Some(u64::from(raw.size)) {
-            return Err(DecodeError::Range(self.opcode));
-        }
-        Ok(Operation::Write(Write {
-            handle: HandleId(raw.fh),
-            offset,
-            size: raw.size,
-            write_flags: WriteFlags::from_bits_truncate(raw.write_flags),
-            flags: raw.flags,
-        }))
-    }
-
-    fn fsync(&mut self) -> Result<Operation<'a>> {
-        let raw: abi::FsyncIn = self.take()?;
-        let (handle, flags) = (HandleId(raw.fh), FsyncFlags::from_bits_truncate(raw.fsync_flags));
-        Ok(match self.opcode {
-            Opcode::Fsync => Operation::Fsync { handle, flags },
-            _ => Operation::Fsyncdir { handle, flags },
-        })
-    }
-
-    fn copy_file_range(&mut self) -> Result<Operation<'a>> {
-        let raw: abi::CopyFileRangeIn = self.take()?;
-        Ok(Operation::CopyFileRange(CopyFileRange {
-            handle_in: HandleId(raw.fh_in),
-            offset_in: self.offset(raw.off_in)?,
-            node_out: NodeId(raw.nodeid_out),
-            handle_out: HandleId(raw.fh_out),
-            offset_out: self.offset(raw.off_out)?,
-            length: raw.len,
-            flags: raw.flags,
-            wide_reply: self.opcode == Opcode::CopyFileRange64,
-        }))
-    }
-
-    fn setxattr(&mut self, long: bool) -> Result<Operation<'a>> {
-        let mut raw = abi::SetxattrIn::new_zeroed();
-        if long {
-            raw = self.take()?;
-        } else {
-            let short = self.bytes(abi::COMPAT_SETXATTR_IN_SIZE)?;
-            raw.as_mut_bytes().iter_mut().zip(short).for_each(|(to, from)| *to = *from);
-        }
-        let name = self.c_str()?;
-        let value = self.bytes(usize::try_from(raw.size).unwrap_or(usize::MAX))?;
-        let setxattr_flags = SetxattrFlags::from_bits_truncate(raw.setxattr_flags);
-        Ok(Operation::Setxattr { name, value, flags: raw.flags, setxattr_flags })
-    }
-
-    fn lock(&mut self) -> Result<Lock> {
-        let raw: abi::LkIn = self.take()?;
-        let kind = match i32::try_from(raw.lk.typ) {
-            Ok(libc::F_RDLCK) => LockKind::Read,
-            Ok(libc::F_WRLCK) => LockKind::Write,
-            Ok(libc::F_UNLCK) => LockKind::Unlock,
-            _ => return Err(DecodeError::Range(self.opcode)),
-        };
-        let (start, end) = (self.offset(raw.lk.start)?, self.offset(raw.lk.end)?);
-        if start > end {
-            return Err(DecodeError::Range(self.opcode));
-        }
-        Ok(Lock {
-            handle: HandleId(raw.fh),
-            owner: LockOwner(raw.owner),
-            start,
-            end,
-            kind,
-            pid: raw.lk.pid,
-            flock: LockFlags::from_bits_truncate(raw.lk_flags).contains(LockFlags::FLOCK),
-        })
-    }
-
-    /// A struct at the front.
-    fn take<T: FromBytes + KnownLayout + Immutable>(&mut self) -> Result<T> {
-        let (value, rest) =
-            T::read_from_prefix(self.rest).map_err(|_| DecodeError::Truncated(self.opcode))?;
-        self.rest = rest;
-        Ok(value)
-    }
-
-    /// A struct whose end older guests leave out: what is missing is zero.
-    fn take_padded<T: FromBytes + IntoBytes>(&mut self) -> T {
-        let mut value = T::new_zeroed();
-        value.as_mut_bytes().iter_mut().zip(self.rest).for_each(|(to, from)| *to = *from);
-        value
-    }
-
-    fn bytes(&mut self, count: usize) -> Result<&'a [u8]> {
-        let (bytes, rest) = self.rest.split_at_checked(count).ok_or(DecodeError::Truncated(self.opcode))?;
-        self.rest = rest;
-        Ok(bytes)
-    }
-
-    fn c_str(&mut self) -> Result<&'a CStr> {
-        let name =
-            CStr::from_bytes_until_nul(self.rest).map_err(|_| DecodeError::UnterminatedName(self.opcode))?;
-        self.bytes(name.count_bytes() + 1)?;
-        Ok(name)
-    }
-
-    fn name(&mut self) -> Result<Name<'a>> {
-        Name::new(self.c_str()?).map_err(|error| DecodeError::Name(self.opcode, error))
-    }
-
-    fn lookup_name(&mut self) -> Result<LookupName<'a>> {
-        LookupName::new(self.c_str()?).map_err(|error| DecodeError::Name(self.opcode, error))
-    }
-
-    /// An offset or length that fits the host's signed ones.
-    fn offset(&self, value: u64) -> Result<u64> {
-        if i64::try_from(value).is_ok() { Ok(value) } else { Err(DecodeError::Range(self.opcode)) }
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use zerocopy::IntoBytes;
+
+    /// A session with extensions.
+    const EXTENDED: Layout =
+        Layout { long_setxattr: false, trailing_labels: false, extensions: true, open_flags: false };
 
     fn header(opcode: u32, len: usize) -> abi::InHeader {
         abi::InHeader { len: u32::try_from(len).unwrap(), opcode, unique: 1, nodeid: 1, ..Default::default() }
@@ -503,18 +218,66 @@ mod tests {
         bytes.extend([16u32, 32, 1, 4711].iter().flat_map(|word| word.to_le_bytes()));
         let mut header = header(Opcode::Mkdir as u32, IN_HEADER_SIZE + bytes.len());
         header.total_extlen = 2;
-        let request = Request::decode(&header, &bytes, Layout::default()).unwrap();
+        let request = Request::decode(&header, &bytes, EXTENDED).unwrap();
         assert_eq!(request.header.supplementary_group, Some(GuestGid(4711)));
-        header.total_extlen = 100;
-        assert!(matches!(
-            Request::decode(&header, &bytes, Layout::default()),
-            Err(DecodeError::Extensions(_))
-        ));
-        header.total_extlen = 1;
-        assert!(matches!(
-            Request::decode(&header, &bytes, Layout::default()),
-            Err(DecodeError::Extensions(_))
-        ));
+        for wrong in [100, 1] {
+            header.total_extlen = wrong;
+            assert!(matches!(Request::decode(&header, &bytes, EXTENDED), Err(DecodeError::Extensions(_))));
+            // Where none were agreed on the word is padding.
+            let request = Request::decode(&header, &bytes, Layout::default()).unwrap();
+            assert_eq!(request.header.supplementary_group, None);
+        }
+    }
+
+    #[test]
+    fn extensions_are_of_creating_requests_alone() {
+        for (opcode, _) in Opcode::ALL {
+            let mut bytes = vec![0; 64];
+            bytes.splice(..0, *b"n\0second\0");
+            let bytes = if matches!(opcode, Opcode::Write) { vec![0; WRITE_IN_SIZE] } else { bytes };
+            let mut header = header(*opcode as u32, IN_HEADER_SIZE + bytes.len());
+            let plain = Request::decode(&header, &bytes, EXTENDED).map(|request| format!("{request:?}"));
+            header.total_extlen = 0x1234;
+            let rubbish = Request::decode(&header, &bytes, EXTENDED).map(|request| format!("{request:?}"));
+            match opcode.creates() {
+                true => assert_eq!(rubbish, Err(DecodeError::Extensions(*opcode))),
+                false => assert_eq!(rubbish, plain, "{opcode:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_read_is_as_long_as_its_chain() {
+        let read = abi::ReadIn { fh: 3, offset: 4096, size: 10, ..Default::default() };
+        for told in [80, 40, 50, 1 << 24, 0] {
+            let header = header(Opcode::Read as u32, told);
+            assert_eq!(argument_bytes(&header, 80), Ok(40));
+            let request = Request::decode(&header, read.as_bytes(), Layout::default()).unwrap();
+            assert!(format!("{:?}", request.operation).contains("size: 10"));
+            assert!(argument_bytes(&header, 39).is_err());
+        }
+    }
+
+    #[test]
+    fn how_to_open_is_said_by_those_who_agreed_on_it() {
+        let open = abi::OpenIn { flags: 0, open_flags: 1 };
+        let header = header(Opcode::Open as u32, IN_HEADER_SIZE + 8);
+        for (layout, kill) in
+            [(Layout::default(), false), (Layout { open_flags: true, ..Layout::default() }, true)]
+        {
+            let request = Request::decode(&header, open.as_bytes(), layout).unwrap();
+            assert_eq!(format!("{:?}", request.operation).contains("KILL_SUIDGID"), kill);
+        }
+    }
+
+    #[test]
+    fn an_ioctl_brings_as_many_bytes_as_it_says() {
+        let ioctl = abi::IoctlIn { in_size: 4, ..Default::default() };
+        let bytes = [ioctl.as_bytes(), &[1, 2, 3, 4]].concat();
+        assert!(decode(Opcode::Ioctl, &bytes).unwrap().contains("data: [1, 2, 3, 4]"));
+        assert_eq!(decode(Opcode::Ioctl, &bytes[..35]), Err(DecodeError::Truncated(Opcode::Ioctl)));
+        let ioctl = abi::IoctlIn { in_size: u32::MAX, ..Default::default() };
+        assert_eq!(decode(Opcode::Ioctl, ioctl.as_bytes()), Err(DecodeError::Truncated(Opcode::Ioctl)));
     }
 
     #[test]
@@ -530,13 +293,14 @@ mod tests {
         #[test]
         fn any_bytes_decode(
             opcode in 0u32..60, bytes in proptest::collection::vec(any::<u8>(), 0..300),
-            told in 0usize..400, extensions in 0u16..5, long: bool,
+            told in 0usize..400, extensions in 0u16..5, long: bool, extended: bool, open_flags: bool,
         ) {
             let mut header = header(opcode, told);
             header.total_extlen = extensions;
             if let Ok(count) = argument_bytes(&header, IN_HEADER_SIZE + bytes.len()) {
                 prop_assert!(count <= bytes.len());
-                let layout = Layout { long_setxattr: long, trailing_labels: !long };
+                let layout =
+                    Layout { long_setxattr: long, trailing_labels: !long, extensions: extended, open_flags };
                 let _ = Request::decode(&header, &bytes[..count], layout);
             }
         }

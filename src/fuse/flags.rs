@@ -52,7 +52,8 @@ bitflags! {
         const ABORT_ERROR = 1 << 21;
         /// `max_pages` of the reply counts.
         const MAX_PAGES = 1 << 22;
-        /// READLINK replies may be cached.
+        /// READLINK replies may be cached. Not offered: such a target is cut at the link's st_size (up to
+        /// Linux 6.13), which is 0 for links in /proc and /sys.
         const CACHE_SYMLINKS = 1 << 23;
         /// ENOSYS to OPENDIR means that it is not needed.
         const NO_OPENDIR_SUPPORT = 1 << 24;
@@ -181,6 +182,23 @@ bitflags! {
     pub struct LockFlags: u32 {
         /// A flock(2) lock, not a POSIX one.
         const FLOCK = 1 << 0;
+    }
+
+    /// `FUSE_IOCTL_*` of an IOCTL.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct IoctlFlags: u32 {
+        /// The caller is a 32-bit program on a 64-bit kernel.
+        const COMPAT = 1 << 0;
+        /// The server may have the caller's memory read and written as it likes (CUSE only).
+        const UNRESTRICTED = 1 << 1;
+        /// The call is to be made again (in replies only).
+        const RETRY = 1 << 2;
+        /// The caller is a 32-bit program.
+        const _32BIT = 1 << 3;
+        /// The handle is a directory's.
+        const DIR = 1 << 4;
+        /// The caller is an x32 program.
+        const COMPAT_X32 = 1 << 5;
     }
 
     /// `FUSE_FSYNC_*`.

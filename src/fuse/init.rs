@@ -6,12 +6,15 @@ use super::abi;
 use super::flags::InitFlags;
 use super::request::Init;
 
-/// Pages of the longest request that is served, in pages of [`PAGE_SIZE`] bytes. The guest cuts it
+/// Pages of the longest request that is served, in pages of [`PAGE_SIZE`] bytes: for Linux, which cuts it
 /// down to what its ring and its `fs.fuse.max_pages_limit` allow.
 pub const MAX_PAGES: u16 = 4096;
+/// The same for other guests, which may take it at its word and then meet limits of their own: the Windows
+/// driver refuses requests of more than 1024 pages, headers included. Linux had this limit up to 6.12.
+const CAREFUL_PAGES: u16 = 256;
 /// Unit of [`MAX_PAGES`] in bytes.
 pub const PAGE_SIZE: u32 = 4096;
-/// Bytes of the longest WRITE.
+/// Bytes of the longest WRITE of all guests.
 pub const MAX_WRITE: u32 = MAX_PAGES as u32 * PAGE_SIZE;
 /// Pages of the longest request when the guest does not know MAX_PAGES (`FUSE_DEFAULT_MAX_PAGES_PER_REQ`).
 const DEFAULT_PAGES: u32 = 32;
@@ -48,6 +51,10 @@ pub struct Layout {
     /// Labels of new inodes follow the arguments without being announced in the header: Linux 5.17
     /// to 6.2.
     pub trailing_labels: bool,
+    /// The header's last word counts, in requests that create something: it announces extensions.
+    pub extensions: bool,
+    /// OPEN and CREATE say how to open (HANDLE_KILLPRIV_V2).
+    pub open_flags: bool,
 }
 
 /// What both sides agreed on.
@@ -61,6 +68,8 @@ pub struct Negotiated {
     pub max_write: u32,
     /// Bytes of the longest read-ahead.
     pub max_readahead: u32,
+    /// Pages of the longest request; 0 for a guest without MAX_PAGES, which does not ask.
+    pub max_pages: u16,
 }
 
 /// Answers an INIT with what both the guest and the daemon (`offered`) want.
@@ -83,8 +92,21 @@ pub fn negotiate(init: &Init, offered: InitFlags) -> Result<Option<Negotiated>, 
     if !flags.contains(InitFlags::HANDLE_KILLPRIV_V2) {
         flags.remove(InitFlags::ATOMIC_O_TRUNC);
     }
-    let max_write = if flags.contains(InitFlags::MAX_PAGES) { MAX_WRITE } else { DEFAULT_PAGES * PAGE_SIZE };
-    Ok(Some(Negotiated { minor, flags, max_write, max_readahead: init.max_readahead }))
+    let max_pages = max_pages(init, flags);
+    let max_write = if max_pages == 0 { DEFAULT_PAGES * PAGE_SIZE } else { u32::from(max_pages) * PAGE_SIZE };
+    Ok(Some(Negotiated { minor, flags, max_write, max_readahead: init.max_readahead, max_pages }))
+}
+
+/// Pages of the longest request, by whether the guest is known to cut requests by its ring. Linux does, and
+/// of all guests it alone has PARALLEL_DIROPS, in every version since 4.7: the Windows driver, UEFI firmware
+/// and those made after the Windows driver send no flags but READDIRPLUS and MAX_PAGES. Minor versions do not
+/// tell them apart: Windows and Linux 5.4 both have 31.
+fn max_pages(init: &Init, agreed: InitFlags) -> u16 {
+    match agreed.contains(InitFlags::MAX_PAGES) {
+        true if init.flags.contains(InitFlags::PARALLEL_DIROPS) => MAX_PAGES,
+        true => CAREFUL_PAGES,
+        false => 0,
+    }
 }
 
 /// The answer to a guest whose major version is newer: ours, and nothing else.
@@ -95,9 +117,13 @@ pub fn major_mismatch() -> abi::InitOut {
 impl Negotiated {
     /// How requests are laid out.
     pub fn layout(&self) -> Layout {
+        let labels = self.flags.contains(InitFlags::SECURITY_CTX);
+        let announces = self.minor >= MINOR_EXTENSIONS;
         Layout {
             long_setxattr: self.flags.contains(InitFlags::SETXATTR_EXT),
-            trailing_labels: self.flags.contains(InitFlags::SECURITY_CTX) && self.minor < MINOR_EXTENSIONS,
+            trailing_labels: labels && !announces,
+            extensions: self.flags.contains(InitFlags::CREATE_SUPP_GROUP) || (labels && announces),
+            open_flags: self.flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
         }
     }
 
@@ -114,7 +140,7 @@ impl Negotiated {
             max_write: self.max_write,
             // The host's time stamps are exact to the nanosecond.
             time_gran: 1,
-            max_pages: MAX_PAGES,
+            max_pages: self.max_pages,
             flags2: u32::from_le_bytes([b4, b5, b6, b7]),
             ..Default::default()
         }
@@ -144,15 +170,31 @@ mod tests {
         let agreed = negotiate(&init(31, guest), offered).unwrap().unwrap();
         assert_eq!(agreed.flags, InitFlags::ASYNC_READ | InitFlags::MAX_PAGES);
         assert_eq!(agreed.minor, 31);
-        assert_eq!(agreed.max_write, 16 << 20);
-        let wire = agreed.to_wire();
-        assert_eq!((wire.max_write, wire.max_pages, wire.minor), (16 << 20, 4096, 45));
+        assert_eq!(agreed.to_wire().minor, 45);
     }
 
     #[test]
-    fn a_guest_without_max_pages_gets_short_writes() {
-        let agreed = negotiate(&init(27, InitFlags::empty()), InitFlags::all()).unwrap().unwrap();
-        assert_eq!(agreed.max_write, 128 << 10);
+    fn long_requests_are_for_guests_that_cut_them() {
+        let (pages, linux) = (InitFlags::MAX_PAGES, InitFlags::PARALLEL_DIROPS);
+        for (minor, guest, max_write, max_pages) in [
+            // Linux 5.4, 5.10, 6.1 and 7.2.
+            (31, pages | linux, 16 << 20, 4096),
+            (32, pages | linux, 16 << 20, 4096),
+            (37, pages | linux | InitFlags::INIT_EXT, 16 << 20, 4096),
+            (45, pages | linux | InitFlags::INIT_EXT, 16 << 20, 4096),
+            // Windows of today, and what may come of it.
+            (31, pages | InitFlags::DO_READDIRPLUS, 1 << 20, 256),
+            (38, pages | InitFlags::DO_READDIRPLUS | InitFlags::INIT_EXT, 1 << 20, 256),
+            // Older drivers for Windows, and firmware.
+            (31, InitFlags::DO_READDIRPLUS, 128 << 10, 0),
+            (27, linux, 128 << 10, 0),
+        ] {
+            // Whether the daemon offers the flag that gives Linux away is another matter.
+            for offered in [InitFlags::all(), InitFlags::empty()] {
+                let wire = negotiate(&init(minor, guest), offered).unwrap().unwrap().to_wire();
+                assert_eq!((wire.max_write, wire.max_pages), (max_write, max_pages), "{minor} {guest:?}");
+            }
+        }
     }
 
     #[test]

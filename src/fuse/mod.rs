@@ -10,6 +10,7 @@ pub mod extensions;
 pub mod flags;
 pub mod ids;
 pub mod init;
+pub mod ioctl;
 pub mod name;
 pub mod opcode;
 pub mod reply;

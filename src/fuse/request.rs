@@ -7,8 +7,8 @@ use zerocopy::FromBytes;
 use super::abi;
 use super::extensions::Labels;
 use super::flags::{
-    FsyncFlags, GetattrFlags, InitFlags, OpenRequestFlags, ReleaseFlags, SetattrValid, SetxattrFlags,
-    WriteFlags,
+    FsyncFlags, GetattrFlags, InitFlags, IoctlFlags, OpenRequestFlags, ReleaseFlags, SetattrValid,
+    SetxattrFlags, WriteFlags,
 };
 use super::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
 use super::name::{LookupName, Name};
@@ -167,7 +167,8 @@ pub enum Operation<'a> {
     Getlk(Lock),
     Setlk(Lock),
     Setlkw(Lock),
-    /// Known to the protocol, not served here: IOCTL, POLL, BMAP, DAX and notifications.
+    Ioctl(Ioctl<'a>),
+    /// Known to the protocol, not served here: POLL, BMAP, DAX and notifications.
     Unsupported,
 }
 
@@ -362,6 +363,21 @@ pub struct Lock {
     pub pid: u32,
     /// A flock(2) lock on the handle, not a POSIX one.
     pub flock: bool,
+}
+
+/// Arguments of IOCTL. [`Ioctl::decode`](super::ioctl) says which command it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Ioctl<'a> {
+    /// The open file or directory.
+    pub handle: HandleId,
+    /// How the caller calls.
+    pub flags: IoctlFlags,
+    /// The command's number.
+    pub command: u32,
+    /// What the caller hands in.
+    pub data: &'a [u8],
+    /// Bytes that the caller takes.
+    pub room: u32,
 }
 
 impl Setattr {

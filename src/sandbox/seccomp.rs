@@ -13,6 +13,7 @@ use seccompiler::{
 use thiserror::Error;
 
 use crate::config::Seccomp;
+use crate::sys::file_flags;
 
 /// Why there is no filter.
 #[derive(Debug, Error)]
@@ -189,9 +190,12 @@ fn restricted() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, BackendError> {
         | libc::CLONE_NEWNET;
     let thread = (libc::CLONE_THREAD | libc::CLONE_VM).cast_unsigned();
     let thread = argument(0, SeccompCmpOp::MaskedEq(u64::from(namespaces.cast_unsigned() | thread)), thread)?;
+    let file_flags = file_flags::COMMANDS.iter().map(|command| argument(1, SeccompCmpOp::Eq, *command));
     let own_threads = argument(0, SeccompCmpOp::Eq, std::process::id())?;
     Ok(BTreeMap::from([
         (libc::SYS_fcntl, commands),
+        // Flags of files; whatever else ioctl(2) does with terminals, devices and file systems.
+        (libc::SYS_ioctl, file_flags.collect::<Result<_, _>>()?),
         // No mount is copied.
         (libc::SYS_open_tree, vec![argument(2, SeccompCmpOp::MaskedEq(OPEN_TREE_CLONE), 0)?]),
         (libc::SYS_mmap, vec![no_code()?]),
@@ -352,6 +356,10 @@ mod tests {
                 [0, long(libc::F_SETFL), long(libc::O_NONBLOCK | libc::O_ASYNC), 0],
                 Some([-1, long(libc::F_SETFL), long(libc::O_NONBLOCK), 0]),
             ),
+            ("ioctl", libc::SYS_ioctl, [-1, 0x5412 /* TIOCSTI */, 0, 0], Some([-1, 0x8008_6601, 0, 0])),
+            ("ioctl", libc::SYS_ioctl, [-1, 0x5401 /* TCGETS */, 0, 0], Some([-1, 0x4008_6602, 0, 0])),
+            ("ioctl", libc::SYS_ioctl, [-1, 0x4004_9409 /* FICLONE */, 0, 0], Some([-1, 0x801c_581f, 0, 0])),
+            ("ioctl", libc::SYS_ioctl, [-1, 0xc018_5879 /* FITRIM */, 0, 0], Some([-1, 0x401c_5820, 0, 0])),
             ("prctl", libc::SYS_prctl, [long(libc::PR_SET_DUMPABLE), 1, 0, 0], None),
             ("prctl", libc::SYS_prctl, [long(libc::PR_CAPBSET_DROP), 0, 0, 0], None),
             ("socketpair", libc::SYS_socketpair, [long(libc::AF_INET), 1, 0, 0], Some([1, 1, 0, 0])),

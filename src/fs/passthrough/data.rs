@@ -63,7 +63,7 @@ impl PassthroughFs {
 
     /// FLUSH: one of the guest's descriptors of this open file was closed.
     pub(super) fn flush_handle(&self, handle: &Handle, owner: LockOwner) -> Result<()> {
-        handle.inode.locks.drop_owner(owner);
+        handle.inode.locks.drop_owner(owner)?;
         // Closing a duplicate makes network file systems report errors of delayed writes.
         let duplicate = rustix::io::fcntl_dupfd_cloexec(handle.fd(), 0)?;
         crate::sys::close(duplicate)

@@ -133,6 +133,12 @@ impl PassthroughFs {
         create(Mode::from_raw_mode(mode))
     }
 
+    /// Acts as the caller without any capability until the guard is dropped: where the host's kernel
+    /// decides what only an owner may do.
+    pub(super) fn become_user(&self, ctx: &Context) -> Result<CallerGuard> {
+        become_caller(self.own, Caller { effective: CapabilitySet::empty(), ..self.host_caller(ctx)? })
+    }
+
     /// Acts as the caller until the guard is dropped.
     pub(super) fn become_caller(&self, ctx: &Context) -> Result<CallerGuard> {
         become_caller(self.own, self.host_caller(ctx)?)

@@ -88,6 +88,11 @@ impl Ranges {
         self.all.give_back(MOST_GROWTH);
     }
 
+    /// Whether `lock`, as the host tells of it, is one of these ranges.
+    pub fn holds(&self, lock: &ByteLock) -> bool {
+        self.locked.get(&lock.start).is_some_and(|range| *range == (lock.end, lock.kind))
+    }
+
     fn change(&self, lock: &ByteLock) -> Change {
         let ByteLock { kind, start, end } = *lock;
         let (mut first, mut last, mut change) = (start, end, Change::default());

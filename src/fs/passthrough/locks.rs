@@ -4,11 +4,16 @@
 //! inode for itself, with OFD locks on it, so that the host keeps owners apart with its own rules.
 //! A flock(2) lock belongs to the guest's open file, which is our handle.
 //!
+//! An owner is a process or an open file description (F_OFD_SETLK), and requests do not say which. A process
+//! ends its locks by FLUSH, with each descriptor of the file that it closes. For a description Linux sends
+//! RELEASE alone, without an owner: so each owner remembers the handles that it locked through, and the
+//! RELEASE of one of them ends it. A process has had its FLUSH by then.
+//!
 //! A lock that has to be waited for blocks its thread in the host's kernel. [`Waits`] knows these
 //! threads and gets them out with a signal.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -23,7 +28,7 @@ use super::handles::Handle;
 use super::lock_ranges::Ranges;
 use crate::fs::Result;
 use crate::fuse::abi::FileLock;
-use crate::fuse::ids::{LockOwner, Unique};
+use crate::fuse::ids::{HandleId, LockOwner, Unique};
 use crate::fuse::request::{Lock, LockKind};
 use crate::sys::locks::{ByteLock, LockType, ofd_get, ofd_set, ofd_set_wait};
 use crate::sys::signals::{ThreadId, wake};
@@ -47,12 +52,26 @@ struct Owner {
     file: Held,
     pid: u32,
     ranges: Mutex<Ranges>,
+    /// Handles that it locked through, all of them open.
+    handles: Mutex<HashSet<u64>>,
 }
 
 impl Owner {
     /// Locks or unlocks without a wait.
     fn set(&self, lock: ByteLock) -> Result<()> {
         self.ranges().set(&lock, || ofd_set(self.file.as_fd(), lock))
+    }
+
+    /// Remembers a handle through which it locks.
+    fn locks_through(&self, handle: HandleId) -> Result<()> {
+        let mut handles = self.handles();
+        handles.try_reserve(1).map_err(|_| Errno::NOMEM)?;
+        handles.insert(handle.0);
+        Ok(())
+    }
+
+    fn handles(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn ranges(&self) -> MutexGuard<'_, Ranges> {
@@ -62,9 +81,15 @@ impl Owner {
 
 impl InodeLocks {
     /// Drops all locks of an owner.
-    pub fn drop_owner(&self, owner: LockOwner) {
+    pub fn drop_owner(&self, owner: LockOwner) -> Result<()> {
+        let in_use = self.lock().as_mut().and_then(|owners| take_unused(owners, owner.0));
+        in_use.map_or(Ok(()), |owner| owner.set(EVERYTHING))
+    }
+
+    /// Drops the locks of all owners that locked through a handle, which is closed for good.
+    pub fn drop_handle(&self, handle: HandleId) {
         if let Some(owners) = self.lock().as_mut() {
-            owners.remove(&owner.0);
+            owners.retain(|_, owner| !owner.handles().contains(&handle.0));
         }
     }
 
@@ -86,19 +111,30 @@ impl InodeLocks {
         Ok(Arc::clone(owners.entry(lock.owner.0).or_insert_with(|| Arc::new(new))))
     }
 
-    /// The process of the one owner beside `owner`; 0 if there is none or more than one.
-    fn other_pid(&self, owner: LockOwner) -> u32 {
+    /// The process that holds `lock`, which is in the way of `owner`; 0 if it is none of this guest's.
+    fn holder(&self, owner: LockOwner, lock: &ByteLock) -> u32 {
         let owners = self.lock();
         let mut others = owners.iter().flat_map(|owners| owners.iter()).filter(|(id, _)| **id != owner.0);
-        match (others.next(), others.next()) {
-            (Some((_, other)), None) => other.pid,
-            _ => 0,
-        }
+        others.find(|(_, other)| other.ranges().holds(lock)).map_or(0, |(_, other)| other.pid)
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Box<Owners>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// All locks of one owner.
+const EVERYTHING: ByteLock = ByteLock { kind: LockType::Unlock, start: 0, end: i64::MAX.unsigned_abs() };
+
+/// Takes an owner out, and closes its file with all locks on it, unless some thread is about to lock for it:
+/// that lock is to stay, so the owner does, too, and is returned.
+fn take_unused(owners: &mut Owners, owner: u64) -> Option<Arc<Owner>> {
+    let found = owners.get(&owner)?;
+    if Arc::strong_count(found) > 1 {
+        return Some(Arc::clone(found));
+    }
+    owners.remove(&owner);
+    None
 }
 
 /// Threads that wait for locks, by the request they serve.
@@ -205,7 +241,7 @@ impl PassthroughFs {
             LockType::Write => libc::F_WRLCK,
             LockType::Unlock => return Ok(free),
         };
-        let pid = handle.inode.locks.other_pid(lock.owner);
+        let pid = handle.inode.locks.holder(lock.owner, &found);
         Ok(FileLock { start: found.start, end: found.end, typ: typ.cast_unsigned(), pid })
     }
 
@@ -226,9 +262,11 @@ impl PassthroughFs {
                 errno => errno,
             })?;
             let file = slot.hold(self.open_for_locks(handle)?);
-            Ok(Owner { file, pid: lock.pid, ranges: Mutex::new(Ranges::new(&self.lock_ranges)) })
+            let ranges = Mutex::new(Ranges::new(&self.lock_ranges));
+            Ok(Owner { file, pid: lock.pid, ranges, handles: Mutex::default() })
         };
         let owner = handle.inode.locks.find_or_open(lock, open)?;
+        owner.locks_through(lock.handle)?;
         match wait {
             None => owner.set(byte_lock(lock)),
             Some(unique) => self.wait_for_lock(&owner, byte_lock(lock), unique),

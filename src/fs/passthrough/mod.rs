@@ -7,9 +7,11 @@
 
 mod attributes;
 mod budget;
+mod close;
 mod credentials;
 mod data;
 mod directories;
+mod file_flags;
 mod handles;
 mod identity;
 mod inodes;
@@ -49,6 +51,7 @@ use crate::fuse::abi;
 use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
 use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
 use crate::fuse::init::Negotiated;
+use crate::fuse::ioctl::{Command, Reply};
 use crate::fuse::name::{LookupName, Name};
 use crate::fuse::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
 use crate::fuse::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
@@ -232,6 +235,7 @@ impl FileSystem for PassthroughFs {
             | InitFlags::AUTO_INVAL_DATA
             | InitFlags::ASYNC_DIO
             | InitFlags::PARALLEL_DIROPS
+            | InitFlags::HAS_IOCTL_DIR
             | InitFlags::CREATE_SUPP_GROUP
             | InitFlags::SETXATTR_EXT
             | InitFlags::ALLOW_IDMAP;
@@ -368,23 +372,13 @@ impl FileSystem for PassthroughFs {
 
     fn release(
         &self,
-        ctx: &Context,
+        _ctx: &Context,
         node: NodeId,
         handle: HandleId,
         flags: ReleaseFlags,
         owner: LockOwner,
     ) -> Result<()> {
-        // Whatever the flush says, the guest will not name this handle again.
-        let flushed = match flags.contains(ReleaseFlags::FLUSH) {
-            true => self.flush(ctx, node, handle, owner),
-            false => Ok(()),
-        };
-        let handle = self.handles.remove(node, handle)?;
-        if flags.contains(ReleaseFlags::FLOCK_UNLOCK) {
-            // A request that is still under way may keep the descriptor, but not the lock.
-            locks::drop_flock(&handle)?;
-        }
-        flushed
+        self.close_file(node, handle, flags, owner)
     }
 
     fn fsync(&self, _ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
@@ -483,6 +477,10 @@ impl FileSystem for PassthroughFs {
 
     fn setlkw(&self, ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
         self.take_lock(&*self.handles.get(node, lock.handle)?, lock, Some(ctx.unique))
+    }
+
+    fn ioctl(&self, ctx: &Context, node: NodeId, handle: HandleId, command: Command) -> Result<Reply> {
+        self.file_flags(ctx, &*self.handles.get(node, handle)?, command)
     }
 
     fn interrupt(&self, unique: Unique) {

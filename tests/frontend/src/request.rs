@@ -45,6 +45,10 @@ pub struct Request<'a> {
     pub reply_data: usize,
     /// A security label of what is created (SECURITY_CTX), as an extension.
     pub label: Vec<u8>,
+    /// What the header's last word says of extensions that are not there; Linux clears it.
+    pub last_word: u32,
+    /// The length that the header says, where it is not the request's.
+    pub told: Option<u32>,
 }
 
 impl<'a> Request<'a> {
@@ -59,6 +63,8 @@ impl<'a> Request<'a> {
             reply: Some(0),
             reply_data: 0,
             label: Vec::new(),
+            last_word: 0,
+            told: None,
         }
     }
 
@@ -100,6 +106,18 @@ impl<'a> Request<'a> {
         self
     }
 
+    /// Leaves this in the header's last word, which guests up to FUSE 7.37 do not know.
+    pub fn last_word(mut self, word: u32) -> Self {
+        self.last_word = word;
+        self
+    }
+
+    /// Has the header say another length.
+    pub fn told(mut self, len: u32) -> Self {
+        self.told = Some(len);
+        self
+    }
+
     /// Expects no reply, as for FORGET.
     pub fn no_reply(mut self) -> Self {
         self.reply = None;
@@ -120,8 +138,9 @@ impl<'a> Request<'a> {
             _ => Vec::new(),
         });
         let len = size_of::<InHeader>() + self.args.iter().map(Vec::len).sum::<usize>();
+        let [low, high]: [u16; 2] = zerocopy::transmute!(self.last_word);
         let header = InHeader {
-            len: (len + extension.len() + self.data.len()) as u32,
+            len: self.told.unwrap_or((len + extension.len() + self.data.len()) as u32),
             opcode: self.opcode,
             unique,
             nodeid: self.nodeid,
@@ -129,8 +148,8 @@ impl<'a> Request<'a> {
             gid: self.caller.gid,
             pid: self.caller.pid,
             // In units of eight bytes.
-            total_extlen: (extension.len() / 8) as u16,
-            padding: 0,
+            total_extlen: (extension.len() / 8) as u16 | low,
+            padding: high,
         };
         let mut parts = vec![header.as_bytes().to_vec()];
         parts.extend(self.args.iter().cloned());

@@ -21,22 +21,29 @@ pub struct Lock {
     pub end: u64,
     /// A flock(2) lock on the whole file.
     pub flock: bool,
+    /// The process that asks.
+    pub pid: u32,
 }
 
 impl Lock {
     /// A POSIX lock on a range, both ends included.
     pub fn posix(owner: u64, kind: i32, start: u64, end: u64) -> Lock {
-        Lock { owner, kind, start, end, flock: false }
+        Lock { owner, kind, start, end, flock: false, pid: 0 }
     }
 
     /// A flock(2) lock.
     pub fn flock(owner: u64, kind: i32) -> Lock {
-        Lock { owner, kind, start: 0, end: i64::MAX as u64, flock: true }
+        Lock { owner, kind, start: 0, end: i64::MAX as u64, flock: true, pid: 0 }
+    }
+
+    /// The same, asked for by this process.
+    pub fn by(self, pid: u32) -> Lock {
+        Lock { pid, ..self }
     }
 
     fn request<'a>(self, opcode: Opcode, node: u64, fh: u64) -> Request<'a> {
         let flags = if self.flock { LockFlags::FLOCK } else { LockFlags::empty() };
-        let lk = FileLock { start: self.start, end: self.end, typ: self.kind.cast_unsigned(), pid: 0 };
+        let lk = FileLock { start: self.start, end: self.end, typ: self.kind.cast_unsigned(), pid: self.pid };
         let arg = LkIn { fh, owner: self.owner, lk, lk_flags: flags.bits(), padding: 0 };
         Request::new(opcode, node).arg(&arg)
     }

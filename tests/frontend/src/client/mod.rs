@@ -6,6 +6,7 @@
 mod attributes;
 pub mod data;
 mod directories;
+mod ioctl;
 mod locks;
 mod names;
 mod xattr;
