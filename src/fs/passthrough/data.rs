@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use super::PassthroughFs;
 use super::credentials::without_fsetid;
 use super::handles::Handle;
+use super::host_file::Opener;
 use super::io_mode::Mode;
 use super::range_lock::lock_copy;
 use crate::fs::Result;
@@ -17,6 +18,11 @@ use crate::fuse::request::{CopyFileRange, Read, Write};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 
 impl PassthroughFs {
+    /// What it takes to open a file once more.
+    fn opener(&self) -> Opener<'_> {
+        Opener { proc_self_fd: &self.proc_self_fd, budget: &self.budget }
+    }
+
     /// READ. In direct mode it waits for writes to the same bytes, so that it sees no half of one.
     pub(super) fn read_data(
         &self,
@@ -25,11 +31,12 @@ impl PassthroughFs {
         data: &mut GuestWriter<'_>,
     ) -> Result<usize> {
         let mode = handle.mode().ok_or(Errno::ISDIR)?;
+        let file = handle.file.for_flags(read.flags, self.opener())?;
         let ranges = &handle.inode.ranges;
         let _guard = (mode != Mode::Cached).then(|| ranges.read(read.offset, u64::from(read.size)));
         let mut done = 0;
         while !data.is_empty() {
-            match data.read_from(handle.fd(), read.offset.saturating_add(done as u64), 0) {
+            match data.read_from(file, read.offset.saturating_add(done as u64), 0) {
                 Ok(0) => break,
                 Ok(count) => done += count,
                 Err(Errno::INTR) => {}
@@ -53,6 +60,11 @@ impl PassthroughFs {
         }
         let from_cache = write.write_flags.contains(WriteFlags::CACHE);
         let appends = !from_cache && write.flags & libc::O_APPEND.cast_unsigned() != 0;
+        let file = if from_cache {
+            handle.file.buffered(self.opener())?
+        } else {
+            handle.file.for_flags(write.flags, self.opener())?
+        };
         let ranges = &handle.inode.ranges;
         // Where an append goes is known when it is done: it excludes all other writes.
         let _guard =
@@ -62,15 +74,38 @@ impl PassthroughFs {
         self.drop_mapped_capability(&handle.inode)?;
         // The guest's idea of the end of the file may be old; with RWF_APPEND the host's counts.
         let flags = if appends { libc::RWF_APPEND } else { 0 };
-        write_all(handle.fd(), write.offset, flags, data)
+        write_all(file, write.offset, flags, data)
     }
 
     /// FLUSH: one of the guest's descriptors of this open file was closed.
     pub(super) fn flush_handle(&self, handle: &Handle, owner: LockOwner) -> Result<()> {
         handle.inode.locks.drop_owner(owner);
         // Closing a duplicate makes network file systems report errors of delayed writes.
-        let duplicate = rustix::io::fcntl_dupfd_cloexec(handle.fd(), 0)?;
-        crate::sys::close(duplicate)
+        handle.file.all().try_for_each(|file| crate::sys::close(rustix::io::fcntl_dupfd_cloexec(file, 0)?))
+    }
+
+    /// LSEEK, which guests send for SEEK_DATA and SEEK_HOLE alone. The descriptor's own position means
+    /// nothing: all reads and writes name their offset.
+    pub(super) fn seek(&self, handle: &Handle, offset: u64, whence: u32) -> Result<u64> {
+        let offset = i64::try_from(offset).map_err(|_| Errno::NXIO)?.cast_unsigned();
+        let from = match i32::try_from(whence) {
+            Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
+            Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
+            Ok(libc::SEEK_SET) => SeekFrom::Start(offset),
+            Ok(libc::SEEK_END) => SeekFrom::End(offset.cast_signed()),
+            _ => return Err(Errno::INVAL),
+        };
+        if handle.mode().is_none() {
+            return Err(Errno::INVAL);
+        }
+        rustix::fs::seek(handle.fd(), from)
+    }
+
+    /// COPY_FILE_RANGE. It does not say whether O_DIRECT is still set, and may have any length.
+    pub(super) fn copy_data(&self, source: &Handle, target: &Handle, range: &CopyFileRange) -> Result<u64> {
+        self.drop_mapped_capability(&target.inode)?;
+        let files = (source.file.buffered(self.opener())?, target.file.buffered(self.opener())?);
+        copy(source, target, files, range)
     }
 }
 
@@ -108,25 +143,13 @@ pub(super) fn allocate(handle: &Handle, mode: u32, offset: u64, length: u64) -> 
     rustix::fs::fallocate(handle.fd(), mode, offset, length)
 }
 
-/// LSEEK, which guests send for SEEK_DATA and SEEK_HOLE alone. The descriptor's own position means
-/// nothing: all reads and writes name their offset.
-pub(super) fn seek(handle: &Handle, offset: u64, whence: u32) -> Result<u64> {
-    let offset = i64::try_from(offset).map_err(|_| Errno::NXIO)?.cast_unsigned();
-    let from = match i32::try_from(whence) {
-        Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
-        Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
-        Ok(libc::SEEK_SET) => SeekFrom::Start(offset),
-        Ok(libc::SEEK_END) => SeekFrom::End(offset.cast_signed()),
-        _ => return Err(Errno::INVAL),
-    };
-    if handle.mode().is_none() {
-        return Err(Errno::INVAL);
-    }
-    rustix::fs::seek(handle.fd(), from)
-}
-
-/// COPY_FILE_RANGE.
-pub(super) fn copy(source: &Handle, target: &Handle, copy: &CopyFileRange) -> Result<u64> {
+/// COPY_FILE_RANGE from one descriptor to another, which are those of the handles.
+fn copy(
+    source: &Handle,
+    target: &Handle,
+    files: (BorrowedFd<'_>, BorrowedFd<'_>),
+    copy: &CopyFileRange,
+) -> Result<u64> {
     if copy.flags != 0 {
         return Err(Errno::INVAL);
     }
@@ -135,12 +158,7 @@ pub(super) fn copy(source: &Handle, target: &Handle, copy: &CopyFileRange) -> Re
     let to = (&target.inode.ranges, copy.offset_out);
     let _guards = lock_copy(from, to, copy.length);
     let (mut offset_in, mut offset_out) = (copy.offset_in, copy.offset_out);
-    let copied = rustix::fs::copy_file_range(
-        source.fd(),
-        Some(&mut offset_in),
-        target.fd(),
-        Some(&mut offset_out),
-        length,
-    )?;
+    let copied =
+        rustix::fs::copy_file_range(files.0, Some(&mut offset_in), files.1, Some(&mut offset_out), length)?;
     Ok(copied as u64)
 }

@@ -11,6 +11,7 @@ mod credentials;
 mod data;
 mod directories;
 mod handles;
+mod host_file;
 mod identity;
 mod inodes;
 pub mod io_mode;
@@ -434,14 +435,13 @@ impl FileSystem for PassthroughFs {
     }
 
     fn lseek(&self, _ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {
-        data::seek(&*self.handles.get(node, handle)?, offset, whence)
+        self.seek(&*self.handles.get(node, handle)?, offset, whence)
     }
 
     fn copy_file_range(&self, _ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
         let source = self.handles.get(node, copy.handle_in)?;
         let target = self.handles.get(copy.node_out, copy.handle_out)?;
-        self.drop_mapped_capability(&target.inode)?;
-        data::copy(&source, &target, copy)
+        self.copy_data(&source, &target, copy)
     }
 
     fn syncfs(&self, _ctx: &Context, node: NodeId) -> Result<()> {

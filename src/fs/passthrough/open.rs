@@ -6,9 +6,9 @@ use std::sync::Arc;
 use rustix::fs::{FileType, OFlags, openat};
 use rustix::io::Errno;
 
-use super::budget::Held;
 use super::credentials::without_fsetid;
 use super::handles::Handle;
+use super::host_file::HostFile;
 use super::inodes::Inode;
 use super::{Context, PassthroughFs};
 use crate::config::CachePolicy;
@@ -18,8 +18,8 @@ use crate::fuse::ids::HandleId;
 use crate::fuse::reply::Entry;
 use crate::fuse::request::{Create, Tmpfile};
 
-/// Flags of the guest's open(2) that mean something on the host. O_APPEND is not among them: it is
-/// looked at with each write, since it can change after the open. O_DIRECT is added where allowed.
+/// Flags of the guest's open(2) that mean something on the host. O_APPEND is not among them: each write
+/// says whether it is set, since it can change after the open, and so with O_DIRECT where it is allowed.
 const PASSED_ON: OFlags = OFlags::RWMODE.union(OFlags::TRUNC).union(OFlags::SYNC).union(OFlags::DSYNC);
 
 impl PassthroughFs {
@@ -42,7 +42,7 @@ impl PassthroughFs {
             self.drop_mapped_capability(&inode)?;
         }
         let slot = self.budget.take()?;
-        let file = slot.hold(self.reopen(&inode, host_flags)?);
+        let file = HostFile::new(slot.hold(self.reopen(&inode, host_flags)?), host_flags);
         self.add_file(&inode, file, flags)
     }
 
@@ -74,7 +74,8 @@ impl PassthroughFs {
             Ok(file) => {
                 let path = slots.0.hold(self.path_of(&file)?);
                 let (entry, inode) = self.adopt(path, Some(parent))?;
-                self.open_entry(entry, || self.add_file(&inode, slots.1.hold(file), create.flags))
+                let file = HostFile::new(slots.1.hold(file), flags);
+                self.open_entry(entry, || self.add_file(&inode, file, create.flags))
             }
             Err(Errno::EXIST) if create.flags & OFlags::EXCL.bits() == 0 => {
                 drop(slots);
@@ -104,7 +105,8 @@ impl PassthroughFs {
         })?;
         self.write_labels(ctx, &file)?;
         let (entry, inode) = self.adopt(slots.0.hold(self.path_of(&file)?), Some(parent))?;
-        self.open_entry(entry, || self.add_file(&inode, slots.1.hold(file), tmpfile.flags))
+        let file = HostFile::new(slots.1.hold(file), flags);
+        self.open_entry(entry, || self.add_file(&inode, file, tmpfile.flags))
     }
 
     /// OPENDIR.
@@ -113,7 +115,8 @@ impl PassthroughFs {
             return Err(Errno::NOTDIR);
         }
         let slot = self.budget.take()?;
-        let file = slot.hold(self.reopen(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?);
+        let host_flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let file = HostFile::new(slot.hold(self.reopen(&inode, host_flags)?), host_flags);
         let flags = match self.config.cache {
             CachePolicy::Never | CachePolicy::Auto => OpenReplyFlags::empty(),
             CachePolicy::Metadata | CachePolicy::Always => {
@@ -137,7 +140,7 @@ impl PassthroughFs {
 
     /// Makes a handle of an open file. From here on the inode has one opener more, and its mode is
     /// what all its openers are answered with.
-    fn add_file(&self, inode: &Arc<Inode>, file: Held, flags: u32) -> Result<Opened> {
+    fn add_file(&self, inode: &Arc<Inode>, file: HostFile, flags: u32) -> Result<Opened> {
         let policy = self.session().policy;
         let direct = flags & OFlags::DIRECT.bits() != 0;
         let mode = inode.io_mode.open(policy, direct).ok_or(Errno::NFILE)?;
