@@ -73,8 +73,8 @@ impl PassthroughFs {
         let _unprivileged = kill.then(without_fsetid).transpose()?;
         self.drop_mapped_capability(&handle.inode)?;
         // The guest's idea of the end of the file may be old; with RWF_APPEND the host's counts.
-        let flags = if appends { libc::RWF_APPEND } else { 0 };
-        write_all(file, write.offset, flags, data)
+        let append = if appends { libc::RWF_APPEND } else { 0 };
+        write_all(file, write.offset, append | sync_flags(write.flags), data)
     }
 
     /// FLUSH: one of the guest's descriptors of this open file was closed.
@@ -106,6 +106,19 @@ impl PassthroughFs {
         self.drop_mapped_capability(&target.inode)?;
         let files = (source.file.buffered(self.opener())?, target.file.buffered(self.opener())?);
         copy(source, target, files, range)
+    }
+}
+
+/// Flags of pwritev2(2) for the guest's `O_*` flags: `RWF_DSYNC` of the guest's pwritev2(2), and
+/// `mount -o sync`, come that way, not by the flags of the open.
+fn sync_flags(flags: u32) -> i32 {
+    let flags = flags.cast_signed();
+    if flags & libc::O_SYNC == libc::O_SYNC {
+        libc::RWF_SYNC
+    } else if flags & libc::O_DSYNC != 0 {
+        libc::RWF_DSYNC
+    } else {
+        0
     }
 }
 
