@@ -59,7 +59,7 @@ impl PassthroughFs {
             return Err(Errno::ISDIR);
         }
         let from_cache = write.write_flags.contains(WriteFlags::CACHE);
-        let appends = !from_cache && write.flags & libc::O_APPEND.cast_unsigned() != 0;
+        let appends = !from_cache && self.appends(write.flags);
         let file = if from_cache {
             handle.file.buffered(self.opener())?
         } else {
@@ -72,9 +72,16 @@ impl PassthroughFs {
         let kill = write.write_flags.contains(WriteFlags::KILL_SUIDGID);
         let _unprivileged = kill.then(without_fsetid).transpose()?;
         self.drop_mapped_capability(&handle.inode)?;
-        // The guest's idea of the end of the file may be old; with RWF_APPEND the host's counts.
         let append = if appends { libc::RWF_APPEND } else { 0 };
         write_all(file, write.offset, append | sync_flags(write.flags), data)
+    }
+
+    /// Whether a WRITE that does not come from the cache goes to the end of the file on the host.
+    ///
+    /// The guest's idea of the end may be old, so the host's counts; unless the guest writes its cache
+    /// back: then the file ends where the guest says, maybe behind data that it has not sent yet.
+    fn appends(&self, flags: u32) -> bool {
+        flags & libc::O_APPEND.cast_unsigned() != 0 && !self.session().policy.writeback
     }
 
     /// FLUSH: one of the guest's descriptors of this open file was closed.
@@ -86,7 +93,13 @@ impl PassthroughFs {
 
     /// LSEEK, which guests send for SEEK_DATA and SEEK_HOLE alone. The descriptor's own position means
     /// nothing: all reads and writes name their offset.
+    ///
+    /// Where the guest writes its cache back, the host does not know what data there is, nor where the
+    /// file ends. ENOSYS makes the guest take all of a file for data, up to its own idea of the end.
     pub(super) fn seek(&self, handle: &Handle, offset: u64, whence: u32) -> Result<u64> {
+        if self.session().policy.writeback {
+            return Err(Errno::NOSYS);
+        }
         let offset = i64::try_from(offset).map_err(|_| Errno::NXIO)?.cast_unsigned();
         let from = match i32::try_from(whence) {
             Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
