@@ -14,8 +14,10 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
 
-use lanefsd::fuse::flags::{InitFlags, WriteFlags};
+use lanefsd::fuse::flags::{InitFlags, OpenReplyFlags, WriteFlags};
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::{Backend, Session, SessionOptions};
 
@@ -82,4 +84,63 @@ fn no_data_is_called_a_hole() {
     let (entry, open) = client.create(ROOT, "holes", libc::O_RDWR, 0o600, 0).unwrap();
     client.write(entry.nodeid, open.fh, MIB as u64, b"data").unwrap();
     assert_eq!(client.lseek(entry.nodeid, open.fh, 0, libc::SEEK_DATA).unwrap(), MIB as u64);
+}
+
+#[test]
+fn a_file_that_the_daemon_may_not_read_is_written_past_the_cache() {
+    const USER: u32 = 4321;
+    let home = tempfile::tempdir().unwrap();
+    fs::set_permissions(home.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::copy(common::program(), home.path().join("lanefsd")).unwrap();
+    let share = home.path().join("share");
+    fs::create_dir(&share).unwrap();
+    fs::write(share.join("secret"), "old\n").unwrap();
+    fs::set_permissions(share.join("secret"), fs::Permissions::from_mode(0o200)).unwrap();
+    for path in [&share, &share.join("secret")] {
+        std::os::unix::fs::chown(path, Some(USER), Some(USER)).unwrap();
+    }
+    let user = [format!("--reuid={USER}"), format!("--regid={USER}"), "--clear-groups".into()];
+    let backend = Backend::of("setpriv")
+        .args(user)
+        .args([home.path().join("lanefsd")])
+        .args(["--sandbox=none", "--writeback"])
+        .share(&share)
+        .by_fd()
+        .start()
+        .unwrap();
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    let client = session.client().user(USER, USER);
+    let node = client.lookup(ROOT, "secret").unwrap().nodeid;
+    let open = client.open(node, libc::O_WRONLY).unwrap();
+    // In its cache, the guest would have to read the rest of a page that it writes to.
+    assert!(OpenReplyFlags::from_bits_retain(open.open_flags).contains(OpenReplyFlags::DIRECT_IO));
+    client.write_with(node, open.fh, 4, b"new\n", WriteFlags::empty(), libc::O_WRONLY).unwrap();
+    assert_eq!(fs::read(share.join("secret")).unwrap(), b"old\nnew\n");
+    assert_eq!(common::errno(client.open(node, libc::O_RDWR)), libc::EACCES);
+}
+
+#[test]
+fn an_append_only_file_is_appended_past_the_cache() {
+    let (directory, _backend, session) = serve(&["--writeback"]);
+    let path = directory.path().join("log");
+    fs::write(&path, "old\n").unwrap();
+    let chattr = |change| assert!(Command::new("chattr").arg(change).arg(&path).status().unwrap().success());
+    chattr("+a");
+    let client = session.client();
+    let node = client.lookup(ROOT, "log").unwrap().nodeid;
+    let open = client.open(node, libc::O_WRONLY | libc::O_APPEND);
+    let results = open.map(|open| {
+        let flags = libc::O_WRONLY | libc::O_APPEND;
+        // The guest's end of the file is old.
+        let append = client.write_with(node, open.fh, 2, b"new\n", WriteFlags::empty(), flags);
+        let page = client.write_with(node, open.fh, 0, b"OLD\n", WriteFlags::CACHE, 0);
+        (open.open_flags, append, page)
+    });
+    let content = fs::read(&path).unwrap();
+    chattr("-a");
+    let (open_flags, append, page) = results.unwrap();
+    assert!(OpenReplyFlags::from_bits_retain(open_flags).contains(OpenReplyFlags::DIRECT_IO));
+    assert_eq!(append.unwrap(), 4);
+    assert_eq!(common::errno(page), libc::EPERM);
+    assert_eq!(content, b"old\nnew\n");
 }

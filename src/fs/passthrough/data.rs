@@ -59,7 +59,11 @@ impl PassthroughFs {
             return Err(Errno::ISDIR);
         }
         let from_cache = write.write_flags.contains(WriteFlags::CACHE);
-        let appends = !from_cache && self.appends(write.flags);
+        let appends = !from_cache && self.appends(handle, write.flags);
+        if handle.file.is_append_only() && !appends {
+            // The host would put it at the end, wherever it belongs.
+            return Err(Errno::PERM);
+        }
         let file = if from_cache {
             handle.file.buffered(self.opener())?
         } else {
@@ -80,8 +84,9 @@ impl PassthroughFs {
     ///
     /// The guest's idea of the end may be old, so the host's counts; unless the guest writes its cache
     /// back: then the file ends where the guest says, maybe behind data that it has not sent yet.
-    fn appends(&self, flags: u32) -> bool {
-        flags & libc::O_APPEND.cast_unsigned() != 0 && !self.session().policy.writeback
+    fn appends(&self, handle: &Handle, flags: u32) -> bool {
+        flags & libc::O_APPEND.cast_unsigned() != 0
+            && (handle.file.is_append_only() || !self.session().policy.writeback)
     }
 
     /// FLUSH: one of the guest's descriptors of this open file was closed.

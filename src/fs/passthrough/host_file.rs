@@ -10,13 +10,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{Mode, OFlags, fcntl_setfl, openat};
+use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use super::budget::{Budget, Held};
 use crate::fs::Result;
 
 /// Flags that the second descriptor shares with the first.
-const SHARED: OFlags = OFlags::RWMODE.union(OFlags::SYNC).union(OFlags::DSYNC).union(OFlags::NOATIME);
+const SHARED: OFlags =
+    OFlags::RWMODE.union(OFlags::SYNC).union(OFlags::DSYNC).union(OFlags::APPEND).union(OFlags::NOATIME);
 
 /// An open file of the host: one descriptor, or two.
 #[derive(Debug)]
@@ -52,6 +54,22 @@ impl HostFile {
         self.direct.load(Ordering::Acquire)
     }
 
+    /// Whether it can be read.
+    pub fn is_readable(&self) -> bool {
+        self.flags & OFlags::RWMODE != OFlags::WRONLY
+    }
+
+    /// Whether it can be written.
+    pub fn is_writable(&self) -> bool {
+        self.flags & OFlags::RWMODE != OFlags::RDONLY
+    }
+
+    /// Whether the host lets it be written at its end alone: the file has the append-only attribute
+    /// (`chattr +a`), and is never open with O_APPEND otherwise.
+    pub fn is_append_only(&self) -> bool {
+        self.flags.contains(OFlags::APPEND)
+    }
+
     /// The descriptor for a request whose program has its file open with the `O_*` flags `now`.
     ///
     /// O_DIRECT that is set after the open has no effect on the host.
@@ -69,13 +87,17 @@ impl HostFile {
         }
         match open.again(self.fd(), self.flags & SHARED) {
             Ok(file) => Ok(self.buffered.get_or_init(|| file).as_fd()),
-            Err(_) => self.give_up_direct().map(|()| self.fd()),
+            Err(errno) => self.give_up_direct(errno).map(|()| self.fd()),
         }
     }
 
     /// Clears O_DIRECT of the first descriptor, where a second one cannot be had: no descriptor is
     /// left, or the daemon may not open the file again, as its mode has changed.
-    fn give_up_direct(&self) -> Result<()> {
+    fn give_up_direct(&self, errno: Errno) -> Result<()> {
+        // Nobody may take O_APPEND off such a file.
+        if self.is_append_only() {
+            return Err(errno);
+        }
         // It clears O_NOATIME as well. O_NONBLOCK means nothing to regular files, and is the one flag
         // that the filter of system calls lets F_SETFL set.
         fcntl_setfl(self.fd(), OFlags::NONBLOCK)?;

@@ -1,6 +1,6 @@
 //! Opening and creating files and directories.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags, openat};
@@ -10,6 +10,7 @@ use super::credentials::without_fsetid;
 use super::handles::Handle;
 use super::host_file::HostFile;
 use super::inodes::Inode;
+use super::io_mode::Mode;
 use super::{Context, PassthroughFs};
 use crate::config::CachePolicy;
 use crate::fs::{Opened, Result};
@@ -42,8 +43,28 @@ impl PassthroughFs {
             self.drop_mapped_capability(&inode)?;
         }
         let slot = self.budget.take()?;
-        let file = HostFile::new(slot.hold(self.reopen(&inode, host_flags)?), host_flags);
-        self.add_file(&inode, file, flags)
+        let (file, host_flags) = self.open_for_guest(&inode, host_flags, flags)?;
+        self.add_file(&inode, HostFile::new(slot.hold(file), host_flags), flags)
+    }
+
+    /// Opens a file with `wanted`, or with what the host allows instead; returns the flags that it
+    /// took. `flags` are the guest's.
+    fn open_for_guest(&self, inode: &Inode, wanted: OFlags, flags: u32) -> Result<(OwnedFd, OFlags)> {
+        let guest = OFlags::from_bits_retain(flags);
+        let mut host = wanted;
+        loop {
+            host = match self.reopen(inode, host) {
+                // With the append-only attribute (chattr +a) a file can be opened for nothing else.
+                Err(Errno::PERM) if guest.contains(OFlags::APPEND) && !host.contains(OFlags::APPEND) => {
+                    host | OFlags::APPEND
+                }
+                // The daemon may not read what the guest opened for writing alone.
+                Err(Errno::ACCESS) if (host ^ guest).intersects(OFlags::RWMODE) => {
+                    (host - OFlags::RWMODE) | (guest & OFlags::RWMODE)
+                }
+                result => return result.map(|file| (file, host)),
+            }
+        }
     }
 
     /// CREATE. A new file belongs to the caller; one that is there already is opened, as open(2)
@@ -143,7 +164,13 @@ impl PassthroughFs {
     fn add_file(&self, inode: &Arc<Inode>, file: HostFile, flags: u32) -> Result<Opened> {
         let policy = self.session().policy;
         let direct = flags & OFlags::DIRECT.bits() != 0;
-        let mode = inode.io_mode.open(policy, direct).ok_or(Errno::NFILE)?;
+        let mut mode = inode.io_mode.open(policy, direct).ok_or(Errno::NFILE)?;
+        let writable = file.is_writable();
+        // A guest that writes its cache back reads pages before it writes into them, and writes them
+        // anywhere. Where this descriptor cannot do that, the opener goes past the cache.
+        if policy.writeback && writable && (file.is_append_only() || !file.is_readable()) {
+            mode = Mode::Direct;
+        }
         let handle: HandleId = self.handles.insert(Handle::file(Arc::clone(inode), file, mode))?;
         Ok(Opened { handle, flags: policy.reply_flags(mode) })
     }
