@@ -1,4 +1,4 @@
-//! Appends, and files that take nothing else.
+//! Appends: to the end that counts, each as one piece, and to files that take nothing else.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -12,13 +12,15 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use lanefsd::fuse::flags::WriteFlags;
+use lanefsd::fuse::flags::{InitFlags, WriteFlags};
 use lanefsd_frontend::client::{Change, Lock, ROOT};
-use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
+use lanefsd_frontend::{Backend, Client, Cut, Session, SessionOptions};
 
 const APPENDING: i32 = libc::O_WRONLY | libc::O_APPEND;
 const NONE: WriteFlags = WriteFlags::empty();
@@ -146,4 +148,81 @@ fn an_immutable_file_opens_for_reading_alone() {
     assert_eq!(common::errno(appending), libc::EPERM);
     assert_eq!(common::errno(writing), libc::EPERM);
     reading.unwrap();
+}
+
+#[test]
+fn an_append_of_many_segments_is_one_piece_for_the_host() {
+    // More pages, each a segment of its own, than a system call takes.
+    const PAGES: usize = 1500;
+    const ROUNDS: usize = 5;
+    let directory = common::disk_directory();
+    let backend = common::starter().args(["--cache=never"]).share(directory.path()).start().unwrap();
+    let options = SessionOptions { ring_size: 4096, ..SessionOptions::default() };
+    let session = backend.connect(options).unwrap();
+    let client = session.client().cut(Cut::Scattered);
+    let flags = libc::O_RDWR | libc::O_APPEND;
+    let (entry, open) = client.create(ROOT, "log", flags, 0o600, 0).unwrap();
+    let path = directory.path().join("log");
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // A program on the host, or the daemon of another guest.
+        scope.spawn(|| {
+            let mut log = File::options().append(true).open(&path).unwrap();
+            while !done.load(Ordering::Relaxed) {
+                log.write_all(b"h").unwrap();
+            }
+        });
+        for round in 0..ROUNDS {
+            let bytes: Vec<u8> =
+                (0..PAGES).flat_map(|page| [128 + (round + page) as u8 % 100; 4096]).collect();
+            assert_eq!(
+                client.write_with(entry.nodeid, open.fh, 0, &bytes, NONE, flags).unwrap(),
+                bytes.len()
+            );
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    let content = fs::read(path).unwrap();
+    let mut pieces: Vec<_> = content.split(|&byte| byte == b'h').filter(|piece| !piece.is_empty()).collect();
+    // Two of the guest's may stand side by side.
+    pieces.retain(|piece| piece.len() % (PAGES * 4096) != 0);
+    assert!(
+        pieces.is_empty(),
+        "pieces of {:?} bytes",
+        pieces.iter().map(|piece| piece.len()).collect::<Vec<_>>()
+    );
+    let guest: Vec<u8> = content.into_iter().filter(|&byte| byte != b'h').collect();
+    for (round, bytes) in guest.chunks(PAGES * 4096).enumerate() {
+        for (page, bytes) in bytes.chunks(4096).enumerate() {
+            assert!(bytes.iter().all(|&byte| byte == 128 + (round + page) as u8 % 100), "{round} {page}");
+        }
+    }
+}
+
+#[test]
+fn a_synchronous_append_holds_up_nobody_before_the_end() {
+    // Reads and writes in front of appends, all over the file's end, end as if one came after the other.
+    let (directory, _backend, session) = serve(&["--cache=never"]);
+    assert!(!session.init_flags().contains(InitFlags::WRITEBACK_CACHE));
+    let flags = libc::O_RDWR | libc::O_APPEND | libc::O_DSYNC;
+    let client = session.client();
+    let (entry, open) = client.create(ROOT, "log", flags, 0o600, 0).unwrap();
+    let (node, fh) = (entry.nodeid, open.fh);
+    std::thread::scope(|scope| {
+        for writer in 0..4u8 {
+            scope.spawn(move || {
+                for _ in 0..50 {
+                    // The offset is before, at or behind the end, as this guest happens to know it.
+                    let offset = u64::from(writer) * 1000;
+                    let record = [b'a' + writer; 100];
+                    assert_eq!(client.write_with(node, fh, offset, &record, NONE, flags).unwrap(), 100);
+                    let read = client.read(node, fh, 0, 200).unwrap();
+                    assert!(read.chunks(100).all(|record| record.iter().all(|&byte| byte == record[0])));
+                }
+            });
+        }
+    });
+    let content = fs::read(directory.path().join("log")).unwrap();
+    assert_eq!(content.len(), 4 * 50 * 100);
+    assert!(content.chunks(100).all(|record| record.iter().all(|&byte| byte == record[0])));
 }

@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, statx};
 use rustix::io::Errno;
 
 use super::PassthroughFs;
@@ -10,7 +10,7 @@ use super::credentials::without_fsetid;
 use super::handles::Handle;
 use super::host_file::Opener;
 use super::io_mode::Mode;
-use super::range_lock::lock_copy;
+use super::range_lock::{RangeGuard, lock_copy};
 use crate::fs::Result;
 use crate::fuse::flags::{FsyncFlags, WriteFlags};
 use crate::fuse::ids::LockOwner;
@@ -70,14 +70,20 @@ impl PassthroughFs {
             handle.file.for_flags(write.flags, self.opener())?
         };
         let ranges = &handle.inode.ranges;
-        // Where an append goes is known when it is done: it excludes all other writes.
-        let _guard =
-            if appends { ranges.write_from(0) } else { ranges.write(write.offset, u64::from(write.size)) };
+        let _guard = if appends {
+            lock_end(handle, write)?
+        } else {
+            ranges.write(write.offset, u64::from(write.size))
+        };
         let kill = write.write_flags.contains(WriteFlags::KILL_SUIDGID);
         let _unprivileged = kill.then(without_fsetid).transpose()?;
         self.drop_mapped_capability(&handle.inode)?;
-        let append = if appends { libc::RWF_APPEND } else { 0 };
-        write_all(file, write.offset, append | sync_flags(write.flags), data)
+        let flags = sync_flags(write.flags);
+        if appends {
+            append(file, write.offset, flags | libc::RWF_APPEND, data)
+        } else {
+            write_all(file, write.offset, flags, data)
+        }
     }
 
     /// Whether a WRITE that does not come from the cache goes to the end of the file on the host.
@@ -137,6 +143,33 @@ fn sync_flags(flags: u32) -> i32 {
         libc::RWF_DSYNC
     } else {
         0
+    }
+}
+
+/// Excludes others from all bytes that an append may write: where it goes is known when it is done.
+fn lock_end<'a>(handle: &'a Handle, write: &Write) -> Result<RangeGuard<'a>> {
+    let ranges = &handle.inode.ranges;
+    // What goes to the page cache is done before anybody has slept for it.
+    let slow = handle.file.is_direct() || write.flags & libc::O_DSYNC.cast_unsigned() != 0;
+    if handle.mode() == Some(Mode::Cached) || !slow {
+        return Ok(ranges.write_from(0));
+    }
+    let guard = ranges.write_from(write.offset);
+    // Nobody cuts the file while its end is locked, so it does not become shorter than it is now.
+    if statx(handle.fd(), c"", AtFlags::EMPTY_PATH, StatxFlags::SIZE)?.stx_size >= write.offset {
+        return Ok(guard);
+    }
+    drop(guard);
+    Ok(ranges.write_from(0))
+}
+
+/// Appends `data` as one piece: it is not continued after a part of it, as others may append as well.
+fn append(file: BorrowedFd<'_>, offset: u64, flags: i32, data: &mut GuestReader<'_>) -> Result<usize> {
+    loop {
+        match data.write_at_once_to(file, offset, flags) {
+            Err(Errno::INTR) => {}
+            result => return result,
+        }
     }
 }
 

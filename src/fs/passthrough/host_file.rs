@@ -50,7 +50,7 @@ impl HostFile {
     }
 
     /// Whether requests can bypass the host's page cache.
-    fn is_direct(&self) -> bool {
+    pub fn is_direct(&self) -> bool {
         self.direct.load(Ordering::Acquire)
     }
 
