@@ -104,6 +104,21 @@ fn the_policy_decides_for_open_and_create() {
 }
 
 #[test]
+fn files_that_are_only_read_are_not_flushed_unless_locks_are_the_hosts() {
+    for (args, skipped) in [(&[][..], true), (&["--cache=never"], true), (&["--posix-lock"], false)] {
+        let (_backend, session) = session(args);
+        let client = session.client();
+        let (entry, created) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+        for (flags, skipped) in [(libc::O_RDONLY, skipped), (libc::O_WRONLY, false), (libc::O_RDWR, false)] {
+            let open = client.open(entry.nodeid, flags).unwrap();
+            let reply = OpenReplyFlags::from_bits_retain(open.open_flags);
+            assert_eq!(reply.contains(OpenReplyFlags::NOFLUSH), skipped, "{args:?} {flags:#o}");
+        }
+        assert!(!OpenReplyFlags::from_bits_retain(created.open_flags).contains(OpenReplyFlags::NOFLUSH));
+    }
+}
+
+#[test]
 fn never_means_never() {
     let (_backend, session) = session(&["--parallel-direct-writes=never"]);
     let client = session.client();

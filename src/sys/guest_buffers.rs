@@ -233,6 +233,11 @@ impl<'a> GuestWriter<'a> {
         done
     }
 
+    /// Whether [`GuestWriter::read_from`] fills all that is left, if the file has as much.
+    pub fn fits_one_call(&self) -> bool {
+        self.segments.fits_one_call()
+    }
+
     /// preadv2(2) to the front; moves on by what was read, and returns that. At most `IOV_MAX`
     /// segments go at once, so a short count says nothing about the end of the file.
     pub fn read_from(&mut self, file: BorrowedFd<'_>, offset: u64, flags: i32) -> Result<usize> {

@@ -36,9 +36,17 @@ impl PassthroughFs {
         let _guard = (mode != Mode::Cached).then(|| ranges.read(read.offset, u64::from(read.size)));
         let mut done = 0;
         while !data.is_empty() {
-            match data.read_from(file, read.offset.saturating_add(done as u64), 0) {
+            let at_once = data.fits_one_call();
+            let offset = read.offset.saturating_add(done as u64);
+            match data.read_from(file, offset, 0) {
                 Ok(0) => break,
-                Ok(count) => done += count,
+                Ok(count) => {
+                    done += count;
+                    let end = offset.saturating_add(count as u64);
+                    if at_once && !data.is_empty() && is_end(handle, file, end) {
+                        break;
+                    }
+                }
                 Err(Errno::INTR) => {}
                 // What was read before an error is valid; the next read meets the error again.
                 Err(_) if done > 0 => break,
@@ -98,6 +106,9 @@ impl PassthroughFs {
     /// FLUSH: one of the guest's descriptors of this open file was closed.
     pub(super) fn flush_handle(&self, handle: &Handle, owner: LockOwner) -> Result<()> {
         handle.inode.locks.drop_owner(owner);
+        if !handle.file.is_writable() {
+            return Ok(());
+        }
         // Closing a duplicate makes network file systems report errors of delayed writes.
         handle.file.all().try_for_each(|file| crate::sys::close(rustix::io::fcntl_dupfd_cloexec(file, 0)?))
     }
@@ -131,6 +142,17 @@ impl PassthroughFs {
         let files = (source.file.buffered(self.opener())?, target.file.buffered(self.opener())?);
         copy(source, target, files, range)
     }
+}
+
+/// Whether a read that ended at `end` with room left has met the end of the file.
+///
+/// On a disk of the host it has. A host directory that is a network file system, or one in user space,
+/// may give less than there is, so its size is looked at, as the host knows it by now.
+fn is_end(handle: &Handle, file: BorrowedFd<'_>, end: u64) -> bool {
+    // File systems without a block device have devices of major number 0.
+    handle.inode.key.device.0 != 0
+        || statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::SIZE)
+            .is_ok_and(|stat| stat.stx_size <= end)
 }
 
 /// Flags of pwritev2(2) for the guest's `O_*` flags: `RWF_DSYNC` of the guest's pwritev2(2), and

@@ -171,8 +171,11 @@ impl PassthroughFs {
         if policy.writeback && writable && (file.is_append_only() || !file.is_readable()) {
             mode = Mode::Direct;
         }
+        let mut reply = policy.reply_flags(mode);
+        // Without locks on the host, closing a file that was never written tells it nothing.
+        reply.set(OpenReplyFlags::NOFLUSH, !writable && !self.config.posix_lock);
         let handle: HandleId = self.handles.insert(Handle::file(Arc::clone(inode), file, mode))?;
-        Ok(Opened { handle, flags: policy.reply_flags(mode) })
+        Ok(Opened { handle, flags: reply })
     }
 
     /// The host's open flags for those of the guest.
