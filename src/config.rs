@@ -152,7 +152,7 @@ pub struct FsConfig {
     pub cache: CachePolicy,
     /// Let the guest collect writes (WRITEBACK_CACHE).
     pub writeback: bool,
-    /// With a cache policy that opens files in direct mode, allow shared mappings of them.
+    /// With a cache policy that never caches data, allow shared mappings of files.
     pub allow_mmap: bool,
     /// Pass O_DIRECT of the guest's applications on to the host.
     pub allow_direct_io: bool,

@@ -152,7 +152,7 @@ impl PassthroughFs {
         let descriptors = descriptors(config.inode_file_handles, &root, &budget)?;
         let inodes = InodeTable::new(budget.take()?.hold(root), lookup::key(&stat), descriptors);
         let session = Session {
-            policy: policy(&config, false),
+            policy: IoPolicy::new(&config, InitFlags::empty()),
             submounts: false,
             groups_are_sent: false,
             leaves_umask: false,
@@ -214,10 +214,6 @@ fn descriptors(
     }
 }
 
-fn policy(config: &FsConfig, writeback: bool) -> IoPolicy {
-    IoPolicy { parallel: config.parallel_direct_writes, cache: config.cache, writeback }
-}
-
 impl FileSystem for PassthroughFs {
     fn offered_flags(&self) -> InitFlags {
         let mut flags = InitFlags::ASYNC_READ
@@ -237,7 +233,9 @@ impl FileSystem for PassthroughFs {
         flags.set(InitFlags::SUBMOUNTS, config.announce_submounts);
         flags.set(InitFlags::POSIX_LOCKS, config.posix_lock);
         flags.set(InitFlags::FLOCK_LOCKS, config.flock);
-        flags.set(InitFlags::DIRECT_IO_ALLOW_MMAP, config.allow_mmap);
+        // Where the guest may cache data, mappings may be as old as its cache.
+        let maps_direct = config.allow_mmap || !config.cache.bypasses_page_cache();
+        flags.set(InitFlags::DIRECT_IO_ALLOW_MMAP, maps_direct);
         // Where nothing is cached, nothing is written back.
         flags.set(InitFlags::WRITEBACK_CACHE, config.writeback && !config.cache.bypasses_page_cache());
         flags
@@ -253,7 +251,7 @@ impl FileSystem for PassthroughFs {
     fn init(&self, negotiated: &Negotiated) {
         let flags = negotiated.flags;
         *self.session.write().unwrap_or_else(PoisonError::into_inner) = Session {
-            policy: policy(&self.config, flags.contains(InitFlags::WRITEBACK_CACHE)),
+            policy: IoPolicy::new(&self.config, flags),
             submounts: flags.contains(InitFlags::SUBMOUNTS),
             groups_are_sent: flags.contains(InitFlags::CREATE_SUPP_GROUP),
             leaves_umask: flags.contains(InitFlags::DONT_MASK),
