@@ -156,6 +156,8 @@ pub struct FsConfig {
     pub allow_mmap: bool,
     /// Pass O_DIRECT of the guest's applications on to the host.
     pub allow_direct_io: bool,
+    /// Serve TMPFILE (open(2) with O_TMPFILE).
+    pub tmpfile: bool,
     /// Offer READDIRPLUS.
     pub readdirplus: bool,
     /// Serve extended attributes.
@@ -194,6 +196,7 @@ impl Default for FsConfig {
             writeback: false,
             allow_mmap: false,
             allow_direct_io: false,
+            tmpfile: false,
             readdirplus: true,
             xattr: false,
             inode_file_handles: InodeFileHandles::Prefer,

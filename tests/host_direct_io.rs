@@ -25,8 +25,12 @@ const BLOCK: usize = 4096;
 fn serve(args: &[&str]) -> (tempfile::TempDir, Backend, Session) {
     // Not on a tmpfs: O_DIRECT has to be real.
     let directory = common::disk_directory();
-    let backend =
-        common::starter().args(args).args(["--allow-direct-io"]).share(directory.path()).start().unwrap();
+    let backend = common::starter()
+        .args(args)
+        .args(["--allow-direct-io", "--tmpfile"])
+        .share(directory.path())
+        .start()
+        .unwrap();
     let session = backend.connect(SessionOptions::default()).unwrap();
     (directory, backend, session)
 }

@@ -341,6 +341,9 @@ impl FileSystem for PassthroughFs {
     }
 
     fn tmpfile(&self, ctx: &Context, parent: NodeId, tmpfile: &Tmpfile) -> Result<(Entry, Opened)> {
+        if !self.config.tmpfile {
+            return Err(Errno::NOSYS);
+        }
         self.create_unnamed(ctx, &*self.inode(parent)?, tmpfile)
     }
 
