@@ -87,6 +87,22 @@ fn no_data_is_called_a_hole() {
 }
 
 #[test]
+fn no_file_is_called_one_hole() {
+    for (args, blocks) in [(&["--writeback"][..], 1), (&[], 0)] {
+        let (_directory, _backend, session) = serve(args);
+        let client = session.client();
+        let (entry, _) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+        // The guest holds data of it, which tar(1) with --sparse would leave out.
+        assert_eq!(entry.attr.blocks, blocks, "{args:?}");
+        assert_eq!(client.getattr(entry.nodeid).unwrap().blocks, blocks);
+        assert_eq!(client.lookup(ROOT, "file").unwrap().attr.blocks, blocks);
+        assert_eq!(client.statx(entry.nodeid, libc::STATX_BASIC_STATS).unwrap().blocks, blocks);
+        let link = client.symlink(ROOT, "link", "x").unwrap();
+        assert_eq!(link.attr.blocks, 0);
+    }
+}
+
+#[test]
 fn a_file_that_the_daemon_may_not_read_is_written_past_the_cache() {
     const USER: u32 = 4321;
     let home = tempfile::tempdir().unwrap();
