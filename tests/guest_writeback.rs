@@ -149,14 +149,17 @@ fn an_append_only_file_is_appended_past_the_cache() {
         let flags = libc::O_WRONLY | libc::O_APPEND;
         // The guest's end of the file is old.
         let append = client.write_with(node, open.fh, 2, b"new\n", WriteFlags::empty(), flags);
-        let page = client.write_with(node, open.fh, 0, b"OLD\n", WriteFlags::CACHE, 0);
-        (open.open_flags, append, page)
+        // Pages that change what is there, or begin behind the end, are no appends.
+        let pages = [(0, &b"OLD\nnew\n"[..]), (9, b"x"), (0, b"old\nnew\nmore\n"), (4, b"new\n")]
+            .map(|(offset, page)| client.write_with(node, open.fh, offset, page, WriteFlags::CACHE, 0));
+        (open.open_flags, append, pages)
     });
     let content = fs::read(&path).unwrap();
     chattr("-a");
-    let (open_flags, append, page) = results.unwrap();
+    let (open_flags, append, [changed, behind, appended, same]) = results.unwrap();
     assert!(OpenReplyFlags::from_bits_retain(open_flags).contains(OpenReplyFlags::DIRECT_IO));
     assert_eq!(append.unwrap(), 4);
-    assert_eq!(common::errno(page), libc::EPERM);
-    assert_eq!(content, b"old\nnew\n");
+    assert_eq!((common::errno(changed), common::errno(behind)), (libc::EPERM, libc::EPERM));
+    assert_eq!((appended.unwrap(), same.unwrap()), (13, 4));
+    assert_eq!(content, b"old\nnew\nmore\n");
 }

@@ -1,9 +1,10 @@
 //! What files hold.
 
+use std::io::IoSliceMut;
 use std::os::fd::BorrowedFd;
 
 use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, statx};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use super::PassthroughFs;
 use super::credentials::without_fsetid;
@@ -68,7 +69,8 @@ impl PassthroughFs {
         }
         let from_cache = write.write_flags.contains(WriteFlags::CACHE);
         let appends = !from_cache && self.appends(handle, write.flags);
-        if handle.file.is_append_only() && !appends {
+        let append_only = handle.file.is_append_only();
+        if append_only && !appends && !from_cache {
             // The host would put it at the end, wherever it belongs.
             return Err(Errno::PERM);
         }
@@ -78,7 +80,7 @@ impl PassthroughFs {
             handle.file.for_flags(write.flags, self.opener())?
         };
         let ranges = &handle.inode.ranges;
-        let _guard = if appends {
+        let _guard = if appends || append_only {
             lock_end(handle, write)?
         } else {
             ranges.write(write.offset, u64::from(write.size))
@@ -89,6 +91,8 @@ impl PassthroughFs {
         let flags = sync_flags(write.flags);
         if appends {
             append(file, write.offset, flags | libc::RWF_APPEND, data)
+        } else if append_only {
+            append_pages(file, write.offset, flags, data)
         } else {
             write_all(file, write.offset, flags, data)
         }
@@ -193,6 +197,27 @@ fn append(file: BorrowedFd<'_>, offset: u64, flags: i32, data: &mut GuestReader<
             result => return result,
         }
     }
+}
+
+/// Writes pages of the guest's cache to a file that takes nothing but appends, where that is what they
+/// are: they begin at or before the end, and hold what the file holds up to there.
+fn append_pages(file: BorrowedFd<'_>, offset: u64, flags: i32, data: &mut GuestReader<'_>) -> Result<usize> {
+    let all = data.len();
+    let size = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::SIZE)?.stx_size;
+    let mut left = size.checked_sub(offset).ok_or(Errno::PERM)?;
+    while left > 0 && !data.is_empty() {
+        let (mut guests, mut hosts) = ([0; 4096], [0; 4096]);
+        let len = usize::try_from(left).unwrap_or(usize::MAX).min(guests.len());
+        let count = data.read(guests.get_mut(..len).unwrap_or_default());
+        let room = hosts.get_mut(..count).unwrap_or_default();
+        let read = preadv2(file, &mut [IoSliceMut::new(room)], size - left, ReadWriteFlags::empty());
+        if read != Ok(count) || guests.get(..count) != hosts.get(..count) {
+            return Err(Errno::PERM);
+        }
+        left -= count as u64;
+    }
+    let old = all - data.len();
+    if data.is_empty() { Ok(old) } else { Ok(old + append(file, size, flags | libc::RWF_APPEND, data)?) }
 }
 
 /// Writes all of `data`; fewer bytes only if an error came after the first one.
