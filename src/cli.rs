@@ -105,6 +105,10 @@ pub struct Options {
     #[arg(long, help_heading = "Caching and data")]
     allow_direct_io: bool,
 
+    /// Allow O_TMPFILE; not for shares with the upper directory of an overlay in the guest
+    #[arg(long, help_heading = "Caching and data")]
+    tmpfile: bool,
+
     /// Do not let the guest look up a directory's entries while it lists them
     #[arg(long, help_heading = "Caching and data")]
     no_readdirplus: bool,
@@ -343,6 +347,7 @@ impl Options {
             writeback: self.writeback,
             allow_mmap: self.allow_mmap,
             allow_direct_io: self.allow_direct_io,
+            tmpfile: self.tmpfile,
             readdirplus: !self.no_readdirplus,
             xattr: self.xattr,
             inode_file_handles: self.inode_file_handles.into(),

@@ -159,10 +159,12 @@ pub struct FsConfig {
     pub cache: CachePolicy,
     /// Let the guest collect writes (WRITEBACK_CACHE).
     pub writeback: bool,
-    /// With a cache policy that opens files in direct mode, allow shared mappings of them.
+    /// With a cache policy that never caches data, allow shared mappings of files.
     pub allow_mmap: bool,
     /// Pass O_DIRECT of the guest's applications on to the host.
     pub allow_direct_io: bool,
+    /// Serve TMPFILE (open(2) with O_TMPFILE).
+    pub tmpfile: bool,
     /// Offer READDIRPLUS.
     pub readdirplus: bool,
     /// Serve extended attributes.
@@ -203,6 +205,7 @@ impl Default for FsConfig {
             writeback: false,
             allow_mmap: false,
             allow_direct_io: false,
+            tmpfile: false,
             readdirplus: true,
             xattr: false,
             inode_file_handles: InodeFileHandles::Prefer,

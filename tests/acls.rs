@@ -63,7 +63,7 @@ fn named(uid: u32, gid: u32) -> Vec<u8> {
 fn on_disk(args: &[&str]) -> (TempDir, Backend, Session) {
     let directory = common::disk_directory();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let backend = common::starter().args(args).share(directory.path()).start().unwrap();
+    let backend = common::starter().args(args).args(["--tmpfile"]).share(directory.path()).start().unwrap();
     let session = backend.connect(SessionOptions::default()).unwrap();
     (directory, backend, session)
 }

@@ -150,7 +150,7 @@ fn every_operation_is_served_from_behind_the_walls() {
         let directory = common::disk_directory();
         let mut backend = common::starter()
             .args([&format!("--sandbox={sandbox}"), "--seccomp=kill", "--xattr", "--posix-lock", "--flock"])
-            .args(["--allow-direct-io", "--log-level=trace"])
+            .args(["--allow-direct-io", "--tmpfile", "--log-level=trace"])
             .share(directory.path())
             .start()
             .unwrap();

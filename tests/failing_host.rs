@@ -152,3 +152,37 @@ fn storage_that_is_gone_for_good() {
     drop(session);
     backend.expect_success().unwrap();
 }
+
+#[test]
+fn a_read_that_meets_the_end_asks_the_host_once() {
+    let Host { session, store, node, fh, .. } = &serve(&["--cache=never"]);
+    let client = session.client();
+    let end = failing_store::LENGTH as u64;
+    for (offset, wanted) in [(end - 5, 5), (end - 4096, 4096), (end, 0), (0, 8192)] {
+        let before = store.calls(Call::Read);
+        assert_eq!(client.read(*node, *fh, offset, 8192).unwrap().len(), wanted);
+        assert_eq!(store.calls(Call::Read) - before, 1, "READ at {offset}");
+    }
+}
+
+#[test]
+fn a_host_that_gives_less_than_it_has_is_asked_again() {
+    let Host { session, store, node, fh, .. } = &serve(&["--cache=never"]);
+    let client = session.client();
+    store.shorten_reads(1000);
+    // A guest takes a short answer for the end of the file.
+    assert_eq!(client.read(*node, *fh, 10, 8192).unwrap().len(), 8192);
+    assert_eq!(client.read(*node, *fh, failing_store::LENGTH as u64 - 2500, 8192).unwrap().len(), 2500);
+}
+
+#[test]
+fn closing_what_was_only_read_asks_the_host_nothing() {
+    let Host { session, store, node, fh, .. } = &serve(&["--cache=never"]);
+    let client = session.client();
+    let reader = client.open(*node, libc::O_RDONLY).unwrap().fh;
+    let before = store.calls(Call::Flush);
+    client.flush(*node, reader, 1).unwrap();
+    assert_eq!(store.calls(Call::Flush), before);
+    client.flush(*node, *fh, 1).unwrap();
+    assert!(store.calls(Call::Flush) > before, "a writer gets to know of delayed errors");
+}

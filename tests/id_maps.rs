@@ -61,7 +61,7 @@ impl Home {
              exec setpriv --reuid={USER} --regid={USER} --clear-groups $0/lanefsd \"$@\""
         );
         let starter = Backend::of("unshare").args(["--mount", "sh", "-c", &script]).args([self.0.path()]);
-        starter.args(["--sandbox=namespace", "--xattr"]).share(self.path("share")).by_fd()
+        starter.args(["--sandbox=namespace", "--xattr", "--tmpfile"]).share(self.path("share")).by_fd()
     }
 
     fn owner(&self, name: &str) -> (u32, u32) {

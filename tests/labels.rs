@@ -40,7 +40,7 @@ fn with_labels() -> SessionOptions {
 fn on_disk(args: &[&str], options: SessionOptions) -> (TempDir, Backend, Session) {
     let directory = common::disk_directory();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let starter = common::starter().args(args).args([PRIVILEGE]).share(directory.path());
+    let starter = common::starter().args(args).args([PRIVILEGE, "--tmpfile"]).share(directory.path());
     let backend = starter.start().unwrap();
     let session = backend.connect(options).unwrap();
     (directory, backend, session)

@@ -225,7 +225,7 @@ fn callers_never_get_mixed_up() {
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
         let backend = common::starter()
             .args(setting.args)
-            .args(["--thread-pool-size=8"])
+            .args(["--thread-pool-size=8", "--tmpfile"])
             .share(directory.path())
             .start()
             .unwrap();

@@ -15,7 +15,7 @@ mod common;
 use std::collections::HashMap;
 use std::sync::Mutex;
 
-use lanefsd::fuse::flags::OpenReplyFlags;
+use lanefsd::fuse::flags::{InitFlags, OpenReplyFlags};
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::random::Random;
 use lanefsd_frontend::{Client, Session, SessionOptions};
@@ -100,6 +100,55 @@ fn the_policy_decides_for_open_and_create() {
         }
         let dir = client.opendir(ROOT).unwrap();
         assert_eq!(mode(dir.open_flags), OpenReplyFlags::empty(), "a directory");
+    }
+}
+
+/// The mode of a file whose first opener has O_DIRECT, and whether shared mappings were agreed on.
+fn direct_opener(args: &[&str], minor: u32, init_flags: InitFlags) -> (OpenReplyFlags, bool) {
+    let options = SessionOptions { minor, init_flags, ..SessionOptions::default() };
+    let (_backend, session) = common::serve_with(args, options);
+    let client = session.client();
+    let (entry, open) = client.create(ROOT, "file", libc::O_RDWR | libc::O_DIRECT, 0o600, 0).unwrap();
+    // Whoever comes later gets the same.
+    assert_eq!(open_once(&client, entry.nodeid, libc::O_RDWR), mode(open.open_flags));
+    (mode(open.open_flags), session.init_flags().contains(InitFlags::DIRECT_IO_ALLOW_MMAP))
+}
+
+#[test]
+fn one_direct_opener_takes_shared_mappings_from_nobody() {
+    let all = lanefsd_frontend::session::linux_init_flags();
+    let cached = OpenReplyFlags::empty();
+    for args in [&[][..], &["--cache=always"]] {
+        // From Linux 6.9 on, a file can be parallel and mapped.
+        assert_eq!(direct_opener(args, 45, all), (MODE, true), "{args:?}");
+        assert_eq!(direct_opener(args, 40, all), (MODE, true), "{args:?}");
+        // Before, or in a guest that does not want it, it stays in the cache.
+        for minor in [31, 37, 39] {
+            assert_eq!(direct_opener(args, minor, all), (cached, false), "{args:?} {minor}");
+        }
+        assert_eq!(direct_opener(args, 45, all - InitFlags::DIRECT_IO_ALLOW_MMAP), (cached, false));
+    }
+    // Who asks for parallel writes gets them, of any guest.
+    for args in [&["--cache=never"][..], &["--cache=metadata"], &["--parallel-direct-writes=always"]] {
+        assert_eq!(direct_opener(args, 37, all), (MODE, false), "{args:?}");
+    }
+    // Where no data is to be cached, mappings are for the user to ask for.
+    assert_eq!(direct_opener(&["--cache=never"], 45, all), (MODE, false));
+    assert_eq!(direct_opener(&["--cache=never", "--allow-mmap"], 45, all), (MODE, true));
+}
+
+#[test]
+fn files_that_are_only_read_are_not_flushed_unless_locks_are_the_hosts() {
+    for (args, skipped) in [(&[][..], true), (&["--cache=never"], true), (&["--posix-lock"], false)] {
+        let (_backend, session) = session(args);
+        let client = session.client();
+        let (entry, created) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+        for (flags, skipped) in [(libc::O_RDONLY, skipped), (libc::O_WRONLY, false), (libc::O_RDWR, false)] {
+            let open = client.open(entry.nodeid, flags).unwrap();
+            let reply = OpenReplyFlags::from_bits_retain(open.open_flags);
+            assert_eq!(reply.contains(OpenReplyFlags::NOFLUSH), skipped, "{args:?} {flags:#o}");
+        }
+        assert!(!OpenReplyFlags::from_bits_retain(created.open_flags).contains(OpenReplyFlags::NOFLUSH));
     }
 }
 

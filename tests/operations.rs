@@ -253,7 +253,7 @@ fn holes_and_ranges() {
 
 #[test]
 fn operations_of_new_kernels() {
-    let (_directory, backend, session) = on_disk(&[]);
+    let (_directory, backend, session) = on_disk(&["--tmpfile"]);
     let client = session.client();
     let (temporary, open) = client.tmpfile(ROOT, libc::O_RDWR, 0o640).unwrap();
     client.write(temporary.nodeid, open.fh, 0, b"kept").unwrap();
@@ -267,6 +267,13 @@ fn operations_of_new_kernels() {
     client.release(temporary.nodeid, open.fh).unwrap();
     client.release(to.nodeid, to_open.fh).unwrap();
     client.syncfs(ROOT).unwrap();
+}
+
+/// Linux' overlayfs would keep the dentry without a name for its upper file, and lose it.
+#[test]
+fn files_without_a_name_are_made_where_they_are_asked_for() {
+    let (_directory, _backend, session) = on_disk(&[]);
+    assert_eq!(common::errno(session.client().tmpfile(ROOT, libc::O_RDWR, 0o640)), libc::ENOSYS);
 }
 
 #[test]

@@ -31,7 +31,12 @@ const USER: (u32, u32) = (1000, 1000);
 fn share(args: &[&str], options: SessionOptions) -> (TempDir, Backend, Session) {
     let directory = common::disk_directory();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let backend = Backend::of(common::program()).args(args).share(directory.path()).start().unwrap();
+    let backend = Backend::of(common::program())
+        .args(["--tmpfile"])
+        .args(args)
+        .share(directory.path())
+        .start()
+        .unwrap();
     let session = backend.connect(options).unwrap();
     (directory, backend, session)
 }

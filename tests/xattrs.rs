@@ -196,3 +196,39 @@ fn attributes_that_the_daemon_never_may_write_are_unsupported() {
         client.setxattr(node, "user.name", b"y", 0).unwrap();
     }
 }
+
+/// What overlayfs of a guest does in its upper directory, as docs/options.md says it can.
+#[test]
+fn an_overlay_keeps_its_upper_directory_on_the_share() {
+    for sandbox in ["--sandbox=none", "--sandbox=chroot", "--sandbox=namespace"] {
+        for (args, prefix, refusal) in [
+            (&["--xattr", "--modcaps=+sys_admin"][..], "trusted", None),
+            (&["--xattr"], "user", None),
+            (&["--xattrmap=:map::user.virtiofs.:"], "trusted", None),
+            (&["--xattr"], "trusted", Some(libc::ENOTSUP)),
+        ] {
+            let (_directory, _backend, session) = on_disk(&[&[sandbox], args].concat());
+            let client = session.client();
+            let upper = client.mkdir(ROOT, "upper", 0o755, 0).unwrap().nodeid;
+            let work = client.mkdir(ROOT, "work", 0o755, 0).unwrap().nodeid;
+            let opaque = format!("{prefix}.overlay.opaque");
+            let set = client.setxattr(upper, &opaque, b"y", 0);
+            if let Some(errno) = refusal {
+                assert_eq!(common::errno(set), errno, "{sandbox} {args:?}");
+                continue;
+            }
+            set.unwrap();
+            assert_eq!(client.getxattr(upper, &opaque, 10).unwrap(), b"y");
+            // A file is copied up under a temporary name, and a lower one is hidden.
+            let (entry, open) = client.create(work, "#1", libc::O_RDWR, 0o600, 0).unwrap();
+            client.setxattr(entry.nodeid, format!("{prefix}.overlay.origin"), b"o", 0).unwrap();
+            client.release(entry.nodeid, open.fh).unwrap();
+            client.rename2(work, "#1", upper, "file", 0).unwrap();
+            client.rename2(upper, "file", work, "#2", libc::RENAME_WHITEOUT).unwrap();
+            let whiteout = client.lookup(upper, "file").unwrap().attr;
+            assert_eq!((whiteout.mode & libc::S_IFMT, whiteout.rdev), (libc::S_IFCHR, 0));
+            client.rename2(work, "#2", upper, "file", libc::RENAME_EXCHANGE).unwrap();
+            assert_eq!(client.lookup(upper, "file").unwrap().nodeid, entry.nodeid);
+        }
+    }
+}

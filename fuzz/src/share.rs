@@ -66,6 +66,7 @@ fn config(choice: u8) -> FsConfig {
         writeback: yes(8),
         posix_acl: if yes(16) { Insistence::Auto } else { Insistence::Never },
         allow_direct_io: yes(32),
+        tmpfile: true,
         announce_submounts: yes(64),
         xattr: true,
         posix_lock: true,

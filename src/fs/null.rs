@@ -9,7 +9,7 @@
 //! the session: the one figure that shows whether the guest sent them in parallel.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
@@ -18,8 +18,9 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::{Context, FileSystem, Opened, Result};
-use crate::fuse::flags::{OpenRequestFlags, ReleaseFlags, WriteFlags};
+use crate::fuse::flags::{InitFlags, OpenRequestFlags, ReleaseFlags, WriteFlags};
 use crate::fuse::ids::{HandleId, LockOwner, NodeId};
+use crate::fuse::init::Negotiated;
 use crate::fuse::reply::{Attributes, Entry};
 use crate::fuse::request::{CopyFileRange, Create, Read, Setattr, Tmpfile, Write};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
@@ -33,6 +34,8 @@ const MAX_REPORTED: usize = 4096;
 pub struct NullStore<F> {
     inner: F,
     latency: Duration,
+    /// The guest writes its cache back, so that appends go where it says.
+    writeback: AtomicBool,
     handles: [RwLock<HashMap<HandleId, Open>>; SHARDS],
     files: Mutex<Files>,
 }
@@ -100,7 +103,13 @@ impl<F: FileSystem> NullStore<F> {
     /// Drops what is written to the files of `inner`. Every read and write takes `latency`; zero
     /// means no wait at all.
     pub fn new(inner: F, latency: Duration) -> NullStore<F> {
-        NullStore { inner, latency, handles: Default::default(), files: Mutex::default() }
+        NullStore {
+            inner,
+            latency,
+            writeback: AtomicBool::new(false),
+            handles: Default::default(),
+            files: Mutex::default(),
+        }
     }
 
     fn wait(&self) {
@@ -210,6 +219,12 @@ impl<F: FileSystem> FileSystem for NullStore<F> {
         Ok(&self.inner)
     }
 
+    fn init(&self, negotiated: &Negotiated) {
+        let writeback = negotiated.flags.contains(InitFlags::WRITEBACK_CACHE);
+        self.writeback.store(writeback, Ordering::Relaxed);
+        self.inner.init(negotiated);
+    }
+
     fn destroy(&self) {
         for shard in &self.handles {
             let open = std::mem::take(&mut *shard.write().unwrap_or_else(PoisonError::into_inner));
@@ -279,7 +294,8 @@ impl<F: FileSystem> FileSystem for NullStore<F> {
         let _in_flight = open.file.begin_write();
         self.wait();
         let cached = write.write_flags.contains(WriteFlags::CACHE);
-        let append = !cached && write.flags & OFlags::APPEND.bits() != 0;
+        let append =
+            !cached && write.flags & OFlags::APPEND.bits() != 0 && !self.writeback.load(Ordering::Relaxed);
         self.grow(ctx, &open.file, write, append)?;
         Ok(data.len())
     }

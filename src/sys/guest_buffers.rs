@@ -1,7 +1,7 @@
 //! Guest memory as the two ends of a request: what it carries, and the room for its reply.
 //!
-//! Data goes between guest memory and host files by the addresses in here, never through a buffer
-//! of ours. The guest may change the bytes at any time, so they are only ever copied out once or
+//! Data goes between guest memory and host files by the addresses in here, not through a buffer of
+//! ours, but for what one system call cannot take. The guest may change the bytes at any time, so they are only ever copied out once or
 //! handed to the kernel, never borrowed as a Rust slice.
 
 use std::marker::PhantomData;
@@ -14,6 +14,8 @@ use super::check_size;
 
 /// `IOV_MAX` of Linux: the most segments of one preadv(2).
 const IOV_MAX: usize = 1024;
+/// Of memory that is written with O_DIRECT: no block device wants more.
+const ALIGNMENT: usize = 4096;
 
 /// A list of segments with a front that moves.
 #[derive(Debug)]
@@ -58,6 +60,11 @@ impl Segments<'_> {
             keep += 1;
         }
         self.iov = iov.get_mut(..keep).unwrap_or_default();
+    }
+
+    /// Whether one system call takes all.
+    fn fits_one_call(&self) -> bool {
+        self.iov.len() <= IOV_MAX
     }
 
     /// The front part that one system call takes: its segments and their bytes.
@@ -114,22 +121,36 @@ impl<'a> GuestReader<'a> {
 
     /// Copies bytes from the front into `buffer` and moves on; returns how many there were.
     pub fn read(&mut self, buffer: &mut [u8]) -> usize {
-        let mut done = 0;
-        for segment in self.segments.iov.iter() {
-            let count = segment.iov_len.min(buffer.len() - done);
-            if count == 0 && done == buffer.len() {
-                break;
-            }
-            // SAFETY: the segment is mapped and readable (see `new`), the buffer has room for
-            // `count` more bytes, and a private buffer never overlaps guest memory.
-            unsafe {
-                let to = buffer.as_mut_ptr().add(done);
-                std::ptr::copy_nonoverlapping(segment.iov_base.cast::<u8>().cast_const(), to, count);
-            }
-            done += count;
-        }
+        let done = copy_in(self.segments.iov, buffer);
         self.segments.advance(done);
         done
+    }
+
+    /// As [`GuestReader::write_to`], all in one system call: segments past the first `IOV_MAX` - 1 are
+    /// copied together. Linux fits a request into the ring, and QEMU's rings have 1024 descriptors at
+    /// most, so its guests never have as many.
+    pub fn write_at_once_to(&mut self, file: BorrowedFd<'_>, offset: u64, flags: i32) -> Result<usize> {
+        if self.segments.fits_one_call() {
+            return self.write_to(file, offset, flags);
+        }
+        let (front, rest) = self.segments.iov.split_at(IOV_MAX - 1);
+        let len = rest.iter().map(|segment| segment.iov_len).sum::<usize>();
+        let mut copy = Vec::new();
+        copy.try_reserve_exact(len + ALIGNMENT).map_err(|_| Errno::NOMEM)?;
+        // The host may write it with O_DIRECT.
+        copy.resize(len + ALIGNMENT, 0);
+        let start = copy.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+        let Some(copy) = copy.get_mut(start..start + len) else { return Err(Errno::NOMEM) };
+        copy_in(rest, copy);
+        let mut iov = Vec::new();
+        iov.try_reserve_exact(IOV_MAX).map_err(|_| Errno::NOMEM)?;
+        iov.extend_from_slice(front);
+        iov.push(iovec { iov_base: copy.as_mut_ptr().cast(), iov_len: len });
+        // SAFETY: all segments are mapped and readable (see `new`), and the last one is the copy, which
+        // lives until the call has returned.
+        let written = unsafe { GuestReader::new(&mut iov) }.write_to(file, offset, flags)?;
+        self.segments.advance(written);
+        Ok(written)
     }
 
     /// pwritev2(2) from the front; moves on by what was written, and returns that. At most
@@ -212,6 +233,11 @@ impl<'a> GuestWriter<'a> {
         done
     }
 
+    /// Whether [`GuestWriter::read_from`] fills all that is left, if the file has as much.
+    pub fn fits_one_call(&self) -> bool {
+        self.segments.fits_one_call()
+    }
+
     /// preadv2(2) to the front; moves on by what was read, and returns that. At most `IOV_MAX`
     /// segments go at once, so a short count says nothing about the end of the file.
     pub fn read_from(&mut self, file: BorrowedFd<'_>, offset: u64, flags: i32) -> Result<usize> {
@@ -251,6 +277,25 @@ impl<const N: usize> Reserved<'_, N> {
 }
 
 const EMPTY: iovec = iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+
+/// Copies bytes from the front of `iov` into `buffer`; returns how many there were.
+fn copy_in(iov: &[iovec], buffer: &mut [u8]) -> usize {
+    let mut done = 0;
+    for segment in iov {
+        let count = segment.iov_len.min(buffer.len() - done);
+        if count == 0 && done == buffer.len() {
+            break;
+        }
+        // SAFETY: the segment is mapped and readable (see `GuestReader::new`), the buffer has room for
+        // `count` more bytes, and a private buffer never overlaps guest memory.
+        unsafe {
+            let to = buffer.as_mut_ptr().add(done);
+            std::ptr::copy_nonoverlapping(segment.iov_base.cast::<u8>().cast_const(), to, count);
+        }
+        done += count;
+    }
+    done
+}
 
 /// Copies `bytes` over `iov` from its front; returns how many found room.
 fn copy_out(iov: &[iovec], bytes: &[u8]) -> usize {

@@ -84,6 +84,19 @@ def a_read_only_share_stays_as_it_is(setting):
         assert (share / "file").read_text() == "kept"
 
 
+def an_overlay_keeps_its_upper_directory_on_a_share(setting):
+    """As podman and Docker do with their storage there. Longer than names are cached, and with a rename over a file
+    that was copied up."""
+    for arguments in ("--xattr", "--modcaps=+sys_admin"), ("--xattrmap=:map::user.virtiofs.:", "--cache=never"):
+        with disk.directory() as share, setting.guest(share, *arguments) as (guest, _):
+            seen = guest.output("""cd /mnt; mkdir lower upper work merged; echo 1 >lower/a; echo 1 >lower/b; echo 1 >lower/c
+                mount -t overlay none -o lowerdir=lower,upperdir=upper,workdir=work merged && cd merged
+                echo 2 >>a; echo 2 >>b; sleep 1.5; cat a; mv a b; rm c; chmod 600 b; echo 3 >>b; sleep 1.5; cat b; ls; cd /
+                umount /mnt/merged""")
+            assert seen.split() == ["1", "2", "1", "2", "3", "b"], (arguments, seen)
+            assert (share / "upper/b").read_text() == "1\n2\n3\n"
+
+
 def idmapped_mounts_have_the_right_owners(setting):
     if setting.kernel.name not in ("6.12", "7.2"):
         return  # The first that can do it is 6.12.
@@ -124,5 +137,6 @@ def programs_that_users_change_lose_their_set_id_bits(setting):
 
 
 TESTS = (files_are_the_same_on_both_sides, a_large_directory_is_listed_completely, callers_own_what_they_make,
-         all_cache_policies_serve, a_read_only_share_stays_as_it_is, idmapped_mounts_have_the_right_owners,
+         all_cache_policies_serve, a_read_only_share_stays_as_it_is,
+         an_overlay_keeps_its_upper_directory_on_a_share, idmapped_mounts_have_the_right_owners,
          programs_that_users_change_lose_their_set_id_bits)

@@ -20,8 +20,9 @@ def openers(setting, policy, *faults):
 
 def openers_of_one_file_never_disagree(setting):
     wrong, direct, cached = openers(setting, "auto")
-    # The first opener of a file decides, so that both modes are seen.
-    assert not wrong and direct > 20 and cached > 20, (wrong, direct, cached)
+    # The first opener of a file decides, so that both modes are seen; but before Linux 6.9 none is direct.
+    new = setting.kernel.name in ("6.12", "7.2")
+    assert not wrong and (direct > 20 if new else not direct) and cached > 20, (wrong, direct, cached)
     wrong, direct, cached = openers(setting, "never")
     assert not wrong and direct > 20 and not cached, (wrong, direct, cached)
 

@@ -1,13 +1,15 @@
 //! What files hold.
 
+use std::io::IoSliceMut;
 use std::os::fd::BorrowedFd;
 
-use rustix::fs::{FallocateFlags, SeekFrom};
-use rustix::io::Errno;
+use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, statx};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use super::handles::Handle;
+use super::host_file::Opener;
 use super::io_mode::Mode;
-use super::range_lock::lock_copy;
+use super::range_lock::{RangeGuard, lock_copy};
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
 use crate::fuse::flags::{FsyncFlags, WriteFlags};
@@ -16,6 +18,11 @@ use crate::fuse::request::{CopyFileRange, Read, Write};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 
 impl PassthroughFs {
+    /// What it takes to open a file once more.
+    fn opener(&self) -> Opener<'_> {
+        Opener { proc_self_fd: &self.proc_self_fd, budget: &self.budget }
+    }
+
     /// READ. In direct mode it waits for writes to the same bytes, so that it sees no half of one.
     pub(super) fn read_data(
         &self,
@@ -24,13 +31,22 @@ impl PassthroughFs {
         data: &mut GuestWriter<'_>,
     ) -> Result<usize> {
         let mode = handle.mode().ok_or(Errno::ISDIR)?;
+        let file = handle.file.for_flags(read.flags, self.opener())?;
         let ranges = &handle.inode.ranges;
         let _guard = (mode != Mode::Cached).then(|| ranges.read(read.offset, u64::from(read.size)));
         let mut done = 0;
         while !data.is_empty() {
-            match data.read_from(handle.fd(), read.offset.saturating_add(done as u64), 0) {
+            let at_once = data.fits_one_call();
+            let offset = read.offset.saturating_add(done as u64);
+            match data.read_from(file, offset, 0) {
                 Ok(0) => break,
-                Ok(count) => done += count,
+                Ok(count) => {
+                    done += count;
+                    let end = offset.saturating_add(count as u64);
+                    if at_once && !data.is_empty() && is_end(handle, file, end) {
+                        break;
+                    }
+                }
                 Err(Errno::INTR) => {}
                 // What was read before an error is valid; the next read meets the error again.
                 Err(_) if done > 0 => break,
@@ -50,24 +66,154 @@ impl PassthroughFs {
     ) -> Result<usize> {
         let mode = handle.mode().ok_or(Errno::ISDIR)?;
         let from_cache = write.write_flags.contains(WriteFlags::CACHE);
-        let appends = !from_cache && write.flags & libc::O_APPEND.cast_unsigned() != 0;
+        let appends = !from_cache && self.appends(handle, write.flags);
+        let append_only = handle.file.is_append_only();
+        if append_only && !appends && !from_cache {
+            // The host would put it at the end, wherever it belongs.
+            return Err(Errno::PERM);
+        }
+        let file = if from_cache {
+            handle.file.buffered(self.opener())?
+        } else {
+            handle.file.for_flags(write.flags, self.opener())?
+        };
         let ranges = &handle.inode.ranges;
-        // Where an append goes is known when it is done: it excludes all other writes.
-        let _guard =
-            if appends { ranges.write_from(0) } else { ranges.write(write.offset, u64::from(write.size)) };
+        let _guard = if appends || append_only {
+            lock_end(handle, write)?
+        } else {
+            ranges.write(write.offset, u64::from(write.size))
+        };
         let _member = self.begin_change(ctx, &handle.inode, self.bits_after_write(ctx, mode, write))?;
-        // The guest's idea of the end of the file may be old; with RWF_APPEND the host's counts.
-        let flags = if appends { libc::RWF_APPEND } else { 0 };
-        write_all(handle.fd(), write.offset, flags, data)
+        let flags = sync_flags(write.flags);
+        if appends {
+            append(file, write.offset, flags | libc::RWF_APPEND, data)
+        } else if append_only {
+            append_pages(file, write.offset, flags, data)
+        } else {
+            write_all(file, write.offset, flags, data)
+        }
+    }
+
+    /// Whether a WRITE that does not come from the cache goes to the end of the file on the host.
+    ///
+    /// The guest's idea of the end may be old, so the host's counts; unless the guest writes its cache
+    /// back: then the file ends where the guest says, maybe behind data that it has not sent yet.
+    fn appends(&self, handle: &Handle, flags: u32) -> bool {
+        flags & libc::O_APPEND.cast_unsigned() != 0
+            && (handle.file.is_append_only() || !self.session().policy.writeback)
     }
 
     /// FLUSH: one of the guest's descriptors of this open file was closed.
     pub(super) fn flush_handle(&self, handle: &Handle, owner: LockOwner) -> Result<()> {
         handle.inode.locks.drop_owner(owner)?;
+        if !handle.file.is_writable() {
+            return Ok(());
+        }
         // Closing a duplicate makes network file systems report errors of delayed writes.
-        let duplicate = rustix::io::fcntl_dupfd_cloexec(handle.fd(), 0)?;
-        crate::sys::close(duplicate)
+        handle.file.all().try_for_each(|file| crate::sys::close(rustix::io::fcntl_dupfd_cloexec(file, 0)?))
     }
+
+    /// LSEEK, which guests send for SEEK_DATA and SEEK_HOLE alone. The descriptor's own position means
+    /// nothing: all reads and writes name their offset.
+    ///
+    /// Where the guest writes its cache back, the host does not know what data there is, nor where the
+    /// file ends. ENOSYS makes the guest take all of a file for data, up to its own idea of the end.
+    pub(super) fn seek(&self, handle: &Handle, offset: u64, whence: u32) -> Result<u64> {
+        if self.session().policy.writeback {
+            return Err(Errno::NOSYS);
+        }
+        let offset = i64::try_from(offset).map_err(|_| Errno::NXIO)?.cast_unsigned();
+        let from = match i32::try_from(whence) {
+            Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
+            Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
+            Ok(libc::SEEK_SET) => SeekFrom::Start(offset),
+            Ok(libc::SEEK_END) => SeekFrom::End(offset.cast_signed()),
+            _ => return Err(Errno::INVAL),
+        };
+        if handle.mode().is_none() {
+            return Err(Errno::INVAL);
+        }
+        rustix::fs::seek(handle.fd(), from)
+    }
+
+    /// COPY_FILE_RANGE. It does not say whether O_DIRECT is still set, and may have any length.
+    pub(super) fn copy_data(&self, source: &Handle, target: &Handle, range: &CopyFileRange) -> Result<u64> {
+        self.drop_mapped_capability(&target.inode)?;
+        let files = (source.file.buffered(self.opener())?, target.file.buffered(self.opener())?);
+        copy(source, target, files, range)
+    }
+}
+
+/// Whether a read that ended at `end` with room left has met the end of the file.
+///
+/// On a disk of the host it has. A host directory that is a network file system, or one in user space,
+/// may give less than there is, so its size is looked at, as the host knows it by now.
+fn is_end(handle: &Handle, file: BorrowedFd<'_>, end: u64) -> bool {
+    // File systems without a block device have devices of major number 0.
+    handle.inode.key.device.0 != 0
+        || statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::SIZE)
+            .is_ok_and(|stat| stat.stx_size <= end)
+}
+
+/// Flags of pwritev2(2) for the guest's `O_*` flags: `RWF_DSYNC` of the guest's pwritev2(2), and
+/// `mount -o sync`, come that way, not by the flags of the open.
+fn sync_flags(flags: u32) -> i32 {
+    let flags = flags.cast_signed();
+    if flags & libc::O_SYNC == libc::O_SYNC {
+        libc::RWF_SYNC
+    } else if flags & libc::O_DSYNC != 0 {
+        libc::RWF_DSYNC
+    } else {
+        0
+    }
+}
+
+/// Excludes others from all bytes that an append may write: where it goes is known when it is done.
+fn lock_end<'a>(handle: &'a Handle, write: &Write) -> Result<RangeGuard<'a>> {
+    let ranges = &handle.inode.ranges;
+    // What goes to the page cache is done before anybody has slept for it.
+    let slow = handle.file.is_direct() || write.flags & libc::O_DSYNC.cast_unsigned() != 0;
+    if handle.mode() == Some(Mode::Cached) || !slow {
+        return Ok(ranges.write_from(0));
+    }
+    let guard = ranges.write_from(write.offset);
+    // Nobody cuts the file while its end is locked, so it does not become shorter than it is now.
+    if statx(handle.fd(), c"", AtFlags::EMPTY_PATH, StatxFlags::SIZE)?.stx_size >= write.offset {
+        return Ok(guard);
+    }
+    drop(guard);
+    Ok(ranges.write_from(0))
+}
+
+/// Appends `data` as one piece: it is not continued after a part of it, as others may append as well.
+fn append(file: BorrowedFd<'_>, offset: u64, flags: i32, data: &mut GuestReader<'_>) -> Result<usize> {
+    loop {
+        match data.write_at_once_to(file, offset, flags) {
+            Err(Errno::INTR) => {}
+            result => return result,
+        }
+    }
+}
+
+/// Writes pages of the guest's cache to a file that takes nothing but appends, where that is what they
+/// are: they begin at or before the end, and hold what the file holds up to there.
+fn append_pages(file: BorrowedFd<'_>, offset: u64, flags: i32, data: &mut GuestReader<'_>) -> Result<usize> {
+    let all = data.len();
+    let size = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::SIZE)?.stx_size;
+    let mut left = size.checked_sub(offset).ok_or(Errno::PERM)?;
+    while left > 0 && !data.is_empty() {
+        let (mut guests, mut hosts) = ([0; 4096], [0; 4096]);
+        let len = usize::try_from(left).unwrap_or(usize::MAX).min(guests.len());
+        let count = data.read(guests.get_mut(..len).unwrap_or_default());
+        let room = hosts.get_mut(..count).unwrap_or_default();
+        let read = preadv2(file, &mut [IoSliceMut::new(room)], size - left, ReadWriteFlags::empty());
+        if read != Ok(count) || guests.get(..count) != hosts.get(..count) {
+            return Err(Errno::PERM);
+        }
+        left -= count as u64;
+    }
+    let old = all - data.len();
+    if data.is_empty() { Ok(old) } else { Ok(old + append(file, size, flags | libc::RWF_APPEND, data)?) }
 }
 
 /// Writes all of `data`; fewer bytes only if an error came after the first one.
@@ -104,25 +250,13 @@ pub(super) fn allocate(handle: &Handle, mode: u32, offset: u64, length: u64) -> 
     rustix::fs::fallocate(handle.fd(), mode, offset, length)
 }
 
-/// LSEEK, which guests send for SEEK_DATA and SEEK_HOLE alone. The descriptor's own position means
-/// nothing: all reads and writes name their offset.
-pub(super) fn seek(handle: &Handle, offset: u64, whence: u32) -> Result<u64> {
-    let offset = i64::try_from(offset).map_err(|_| Errno::NXIO)?.cast_unsigned();
-    let from = match i32::try_from(whence) {
-        Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
-        Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
-        Ok(libc::SEEK_SET) => SeekFrom::Start(offset),
-        Ok(libc::SEEK_END) => SeekFrom::End(offset.cast_signed()),
-        _ => return Err(Errno::INVAL),
-    };
-    if handle.mode().is_none() {
-        return Err(Errno::INVAL);
-    }
-    rustix::fs::seek(handle.fd(), from)
-}
-
-/// COPY_FILE_RANGE.
-pub(super) fn copy(source: &Handle, target: &Handle, copy: &CopyFileRange) -> Result<u64> {
+/// COPY_FILE_RANGE from one descriptor to another, which are those of the handles.
+fn copy(
+    source: &Handle,
+    target: &Handle,
+    files: (BorrowedFd<'_>, BorrowedFd<'_>),
+    copy: &CopyFileRange,
+) -> Result<u64> {
     if copy.flags != 0 {
         return Err(Errno::INVAL);
     }
@@ -131,12 +265,7 @@ pub(super) fn copy(source: &Handle, target: &Handle, copy: &CopyFileRange) -> Re
     let to = (&target.inode.ranges, copy.offset_out);
     let _guards = lock_copy(from, to, copy.length);
     let (mut offset_in, mut offset_out) = (copy.offset_in, copy.offset_out);
-    let copied = rustix::fs::copy_file_range(
-        source.fd(),
-        Some(&mut offset_in),
-        target.fd(),
-        Some(&mut offset_out),
-        length,
-    )?;
+    let copied =
+        rustix::fs::copy_file_range(files.0, Some(&mut offset_in), files.1, Some(&mut offset_out), length)?;
     Ok(copied as u64)
 }

@@ -1,13 +1,13 @@
 //! Open files and directories.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use rustix::io::Errno;
 
-use super::budget::Held;
+use super::host_file::HostFile;
 use super::inodes::Inode;
 use super::io_mode::Mode;
 use super::shards::{ByNumber, Shards};
@@ -19,7 +19,8 @@ use crate::fuse::ids::{HandleId, NodeId};
 pub struct Handle {
     /// The inode it was opened from.
     pub inode: Arc<Inode>,
-    file: Held,
+    /// What it is on the host.
+    pub file: HostFile,
     kind: Kind,
 }
 
@@ -31,19 +32,19 @@ enum Kind {
 }
 
 impl Handle {
-    /// An open file, which the inode counts as an opener in `mode`.
-    pub fn file(inode: Arc<Inode>, file: Held, mode: Mode) -> Handle {
+    /// An open file, which the inode counts as an opener. `mode` is how this opener was answered.
+    pub fn file(inode: Arc<Inode>, file: HostFile, mode: Mode) -> Handle {
         Handle { inode, file, kind: Kind::File(mode) }
     }
 
     /// An open directory, at its beginning.
-    pub fn directory(inode: Arc<Inode>, file: Held) -> Handle {
+    pub fn directory(inode: Arc<Inode>, file: HostFile) -> Handle {
         Handle { inode, file, kind: Kind::Directory(Mutex::new(0)) }
     }
 
     /// The open descriptor.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        self.file.fd()
     }
 
     /// How the guest has the file open; `None` for a directory.

@@ -6,14 +6,17 @@
 //!
 //! | policy | `--cache=never`, `metadata` | `--cache=auto`, `always` |
 //! |---|---|---|
-//! | `auto` | parallel | parallel if the first opener has O_DIRECT, else cached |
+//! | `auto` | parallel | parallel if the first opener has O_DIRECT and the guest can map such files, else cached |
 //! | `always` | parallel | parallel |
 //! | `never` | direct | cached |
 //!
 //! With writeback nothing is ever opened in parallel mode.
+//!
+//! Guests before Linux 6.9 cannot map a file with MAP_SHARED that is not in cached mode. With a policy
+//! that caches data, one opener with O_DIRECT is not to take that from all others.
 
-use crate::config::{CachePolicy, ParallelDirectWrites};
-use crate::fuse::flags::OpenReplyFlags;
+use crate::config::{CachePolicy, FsConfig, ParallelDirectWrites};
+use crate::fuse::flags::{InitFlags, OpenReplyFlags};
 use crate::sync::{AtomicU32, Ordering};
 
 /// What decides for the first opener, fixed for a session.
@@ -25,6 +28,8 @@ pub struct IoPolicy {
     pub cache: CachePolicy,
     /// WRITEBACK_CACHE was negotiated.
     pub writeback: bool,
+    /// DIRECT_IO_ALLOW_MMAP was negotiated: files past the page cache can be mapped shared.
+    pub maps_direct: bool,
 }
 
 /// How a file is open in the guest.
@@ -39,11 +44,23 @@ pub enum Mode {
 }
 
 impl IoPolicy {
+    /// The policy of a session in which `flags` were agreed on.
+    pub fn new(config: &FsConfig, flags: InitFlags) -> IoPolicy {
+        IoPolicy {
+            parallel: config.parallel_direct_writes,
+            cache: config.cache,
+            writeback: flags.contains(InitFlags::WRITEBACK_CACHE),
+            maps_direct: flags.contains(InitFlags::DIRECT_IO_ALLOW_MMAP),
+        }
+    }
+
     /// The mode for the first opener of a file.
     fn decide(self, direct_requested: bool) -> Mode {
         let direct = match self.parallel {
             ParallelDirectWrites::Always => true,
-            ParallelDirectWrites::Auto => direct_requested || self.cache.bypasses_page_cache(),
+            ParallelDirectWrites::Auto => {
+                direct_requested && self.maps_direct || self.cache.bypasses_page_cache()
+            }
             ParallelDirectWrites::Never => self.cache.bypasses_page_cache(),
         };
         match direct {
@@ -119,7 +136,7 @@ mod tests {
     use ParallelDirectWrites::{Always, Auto, Never};
 
     fn policy(parallel: ParallelDirectWrites, cache: CachePolicy) -> IoPolicy {
-        IoPolicy { parallel, cache, writeback: false }
+        IoPolicy { parallel, cache, writeback: false, maps_direct: true }
     }
 
     #[test]
@@ -156,12 +173,29 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_cannot_map_direct_files_keeps_them_in_its_cache() {
+        // Policy, cache, mode for a first opener with O_DIRECT.
+        let table = [
+            (Auto, CacheAuto, Mode::Cached),
+            (Auto, CacheAlways, Mode::Cached),
+            (Auto, CacheNever, Mode::Parallel),
+            (Auto, Metadata, Mode::Parallel),
+            (Always, CacheAuto, Mode::Parallel),
+            (Never, CacheAuto, Mode::Cached),
+        ];
+        for (parallel, cache, wanted) in table {
+            let policy = IoPolicy { maps_direct: false, ..policy(parallel, cache) };
+            assert_eq!(policy.decide(true), wanted, "{policy:?}");
+        }
+    }
+
+    #[test]
     fn writeback_excludes_parallel_writes() {
         for parallel in [Auto, Always, Never] {
             for direct in [false, true] {
-                let policy = IoPolicy { parallel, cache: CacheAuto, writeback: true };
+                let policy = IoPolicy { writeback: true, ..policy(parallel, CacheAuto) };
                 assert_eq!(policy.decide(direct), Mode::Cached);
-                let policy = IoPolicy { parallel, cache: CacheNever, writeback: true };
+                let policy = IoPolicy { cache: CacheNever, ..policy };
                 assert_eq!(policy.decide(direct), Mode::Direct);
             }
         }

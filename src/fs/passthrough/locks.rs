@@ -301,7 +301,12 @@ impl PassthroughFs {
     /// An open file description for one owner: for reading and writing if that can be had, as the
     /// guest's kernel has checked what kind of lock the owner may take.
     fn open_for_locks(&self, handle: &Handle) -> Result<OwnedFd> {
-        match self.reopen(&handle.inode, OFlags::RDWR) {
+        // A file with the append-only attribute opens for nothing else.
+        let file = match self.reopen(&handle.inode, OFlags::RDWR) {
+            Err(Errno::PERM) => self.reopen(&handle.inode, OFlags::RDWR | OFlags::APPEND),
+            result => result,
+        };
+        match file {
             Err(Errno::ACCESS | Errno::ROFS | Errno::TXTBSY | Errno::PERM) => {
                 self.reopen(&handle.inode, OFlags::RDONLY)
             }

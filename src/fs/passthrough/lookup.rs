@@ -10,7 +10,6 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::path::DecInt;
 
 use super::PassthroughFs;
-use super::attributes::attr;
 use super::budget::{Held, Slot};
 use super::inodes::{Inode, InodeKey};
 use crate::fs::Result;
@@ -88,7 +87,7 @@ impl PassthroughFs {
 
     fn entry(&self, inode: &Inode, stat: &Statx, parent: Option<&Inode>) -> Entry {
         let timeout = self.config.cache.timeout();
-        let mut attr = attr(stat, self.owner(stat));
+        let mut attr = self.attr_of(stat);
         let other_mount = parent.is_some_and(|parent| parent.key.mount != inode.key.mount);
         if other_mount && inode.kind == FileType::Directory && self.session().submounts {
             attr.flags |= AttrFlags::SUBMOUNT.bits();

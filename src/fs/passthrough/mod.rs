@@ -13,6 +13,7 @@ mod data;
 mod directories;
 mod file_flags;
 mod handles;
+mod host_file;
 mod identity;
 mod inodes;
 pub mod io_mode;
@@ -159,7 +160,7 @@ impl PassthroughFs {
         let descriptors = descriptors(config.inode_file_handles, &root, &budget)?;
         let inodes = InodeTable::new(budget.take()?.hold(root), lookup::key(&stat), descriptors);
         let session = Session {
-            policy: policy(&config, false),
+            policy: IoPolicy::new(&config, InitFlags::empty()),
             submounts: false,
             says_who_clears: false,
             long_setxattr: false,
@@ -223,10 +224,6 @@ fn descriptors(
     }
 }
 
-fn policy(config: &FsConfig, writeback: bool) -> IoPolicy {
-    IoPolicy { parallel: config.parallel_direct_writes, cache: config.cache, writeback }
-}
-
 impl FileSystem for PassthroughFs {
     fn offered_flags(&self) -> InitFlags {
         let mut flags = InitFlags::ASYNC_READ
@@ -247,7 +244,9 @@ impl FileSystem for PassthroughFs {
         flags.set(InitFlags::SUBMOUNTS, config.announce_submounts);
         flags.set(InitFlags::POSIX_LOCKS, config.posix_lock);
         flags.set(InitFlags::FLOCK_LOCKS, config.flock);
-        flags.set(InitFlags::DIRECT_IO_ALLOW_MMAP, config.allow_mmap);
+        // Where the guest may cache data, mappings may be as old as its cache.
+        let maps_direct = config.allow_mmap || !config.cache.bypasses_page_cache();
+        flags.set(InitFlags::DIRECT_IO_ALLOW_MMAP, maps_direct);
         // Where nothing is cached, nothing is written back.
         flags.set(InitFlags::WRITEBACK_CACHE, config.writeback && !config.cache.bypasses_page_cache());
         flags
@@ -263,7 +262,7 @@ impl FileSystem for PassthroughFs {
     fn init(&self, negotiated: &Negotiated) {
         let flags = negotiated.flags;
         *self.session.write().unwrap_or_else(PoisonError::into_inner) = Session {
-            policy: policy(&self.config, flags.contains(InitFlags::WRITEBACK_CACHE)),
+            policy: IoPolicy::new(&self.config, flags),
             submounts: flags.contains(InitFlags::SUBMOUNTS),
             says_who_clears: flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
             long_setxattr: flags.contains(InitFlags::SETXATTR_EXT),
@@ -355,6 +354,9 @@ impl FileSystem for PassthroughFs {
     }
 
     fn tmpfile(&self, ctx: &Context, parent: NodeId, tmpfile: &Tmpfile) -> Result<(Entry, Opened)> {
+        if !self.config.tmpfile {
+            return Err(Errno::NOSYS);
+        }
         self.create_unnamed(ctx, &*self.inode(parent)?, tmpfile)
     }
 
@@ -430,13 +432,13 @@ impl FileSystem for PassthroughFs {
     }
 
     fn lseek(&self, _ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {
-        data::seek(&*self.handles.get(node, handle)?, offset, whence)
+        self.seek(&*self.handles.get(node, handle)?, offset, whence)
     }
 
     fn copy_file_range(&self, ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
         let source = self.handles.get(node, copy.handle_in)?;
         let target = self.handles.get(copy.node_out, copy.handle_out)?;
-        self.change(ctx, &target.inode, || data::copy(&source, &target, copy))
+        self.change(ctx, &target.inode, || self.copy_data(&source, &target, copy))
     }
 
     fn syncfs(&self, _ctx: &Context, node: NodeId) -> Result<()> {

@@ -1,14 +1,15 @@
 //! Opening and creating files and directories.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags, openat};
 use rustix::io::Errno;
 
-use super::budget::Held;
 use super::handles::Handle;
+use super::host_file::HostFile;
 use super::inodes::Inode;
+use super::io_mode::Mode;
 use super::{Context, PassthroughFs};
 use crate::config::CachePolicy;
 use crate::fs::{Opened, Result};
@@ -17,8 +18,8 @@ use crate::fuse::ids::HandleId;
 use crate::fuse::reply::Entry;
 use crate::fuse::request::{Create, Tmpfile};
 
-/// Flags of the guest's open(2) that mean something on the host. O_APPEND is not among them: it is
-/// looked at with each write, since it can change after the open. O_DIRECT is added where allowed.
+/// Flags of the guest's open(2) that mean something on the host. O_APPEND is not among them: each write
+/// says whether it is set, since it can change after the open, and so with O_DIRECT where it is allowed.
 const PASSED_ON: OFlags = OFlags::RWMODE.union(OFlags::TRUNC).union(OFlags::SYNC).union(OFlags::DSYNC);
 
 impl PassthroughFs {
@@ -39,8 +40,28 @@ impl PassthroughFs {
         let bits = self.bits_after(ctx, open_flags.contains(OpenRequestFlags::KILL_SUIDGID), false);
         let _member = truncates.then(|| self.begin_change(ctx, &inode, bits)).transpose()?;
         let slot = self.budget.take()?;
-        let file = slot.hold(self.reopen(&inode, host_flags)?);
-        self.add_file(&inode, file, flags)
+        let (file, host_flags) = self.open_for_guest(&inode, host_flags, flags)?;
+        self.add_file(&inode, HostFile::new(slot.hold(file), host_flags), flags)
+    }
+
+    /// Opens a file with `wanted`, or with what the host allows instead; returns the flags that it
+    /// took. `flags` are the guest's.
+    fn open_for_guest(&self, inode: &Inode, wanted: OFlags, flags: u32) -> Result<(OwnedFd, OFlags)> {
+        let guest = OFlags::from_bits_retain(flags);
+        let mut host = wanted;
+        loop {
+            host = match self.reopen(inode, host) {
+                // With the append-only attribute (chattr +a) a file can be opened for nothing else.
+                Err(Errno::PERM) if guest.contains(OFlags::APPEND) && !host.contains(OFlags::APPEND) => {
+                    host | OFlags::APPEND
+                }
+                // The daemon may not read what the guest opened for writing alone.
+                Err(Errno::ACCESS) if (host ^ guest).intersects(OFlags::RWMODE) => {
+                    (host - OFlags::RWMODE) | (guest & OFlags::RWMODE)
+                }
+                result => return result.map(|file| (file, host)),
+            }
+        }
     }
 
     /// CREATE. A new file belongs to the caller; one that is there already is opened, as open(2)
@@ -71,7 +92,8 @@ impl PassthroughFs {
             Ok(file) => {
                 let path = slots.0.hold(self.path_of(&file)?);
                 let (entry, inode) = self.adopt(path, Some(parent))?;
-                self.open_entry(entry, || self.add_file(&inode, slots.1.hold(file), create.flags))
+                let file = HostFile::new(slots.1.hold(file), flags);
+                self.open_entry(entry, || self.add_file(&inode, file, create.flags))
             }
             Err(Errno::EXIST) if create.flags & OFlags::EXCL.bits() == 0 => {
                 drop(slots);
@@ -101,7 +123,8 @@ impl PassthroughFs {
         })?;
         self.write_labels(ctx, &file)?;
         let (entry, inode) = self.adopt(slots.0.hold(self.path_of(&file)?), Some(parent))?;
-        self.open_entry(entry, || self.add_file(&inode, slots.1.hold(file), tmpfile.flags))
+        let file = HostFile::new(slots.1.hold(file), flags);
+        self.open_entry(entry, || self.add_file(&inode, file, tmpfile.flags))
     }
 
     /// OPENDIR.
@@ -110,7 +133,8 @@ impl PassthroughFs {
             return Err(Errno::NOTDIR);
         }
         let slot = self.budget.take()?;
-        let file = slot.hold(self.reopen(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?);
+        let host_flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let file = HostFile::new(slot.hold(self.reopen(&inode, host_flags)?), host_flags);
         let flags = match self.config.cache {
             CachePolicy::Never | CachePolicy::Auto => OpenReplyFlags::empty(),
             CachePolicy::Metadata | CachePolicy::Always => {
@@ -134,12 +158,21 @@ impl PassthroughFs {
 
     /// Makes a handle of an open file. From here on the inode has one opener more, and its mode is
     /// what all its openers are answered with.
-    fn add_file(&self, inode: &Arc<Inode>, file: Held, flags: u32) -> Result<Opened> {
+    fn add_file(&self, inode: &Arc<Inode>, file: HostFile, flags: u32) -> Result<Opened> {
         let policy = self.session().policy;
         let direct = flags & OFlags::DIRECT.bits() != 0;
-        let mode = inode.io_mode.open(policy, direct).ok_or(Errno::NFILE)?;
+        let mut mode = inode.io_mode.open(policy, direct).ok_or(Errno::NFILE)?;
+        let writable = file.is_writable();
+        // A guest that writes its cache back reads pages before it writes into them, and writes them
+        // anywhere. Where this descriptor cannot do that, the opener goes past the cache.
+        if policy.writeback && writable && (file.is_append_only() || !file.is_readable()) {
+            mode = Mode::Direct;
+        }
+        let mut reply = policy.reply_flags(mode);
+        // Without locks on the host, closing a file that was never written tells it nothing.
+        reply.set(OpenReplyFlags::NOFLUSH, !writable && !self.config.posix_lock);
         let handle: HandleId = self.handles.insert(Handle::file(Arc::clone(inode), file, mode))?;
-        Ok(Opened { handle, flags: policy.reply_flags(mode) })
+        Ok(Opened { handle, flags: reply })
     }
 
     /// The host's open flags for those of the guest.

@@ -53,11 +53,15 @@ const CALLS: usize = 7;
 #[derive(Debug, Default)]
 struct Controls {
     errors: [AtomicI32; CALLS],
+    calls: [AtomicU64; CALLS],
+    /// Most bytes of a read; 0 for any number.
+    longest_read: AtomicU64,
     delay_in_ms: AtomicU64,
 }
 
 impl Controls {
     fn check(&self, call: Call) -> Result<(), i32> {
+        self.calls[call as usize].fetch_add(1, Ordering::SeqCst);
         match self.errors[call as usize].load(Ordering::SeqCst) {
             0 => Ok(()),
             errno => Err(errno),
@@ -92,6 +96,16 @@ impl FailingStore {
     /// Lets a call fail with an errno from now on, or work again with 0.
     pub fn fail(&self, call: Call, errno: i32) {
         self.controls.errors[call as usize].store(errno, Ordering::SeqCst);
+    }
+
+    /// How often the host's kernel has asked for this so far.
+    pub fn calls(&self, call: Call) -> u64 {
+        self.controls.calls[call as usize].load(Ordering::SeqCst)
+    }
+
+    /// Lets a read give no more than so many bytes from now on, though there are more.
+    pub fn shorten_reads(&self, longest: u64) {
+        self.controls.longest_read.store(longest, Ordering::SeqCst);
     }
 
     /// Lets reads, writes and fsyncs take so long from now on.
@@ -225,6 +239,10 @@ impl Filesystem for Store {
         reply: ReplyData,
     ) {
         let contents = Arc::clone(&self.contents);
+        let size = match self.controls.longest_read.load(Ordering::SeqCst) {
+            0 => size,
+            longest => size.min(longest as u32),
+        };
         self.later(Call::Read, move |result| match result {
             Ok(()) => {
                 let contents = contents.lock().unwrap_or_else(PoisonError::into_inner);

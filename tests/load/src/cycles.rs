@@ -8,7 +8,7 @@ use lanefsd::fuse::abi::{
 use lanefsd::fuse::flags::WriteFlags;
 use lanefsd::fuse::opcode::Opcode;
 use lanefsd_frontend::chain::Cut;
-use lanefsd_frontend::client::data::{read_request, write_request};
+use lanefsd_frontend::client::data::{read_request, read_request_with, write_request};
 use lanefsd_frontend::random::Random;
 use lanefsd_frontend::request::Request;
 use zerocopy::FromBytes;
@@ -71,7 +71,10 @@ pub fn requests<'a>(
             let request = write_request(node, fh, 0, block, flags, work.open_flags());
             (Box::new(Data::new(work, slot, random)), vec![request])
         }
-        Op::Read => (Box::new(Data::new(work, slot, random)), vec![read_request(node, fh, 0, work.block)]),
+        Op::Read => (
+            Box::new(Data::new(work, slot, random)),
+            vec![read_request_with(node, fh, 0, work.block, work.open_flags())],
+        ),
         Op::Getattr => {
             let request = Request::new(Opcode::Getattr, 0).arg(&GetattrIn::default());
             let request = request.reply::<lanefsd::fuse::abi::AttrOut>();

@@ -87,8 +87,12 @@ fn openers_never_differ_while_both_have_the_file_open() {
     check(4, || {
         let shared = Arc::new((IoMode::default(), AtomicU32::new(0), AtomicU32::new(0)));
         let open = |direct: bool, shared: &(IoMode, AtomicU32, AtomicU32)| {
-            let policy =
-                IoPolicy { parallel: ParallelDirectWrites::Auto, cache: CachePolicy::Auto, writeback: false };
+            let policy = IoPolicy {
+                parallel: ParallelDirectWrites::Auto,
+                cache: CachePolicy::Auto,
+                writeback: false,
+                maps_direct: true,
+            };
             let (inode, parallel, cached) = shared;
             let (mine, other) = match inode.open(policy, direct).unwrap() {
                 Mode::Parallel => (parallel, cached),

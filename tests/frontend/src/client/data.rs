@@ -39,6 +39,18 @@ impl Client<'_> {
         self.call_bytes(&read_request(node, fh, offset, size))
     }
 
+    /// READ with the `O_*` flags that the guest has for the file.
+    pub fn read_with(
+        &self,
+        node: u64,
+        fh: u64,
+        offset: u64,
+        size: usize,
+        open_flags: i32,
+    ) -> Result<Vec<u8>> {
+        self.call_bytes(&read_request_with(node, fh, offset, size, open_flags))
+    }
+
     /// WRITE; returns the bytes written.
     pub fn write(&self, node: u64, fh: u64, offset: u64, data: &[u8]) -> Result<usize> {
         self.write_with(node, fh, offset, data, WriteFlags::empty(), libc::O_RDWR)
@@ -118,7 +130,13 @@ impl Client<'_> {
 
 /// A READ, for [`Client::send`].
 pub fn read_request<'a>(node: u64, fh: u64, offset: u64, size: usize) -> Request<'a> {
-    let arg = ReadIn { fh, offset, size: size as u32, read_flags: 0, lock_owner: 0, flags: 0, padding: 0 };
+    read_request_with(node, fh, offset, size, libc::O_RDONLY)
+}
+
+/// A READ with the `O_*` flags that the guest has for the file, for [`Client::send`].
+pub fn read_request_with<'a>(node: u64, fh: u64, offset: u64, size: usize, open_flags: i32) -> Request<'a> {
+    let flags = open_flags.cast_unsigned();
+    let arg = ReadIn { fh, offset, size: size as u32, read_flags: 0, lock_owner: 0, flags, padding: 0 };
     Request::new(Opcode::Read, node).arg(&arg).reply_data(size)
 }
 
