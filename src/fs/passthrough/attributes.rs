@@ -13,6 +13,7 @@ use super::credentials::{gid_of, uid_of, without_fsetid};
 use super::identity::Owner;
 use super::inodes::Inode;
 use super::lookup::{PROC, proc_name, stat};
+use super::mounts::Mount;
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
 use crate::fuse::abi;
@@ -71,7 +72,9 @@ pub(super) fn file_system(inode: &Inode) -> Result<abi::Kstatfs> {
 impl PassthroughFs {
     pub(super) fn attributes(&self, inode: &Inode) -> Result<Attributes> {
         let stat = stat(inode.path()?)?;
-        Ok(Attributes { attr: attr(&stat, self.owner(&stat)), valid: self.config.cache.timeout() })
+        let mut attr = attr(&stat, self.owner(&stat));
+        attr.ino = self.shown_number(inode, stat.stx_ino);
+        Ok(Attributes { attr, valid: self.config.cache.timeout() })
     }
 
     /// STATX. The host is asked for what the guest wants, but never to synchronize with a server.
@@ -92,7 +95,7 @@ impl PassthroughFs {
             uid: owner.uid.0,
             gid: owner.gid.0,
             mode: stat.stx_mode,
-            ino: stat.stx_ino,
+            ino: self.shown_number(inode, stat.stx_ino),
             size: stat.stx_size,
             blocks: stat.stx_blocks,
             attributes_mask: stat.stx_attributes_mask.bits(),
@@ -184,10 +187,25 @@ impl PassthroughFs {
     }
 
     pub(super) fn sync_file_system(&self, inode: &Inode) -> Result<()> {
-        // syncfs(2) takes no O_PATH descriptor, so the root stands in for what cannot be opened.
-        let file = match inode.kind {
-            FileType::RegularFile | FileType::Directory => self.reopen(inode, OFlags::RDONLY)?,
-            _ => self.reopen(&*self.inode(NodeId::ROOT)?, OFlags::RDONLY)?,
+        let result = self.sync_mount(inode.mount(), inode);
+        if self.session().submounts {
+            return result;
+        }
+        // The guest has one file system, and we have those of all mounts that it knows.
+        let others = self.inodes.descriptors().known_mounts();
+        let others = others.iter().filter(|mount| mount.id != inode.mount().id);
+        others.fold(result, |result, mount| result.and(self.sync_mount(mount, self.inodes.root())))
+    }
+
+    /// syncfs(2) takes no O_PATH descriptor. A directory stands in for what cannot be opened.
+    fn sync_mount(&self, mount: &Mount, inode: &Inode) -> Result<()> {
+        let top = mount.top();
+        let file = match (inode.kind, &top) {
+            (FileType::RegularFile | FileType::Directory, _) if inode.mount().id == mount.id => {
+                self.reopen(inode, OFlags::RDONLY)?
+            }
+            (_, Some(top)) => self.reopen(top, OFlags::RDONLY)?,
+            (_, None) => self.reopen(self.inodes.root(), OFlags::RDONLY)?,
         };
         rustix::fs::syncfs(file.as_fd())
     }

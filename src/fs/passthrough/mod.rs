@@ -18,6 +18,7 @@ mod labels;
 mod lock_ranges;
 pub mod locks;
 mod lookup;
+mod mounts;
 mod names;
 mod open;
 mod pins;
@@ -100,8 +101,8 @@ pub enum StartError {
     LabelsNeedPrivilege(String),
     /// `--inode-file-handles=mandatory` cannot be had.
     #[error(
-        "inodes cannot be held by file handles, which takes CAP_DAC_READ_SEARCH and a file system that has them: \
-         leave out --inode-file-handles=mandatory"
+        "inodes cannot be held by file handles, which takes CAP_DAC_READ_SEARCH and a file system whose handles \
+         last (those of FUSE do not): leave out --inode-file-handles=mandatory"
     )]
     NoFileHandles,
     /// A system call failed.
@@ -149,7 +150,7 @@ impl PassthroughFs {
         let offers_acls = xattr::acls_can_be_had(&root, &config)?;
         let budget = Arc::new(Budget::of_the_process());
         let descriptors = descriptors(config.inode_file_handles, &root, &budget)?;
-        let inodes = InodeTable::new(budget.take()?.hold(root), lookup::key(&stat), descriptors);
+        let inodes = InodeTable::new(budget.take()?.hold(root), lookup::key(&stat), descriptors)?;
         let session = Session {
             policy: policy(&config, false),
             submounts: false,

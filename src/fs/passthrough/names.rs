@@ -28,7 +28,7 @@ impl PassthroughFs {
         umask: u32,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        let (slot, path) = (self.budget.take()?, parent.path()?);
+        let (slot, path) = (self.slot()?, parent.path()?);
         self.create_as(ctx, mode, umask, |mode| mkdirat(&path, name, mode))?;
         self.label_entry(ctx, path.as_fd(), name, AtFlags::REMOVEDIR)?;
         self.open_new(parent, name, slot)
@@ -49,7 +49,7 @@ impl PassthroughFs {
             _ => FileType::from_raw_mode(mode),
         };
         let device = decode_device(rdev);
-        let (slot, path) = (self.budget.take()?, parent.path()?);
+        let (slot, path) = (self.slot()?, parent.path()?);
         self.create_as(ctx, mode, umask, |mode| mknodat(&path, name, kind, mode, device))?;
         self.label_entry(ctx, path.as_fd(), name, AtFlags::empty())?;
         self.open_new(parent, name, slot)
@@ -63,7 +63,7 @@ impl PassthroughFs {
         target: &CStr,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        let (slot, path) = (self.budget.take()?, parent.path()?);
+        let (slot, path) = (self.slot()?, parent.path()?);
         self.create_as(ctx, 0, 0, |_| symlinkat(target, &path, name))?;
         self.label_entry(ctx, path.as_fd(), name, AtFlags::empty())?;
         self.open_new(parent, name, slot)

@@ -41,7 +41,7 @@ impl PassthroughFs {
         if truncates {
             self.drop_mapped_capability(&inode)?;
         }
-        let slot = self.budget.take()?;
+        let slot = self.slot()?;
         let file = slot.hold(self.reopen(&inode, host_flags)?);
         self.add_file(&inode, file, flags)
     }
@@ -62,7 +62,7 @@ impl PassthroughFs {
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
         // One for the handle and one for the inode, before there is a file.
-        let slots = (self.budget.take()?, self.budget.take()?);
+        let slots = (self.slot()?, self.slot()?);
         let path = parent.path()?;
         let created = if self.is_labelled(ctx) {
             self.create_labelled(ctx, path.as_fd(), name, (create.mode, create.umask), flags)
@@ -96,7 +96,7 @@ impl PassthroughFs {
     ) -> Result<(Entry, Opened)> {
         let keep_unnamed = OFlags::from_bits_retain(tmpfile.flags) & OFlags::EXCL;
         let flags = (self.host_flags(tmpfile.flags) - OFlags::TRUNC) | OFlags::TMPFILE | keep_unnamed;
-        let slots = (self.budget.take()?, self.budget.take()?);
+        let slots = (self.slot()?, self.slot()?);
         let path = parent.path()?;
         let directory = rustix::path::DecInt::from_fd(&*path);
         let file = self.create_as(ctx, tmpfile.mode, tmpfile.umask, |mode| {
@@ -112,7 +112,7 @@ impl PassthroughFs {
         if inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
-        let slot = self.budget.take()?;
+        let slot = self.slot()?;
         let file = slot.hold(self.reopen(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?);
         let flags = match self.config.cache {
             CachePolicy::Never | CachePolicy::Auto => OpenReplyFlags::empty(),
