@@ -15,6 +15,7 @@ mod identity;
 mod inodes;
 pub mod io_mode;
 mod labels;
+mod listing;
 mod lock_ranges;
 pub mod locks;
 mod lookup;

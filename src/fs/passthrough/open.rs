@@ -120,7 +120,8 @@ impl PassthroughFs {
                 OpenReplyFlags::CACHE_DIR | OpenReplyFlags::KEEP_CACHE
             }
         };
-        Ok(Opened { handle: self.handles.insert(Handle::directory(inode, file))?, flags })
+        let handle = Handle::directory(inode, file, self.handles.new_listing());
+        Ok(Opened { handle: self.handles.insert(handle)?, flags })
     }
 
     /// Finishes a reply that has both an entry and a handle; without the handle the guest gets
