@@ -65,6 +65,14 @@ impl PassthroughFs {
         }
     }
 
+    /// What `open` opens. Where the process has no descriptor left at all, inodes give way.
+    fn with_room(&self, open: impl Fn() -> Result<OwnedFd>) -> Result<OwnedFd> {
+        match open() {
+            Err(Errno::MFILE | Errno::NFILE) if self.inodes.make_room() => open(),
+            result => result,
+        }
+    }
+
     /// Looks up an entry: one system call for an inode that the guest knows (two if it has no descriptor),
     /// three for a new one.
     pub(super) fn look_up(&self, parent: &Inode, name: &CStr) -> Result<Entry> {
@@ -100,7 +108,8 @@ impl PassthroughFs {
 
     /// Looks up an entry that the guest cannot know yet, as it was just made.
     pub(super) fn open_new(&self, parent: &Inode, name: &CStr, slot: Slot) -> Result<Entry> {
-        let path = slot.hold(openat(parent.path()?, name, PATH, Mode::empty())?);
+        let parent_path = parent.path()?;
+        let path = slot.hold(self.with_room(|| openat(&*parent_path, name, PATH, Mode::empty()))?);
         self.adopt(path, Some(parent)).map(|(entry, _)| entry)
     }
 
@@ -189,7 +198,9 @@ impl PassthroughFs {
             _ => return Err(Errno::NXIO),
         }
         let path = inode.path()?;
-        openat(&self.proc_self_fd, DecInt::from_fd(&*path), flags | OFlags::CLOEXEC, Mode::empty())
+        self.with_room(|| {
+            openat(&self.proc_self_fd, DecInt::from_fd(&*path), flags | OFlags::CLOEXEC, Mode::empty())
+        })
     }
 
     /// An O_PATH descriptor of what `file` has open.

@@ -12,6 +12,7 @@ mod data;
 mod directories;
 mod handles;
 mod identity;
+mod inode;
 mod inodes;
 pub mod io_mode;
 mod labels;
@@ -494,6 +495,3 @@ impl FileSystem for PassthroughFs {
         self.waits.interrupt_all();
     }
 }
-
-/// The daemon serves no extended attributes: the guest need not ask again.
-const NO_XATTR: Errno = Errno::NOSYS;

@@ -96,15 +96,15 @@ impl PassthroughFs {
         rename: &Rename<'_>,
     ) -> Result<()> {
         let (name, new_name) = (rename.name.as_c_str(), rename.new_name.as_c_str());
-        match RenameFlags::from_bits(rename.flags) {
-            None => Err(Errno::INVAL),
-            Some(flags) if flags.is_empty() => renameat(from.path()?, name, to.path()?, new_name),
-            Some(flags) => {
-                let whiteout = flags.contains(RenameFlags::WHITEOUT);
-                let _caller = whiteout.then(|| self.become_caller_without_groups(ctx)).transpose()?;
-                renameat_with(from.path()?, name, to.path()?, new_name, flags)
-            }
+        let flags = RenameFlags::from_bits(rename.flags).ok_or(Errno::INVAL)?;
+        // Opened as the daemon: a caller may open nothing by file handle.
+        let (from, to) = (from.path()?, to.path()?);
+        if flags.is_empty() {
+            return renameat(from, name, to, new_name);
         }
+        let whiteout = flags.contains(RenameFlags::WHITEOUT);
+        let _caller = whiteout.then(|| self.become_caller_without_groups(ctx)).transpose()?;
+        renameat_with(from, name, to, new_name, flags)
     }
 }
 

@@ -14,7 +14,7 @@ use rustix::path::DecInt;
 use super::credentials::without_fsetid;
 use super::inodes::Inode;
 use super::lookup::{PROC, proc_name, stat};
-use super::{NO_XATTR, PassthroughFs, StartError};
+use super::{PassthroughFs, StartError};
 use crate::config::{FsConfig, Insistence};
 use crate::fs::{Result, XattrReply};
 use crate::mapping::acl::{
@@ -23,6 +23,8 @@ use crate::mapping::acl::{
 use crate::mapping::xattrs::Refusal;
 use crate::sys::memory;
 
+/// The daemon serves no extended attributes: the guest need not ask again.
+const NO_XATTR: Errno = Errno::NOSYS;
 /// Longest value and longest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const SIZE_MAX: usize = 64 << 10;
 /// Room for the names that inodes have as a rule.
