@@ -191,3 +191,26 @@ fn open_directories_keep_little_memory() {
         client.releasedir(ROOT, fh).unwrap();
     }
 }
+
+/// NTFS and CIFS have names of 255 characters, which may be three times as many bytes.
+#[test]
+fn names_beyond_255_bytes_are_listed_and_found() {
+    common::own_mounts();
+    let directory = common::disk_directory();
+    let files: Vec<HostFile> = [255, 256, 765, 1024]
+        .into_iter()
+        .map(|len| HostFile { name: "x".repeat(len), shown: len as u64 })
+        .collect();
+    let host = FuseHost::mount(directory.path(), files, |index| index as u64 + 1);
+    let (_backend, session) = serve(directory.path(), &[]);
+    let client = session.client();
+    let fh = client.opendir(ROOT).unwrap().fh;
+    let listed = client.readdirplus(ROOT, fh, 0, 1 << 16).unwrap();
+    assert_eq!(listed.iter().map(name).collect::<Vec<_>>(), host.names());
+    for entry in &listed {
+        assert_ne!(entry.entry.unwrap().nodeid, 0);
+        assert_eq!(client.lookup(ROOT, &entry.name).unwrap().attr.ino, entry.ino);
+        client.unlink(ROOT, &entry.name).unwrap();
+    }
+    assert_eq!(common::errno(client.lookup(ROOT, "x".repeat(1025))), libc::ENAMETOOLONG);
+}
