@@ -132,7 +132,7 @@ impl PassthroughFs {
         if set.atime.is_some() || set.mtime.is_some() {
             let times =
                 Timestamps { last_access: timespec(set.atime)?, last_modification: timespec(set.mtime)? };
-            utimensat(inode.path()?, c"", &times, AtFlags::EMPTY_PATH)?;
+            set_times(&*inode.path()?, &times)?;
         }
         self.attributes(&inode)
     }
@@ -211,6 +211,18 @@ impl PassthroughFs {
     }
 }
 
+fn set_times(path: impl AsFd, times: &Timestamps) -> Result<()> {
+    match utimensat(&path, c"", times, AtFlags::EMPTY_PATH) {
+        // Hosts before Linux 5.8 do not know the flag here.
+        Err(Errno::INVAL | Errno::NOENT) => set_times_by_name(&path, times),
+        result => result,
+    }
+}
+
+fn set_times_by_name(path: impl AsFd, times: &Timestamps) -> Result<()> {
+    utimensat(PROC, proc_name(path), times, AtFlags::empty())
+}
+
 fn timespec(time: Option<SetTime>) -> Result<Timespec> {
     let special = |tv_nsec| Ok(Timespec { tv_sec: 0, tv_nsec });
     match time {
@@ -220,5 +232,33 @@ fn timespec(time: Option<SetTime>) -> Result<Timespec> {
         Some(SetTime::At { seconds, nanoseconds }) => {
             Ok(Timespec { tv_sec: seconds, tv_nsec: nanoseconds.into() })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fs::passthrough::lookup::PATH;
+    use rustix::fs::openat;
+
+    #[test]
+    fn times_are_set_without_the_flag_of_newer_hosts() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let [file, link, fifo] = ["file", "link", "fifo"].map(|name| folder.path().join(name));
+        std::fs::write(&file, "").unwrap();
+        std::os::unix::fs::symlink("file", &link).unwrap();
+        rustix::fs::mknodat(PROC, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        let proc = std::fs::File::open("/proc/self/fd").unwrap();
+        for (number, name) in [&link, &fifo, &file].into_iter().enumerate() {
+            let path = openat(PROC, name, PATH, Mode::empty()).unwrap();
+            let time = Timespec { tv_sec: -7 - i64::try_from(number).unwrap(), tv_nsec: 5 };
+            let times = Timestamps { last_access: time, last_modification: time };
+            // As above, but the working directory of a test is another one.
+            utimensat(&proc, proc_name(&path), &times, AtFlags::empty()).unwrap();
+            assert_eq!(stat(&path).unwrap().stx_mtime.tv_sec, time.tv_sec);
+            assert_eq!(set_times(&path, &times), Ok(()));
+        }
+        // The link's own, not those of what it points to.
+        assert_eq!(stat(openat(PROC, &link, PATH, Mode::empty()).unwrap()).unwrap().stx_mtime.tv_sec, -7);
     }
 }
