@@ -123,7 +123,8 @@ impl HandleTable {
     pub fn clear(&self) {
         for shard in self.shards.iter() {
             // What they hold is closed when no lock is held.
-            drop(std::mem::take(&mut *shard.write().unwrap_or_else(PoisonError::into_inner)));
+            let handles = std::mem::take(&mut *shard.write().unwrap_or_else(PoisonError::into_inner));
+            drop(handles);
         }
     }
 

@@ -292,10 +292,12 @@ impl InodeTable {
     }
 
     /// Forgets all but the root.
+    #[allow(clippy::mutable_key_type, reason = "the key of an inode does not change")]
     pub fn clear(&self) {
         // What they held is closed when no lock is held.
         for shard in self.by_node.iter() {
-            drop(take(&mut *shard.write().unwrap_or_else(PoisonError::into_inner)));
+            let known = take(&mut *shard.write().unwrap_or_else(PoisonError::into_inner));
+            drop(known);
         }
         for shard in self.by_key.iter() {
             let known = take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
@@ -342,6 +344,7 @@ enum Known {
 }
 
 /// Looks for what was seen, and whose handle may be known.
+#[allow(clippy::mutable_key_type, reason = "the key of an inode does not change")]
 fn compare(shard: &HashSet<ByKey>, seen: &Seen, handle: Option<&FileHandle>) -> Known {
     let Some(ByKey(inode)) = shard.get(&seen.key) else { return Known::Not };
     if inode.kind != seen.kind || inode.node.0 >= seen.before.0 {
