@@ -201,9 +201,11 @@ impl Listing {
     }
 
     fn count(&mut self, now: usize) {
-        self.kept.fetch_add(now, Ordering::Relaxed);
-        self.kept.fetch_sub(self.counted, Ordering::Relaxed);
-        self.counted = now;
+        if now != self.counted {
+            self.kept.fetch_add(now, Ordering::Relaxed);
+            self.kept.fetch_sub(self.counted, Ordering::Relaxed);
+            self.counted = now;
+        }
     }
 }
 

@@ -20,7 +20,7 @@
 //! Where handles are good for nothing, or cannot be opened when the mount is met, inodes keep their
 //! descriptors, which also keeps their numbers from being used again.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock, Weak};
 
 use rustix::fs::{FileType, Mode, OFlags, fstatfs, openat};
@@ -60,7 +60,10 @@ impl Mount {
     pub fn new(id: u32, inode: impl AsFd, kind: FileType, all: &Arc<Descriptors>) -> Mount {
         let file_system = file_system(&inode);
         let limited = all.are_limited() && kind == FileType::Directory;
-        let directory = (limited && handles_last(file_system)).then(|| open_for_handles(&inode, all));
+        let directory = limited.then(|| open_for_handles(&inode, file_system, all));
+        if let Some(Err(errno)) = &directory {
+            all.tell_of_mount(*errno);
+        }
         Mount {
             id,
             // A FUSE server may leave the question for its kind unanswered.
@@ -101,20 +104,23 @@ impl Drop for Mount {
 /// Why inodes cannot be held by file handles at the share: the file system's handles do not last, or a
 /// system call failed.
 pub fn try_handles(root: impl AsFd) -> Result<()> {
-    if !handles_last(file_system(&root)) {
-        return Err(Errno::OPNOTSUPP);
-    }
-    let directory = openat(&root, c".", DIRECTORY, Mode::empty())?;
-    open_by_handle(directory.as_fd(), &name_to_handle(root.as_fd())?).map(drop)
+    open_directory(&root, file_system(&root)).map(drop)
 }
 
-const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
-
-fn open_for_handles(inode: impl AsFd, all: &Descriptors) -> Result<Held> {
+fn open_for_handles(inode: impl AsFd, file_system: Option<u32>, all: &Descriptors) -> Result<Held> {
     let slot = all.budget().take()?;
-    let directory = openat(&inode, c".", DIRECTORY, Mode::empty())?;
-    open_by_handle(directory.as_fd(), &name_to_handle(inode.as_fd())?)?;
-    Ok(slot.hold(directory))
+    Ok(slot.hold(open_directory(inode, file_system)?))
+}
+
+/// The directory itself, after an inode was opened there by its handle.
+fn open_directory(directory: impl AsFd, file_system: Option<u32>) -> Result<OwnedFd> {
+    if !handles_last(file_system) {
+        return Err(Errno::OPNOTSUPP);
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let open = openat(&directory, c".", flags, Mode::empty())?;
+    open_by_handle(open.as_fd(), &name_to_handle(directory.as_fd())?)?;
+    Ok(open)
 }
 
 /// The magic number of the file system; `None` if it cannot be had.

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
 use arc_swap::ArcSwapOption;
-use log::debug;
+use log::{debug, info};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
@@ -45,6 +45,7 @@ pub struct Descriptors {
     /// These inodes, in the order in which they are to be asked for it.
     clock: Shards<Mutex<Clock>>,
     mounts: RwLock<HashMap<u32, Weak<Mount>>>,
+    told_of_mount: AtomicBool,
     /// What inodes share with whatever else the guest holds.
     budget: Arc<Budget>,
 }
@@ -106,6 +107,7 @@ impl Descriptors {
             taken: Apart::default(),
             clock: Shards::default(),
             mounts: RwLock::default(),
+            told_of_mount: AtomicBool::new(false),
             budget: Arc::clone(budget),
         }
     }
@@ -162,6 +164,15 @@ impl Descriptors {
         let allowed = self.allowed.load(Ordering::Relaxed);
         if taken <= allowed - allowed / 8 {
             self.scarce.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Says once that there is a mount where inodes keep their descriptors.
+    pub fn tell_of_mount(&self, errno: Errno) {
+        if !self.told_of_mount.swap(true, Ordering::Relaxed) {
+            info!(
+                "a file system below the share has no file handles that last ({errno}): each of its inodes that the guest knows takes a descriptor (see --rlimit-nofile)"
+            );
         }
     }
 
