@@ -208,8 +208,20 @@ fn what_gets_the_number_of_a_removed_inode_works() {
                 }
                 let old = client.lookup(ROOT, "old").unwrap();
                 look_at_others(&client, many);
-                match (round % 2, old_is_directory) {
+                match (round % 3, old_is_directory) {
                     (0, _) => remove(&old_path, old_is_directory),
+                    (1, _) => {
+                        let other = if old_is_directory {
+                            client.mkdir(ROOT, "other", 0o700, 0).unwrap()
+                        } else {
+                            create(&client, "other")
+                        };
+                        client.rename(ROOT, "other", ROOT, "old").unwrap();
+                        assert_eq!(client.lookup(ROOT, "old").unwrap().nodeid, other.nodeid);
+                        // One more is looked at, and goes before the next round.
+                        remove(&old_path, old_is_directory);
+                        client.forget(other.nodeid, 2).unwrap();
+                    }
                     (_, true) => client.rmdir(ROOT, "old").unwrap(),
                     (_, false) => client.unlink(ROOT, "old").unwrap(),
                 }

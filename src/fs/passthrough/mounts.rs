@@ -37,8 +37,10 @@ const FUSE: u32 = 0x6573_5546;
 /// `MSDOS_SUPER_MAGIC`: vfat.
 const VFAT: u32 = 0x4d44;
 
-/// A mount, with what is needed to open its inodes by file handle.
+/// A mount, with what is needed to open its inodes by file handle. Each LOOKUP reads it, and each new inode
+/// changes the count of those who share it: they have cache lines of their own.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Mount {
     /// See [`super::inodes::InodeKey::mount`].
     pub id: u32,

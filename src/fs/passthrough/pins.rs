@@ -44,7 +44,7 @@ pub struct Descriptors {
     taken: Apart<AtomicUsize>,
     /// These inodes, in the order in which they are to be asked for it.
     clock: Shards<Mutex<Clock>>,
-    mounts: RwLock<HashMap<u32, Weak<Mount>>>,
+    mounts: Apart<RwLock<HashMap<u32, Weak<Mount>>>>,
     told_of_mount: AtomicBool,
     /// What inodes share with whatever else the guest holds.
     budget: Arc<Budget>,
@@ -106,7 +106,7 @@ impl Descriptors {
             limited: allowed != usize::MAX,
             taken: Apart::default(),
             clock: Shards::default(),
-            mounts: RwLock::default(),
+            mounts: Apart::default(),
             told_of_mount: AtomicBool::new(false),
             budget: Arc::clone(budget),
         }
