@@ -30,8 +30,9 @@ mod xattr;
 
 use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use log::debug;
 use rustix::fs::Mode;
 use rustix::io::Errno;
@@ -131,7 +132,7 @@ pub struct PassthroughFs {
     offers_labels: bool,
     /// See [`xattr::mapped_capability`].
     mapped_capability: Option<CString>,
-    session: RwLock<Session>,
+    session: ArcSwap<Session>,
 }
 
 impl PassthroughFs {
@@ -173,7 +174,7 @@ impl PassthroughFs {
             handles: HandleTable::default(),
             waits: Waits::default(),
             lock_ranges: Arc::default(),
-            session: RwLock::new(session),
+            session: ArcSwap::from_pointee(session),
         })
     }
 
@@ -191,7 +192,7 @@ impl PassthroughFs {
     }
 
     fn session(&self) -> Session {
-        *self.session.read().unwrap_or_else(PoisonError::into_inner)
+        **self.session.load()
     }
 
     fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
@@ -254,14 +255,14 @@ impl FileSystem for PassthroughFs {
 
     fn init(&self, negotiated: &Negotiated) {
         let flags = negotiated.flags;
-        *self.session.write().unwrap_or_else(PoisonError::into_inner) = Session {
+        self.session.store(Arc::new(Session {
             policy: policy(&self.config, flags.contains(InitFlags::WRITEBACK_CACHE)),
             submounts: flags.contains(InitFlags::SUBMOUNTS),
             groups_are_sent: flags.contains(InitFlags::CREATE_SUPP_GROUP),
             leaves_umask: flags.contains(InitFlags::DONT_MASK),
             acls: flags.contains(InitFlags::POSIX_ACL),
             labels: flags.contains(InitFlags::SECURITY_CTX),
-        };
+        }));
     }
 
     fn destroy(&self) {
