@@ -371,6 +371,27 @@ fn inodes_give_way_where_open_files_have_taken_the_descriptors() {
     }
 }
 
+/// Queues take descriptors that no share of the guest's was counted for.
+#[test]
+fn requests_work_where_the_process_has_no_descriptor_left() {
+    let disk = Disk::ext4();
+    fill(&disk.path);
+    let options = SessionOptions { queues: 4, ..SessionOptions::default() };
+    let (backend, session) = serve_with(&disk.path, &[FEW], options);
+    let client = session.client();
+    let many = client.lookup(ROOT, "many").unwrap().nodeid;
+    for round in 0..3 {
+        look_at_others(&client, many);
+        assert_eq!(client.list_names(many, 4096).unwrap().len(), OTHERS);
+        let file = client.lookup(many, round.to_string()).unwrap();
+        let open = client.open(file.nodeid, libc::O_RDWR).unwrap();
+        client.write(file.nodeid, open.fh, 0, b"text").unwrap();
+        client.release(file.nodeid, open.fh).unwrap();
+        assert_eq!(client.read_file(file.nodeid).unwrap(), b"text");
+    }
+    assert!(backend.descriptors().unwrap().len() <= 64);
+}
+
 fn is_submount(attr: &Attr) -> bool {
     attr.flags & AttrFlags::SUBMOUNT.bits() != 0
 }

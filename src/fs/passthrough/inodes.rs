@@ -108,7 +108,11 @@ impl InodeTable {
         if node == NodeId::ROOT {
             return Ok(Arc::clone(&self.root));
         }
-        self.known(node).ok_or(Errno::STALE)
+        let inode = self.known(node).ok_or(Errno::STALE)?;
+        if inode.pin.lacks_descriptor() && matches!(inode.path(), Err(Errno::MFILE | Errno::NFILE)) {
+            self.process_is_full();
+        }
+        Ok(inode)
     }
 
     fn known(&self, node: NodeId) -> Option<Arc<Inode>> {
@@ -222,7 +226,7 @@ impl InodeTable {
             return;
         }
         // It is the last one to be dropped, without a lock.
-        let Ok(inode) = self.get(node) else { return };
+        let Some(inode) = self.known(node) else { return };
         let less = |lookups: u64| Some(lookups.saturating_sub(count));
         // It never fails: `less` always has a value.
         let before = inode.lookups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).unwrap_or(0);
@@ -262,6 +266,15 @@ impl InodeTable {
         }
         let mut hand = self.hand.lock().unwrap_or_else(PoisonError::into_inner);
         (0..ROUNDS).any(|_| self.turn(&mut hand) > 0)
+    }
+
+    /// The process got no descriptor, as the device took more than is kept back for it: from now on
+    /// inodes make do with fewer. False if they have none to give.
+    pub fn process_is_full(&self) -> bool {
+        if self.descriptors.are_limited() {
+            self.descriptors.allow_less();
+        }
+        self.make_room()
     }
 
     /// Asks the next inodes of the clock. No lock but the hand is held across system calls.

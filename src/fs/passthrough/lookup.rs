@@ -68,7 +68,7 @@ impl PassthroughFs {
     /// What `open` opens. Where the process has no descriptor left at all, inodes give way.
     fn with_room(&self, open: impl Fn() -> Result<OwnedFd>) -> Result<OwnedFd> {
         match open() {
-            Err(Errno::MFILE | Errno::NFILE) if self.inodes.make_room() => open(),
+            Err(Errno::MFILE | Errno::NFILE) if self.inodes.process_is_full() => open(),
             result => result,
         }
     }

@@ -140,6 +140,13 @@ impl Descriptors {
         self.look_whether_plenty(taken);
     }
 
+    /// The process has none left, though inodes may have more: they keep three quarters of what they have.
+    pub fn allow_less(&self) {
+        let taken = self.taken.load(Ordering::Relaxed);
+        self.allowed.fetch_min((taken - taken / 4).max(1), Ordering::Relaxed);
+        self.scarce.store(true, Ordering::Relaxed);
+    }
+
     /// Descriptors that inodes have now and could do without.
     #[cfg(test)]
     pub fn taken(&self) -> usize {
@@ -273,6 +280,11 @@ impl Pin {
         if self.mount.directory().is_some() {
             self.mount.all.clock(node.0).push(node);
         }
+    }
+
+    /// Whether its next use has to open it.
+    pub fn lacks_descriptor(&self) -> bool {
+        self.handle.get().is_some() && self.path.load().is_none()
     }
 
     /// Whether the inode is the one that was just met under its number; `handle` is that one's, if it is
