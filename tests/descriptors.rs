@@ -8,6 +8,7 @@ use std::os::unix::fs::MetadataExt;
 
 use lanefsd_frontend::SessionOptions;
 use lanefsd_frontend::client::{Change, ROOT};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 /// RLIMIT_NOFILE of the back end.
 const LIMIT: usize = 300;
@@ -90,6 +91,19 @@ fn handles_that_cannot_be_had_are_refused_at_the_start() {
         common::starter().args(["--inode-file-handles=mandatory"]).share("/proc/sys").refuse().unwrap();
     assert_eq!(status.code(), Some(1));
     assert!(text.contains("file handles") && text.contains("--inode-file-handles"), "{text}");
+}
+
+#[test]
+fn closing_a_file_needs_no_free_descriptor() {
+    let (backend, session) = common::serve(&[]);
+    let client = session.client();
+    let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+    let pid = Pid::from_raw(i32::try_from(backend.pid()).unwrap());
+    let none = Rlimit { current: Some(3), maximum: Some(3) };
+    prlimit(pid, Resource::Nofile, none).unwrap();
+    client.write(entry.nodeid, open.fh, 0, b"text").unwrap();
+    client.flush(entry.nodeid, open.fh, 1).unwrap();
+    client.release(entry.nodeid, open.fh).unwrap();
 }
 
 /// Bytes that an inode may take which the guest knows, with no descriptor open for it.

@@ -74,7 +74,12 @@ fn what_is_created_belongs_to_the_callers_host_ids() {
 fn what_a_capable_user_of_the_guest_creates_is_created() {
     for args in [&[][..], &SHIFTED, &["--xattr", "--posix-acl"]] {
         let directory = common::disk_directory();
-        let backend = Backend::of(common::program()).args(args).share(directory.path()).start().unwrap();
+        let backend = Backend::of(common::program())
+            .args(["--tmpfile"])
+            .args(args)
+            .share(directory.path())
+            .start()
+            .unwrap();
         let session = backend.connect(SessionOptions::default()).unwrap();
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o555)).unwrap();
         let user = session.client().user(5, 6);
@@ -326,7 +331,7 @@ fn unprivileged(user: u32, args: &[&str]) -> (TempDir, Backend) {
     chown(&share, Some(user), Some(user)).unwrap();
     let ids = format!("--reuid={user} --regid={user} --clear-groups");
     let starter = Backend::of("setpriv").args(ids.split_whitespace()).args([program]);
-    (home, starter.args(["--sandbox=none"]).args(args).share(share).by_fd().start().unwrap())
+    (home, starter.args(["--sandbox=none", "--tmpfile"]).args(args).share(share).by_fd().start().unwrap())
 }
 
 #[test]

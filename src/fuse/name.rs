@@ -5,8 +5,9 @@ use std::ffi::CStr;
 use rustix::io::Errno;
 use thiserror::Error;
 
-/// Longest name of a directory entry in bytes (`NAME_MAX`).
-pub const NAME_MAX: usize = 255;
+/// Longest name of a directory entry in bytes (`FUSE_NAME_MAX`). Most file systems take 255; where names are
+/// in UTF-16 on the disk (NTFS, CIFS, exFAT) those of 255 characters may have 765 bytes.
+pub const NAME_MAX: usize = 1024;
 
 /// Why bytes are no [`Name`].
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -21,7 +22,7 @@ pub enum NameError {
     #[error("a name holds a slash")]
     Slash,
     /// More than [`NAME_MAX`] bytes.
-    #[error("a name is longer than 255 bytes")]
+    #[error("a name is longer than 1024 bytes")]
     TooLong,
 }
 
@@ -35,7 +36,7 @@ impl NameError {
     }
 }
 
-/// One path component: not empty, not `.` or `..`, no `/`, no NUL, at most 255 bytes.
+/// One path component: not empty, not `.` or `..`, no `/`, no NUL, at most 1024 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Name<'a>(&'a CStr);
 
@@ -88,7 +89,7 @@ mod tests {
 
     #[test]
     fn refuses_what_is_no_component() {
-        let long = CString::new(vec![b'a'; 256]).unwrap();
+        let long = CString::new(vec![b'a'; 1025]).unwrap();
         for (name, error) in [
             (c"", NameError::Empty),
             (c".", NameError::Dots),
@@ -99,15 +100,15 @@ mod tests {
         ] {
             assert_eq!(Name::new(name), Err(error));
         }
-        assert!(Name::new(&CString::new(vec![b'a'; 255]).unwrap()).is_ok());
+        assert!(Name::new(&CString::new(vec![b'a'; 1024]).unwrap()).is_ok());
         assert!(Name::new(c"...").is_ok());
     }
 
     proptest! {
         #[test]
-        fn an_accepted_name_is_one_component(bytes in proptest::collection::vec(1u8.., 0..300)) {
+        fn an_accepted_name_is_one_component(bytes in proptest::collection::vec(1u8.., 0..1100)) {
             let name = CString::new(bytes.clone()).unwrap();
-            let good = !bytes.is_empty() && bytes.len() <= 255 && !bytes.contains(&b'/')
+            let good = !bytes.is_empty() && bytes.len() <= NAME_MAX && !bytes.contains(&b'/')
                 && bytes != b"." && bytes != b"..";
             prop_assert_eq!(Name::new(&name).is_ok(), good);
         }

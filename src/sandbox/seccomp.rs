@@ -41,6 +41,8 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_fstat,
     libc::SYS_newfstatat,
     libc::SYS_fstatfs,
+    // Tells apart inodes of FUSE, whatever they are held by.
+    libc::SYS_name_to_handle_at,
     libc::SYS_getdents64,
     libc::SYS_readlinkat,
     libc::SYS_mkdirat,
@@ -133,8 +135,8 @@ const FCNTL: &[i32] =
 /// `OPEN_TREE_CLONE` of linux/mount.h.
 const OPEN_TREE_CLONE: u64 = 1;
 
-/// Calls by which inodes are held by file handles.
-const FILE_HANDLES: &[c_long] = &[libc::SYS_name_to_handle_at, libc::SYS_open_by_handle_at];
+/// Calls by which inodes are opened by file handles.
+const FILE_HANDLES: &[c_long] = &[libc::SYS_open_by_handle_at];
 
 /// Forbids all calls but those that serving takes, for all threads that are there or will be;
 /// those for file handles as well, unless they are used.

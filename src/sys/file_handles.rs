@@ -1,5 +1,6 @@
 //! File handles: names for inodes that outlive descriptors (open_by_handle_at(2)).
 
+use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::io::{Errno, Result};
@@ -22,9 +23,11 @@ struct Raw {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileHandle {
     kind: i32,
-    mount: i32,
     bytes: HandleBytes,
 }
+
+/// `FILEID_INO64_GEN` of linux/exportfs.h: a number of 64 bits, its upper half first, and a generation.
+const INO64_GEN: i32 = 0x81;
 
 /// Bytes of a handle that are kept without further memory: enough for the handles of ext4 (8), XFS
 /// and tmpfs (12) and btrfs (20).
@@ -51,9 +54,12 @@ impl From<&[u8]> for HandleBytes {
 }
 
 impl FileHandle {
-    /// The id of the mount that the inode was reached by.
-    pub fn mount(&self) -> i32 {
-        self.mount
+    /// Number and generation of the inode, in a handle of the form that FUSE gives.
+    pub fn number_and_generation(&self) -> Option<(u64, u32)> {
+        let bytes: &[u8; 12] = self.bytes().try_into().ok().filter(|_| self.kind == INO64_GEN)?;
+        let [a, b, c, d, e, f, g, h, i, j, k, l] = *bytes;
+        let (upper, lower) = (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]));
+        Some((u64::from(upper) << 32 | u64::from(lower), u32::from_ne_bytes([i, j, k, l])))
     }
 
     fn bytes(&self) -> &[u8] {
@@ -68,17 +74,26 @@ impl FileHandle {
 ///
 /// EOPNOTSUPP where the file system has no handles.
 pub fn name_to_handle(fd: BorrowedFd<'_>) -> Result<FileHandle> {
+    name_to_handle_at(fd, c"", libc::AT_EMPTY_PATH)
+}
+
+/// The handle of the entry `name` of a directory; links are not followed.
+pub fn entry_to_handle(directory: BorrowedFd<'_>, name: &CStr) -> Result<FileHandle> {
+    name_to_handle_at(directory, name, 0)
+}
+
+fn name_to_handle_at(fd: BorrowedFd<'_>, name: &CStr, flags: i32) -> Result<FileHandle> {
     let mut raw = Raw { bytes: u32::try_from(MAX_BYTES).unwrap_or(0), kind: 0, handle: [0; MAX_BYTES] };
     let mut mount = 0;
     // SAFETY: `raw` has the layout of a file_handle whose `handle_bytes` says how much room there
-    // is; the path is an empty string, and `mount` an int.
+    // is; the name ends with a NUL, and `mount` is an int.
     let result = unsafe {
         libc::name_to_handle_at(
             fd.as_raw_fd(),
-            c"".as_ptr(),
+            name.as_ptr(),
             (&raw mut raw).cast::<libc::file_handle>(),
             &raw mut mount,
-            libc::AT_EMPTY_PATH,
+            flags,
         )
     };
     if result < 0 {
@@ -86,7 +101,7 @@ pub fn name_to_handle(fd: BorrowedFd<'_>) -> Result<FileHandle> {
     }
     let bytes =
         usize::try_from(raw.bytes).ok().and_then(|len| raw.handle.get(..len)).ok_or(Errno::OVERFLOW)?;
-    Ok(FileHandle { kind: raw.kind, mount, bytes: bytes.into() })
+    Ok(FileHandle { kind: raw.kind, bytes: bytes.into() })
 }
 
 /// An O_PATH descriptor of the inode with this handle, on the file system that `mount` (not an
@@ -116,9 +131,18 @@ mod tests {
     fn handles_of_all_lengths_keep_their_bytes() {
         for len in 0..=MAX_BYTES {
             let bytes: Vec<u8> = (1..=len).map(|byte| u8::try_from(byte).unwrap()).collect();
-            let handle = FileHandle { kind: 1, mount: 2, bytes: bytes.as_slice().into() };
+            let handle = FileHandle { kind: 1, bytes: bytes.as_slice().into() };
             assert_eq!(handle.bytes(), bytes);
             assert_eq!(matches!(handle.bytes, HandleBytes::Short { .. }), len <= SHORT);
         }
+    }
+
+    #[test]
+    fn handles_of_fuse_say_number_and_generation() {
+        let bytes = [1u32, 2, 3].map(u32::to_ne_bytes).concat();
+        let handle = |kind, bytes: &[u8]| FileHandle { kind, bytes: bytes.into() };
+        assert_eq!(handle(INO64_GEN, &bytes).number_and_generation(), Some((1 << 32 | 2, 3)));
+        assert_eq!(handle(1, &bytes).number_and_generation(), None);
+        assert_eq!(handle(INO64_GEN, bytes.get(..8).unwrap()).number_and_generation(), None);
     }
 }

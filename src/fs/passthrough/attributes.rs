@@ -13,6 +13,7 @@ use super::credentials::{SetIdBits, explain_unmapped, gid_of, set_id_bits, uid_o
 use super::identity::Owner;
 use super::inodes::Inode;
 use super::lookup::{PROC, proc_name, stat};
+use super::mounts::Mount;
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
 use crate::fuse::abi;
@@ -85,7 +86,8 @@ impl PassthroughFs {
 
     pub(super) fn attributes(&self, inode: &Inode) -> Result<Attributes> {
         let stat = stat(inode.path()?)?;
-        Ok(Attributes { attr: self.attr_of(&stat), valid: self.attributes_valid(inode, &stat) })
+        let attr = abi::Attr { ino: self.shown_number(inode, stat.stx_ino), ..self.attr_of(&stat) };
+        Ok(Attributes { attr, valid: self.attributes_valid(inode, &stat) })
     }
 
     /// STATX. The host is asked for what the guest wants, but never to synchronize with a server.
@@ -106,7 +108,7 @@ impl PassthroughFs {
             uid: owner.uid.0,
             gid: owner.gid.0,
             mode: stat.stx_mode,
-            ino: stat.stx_ino,
+            ino: self.shown_number(inode, stat.stx_ino),
             size: stat.stx_size,
             blocks: self.blocks(&stat),
             attributes_mask: stat.stx_attributes_mask.bits(),
@@ -149,7 +151,7 @@ impl PassthroughFs {
         if set.atime.is_some() || set.mtime.is_some() {
             let times =
                 Timestamps { last_access: timespec(set.atime)?, last_modification: timespec(set.mtime)? };
-            utimensat(inode.path()?, c"", &times, AtFlags::EMPTY_PATH)?;
+            set_times(&*inode.path()?, &times)?;
         }
         self.attributes(&inode)
     }
@@ -210,13 +212,40 @@ impl PassthroughFs {
     }
 
     pub(super) fn sync_file_system(&self, inode: &Inode) -> Result<()> {
-        // syncfs(2) takes no O_PATH descriptor, so the root stands in for what cannot be opened.
-        let file = match inode.kind {
-            FileType::RegularFile | FileType::Directory => self.reopen(inode, OFlags::RDONLY)?,
-            _ => self.reopen(&*self.inode(NodeId::ROOT)?, OFlags::RDONLY)?,
+        let result = self.sync_mount(inode.mount(), inode);
+        if self.session().submounts {
+            return result;
+        }
+        // The guest has one file system, and we have those of all mounts that it knows.
+        let others = self.inodes.descriptors().known_mounts();
+        let others = others.iter().filter(|mount| mount.id != inode.mount().id);
+        others.fold(result, |result, mount| result.and(self.sync_mount(mount, self.inodes.root())))
+    }
+
+    /// syncfs(2) takes no O_PATH descriptor. A directory stands in for what cannot be opened.
+    fn sync_mount(&self, mount: &Mount, inode: &Inode) -> Result<()> {
+        let top = mount.top();
+        let file = match (inode.kind, &top) {
+            (FileType::RegularFile | FileType::Directory, _) if inode.mount().id == mount.id => {
+                self.reopen(inode, OFlags::RDONLY)?
+            }
+            (_, Some(top)) => self.reopen(top, OFlags::RDONLY)?,
+            (_, None) => self.reopen(self.inodes.root(), OFlags::RDONLY)?,
         };
         rustix::fs::syncfs(file.as_fd())
     }
+}
+
+fn set_times(path: impl AsFd, times: &Timestamps) -> Result<()> {
+    match utimensat(&path, c"", times, AtFlags::EMPTY_PATH) {
+        // Hosts before Linux 5.8 do not know the flag here.
+        Err(Errno::INVAL | Errno::NOENT) => set_times_by_name(&path, times),
+        result => result,
+    }
+}
+
+fn set_times_by_name(path: impl AsFd, times: &Timestamps) -> Result<()> {
+    utimensat(PROC, proc_name(path), times, AtFlags::empty())
 }
 
 fn timespec(time: Option<SetTime>) -> Result<Timespec> {
@@ -228,5 +257,33 @@ fn timespec(time: Option<SetTime>) -> Result<Timespec> {
         Some(SetTime::At { seconds, nanoseconds }) => {
             Ok(Timespec { tv_sec: seconds, tv_nsec: nanoseconds.into() })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fs::passthrough::lookup::PATH;
+    use rustix::fs::openat;
+
+    #[test]
+    fn times_are_set_without_the_flag_of_newer_hosts() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let [file, link, fifo] = ["file", "link", "fifo"].map(|name| folder.path().join(name));
+        std::fs::write(&file, "").unwrap();
+        std::os::unix::fs::symlink("file", &link).unwrap();
+        rustix::fs::mknodat(PROC, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        let proc = std::fs::File::open("/proc/self/fd").unwrap();
+        for (number, name) in [&link, &fifo, &file].into_iter().enumerate() {
+            let path = openat(PROC, name, PATH, Mode::empty()).unwrap();
+            let time = Timespec { tv_sec: -7 - i64::try_from(number).unwrap(), tv_nsec: 5 };
+            let times = Timestamps { last_access: time, last_modification: time };
+            // As above, but the working directory of a test is another one.
+            utimensat(&proc, proc_name(&path), &times, AtFlags::empty()).unwrap();
+            assert_eq!(stat(&path).unwrap().stx_mtime.tv_sec, time.tv_sec);
+            assert_eq!(set_times(&path, &times), Ok(()));
+        }
+        // The link's own, not those of what it points to.
+        assert_eq!(stat(openat(PROC, &link, PATH, Mode::empty()).unwrap()).unwrap().stx_mtime.tv_sec, -7);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use rustix::io::Errno;
@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use super::host_file::HostFile;
 use super::inodes::Inode;
 use super::io_mode::Mode;
+use super::listing::Listing;
 use super::shards::{ByNumber, Shards};
 use crate::fs::Result;
 use crate::fuse::ids::{HandleId, NodeId};
@@ -27,8 +28,8 @@ pub struct Handle {
 #[derive(Debug)]
 enum Kind {
     File(Mode),
-    /// Where the directory's stream stands: only one reader at a time may move it.
-    Directory(Mutex<u64>),
+    /// Only one reader at a time moves it.
+    Directory(Mutex<Listing>),
 }
 
 impl Handle {
@@ -38,8 +39,8 @@ impl Handle {
     }
 
     /// An open directory, at its beginning.
-    pub fn directory(inode: Arc<Inode>, file: HostFile) -> Handle {
-        Handle { inode, file, kind: Kind::Directory(Mutex::new(0)) }
+    pub fn directory(inode: Arc<Inode>, file: HostFile, listing: Listing) -> Handle {
+        Handle { inode, file, kind: Kind::Directory(Mutex::new(listing)) }
     }
 
     /// The open descriptor.
@@ -55,11 +56,11 @@ impl Handle {
         }
     }
 
-    /// The offset of the directory's stream, locked; EBADF for a file.
-    pub fn position(&self) -> Result<MutexGuard<'_, u64>> {
+    /// How far the directory was listed, locked; EBADF for a file.
+    pub fn listing(&self) -> Result<MutexGuard<'_, Listing>> {
         match &self.kind {
             Kind::File(_) => Err(Errno::BADF),
-            Kind::Directory(position) => Ok(position.lock().unwrap_or_else(PoisonError::into_inner)),
+            Kind::Directory(listing) => Ok(listing.lock().unwrap_or_else(PoisonError::into_inner)),
         }
     }
 }
@@ -79,15 +80,22 @@ impl Drop for Handle {
 pub struct HandleTable {
     shards: Shards<RwLock<HashMap<u64, Arc<Handle>, ByNumber>>>,
     next: AtomicU64,
+    /// Bytes that listings of all handles keep.
+    kept: Arc<AtomicUsize>,
 }
 
 impl Default for HandleTable {
     fn default() -> HandleTable {
-        HandleTable { shards: Shards::default(), next: AtomicU64::new(1) }
+        HandleTable { shards: Shards::default(), next: AtomicU64::new(1), kept: Arc::default() }
     }
 }
 
 impl HandleTable {
+    /// A listing that was not begun.
+    pub fn new_listing(&self) -> Listing {
+        Listing::new(Arc::clone(&self.kept))
+    }
+
     /// Adds a handle under a new id; ENOMEM if there is no memory for it.
     pub fn insert(&self, handle: Handle) -> Result<HandleId> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -115,7 +123,9 @@ impl HandleTable {
     /// Removes all handles.
     pub fn clear(&self) {
         for shard in self.shards.iter() {
-            shard.write().unwrap_or_else(PoisonError::into_inner).clear();
+            // What they hold is closed when no lock is held.
+            let handles = std::mem::take(&mut *shard.write().unwrap_or_else(PoisonError::into_inner));
+            drop(handles);
         }
     }
 

@@ -3,71 +3,23 @@
 use std::borrow::Borrow;
 use std::collections::HashSet;
 use std::hash::{Hash, Hasher};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::mem::take;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use super::budget::Held;
-use super::io_mode::IoMode;
-use super::locks::InodeLocks;
+pub use super::inode::{Inode, InodeKey, Seen};
+use super::lookup::key_on;
+use super::mounts::Mount;
 use super::pins::{Descriptors, Pin};
-use super::range_lock::RangeLock;
-use super::shards::{ByNumber, SHARDS, Shards};
+use super::shards::{Apart, ByNumber, SHARDS, Shards};
 use crate::fs::Result;
 use crate::fuse::ids::NodeId;
-
-/// What an inode is on the host. The mount belongs to it: one directory can be mounted twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InodeKey {
-    /// Device, as statx(2) has it.
-    pub device: (u32, u32),
-    /// Inode number on the device.
-    pub ino: u64,
-    /// `stx_mnt_id`; 0 on hosts before Linux 5.8.
-    pub mount: u64,
-}
-
-impl Hash for InodeKey {
-    /// In one word, as each costs time. Inodes that have all but one part in common differ.
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        let device = u64::from(self.device.0) << 32 | u64::from(self.device.1);
-        state.write_u64(self.ino ^ self.mount.rotate_left(32) ^ device.rotate_left(48));
-    }
-}
-
-/// A file or directory that the guest knows.
-#[derive(Debug)]
-pub struct Inode {
-    /// What the guest calls it.
-    pub node: NodeId,
-    /// What it is on the host.
-    pub key: InodeKey,
-    /// Its type, which never changes.
-    pub kind: FileType,
-    /// How the guest has it open.
-    pub io_mode: IoMode,
-    /// Ranges that are being read or written.
-    pub ranges: RangeLock,
-    /// Locks that the guest's programs hold.
-    pub locks: InodeLocks,
-    /// It had a set-group-ID bit without execution by the group when it was last looked at.
-    pub lone_group_bit: AtomicBool,
-    /// What keeps hold of it.
-    pin: Pin,
-    /// How often the guest has looked it up and not forgotten it. Goes up only under the lock of
-    /// the inode's key, so that a count of 0 seen there is final.
-    lookups: AtomicU64,
-}
-
-impl Inode {
-    /// An O_PATH descriptor for system calls that take AT_EMPTY_PATH, or names relative to a
-    /// directory. It stays open for as long as the caller holds it.
-    pub fn path(&self) -> Result<Arc<Held>> {
-        self.pin.path()
-    }
-}
+use crate::sys::file_handles::{FileHandle, name_to_handle};
 
 /// An inode in a table where it is found by its node id.
 #[derive(Debug)]
@@ -109,72 +61,163 @@ found_by!(ByKey, key, InodeKey);
 #[derive(Debug)]
 pub struct InodeTable {
     by_node: Shards<RwLock<HashSet<ByNode, ByNumber>>>,
+    /// Those that may be found by what they are on the host. An inode that is gone there, and whose
+    /// number has another one now, is not among them any more.
     by_key: Shards<Mutex<HashSet<ByKey>>>,
-    next_node: AtomicU64,
+    next_node: Apart<AtomicU64>,
     root: Arc<Inode>,
     descriptors: Arc<Descriptors>,
-    /// The part of the table that is next to give up descriptors; held by who makes it do so.
-    next_to_give_up: Mutex<u64>,
+    /// The part of the clock that is next; held by who makes inodes give up descriptors.
+    hand: Mutex<u64>,
 }
+
+/// How many inodes one request makes give up their descriptors, at two system calls each, ...
+const GIVE_UP: usize = 8;
+/// ... and how many it asks for that.
+const ASK: usize = 32;
+/// How often a request that gets no descriptor asks so many.
+const ROUNDS: usize = 32;
 
 impl InodeTable {
     /// A table that knows the root alone.
-    pub fn new(root: Held, key: InodeKey, descriptors: Descriptors) -> InodeTable {
+    pub fn new(root: Held, key: InodeKey, descriptors: Descriptors) -> Result<InodeTable> {
         let descriptors = Arc::new(descriptors);
-        let pin = Pin::new(root, Arc::clone(&descriptors));
+        let mount = descriptors.mount(key.mount, &root, FileType::Directory)?;
+        let key = key_on(&mount, key, &root);
+        let root = Arc::new(Inode::new(NodeId::ROOT, key, FileType::Directory, Pin::new(root, mount)));
+        root.mount().add_top(&root);
+        let next_node = Apart::<AtomicU64>::default();
+        next_node.store(NodeId::ROOT.0 + 1, Ordering::Relaxed);
         let table = InodeTable {
             by_node: Shards::default(),
             by_key: Shards::default(),
-            next_node: AtomicU64::new(NodeId::ROOT.0 + 1),
-            root: Arc::new(new_inode(NodeId::ROOT, key, FileType::Directory, pin)),
+            next_node,
+            root,
             descriptors,
-            next_to_give_up: Mutex::new(0),
+            hand: Mutex::new(0),
         };
         table.insert_root();
-        table
+        Ok(table)
     }
 
     /// The inode with this id; ESTALE if the guest has forgotten it or never knew it.
     pub fn get(&self, node: NodeId) -> Result<Arc<Inode>> {
         if self.descriptors.are_scarce() {
-            self.give_up_descriptors();
+            self.give_up_some();
         }
         if node == NodeId::ROOT {
             return Ok(Arc::clone(&self.root));
         }
-        let shard = self.node_shard(node).read().unwrap_or_else(PoisonError::into_inner);
-        shard.get(&node).map(|entry| Arc::clone(&entry.0)).ok_or(Errno::STALE)
-    }
-
-    /// The inode with this key if the guest knows it; it counts as looked up once more.
-    pub fn find(&self, key: &InodeKey) -> Option<Arc<Inode>> {
-        let shard = self.key_shard(key);
-        let ByKey(inode) = shard.get(key)?;
-        inode.lookups.fetch_add(1, Ordering::Relaxed);
-        Some(Arc::clone(inode))
-    }
-
-    /// The inode with this key, which `path` refers to; it counts as looked up once more. ENOMEM if
-    /// there is no memory for a new one.
-    pub fn find_or_insert(&self, key: InodeKey, kind: FileType, path: Held) -> Result<Arc<Inode>> {
-        if self.descriptors.are_scarce() {
-            self.give_up_descriptors();
+        let inode = self.known(node).ok_or(Errno::STALE)?;
+        if inode.pin.lacks_descriptor() && matches!(inode.path(), Err(Errno::MFILE | Errno::NFILE)) {
+            self.process_is_full();
         }
+        Ok(inode)
+    }
+
+    fn known(&self, node: NodeId) -> Option<Arc<Inode>> {
+        let shard = self.node_shard(node).read().unwrap_or_else(PoisonError::into_inner);
+        shard.get(&node).map(|entry| Arc::clone(&entry.0))
+    }
+
+    /// The root.
+    pub fn root(&self) -> &Arc<Inode> {
+        &self.root
+    }
+
+    /// All descriptors of inodes.
+    pub fn descriptors(&self) -> &Arc<Descriptors> {
+        &self.descriptors
+    }
+
+    /// Node ids up to this one, exclusively, have been given. An inode with one of them had its
+    /// descriptor before this was asked (see [`InodeTable::find_or_insert`], which gives them).
+    pub fn ids_given(&self) -> NodeId {
+        NodeId(self.next_node.load(Ordering::Acquire))
+    }
+
+    /// The inode that was just seen if the guest knows it; it counts as looked up once more. `None` also
+    /// where only a descriptor of what was seen can tell.
+    ///
+    /// An inode with a descriptor has its number for itself, so the number is enough. Without one it is
+    /// told by its handle, which `ask` asks the host for. An inode that got its id after the look may
+    /// have taken the number over since.
+    pub fn find(&self, seen: &Seen, ask: impl FnOnce() -> Result<FileHandle>) -> Option<Arc<Inode>> {
+        let shard = self.key_shard(&seen.key);
+        match compare(&shard, seen, None) {
+            Known::As(inode) => return Some(inode),
+            Known::Not => return None,
+            Known::ByHandle => {}
+        }
+        // No lock is held during the system call.
+        drop(shard);
+        let handle = ask().ok()?;
+        match compare(&self.key_shard(&seen.key), seen, Some(&handle)) {
+            Known::As(inode) => Some(inode),
+            Known::Not | Known::ByHandle => None,
+        }
+    }
+
+    /// The inode that `path` refers to; it counts as looked up once more. ENOMEM if there is no memory
+    /// for a new one.
+    ///
+    /// A known inode whose number this one has now stays under its node id, where it is ESTALE.
+    pub fn find_or_insert(
+        &self,
+        key: InodeKey,
+        kind: FileType,
+        path: Held,
+        mount: Arc<Mount>,
+    ) -> Result<Arc<Inode>> {
+        if self.descriptors.are_scarce() {
+            self.give_up_some();
+        }
+        // While we have a descriptor, any known inode with a descriptor and the same number is this one.
+        let seen = Seen { key, kind, before: NodeId(u64::MAX) };
         let mut shard = self.key_shard(&key);
-        if let Some(ByKey(inode)) = shard.get(&key) {
-            inode.lookups.fetch_add(1, Ordering::Relaxed);
-            return Ok(Arc::clone(inode));
+        let mut handle = None;
+        match compare(&shard, &seen, None) {
+            Known::As(inode) => return Ok(inode),
+            Known::Not => {}
+            Known::ByHandle => {
+                drop(shard);
+                handle = name_to_handle(path.as_fd()).ok();
+                shard = self.key_shard(&key);
+                if let Known::As(inode) = compare(&shard, &seen, handle.as_ref()) {
+                    return Ok(inode);
+                }
+            }
         }
         shard.try_reserve(1).map_err(|_| Errno::NOMEM)?;
-        let node = NodeId(self.next_node.fetch_add(1, Ordering::Relaxed));
-        let pin = Pin::new(path, Arc::clone(&self.descriptors));
-        let inode = Arc::new(new_inode(node, key, kind, pin));
+        // Pairs with `ids_given`: who sees the id counted sees a number that has been held since before.
+        let node = NodeId(self.next_node.fetch_add(1, Ordering::Release));
+        let pin = Pin::new(path, mount);
+        if let Some(handle) = handle {
+            pin.set_handle(handle);
+        }
+        let inode = Arc::new(Inode::new(node, key, kind, pin));
         inode.lookups.store(1, Ordering::Relaxed);
-        let mut by_node = self.node_shard(node).write().unwrap_or_else(PoisonError::into_inner);
-        by_node.try_reserve(1).map_err(|_| Errno::NOMEM)?;
-        by_node.insert(ByNode(Arc::clone(&inode)));
-        shard.insert(ByKey(Arc::clone(&inode)));
+        {
+            let mut by_node = self.node_shard(node).write().unwrap_or_else(PoisonError::into_inner);
+            by_node.try_reserve(1).map_err(|_| Errno::NOMEM)?;
+            by_node.insert(ByNode(Arc::clone(&inode)));
+        }
+        let replaced = shard.replace(ByKey(Arc::clone(&inode)));
+        // What is closed by that is closed without the lock.
+        drop(shard);
+        drop(replaced);
+        self.enter_clock(&inode);
         Ok(inode)
+    }
+
+    /// Counts an inode as looked up once more; ESTALE if the guest has just forgotten it.
+    pub fn look_up_again(&self, inode: &Inode) -> Result<()> {
+        let _shard = self.key_shard(&inode.key);
+        if inode.node != NodeId::ROOT && inode.lookups.load(Ordering::Relaxed) == 0 {
+            return Err(Errno::STALE);
+        }
+        inode.lookups.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Takes `count` off an inode's lookups; at 0 it is gone. The root stays.
@@ -182,48 +225,99 @@ impl InodeTable {
         if node == NodeId::ROOT {
             return;
         }
-        let Ok(inode) = self.get(node) else { return };
-        let take = |lookups: u64| Some(lookups.saturating_sub(count));
-        // It never fails: `take` always has a value.
-        let before = inode.lookups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).unwrap_or(0);
+        // It is the last one to be dropped, without a lock.
+        let Some(inode) = self.known(node) else { return };
+        let less = |lookups: u64| Some(lookups.saturating_sub(count));
+        // It never fails: `less` always has a value.
+        let before = inode.lookups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).unwrap_or(0);
         if before > count {
             return;
         }
         let mut shard = self.key_shard(&inode.key);
-        if inode.lookups.load(Ordering::Relaxed) == 0
-            && shard.get(&inode.key).is_some_and(|known| known.0.node == node)
-        {
-            shard.remove(&inode.key);
+        if inode.lookups.load(Ordering::Relaxed) == 0 {
+            // The number may have another inode by now.
+            if shard.get(&inode.key).is_some_and(|known| known.0.node == node) {
+                shard.remove(&inode.key);
+            }
             self.node_shard(node).write().unwrap_or_else(PoisonError::into_inner).remove(&node);
         }
     }
 
-    /// Lets inodes that were not used lately give up their descriptors, part by part of the table,
-    /// until an eighth of all that are allowed is free. One thread does that at a time.
-    fn give_up_descriptors(&self) {
-        let Ok(mut next) = self.next_to_give_up.try_lock() else { return };
-        // An inode that was used is asked in one round and gives up in the next.
-        for _ in 0..2 * SHARDS {
-            let part = self.by_node.of(*next);
-            *next = next.wrapping_add(1);
-            part.read()
-                .unwrap_or_else(PoisonError::into_inner)
-                .iter()
-                .for_each(|entry| entry.0.pin.give_up());
-            if self.descriptors.are_plenty() {
-                return;
+    fn enter_clock(&self, inode: &Arc<Inode>) {
+        if inode.mount().directory().is_some() {
+            inode.pin.enter_clock(inode.node);
+            self.descriptors.clock(inode.node.0).clear_of_forgotten(|node| self.known(node).is_some());
+        }
+        inode.mount().add_top(inode);
+    }
+
+    /// Lets a few inodes that were not used lately give up their descriptors. One thread does that at a
+    /// time.
+    fn give_up_some(&self) {
+        if let Ok(mut hand) = self.hand.try_lock() {
+            self.turn(&mut hand);
+        }
+    }
+
+    /// Lets inodes give up descriptors until one is free; false if none can be had so.
+    pub fn make_room(&self) -> bool {
+        if !self.descriptors.are_limited() {
+            return false;
+        }
+        let mut hand = self.hand.lock().unwrap_or_else(PoisonError::into_inner);
+        (0..ROUNDS).any(|_| self.turn(&mut hand) > 0)
+    }
+
+    /// The process got no descriptor, as the device took more than is kept back for it: from now on
+    /// inodes make do with fewer. False if they have none to give.
+    pub fn process_is_full(&self) -> bool {
+        if self.descriptors.are_limited() {
+            self.descriptors.allow_less();
+        }
+        self.make_room()
+    }
+
+    /// Asks the next inodes of the clock. No lock but the hand is held across system calls.
+    fn turn(&self, hand: &mut u64) -> usize {
+        let (mut given, mut refused) = (0, 0);
+        for _ in 0..ASK {
+            let part = *hand;
+            *hand = hand.wrapping_add(1);
+            let Some(node) = self.descriptors.clock(part).next() else { continue };
+            let Some(inode) = self.known(node) else { continue };
+            // An inode that was used is asked in one round and gives up in the next.
+            if inode.pin.was_used() {
+                self.descriptors.clock(part).push(node);
+            } else if inode.pin.give_up() {
+                given += 1;
+            } else {
+                refused += 1;
+                self.descriptors.clock(part).push(node);
+            }
+            if given + refused == GIVE_UP {
+                break;
             }
         }
-        self.descriptors.allow_more();
+        if given == 0 && refused > 0 {
+            self.descriptors.allow_more();
+        }
+        given
     }
 
     /// Forgets all but the root.
+    #[allow(clippy::mutable_key_type, reason = "the key of an inode does not change")]
     pub fn clear(&self) {
-        for shard in self.by_key.iter() {
-            shard.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        }
+        // What they held is closed when no lock is held.
         for shard in self.by_node.iter() {
-            shard.write().unwrap_or_else(PoisonError::into_inner).clear();
+            let known = take(&mut *shard.write().unwrap_or_else(PoisonError::into_inner));
+            drop(known);
+        }
+        for shard in self.by_key.iter() {
+            let known = take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
+            drop(known);
+        }
+        for part in 0..SHARDS {
+            self.descriptors.clock(part as u64).clear();
         }
         self.insert_root();
     }
@@ -252,17 +346,30 @@ impl InodeTable {
     }
 }
 
-fn new_inode(node: NodeId, key: InodeKey, kind: FileType, pin: Pin) -> Inode {
-    Inode {
-        node,
-        key,
-        kind,
-        io_mode: IoMode::default(),
-        ranges: RangeLock::default(),
-        locks: InodeLocks::default(),
-        lone_group_bit: AtomicBool::new(false),
-        pin,
-        lookups: AtomicU64::new(0),
+/// Whether the guest knows what was seen.
+enum Known {
+    /// It does; counted as looked up once more.
+    As(Arc<Inode>),
+    /// It does not, though it may know one that had the number before.
+    Not,
+    /// Only the handle can tell.
+    ByHandle,
+}
+
+/// Looks for what was seen, and whose handle may be known.
+#[allow(clippy::mutable_key_type, reason = "the key of an inode does not change")]
+fn compare(shard: &HashSet<ByKey>, seen: &Seen, handle: Option<&FileHandle>) -> Known {
+    let Some(ByKey(inode)) = shard.get(&seen.key) else { return Known::Not };
+    if inode.kind != seen.kind || inode.node.0 >= seen.before.0 {
+        return Known::Not;
+    }
+    match inode.pin.is(handle) {
+        None => Known::ByHandle,
+        Some(false) => Known::Not,
+        Some(true) => {
+            inode.lookups.fetch_add(1, Ordering::Relaxed);
+            Known::As(Arc::clone(inode))
+        }
     }
 }
 
@@ -276,23 +383,33 @@ mod tests {
     }
 
     fn key(ino: u64) -> InodeKey {
-        InodeKey { device: (0, 1), ino, mount: 1 }
+        InodeKey { device: (0, 1), ino, mount: 1, generation: 0 }
     }
 
     fn table() -> InodeTable {
-        InodeTable::new(any_fd(), key(1), Descriptors::unlimited(&Arc::new(Budget::of(1000))))
+        InodeTable::new(any_fd(), key(1), Descriptors::unlimited(&Arc::new(Budget::of(1000)))).unwrap()
+    }
+
+    fn insert(table: &InodeTable, ino: u64) -> Arc<Inode> {
+        let mount = Arc::clone(table.root().mount());
+        table.find_or_insert(key(ino), FileType::RegularFile, any_fd(), mount).unwrap()
+    }
+
+    fn find(table: &InodeTable, ino: u64, kind: FileType) -> Option<Arc<Inode>> {
+        let seen = Seen { key: key(ino), kind, before: table.ids_given() };
+        table.find(&seen, || Err(Errno::OPNOTSUPP))
     }
 
     #[test]
     fn an_inode_lives_as_long_as_its_lookups() {
         let table = table();
-        let node = table.find_or_insert(key(5), FileType::RegularFile, any_fd()).unwrap().node;
-        assert_eq!(table.find(&key(5)).unwrap().node, node);
+        let node = insert(&table, 5).node;
+        assert_eq!(find(&table, 5, FileType::RegularFile).unwrap().node, node);
         table.forget(node, 1);
         assert_eq!(table.get(node).unwrap().key, key(5));
         table.forget(node, 1);
         assert_eq!(table.get(node).unwrap_err(), Errno::STALE);
-        let again = table.find_or_insert(key(5), FileType::RegularFile, any_fd()).unwrap().node;
+        let again = insert(&table, 5).node;
         assert_ne!(again, node, "ids are not used twice");
         table.forget(again, u64::MAX);
         table.forget(again, 1);
@@ -303,9 +420,9 @@ mod tests {
     fn the_root_stays() {
         let table = table();
         table.forget(NodeId::ROOT, u64::MAX);
-        assert_eq!(table.find(&key(1)).unwrap().node, NodeId::ROOT);
+        assert_eq!(find(&table, 1, FileType::Directory).unwrap().node, NodeId::ROOT);
         table.clear();
-        assert_eq!(table.find(&key(1)).unwrap().node, NodeId::ROOT);
+        assert_eq!(find(&table, 1, FileType::Directory).unwrap().node, NodeId::ROOT);
         assert_eq!(table.get(NodeId::ROOT).unwrap().node, NodeId::ROOT);
     }
 
@@ -316,12 +433,9 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for i in 0..20_000u64 {
-                        let inode = match table.find(&key(10 + i % 3)) {
+                        let inode = match find(&table, 10 + i % 3, FileType::RegularFile) {
                             Some(inode) => inode,
-                            None => {
-                                let kind = FileType::RegularFile;
-                                table.find_or_insert(key(10 + i % 3), kind, any_fd()).unwrap()
-                            }
+                            None => insert(&table, 10 + i % 3),
                         };
                         // It was looked up, so it must be there until it is forgotten.
                         assert_eq!(table.get(inode.node).unwrap().node, inode.node);

@@ -257,7 +257,7 @@ impl PassthroughFs {
             return owner.map_or(Ok(()), |owner| owner.set(byte_lock(lock)));
         }
         let open = || {
-            let slot = self.budget.take().map_err(|errno| match errno {
+            let slot = self.slot().map_err(|errno| match errno {
                 Errno::MFILE => Errno::NOLCK,
                 errno => errno,
             })?;

@@ -11,10 +11,14 @@ use rustix::path::DecInt;
 
 use super::PassthroughFs;
 use super::budget::{Held, Slot};
-use super::inodes::{Inode, InodeKey};
+use super::inodes::{Inode, InodeKey, Seen};
+use super::mounts::Mount;
 use crate::fs::Result;
+use crate::fuse::abi;
 use crate::fuse::flags::AttrFlags;
+use crate::fuse::ids::NodeId;
 use crate::fuse::reply::{Attributes, Entry};
+use crate::sys::file_handles::{entry_to_handle, name_to_handle};
 
 /// What is asked of the host about an inode: all that replies need, and the mount.
 const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
@@ -26,12 +30,24 @@ pub(super) fn stat(fd: impl AsFd) -> Result<Statx> {
     statx(fd, c"", AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT, WANTED)
 }
 
-/// What identifies an inode on the host.
+/// What identifies an inode on the host, by its number.
 pub(super) fn key(stat: &Statx) -> InodeKey {
-    InodeKey {
-        device: (stat.stx_dev_major, stat.stx_dev_minor),
-        ino: stat.stx_ino,
-        mount: if stat.stx_mask & StatxFlags::MNT_ID.bits() != 0 { stat.stx_mnt_id } else { 0 },
+    let (major, minor) = (stat.stx_dev_major, stat.stx_dev_minor);
+    // Ids of mounts are ints; of a device Linux keeps 12 and 20 bits.
+    let mount = match stat.stx_mask & StatxFlags::MNT_ID.bits() {
+        0 => major << 20 | minor & 0xf_ffff,
+        _ => u32::try_from(stat.stx_mnt_id).unwrap_or(u32::MAX),
+    };
+    InodeKey { device: (major, minor), ino: stat.stx_ino, mount, generation: 0 }
+}
+
+/// The same where numbers may stand for several files: by the number of the host's kernel, as long as it
+/// says that one.
+pub(super) fn key_on(mount: &Mount, key: InodeKey, path: impl AsFd) -> InodeKey {
+    let handle = mount.numbers_alias.then(|| name_to_handle(path.as_fd()).ok()).flatten();
+    match handle.and_then(|handle| handle.number_and_generation()) {
+        Some((ino, generation)) => InodeKey { ino, generation, ..key },
+        None => key,
     }
 }
 
@@ -41,59 +57,136 @@ pub(super) fn kind(stat: &Statx) -> FileType {
 }
 
 impl PassthroughFs {
-    /// Looks up an entry: one system call for an inode that the guest knows, three for a new one.
-    pub(super) fn look_up(&self, parent: &Inode, name: &CStr) -> Result<Entry> {
-        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
-        let seen = statx(parent.path()?, name, flags, WANTED)?;
-        if let Some(inode) = self.inodes.find(&key(&seen)) {
-            return Ok(self.entry(&inode, &seen, Some(parent)));
+    /// The right to hold one more descriptor for the guest. Inodes that can do without theirs give way.
+    pub(super) fn slot(&self) -> Result<Slot> {
+        match self.budget.take() {
+            Err(Errno::MFILE) if self.inodes.make_room() => self.budget.take(),
+            result => result,
         }
-        self.open_new(parent, name, self.budget.take()?)
+    }
+
+    /// What `open` opens. Where the process has no descriptor left at all, inodes give way.
+    fn with_room(&self, open: impl Fn() -> Result<OwnedFd>) -> Result<OwnedFd> {
+        match open() {
+            Err(Errno::MFILE | Errno::NFILE) if self.inodes.process_is_full() => open(),
+            result => result,
+        }
+    }
+
+    /// Looks up an entry: one system call for an inode that the guest knows (two if it has no descriptor),
+    /// three for a new one.
+    pub(super) fn look_up(&self, parent: &Inode, name: &CStr) -> Result<Entry> {
+        let directory = parent.path()?;
+        let before = self.inodes.ids_given();
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let stat = statx(&*directory, name, flags, WANTED)?;
+        let seen = Seen { key: key(&stat), kind: kind(&stat), before };
+        if self.numbers_tell(parent, seen.key.mount)
+            && let Some(inode) = self.inodes.find(&seen, || entry_to_handle(directory.as_fd(), name))
+        {
+            return Ok(self.entry(&inode, &stat, Some(parent)));
+        }
+        match self.slot() {
+            Ok(slot) => self.open_new(parent, name, slot),
+            // What the guest knows already it may look up when it has all descriptors that it may have.
+            Err(Errno::MFILE) => {
+                let path = openat(&*directory, name, PATH, Mode::empty())?;
+                let (inode, stat) = self.find_open(&path, Some(parent))?.ok_or(Errno::MFILE)?;
+                Ok(self.entry(&inode, &stat, Some(parent)))
+            }
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// Whether numbers are enough to tell inodes apart on this mount, which an entry of `parent` is on.
+    fn numbers_tell(&self, parent: &Inode, mount: u32) -> bool {
+        if mount == parent.key.mount {
+            return !parent.mount().numbers_alias;
+        }
+        self.inodes.descriptors().known_mount(mount).is_some_and(|mount| !mount.numbers_alias)
     }
 
     /// Looks up an entry that the guest cannot know yet, as it was just made.
     pub(super) fn open_new(&self, parent: &Inode, name: &CStr, slot: Slot) -> Result<Entry> {
-        let path = slot.hold(openat(parent.path()?, name, PATH, Mode::empty())?);
+        let parent_path = parent.path()?;
+        let path = slot.hold(self.with_room(|| openat(&*parent_path, name, PATH, Mode::empty()))?);
         self.adopt(path, Some(parent)).map(|(entry, _)| entry)
     }
 
     /// The entry of what `path` refers to, which counts as looked up.
     pub(super) fn adopt(&self, path: Held, parent: Option<&Inode>) -> Result<(Entry, Arc<Inode>)> {
         let stat = stat(&path)?;
-        let inode = self.inodes.find_or_insert(key(&stat), kind(&stat), path)?;
+        let mount = self.mount_of(&path, &stat, parent)?;
+        let key = key_on(&mount, key(&stat), &path);
+        let inode = self.inodes.find_or_insert(key, kind(&stat), path, mount)?;
         Ok((self.entry(&inode, &stat, parent), inode))
+    }
+
+    /// The inode that `path` refers to, if the guest knows it; it counts as looked up once more.
+    fn find_open(&self, path: &OwnedFd, parent: Option<&Inode>) -> Result<Option<(Arc<Inode>, Statx)>> {
+        let stat = stat(path)?;
+        let mount = self.mount_of(path, &stat, parent)?;
+        // The descriptor holds the number since before anybody else could have got it.
+        let before = NodeId(u64::MAX);
+        let seen = Seen { key: key_on(&mount, key(&stat), path), kind: kind(&stat), before };
+        Ok(self.inodes.find(&seen, || name_to_handle(path.as_fd())).map(|inode| (inode, stat)))
+    }
+
+    fn mount_of(&self, path: impl AsFd, stat: &Statx, parent: Option<&Inode>) -> Result<Arc<Mount>> {
+        let id = key(stat).mount;
+        match parent.map(Inode::mount) {
+            Some(mount) if mount.id == id => Ok(Arc::clone(mount)),
+            _ => self.inodes.descriptors().mount(id, path, kind(stat)),
+        }
     }
 
     /// LOOKUP of `.`.
     pub(super) fn look_up_self(&self, inode: &Inode) -> Result<Entry> {
         let stat = stat(inode.path()?)?;
-        let inode = self.inodes.find(&key(&stat)).ok_or(Errno::STALE)?;
-        Ok(self.entry(&inode, &stat, None))
+        self.inodes.look_up_again(inode)?;
+        Ok(self.entry(inode, &stat, None))
     }
 
     /// LOOKUP of `..`: only a directory that the guest knows is given, so that nothing outside the
     /// share is found, also when the directory was moved out of it. The root is its own parent.
     pub(super) fn look_up_parent(&self, inode: &Inode) -> Result<Entry> {
-        if inode.node == crate::fuse::ids::NodeId::ROOT {
+        if inode.node == NodeId::ROOT {
             return self.look_up_self(inode);
         }
         if inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
-        let stat = statx(inode.path()?, c"..", AtFlags::NO_AUTOMOUNT, WANTED)?;
-        let parent = self.inodes.find(&key(&stat)).ok_or(Errno::STALE)?;
+        let path = openat(inode.path()?, c"..", PATH | OFlags::DIRECTORY, Mode::empty())?;
+        let (parent, stat) = self.find_open(&path, Some(inode))?.ok_or(Errno::STALE)?;
         Ok(self.entry(&parent, &stat, None))
     }
 
     fn entry(&self, inode: &Inode, stat: &Statx, parent: Option<&Inode>) -> Entry {
         let timeout = self.config.cache.timeout();
-        let mut attr = self.attr_of(stat);
-        let other_mount = parent.is_some_and(|parent| parent.key.mount != inode.key.mount);
-        if other_mount && inode.kind == FileType::Directory && self.session().submounts {
+        let attr = self.attr_of(stat);
+        let mut attr = abi::Attr { ino: self.shown_number(inode, stat.stx_ino), ..attr };
+        // A subvolume (btrfs) has a device for itself on its parent's mount.
+        let is_root_of_another =
+            |parent: &Inode| (parent.key.mount, parent.key.device) != (inode.key.mount, inode.key.device);
+        let is_submount = inode.kind == FileType::Directory && parent.is_some_and(is_root_of_another);
+        if is_submount && self.session().submounts {
             attr.flags |= AttrFlags::SUBMOUNT.bits();
         }
         let attributes = Attributes { attr, valid: self.attributes_valid(inode, stat) };
         Entry { node: inode.node, generation: 0, entry_valid: timeout, attributes }
+    }
+
+    /// The number of an inode as the guest sees it, which is `number` on the host.
+    ///
+    /// Where the guest does not know that an inode is on another device than the share's root, numbers of
+    /// both would be taken for one: the difference of the devices goes to the upper bits.
+    pub(super) fn shown_number(&self, inode: &Inode, number: u64) -> u64 {
+        let root = self.inodes.root().key.device;
+        if inode.key.device == root || (self.session().submounts && !inode.mount().is_of_a_file) {
+            return number;
+        }
+        let bits = |(major, minor): (u32, u32)| u64::from((major & 0xf) << 12 | minor & 0xfff);
+        number ^ (bits(inode.key.device) ^ bits(root)) << 48
     }
 
     /// Opens an inode anew with `flags`: regular files and directories only. Devices, FIFOs and
@@ -106,7 +199,9 @@ impl PassthroughFs {
         }
         let path = inode.path()?;
         let open = |flags| {
-            openat(&self.proc_self_fd, DecInt::from_fd(&*path), flags | OFlags::CLOEXEC, Mode::empty())
+            self.with_room(|| {
+                openat(&self.proc_self_fd, DecInt::from_fd(&*path), flags | OFlags::CLOEXEC, Mode::empty())
+            })
         };
         if self.config.readonly {
             // Only the owner and CAP_FOWNER may.

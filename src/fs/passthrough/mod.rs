@@ -15,12 +15,15 @@ mod file_flags;
 mod handles;
 mod host_file;
 mod identity;
+mod inode;
 mod inodes;
 pub mod io_mode;
 mod labels;
+mod listing;
 mod lock_ranges;
 pub mod locks;
 mod lookup;
+mod mounts;
 mod names;
 mod open;
 mod pins;
@@ -31,8 +34,9 @@ mod xattr;
 
 use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use log::debug;
 use rustix::fs::Mode;
 use rustix::io::Errno;
@@ -109,8 +113,8 @@ pub enum StartError {
     LabelsNeedPrivilege(String),
     /// `--inode-file-handles=mandatory` cannot be had.
     #[error(
-        "inodes cannot be held by file handles, which takes CAP_DAC_READ_SEARCH and a file system that has them: \
-         leave out --inode-file-handles=mandatory"
+        "inodes cannot be held by file handles, which takes CAP_DAC_READ_SEARCH and a file system whose handles \
+         last (those of FUSE do not): leave out --inode-file-handles=mandatory"
     )]
     NoFileHandles,
     /// A system call failed.
@@ -137,7 +141,7 @@ pub struct PassthroughFs {
     offers_labels: bool,
     /// See [`xattr::mapped_capability`].
     mapped_capability: Option<CString>,
-    session: RwLock<Session>,
+    session: ArcSwap<Session>,
 }
 
 impl PassthroughFs {
@@ -158,7 +162,7 @@ impl PassthroughFs {
         let offers_acls = xattr::acls_can_be_had(&root, &config)?;
         let budget = Arc::new(Budget::of_the_process());
         let descriptors = descriptors(config.inode_file_handles, &root, &budget)?;
-        let inodes = InodeTable::new(budget.take()?.hold(root), lookup::key(&stat), descriptors);
+        let inodes = InodeTable::new(budget.take()?.hold(root), lookup::key(&stat), descriptors)?;
         let session = Session {
             policy: IoPolicy::new(&config, InitFlags::empty()),
             submounts: false,
@@ -181,7 +185,7 @@ impl PassthroughFs {
             handles: HandleTable::default(),
             waits: Waits::default(),
             lock_ranges: Arc::default(),
-            session: RwLock::new(session),
+            session: ArcSwap::from_pointee(session),
         })
     }
 
@@ -199,7 +203,7 @@ impl PassthroughFs {
     }
 
     fn session(&self) -> Session {
-        *self.session.read().unwrap_or_else(PoisonError::into_inner)
+        **self.session.load()
     }
 
     fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
@@ -261,7 +265,7 @@ impl FileSystem for PassthroughFs {
 
     fn init(&self, negotiated: &Negotiated) {
         let flags = negotiated.flags;
-        *self.session.write().unwrap_or_else(PoisonError::into_inner) = Session {
+        self.session.store(Arc::new(Session {
             policy: IoPolicy::new(&self.config, flags),
             submounts: flags.contains(InitFlags::SUBMOUNTS),
             says_who_clears: flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
@@ -270,7 +274,7 @@ impl FileSystem for PassthroughFs {
             leaves_umask: flags.contains(InitFlags::DONT_MASK),
             acls: flags.contains(InitFlags::POSIX_ACL),
             labels: flags.contains(InitFlags::SECURITY_CTX),
-        };
+        }));
     }
 
     fn destroy(&self) {
@@ -493,6 +497,3 @@ impl FileSystem for PassthroughFs {
         self.waits.interrupt_all();
     }
 }
-
-/// The daemon serves no extended attributes: the guest need not ask again.
-const NO_XATTR: Errno = Errno::NOSYS;

@@ -28,7 +28,7 @@ impl PassthroughFs {
         umask: u32,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        let (slot, path) = (self.budget.take()?, parent.path()?);
+        let (slot, path) = (self.slot()?, parent.path()?);
         self.create_as(ctx, mode, umask, |mode| mkdirat(&path, name, mode))?;
         self.label_entry(ctx, path.as_fd(), name, AtFlags::REMOVEDIR)?;
         self.open_new(parent, name, slot)
@@ -49,7 +49,7 @@ impl PassthroughFs {
             _ => FileType::from_raw_mode(mode),
         };
         let device = decode_device(rdev);
-        let (slot, path) = (self.budget.take()?, parent.path()?);
+        let (slot, path) = (self.slot()?, parent.path()?);
         self.create_as(ctx, mode, umask, |mode| mknodat(&path, name, kind, mode, device))?;
         self.label_entry(ctx, path.as_fd(), name, AtFlags::empty())?;
         self.open_new(parent, name, slot)
@@ -63,7 +63,7 @@ impl PassthroughFs {
         target: &CStr,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        let (slot, path) = (self.budget.take()?, parent.path()?);
+        let (slot, path) = (self.slot()?, parent.path()?);
         self.create_as(ctx, 0, 0, |_| symlinkat(target, &path, name))?;
         self.label_entry(ctx, path.as_fd(), name, AtFlags::empty())?;
         self.open_new(parent, name, slot)
@@ -96,15 +96,15 @@ impl PassthroughFs {
         rename: &Rename<'_>,
     ) -> Result<()> {
         let (name, new_name) = (rename.name.as_c_str(), rename.new_name.as_c_str());
-        match RenameFlags::from_bits(rename.flags) {
-            None => Err(Errno::INVAL),
-            Some(flags) if flags.is_empty() => renameat(from.path()?, name, to.path()?, new_name),
-            Some(flags) => {
-                let whiteout = flags.contains(RenameFlags::WHITEOUT);
-                let _caller = whiteout.then(|| self.become_caller(ctx)).transpose()?;
-                renameat_with(from.path()?, name, to.path()?, new_name, flags)
-            }
+        let flags = RenameFlags::from_bits(rename.flags).ok_or(Errno::INVAL)?;
+        // Opened as the daemon: a caller may open nothing by file handle.
+        let (from, to) = (from.path()?, to.path()?);
+        if flags.is_empty() {
+            return renameat(from, name, to, new_name);
         }
+        let whiteout = flags.contains(RenameFlags::WHITEOUT);
+        let _caller = whiteout.then(|| self.become_caller(ctx)).transpose()?;
+        renameat_with(from, name, to, new_name, flags)
     }
 }
 

@@ -39,7 +39,7 @@ impl PassthroughFs {
         let _guard = truncates.then(|| inode.ranges.write_from(0));
         let bits = self.bits_after(ctx, open_flags.contains(OpenRequestFlags::KILL_SUIDGID), false);
         let _member = truncates.then(|| self.begin_change(ctx, &inode, bits)).transpose()?;
-        let slot = self.budget.take()?;
+        let slot = self.slot()?;
         let (file, host_flags) = self.open_for_guest(&inode, host_flags, flags)?;
         self.add_file(&inode, HostFile::new(slot.hold(file), host_flags), flags)
     }
@@ -80,7 +80,7 @@ impl PassthroughFs {
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
         // One for the handle and one for the inode, before there is a file.
-        let slots = (self.budget.take()?, self.budget.take()?);
+        let slots = (self.slot()?, self.slot()?);
         let path = parent.path()?;
         let created = if self.is_labelled(ctx) {
             self.create_labelled(ctx, path.as_fd(), name, (create.mode, create.umask), flags)
@@ -115,7 +115,7 @@ impl PassthroughFs {
     ) -> Result<(Entry, Opened)> {
         let keep_unnamed = OFlags::from_bits_retain(tmpfile.flags) & OFlags::EXCL;
         let flags = (self.host_flags(tmpfile.flags) - OFlags::TRUNC) | OFlags::TMPFILE | keep_unnamed;
-        let slots = (self.budget.take()?, self.budget.take()?);
+        let slots = (self.slot()?, self.slot()?);
         let path = parent.path()?;
         let directory = rustix::path::DecInt::from_fd(&*path);
         let file = self.create_as(ctx, tmpfile.mode, tmpfile.umask, |mode| {
@@ -132,7 +132,7 @@ impl PassthroughFs {
         if inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
-        let slot = self.budget.take()?;
+        let slot = self.slot()?;
         let host_flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let file = HostFile::new(slot.hold(self.reopen(&inode, host_flags)?), host_flags);
         let flags = match self.config.cache {
@@ -141,7 +141,8 @@ impl PassthroughFs {
                 OpenReplyFlags::CACHE_DIR | OpenReplyFlags::KEEP_CACHE
             }
         };
-        Ok(Opened { handle: self.handles.insert(Handle::directory(inode, file))?, flags })
+        let handle = Handle::directory(inode, file, self.handles.new_listing());
+        Ok(Opened { handle: self.handles.insert(handle)?, flags })
     }
 
     /// Finishes a reply that has both an entry and a handle; without the handle the guest gets

@@ -3,107 +3,219 @@
 //!
 //! An inode begins with a descriptor, which is the cheapest to use. When more than half of the
 //! descriptors that the process may have are taken by inodes, those that were not used lately give
-//! theirs up. The next use opens the inode again by its handle, as the same inode or not at all.
+//! theirs up (CLOCK, also called second chance). The next use opens the inode again by its handle, as
+//! the same inode or not at all.
+//!
+//! Only a descriptor keeps the host from using an inode's number again. Without one, an inode is known
+//! by its handle alone, which has a generation in it: see [`Pin::is`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
 use arc_swap::ArcSwapOption;
-use log::debug;
-use rustix::fs::{Mode, OFlags, openat};
+use log::{debug, info};
+use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use super::budget::{Budget, Held};
+use super::mounts::{self, Mount};
+use super::shards::{Apart, Shards};
 use crate::fs::Result;
+use crate::fuse::ids::NodeId;
 use crate::sys::file_handles::{FileHandle, name_to_handle, open_by_handle};
 
-/// The descriptors of all inodes together, and the mounts that handles are opened on.
+/// The clock holds numbers of inodes that were forgotten, until it has grown to this or to twice what
+/// it last had.
+const SMALLEST_CLOCK: usize = 64;
+
+/// The descriptors of all inodes together, and the mounts that these are on.
 #[derive(Debug)]
 pub struct Descriptors {
-    /// Inodes that have a descriptor.
-    taken: AtomicUsize,
-    /// How many may, before some give theirs up.
+    /// Set while inodes should give up descriptors. Each request looks at it; it stands apart from what
+    /// each new inode changes.
+    scarce: Apart<AtomicBool>,
+    /// How many inodes may have one, before some give theirs up.
     allowed: AtomicUsize,
-    /// A descriptor of something on each mount, by mount id.
-    mounts: RwLock<HashMap<i32, Arc<OwnedFd>>>,
+    /// Whether there are handles at all.
+    limited: bool,
+    /// Inodes that have a descriptor and could do without.
+    taken: Apart<AtomicUsize>,
+    /// These inodes, in the order in which they are to be asked for it.
+    clock: Shards<Mutex<Clock>>,
+    mounts: Apart<RwLock<HashMap<u32, Weak<Mount>>>>,
+    told_of_mount: AtomicBool,
     /// What inodes share with whatever else the guest holds.
     budget: Arc<Budget>,
+}
+
+/// A part of the clock.
+#[derive(Debug, Default)]
+pub struct Clock {
+    nodes: VecDeque<NodeId>,
+    /// It is cleared of forgotten inodes at this length.
+    clear_at: usize,
+}
+
+impl Clock {
+    /// The inode that is next to be asked.
+    pub fn next(&mut self) -> Option<NodeId> {
+        self.nodes.pop_front()
+    }
+
+    /// Puts an inode at the end. Without memory for that it keeps its descriptor.
+    pub fn push(&mut self, node: NodeId) {
+        if self.nodes.try_reserve(1).is_ok() {
+            self.nodes.push_back(node);
+        }
+    }
+
+    /// Takes out what is not `known`, if there may be much of that.
+    pub fn clear_of_forgotten(&mut self, known: impl Fn(NodeId) -> bool) {
+        if self.nodes.len() >= self.clear_at.max(SMALLEST_CLOCK) {
+            self.nodes.retain(|node| known(*node));
+            self.clear_at = self.nodes.len().saturating_mul(2);
+        }
+    }
+
+    /// Takes out everything.
+    pub fn clear(&mut self) {
+        *self = Clock::default();
+    }
 }
 
 impl Descriptors {
     /// No limit but the budget's: each inode keeps its descriptor.
     pub fn unlimited(budget: &Arc<Budget>) -> Descriptors {
-        Descriptors {
-            taken: AtomicUsize::new(0),
-            allowed: AtomicUsize::new(usize::MAX),
-            mounts: RwLock::default(),
-            budget: Arc::clone(budget),
-        }
+        Descriptors::of(budget, usize::MAX)
     }
 
     /// Half of the budget, if inodes can be opened by handle at the share's `root`.
     ///
-    /// EPERM without CAP_DAC_READ_SEARCH, EOPNOTSUPP where the file system has no handles.
+    /// EPERM without CAP_DAC_READ_SEARCH, EOPNOTSUPP where the file system has no handles that last.
     pub fn limited(root: &OwnedFd, budget: &Arc<Budget>) -> Result<Descriptors> {
-        Descriptors::with_limit(root, budget, budget.most() / 2)
+        mounts::try_handles(root)?;
+        Ok(Descriptors::of(budget, (budget.most() / 2).max(1)))
     }
 
-    /// `allowed` descriptors for inodes, as in [`Descriptors::limited`].
-    pub fn with_limit(root: &OwnedFd, budget: &Arc<Budget>, allowed: usize) -> Result<Descriptors> {
-        let handle = name_to_handle(root.as_fd())?;
-        let descriptors = Descriptors::unlimited(budget);
-        descriptors.add_mount(handle.mount(), root)?;
-        open_by_handle(descriptors.mount(handle.mount())?.as_fd(), &handle)?;
-        descriptors.allowed.store(allowed.max(1), Ordering::Relaxed);
-        Ok(descriptors)
+    fn of(budget: &Arc<Budget>, allowed: usize) -> Descriptors {
+        Descriptors {
+            scarce: Apart::default(),
+            allowed: AtomicUsize::new(allowed),
+            limited: allowed != usize::MAX,
+            taken: Apart::default(),
+            clock: Shards::default(),
+            mounts: Apart::default(),
+            told_of_mount: AtomicBool::new(false),
+            budget: Arc::clone(budget),
+        }
     }
 
     /// Whether inodes may have to give up descriptors.
     pub fn are_limited(&self) -> bool {
-        self.allowed.load(Ordering::Relaxed) != usize::MAX
+        self.limited
     }
 
     /// Whether inodes should give up descriptors.
     pub fn are_scarce(&self) -> bool {
-        self.taken.load(Ordering::Relaxed) > self.allowed.load(Ordering::Relaxed)
+        self.scarce.load(Ordering::Relaxed)
     }
 
-    /// Whether enough have done so, so that it will be a while until the next time.
-    pub fn are_plenty(&self) -> bool {
-        let allowed = self.allowed.load(Ordering::Relaxed);
-        self.taken.load(Ordering::Relaxed) <= allowed - allowed / 8
+    /// What the guest's descriptors are counted by.
+    pub fn budget(&self) -> &Arc<Budget> {
+        &self.budget
     }
 
-    /// Inodes cannot give up what they have; asking them again and again would be of no use.
+    /// The part of the clock that `number` belongs to.
+    pub fn clock(&self, number: u64) -> MutexGuard<'_, Clock> {
+        self.clock.of(number).lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The inodes cannot give up what they have; asking them again and again would be of no use.
     pub fn allow_more(&self) {
         let taken = self.taken.load(Ordering::Relaxed);
         debug!("inodes need {taken} descriptors");
         self.allowed.fetch_max(taken.saturating_add(taken / 4), Ordering::Relaxed);
+        self.look_whether_plenty(taken);
     }
 
-    /// Descriptors that inodes have now.
+    /// The process has none left, though inodes may have more: they keep three quarters of what they have.
+    pub fn allow_less(&self) {
+        let taken = self.taken.load(Ordering::Relaxed);
+        self.allowed.fetch_min((taken - taken / 4).max(1), Ordering::Relaxed);
+        self.scarce.store(true, Ordering::Relaxed);
+    }
+
+    /// Descriptors that inodes have now and could do without.
     #[cfg(test)]
     pub fn taken(&self) -> usize {
         self.taken.load(Ordering::Relaxed)
     }
 
-    fn mount(&self, id: i32) -> Result<Arc<OwnedFd>> {
-        let mounts = self.mounts.read().unwrap_or_else(PoisonError::into_inner);
-        mounts.get(&id).cloned().ok_or(Errno::STALE)
+    fn take_one(&self) {
+        if self.taken.fetch_add(1, Ordering::Relaxed) >= self.allowed.load(Ordering::Relaxed) {
+            self.scarce.store(true, Ordering::Relaxed);
+        }
     }
 
-    /// Makes sure that there is a descriptor for a mount that `inode` is on. Only directories are
-    /// opened for that.
-    fn add_mount(&self, id: i32, inode: impl AsFd) -> Result<()> {
-        if self.mount(id).is_ok() {
-            return Ok(());
+    fn free_one(&self) {
+        let before = self.taken.fetch_sub(1, Ordering::Relaxed);
+        if self.are_scarce() {
+            self.look_whether_plenty(before.saturating_sub(1));
         }
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = openat(inode, c".", flags, Mode::empty())?;
-        self.mounts.write().unwrap_or_else(PoisonError::into_inner).entry(id).or_insert(Arc::new(directory));
-        Ok(())
+    }
+
+    /// So many are free that it will be a while until the next time.
+    fn look_whether_plenty(&self, taken: usize) {
+        let allowed = self.allowed.load(Ordering::Relaxed);
+        if taken <= allowed - allowed / 8 {
+            self.scarce.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Says once that there is a mount where inodes keep their descriptors.
+    pub fn tell_of_mount(&self, errno: Errno) {
+        if !self.told_of_mount.swap(true, Ordering::Relaxed) {
+            info!(
+                "a file system below the share has no file handles that last ({errno}): each of its inodes that the guest knows takes a descriptor (see --rlimit-nofile)"
+            );
+        }
+    }
+
+    /// A mount that the guest knows inodes on.
+    pub fn known_mount(&self, id: u32) -> Option<Arc<Mount>> {
+        self.mounts.read().unwrap_or_else(PoisonError::into_inner).get(&id).and_then(Weak::upgrade)
+    }
+
+    /// All of these.
+    pub fn known_mounts(&self) -> Vec<Arc<Mount>> {
+        let mounts = self.mounts.read().unwrap_or_else(PoisonError::into_inner);
+        mounts.values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// The mount `id`, which `inode` is on.
+    pub fn mount(self: &Arc<Self>, id: u32, inode: impl AsFd, kind: FileType) -> Result<Arc<Mount>> {
+        if let Some(mount) = self.known_mount(id) {
+            return Ok(mount);
+        }
+        // Made before the lock is taken, and dropped after it: both make system calls.
+        let new = Arc::new(Mount::new(id, inode, kind, self));
+        let mut mounts = self.mounts.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mount) = mounts.get(&id).and_then(Weak::upgrade) {
+            return Ok(mount);
+        }
+        mounts.try_reserve(1).map_err(|_| Errno::NOMEM)?;
+        mounts.insert(id, Arc::downgrade(&new));
+        Ok(new)
+    }
+
+    /// A mount has no inodes any more. Meanwhile the id may stand for a new one.
+    pub fn forget_mount(&self, id: u32) {
+        let mut mounts = self.mounts.write().unwrap_or_else(PoisonError::into_inner);
+        if mounts.get(&id).is_some_and(|mount| mount.strong_count() == 0) {
+            mounts.remove(&id);
+        }
     }
 }
 
@@ -115,70 +227,110 @@ pub struct Pin {
     handle: OnceLock<FileHandle>,
     /// Used since it was last asked to give up its descriptor.
     used: AtomicBool,
-    all: Arc<Descriptors>,
+    mount: Arc<Mount>,
 }
 
 impl Pin {
     /// Keeps hold of the inode by its O_PATH descriptor.
-    pub fn new(path: Held, all: Arc<Descriptors>) -> Pin {
-        all.taken.fetch_add(1, Ordering::Relaxed);
+    pub fn new(path: Held, mount: Arc<Mount>) -> Pin {
+        if mount.directory().is_some() {
+            mount.all.take_one();
+        }
         Pin {
             path: ArcSwapOption::from_pointee(path),
             handle: OnceLock::new(),
             used: AtomicBool::new(false),
-            all,
+            mount,
         }
     }
 
+    /// The mount that the inode is on.
+    pub fn mount(&self) -> &Arc<Mount> {
+        &self.mount
+    }
+
     /// An O_PATH descriptor, which stays open for as long as the caller holds it; ESTALE if the
-    /// inode had none and has been deleted on the host.
-    pub fn path(&self) -> Result<Arc<Held>> {
+    /// inode had none and has been deleted on the host. `node` is the inode's.
+    pub fn path(&self, node: NodeId) -> Result<Arc<Held>> {
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::Relaxed);
         }
         match self.path.load_full() {
             Some(path) => Ok(path),
-            None => self.open_again(),
+            None => self.open_again(node),
         }
     }
 
-    fn open_again(&self) -> Result<Arc<Held>> {
-        let handle = self.handle.get().ok_or(Errno::STALE)?;
-        let slot = self.all.budget.take();
-        let path = open_by_handle(self.all.mount(handle.mount())?.as_fd(), handle)?;
+    fn open_again(&self, node: NodeId) -> Result<Arc<Held>> {
+        let (handle, directory) = self.handle.get().zip(self.mount.directory()).ok_or(Errno::STALE)?;
+        let slot = self.mount.all.budget.take();
+        let path = open_by_handle(directory.as_fd(), handle)?;
         // Where the guest holds all that it may hold, the inode is found again by each request.
         let Ok(slot) = slot else { return Ok(Arc::new(Held::for_a_request(path))) };
         let path = Arc::new(slot.hold(path));
         if self.path.swap(Some(Arc::clone(&path))).is_none() {
-            self.all.taken.fetch_add(1, Ordering::Relaxed);
+            self.mount.all.take_one();
+            self.enter_clock(node);
         }
         Ok(path)
     }
 
-    /// Gives up the descriptor, unless the inode was used since it was last asked to.
-    pub fn give_up(&self) {
-        if self.used.swap(false, Ordering::Relaxed) {
-            return;
+    /// From now on the inode is asked now and then to give up its descriptor.
+    pub fn enter_clock(&self, node: NodeId) {
+        if self.mount.directory().is_some() {
+            self.mount.all.clock(node.0).push(node);
         }
-        let Some(path) = self.path.load_full() else { return };
+    }
+
+    /// Whether its next use has to open it.
+    pub fn lacks_descriptor(&self) -> bool {
+        self.handle.get().is_some() && self.path.load().is_none()
+    }
+
+    /// Whether the inode is the one that was just met under its number; `handle` is that one's, if it is
+    /// known. `None` if only the handle can tell.
+    ///
+    /// While the inode has a descriptor its number is not used again, so they are the same.
+    pub fn is(&self, handle: Option<&FileHandle>) -> Option<bool> {
+        if self.path.load().is_some() {
+            return Some(true);
+        }
+        // It was set before the descriptor was given up.
+        handle.map(|handle| self.handle.get() == Some(handle))
+    }
+
+    /// Remembers the inode's handle, which somebody had to ask for.
+    pub fn set_handle(&self, handle: FileHandle) {
+        // If it is known already, it is the same.
+        let _ = self.handle.set(handle);
+    }
+
+    /// Whether the inode was used since this was last asked.
+    pub fn was_used(&self) -> bool {
+        self.used.swap(false, Ordering::Relaxed)
+    }
+
+    /// Gives up the descriptor; false if the inode has to keep it.
+    pub fn give_up(&self) -> bool {
+        let Some(path) = self.path.load_full() else { return true };
+        if self.mount.directory().is_none() {
+            return false;
+        }
         if self.handle.get().is_none() {
-            let Ok(handle) = name_to_handle(path.as_fd()) else { return };
-            if self.all.add_mount(handle.mount(), &*path).is_err() {
-                return;
-            }
-            // Another thread may have been here first, with the same.
-            let _ = self.handle.set(handle);
+            let Ok(handle) = name_to_handle(path.as_fd()) else { return false };
+            self.set_handle(handle);
         }
         if self.path.swap(None).is_some() {
-            self.all.taken.fetch_sub(1, Ordering::Relaxed);
+            self.mount.all.free_one();
         }
+        true
     }
 }
 
 impl Drop for Pin {
     fn drop(&mut self) {
-        if self.path.load().is_some() {
-            self.all.taken.fetch_sub(1, Ordering::Relaxed);
+        if self.mount.directory().is_some() && self.path.load().is_some() {
+            self.mount.all.free_one();
         }
     }
 }
@@ -186,6 +338,8 @@ impl Drop for Pin {
 #[cfg(test)]
 mod tests {
     use std::fs::{self, File};
+
+    use rustix::fs::{Mode, OFlags, openat};
 
     use super::*;
     use crate::fs::passthrough::lookup;
@@ -196,77 +350,87 @@ mod tests {
     }
 
     fn ino(pin: &Pin) -> Result<u64> {
-        Ok(lookup::stat(pin.path()?)?.stx_ino)
+        Ok(lookup::stat(pin.path(NodeId(2))?)?.stx_ino)
     }
 
     /// One descriptor for inodes, before they have to give theirs up, out of `most`.
-    fn one_of(root: &std::path::Path, most: usize) -> (Arc<Budget>, Arc<Descriptors>) {
-        let budget = Arc::new(Budget::of(most));
-        let all = Descriptors::with_limit(&path_of(root), &budget, 1).unwrap();
-        (budget, Arc::new(all))
+    fn one_of(root: &std::path::Path, most: usize) -> (Arc<Budget>, Arc<Mount>) {
+        // One is for the mount.
+        let budget = Arc::new(Budget::of(most + 1));
+        mounts::try_handles(path_of(root)).unwrap();
+        let all = Arc::new(Descriptors::of(&budget, 1));
+        let mount = all.mount(1, path_of(root), FileType::Directory).unwrap();
+        (budget, mount)
     }
 
-    fn pin(path: &std::path::Path, budget: &Arc<Budget>, all: &Arc<Descriptors>) -> Pin {
-        Pin::new(budget.take().unwrap().hold(path_of(path)), Arc::clone(all))
+    fn pin(path: &std::path::Path, budget: &Arc<Budget>, mount: &Arc<Mount>) -> Pin {
+        Pin::new(budget.take().unwrap().hold(path_of(path)), Arc::clone(mount))
+    }
+
+    /// Asked as the clock asks.
+    fn ask(pin: &Pin) {
+        if !pin.was_used() {
+            assert!(pin.give_up());
+        }
     }
 
     #[test]
     fn an_inode_is_found_again_when_nothing_more_may_be_held() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let (budget, all) = one_of(folder.path(), 1);
-        let pin = pin(folder.path(), &budget, &all);
+        let (budget, mount) = one_of(folder.path(), 1);
+        let pin = pin(folder.path(), &budget, &mount);
         let wanted = ino(&pin).unwrap();
-        pin.give_up();
-        pin.give_up();
-        assert_eq!(budget.held(), 0);
+        ask(&pin);
+        ask(&pin);
+        assert_eq!(budget.held() - 1, 0);
         let slot = budget.take().unwrap();
         for _ in 0..3 {
             assert_eq!(ino(&pin).unwrap(), wanted);
-            assert_eq!((all.taken(), budget.held()), (0, 1), "nothing was kept");
+            assert_eq!((mount.all.taken(), budget.held() - 1), (0, 1), "nothing was kept");
         }
         drop(slot);
         assert_eq!(ino(&pin).unwrap(), wanted);
-        assert_eq!((all.taken(), budget.held()), (1, 1));
+        assert_eq!((mount.all.taken(), budget.held() - 1), (1, 1));
         drop(pin);
-        assert_eq!((all.taken(), budget.held()), (0, 0));
+        assert_eq!((mount.all.taken(), budget.held() - 1), (0, 0));
     }
 
     #[test]
     fn an_inode_without_descriptor_is_found_again_under_any_name() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let (budget, all) = one_of(folder.path(), 10);
+        let (budget, mount) = one_of(folder.path(), 10);
         let (file, link) = (folder.path().join("file"), folder.path().join("link"));
         File::create(&file).unwrap();
         std::os::unix::fs::symlink("nowhere", &link).unwrap();
         for path in [&file, &link] {
-            let pin = pin(path, &budget, &all);
+            let pin = pin(path, &budget, &mount);
             let before = ino(&pin).unwrap();
-            pin.give_up();
-            assert_eq!(all.taken(), 1, "it was used just now");
-            pin.give_up();
-            assert_eq!(all.taken(), 0);
+            ask(&pin);
+            assert_eq!(mount.all.taken(), 1, "it was used just now");
+            ask(&pin);
+            assert_eq!(mount.all.taken(), 0);
             let renamed = path.with_extension("renamed");
             fs::rename(path, &renamed).unwrap();
             assert_eq!(ino(&pin).unwrap(), before);
-            assert_eq!(all.taken(), 1);
+            assert_eq!(mount.all.taken(), 1);
             // A descriptor in use survives.
-            let held = pin.path().unwrap();
-            pin.give_up();
-            pin.give_up();
+            let held = pin.path(NodeId(2)).unwrap();
+            ask(&pin);
+            ask(&pin);
             assert_eq!(lookup::stat(&held).unwrap().stx_ino, before);
             drop(held);
             fs::remove_file(&renamed).unwrap();
             assert_eq!(ino(&pin).unwrap_err(), Errno::STALE);
             drop(pin);
-            assert_eq!((all.taken(), budget.held()), (0, 0));
+            assert_eq!((mount.all.taken(), budget.held() - 1), (0, 0));
         }
     }
 
     #[test]
     fn threads_that_use_and_give_up_lose_nothing() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let (budget, all) = one_of(folder.path(), 10);
-        let pin = pin(folder.path(), &budget, &all);
+        let (budget, mount) = one_of(folder.path(), 10);
+        let pin = pin(folder.path(), &budget, &mount);
         let wanted = ino(&pin).unwrap();
         std::thread::scope(|scope| {
             for turn in 0..4 {
@@ -274,16 +438,16 @@ mod tests {
                 scope.spawn(move || {
                     for _ in 0..5000 {
                         match turn {
-                            0 | 1 => pin.give_up(),
+                            0 | 1 => ask(pin),
                             _ => assert_eq!(ino(pin).unwrap(), wanted),
                         }
                     }
                 });
             }
         });
-        pin.path().unwrap();
-        assert_eq!(all.taken(), 1);
+        pin.path(NodeId(2)).unwrap();
+        assert_eq!(mount.all.taken(), 1);
         drop(pin);
-        assert_eq!(all.taken(), 0);
+        assert_eq!(mount.all.taken(), 0);
     }
 }

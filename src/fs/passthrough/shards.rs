@@ -1,17 +1,32 @@
 //! Tables cut into parts with a lock each, so that workers seldom meet.
 
 use std::hash::{BuildHasherDefault, Hasher};
+use std::ops::Deref;
 
 /// Number of parts.
 pub const SHARDS: usize = 32;
 
+/// Something with a cache line (two of them are fetched together) for itself: processors that change it
+/// do not slow down others that use its neighbours.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct Apart<T>(T);
+
+impl<T> Deref for Apart<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
 /// `SHARDS` things, of which a number chooses one.
 #[derive(Debug)]
-pub struct Shards<T>([T; SHARDS]);
+pub struct Shards<T>([Apart<T>; SHARDS]);
 
 impl<T: Default> Default for Shards<T> {
     fn default() -> Shards<T> {
-        Shards(std::array::from_fn(|_| T::default()))
+        Shards(std::array::from_fn(|_| Apart::default()))
     }
 }
 
@@ -28,7 +43,7 @@ impl<T> Shards<T> {
 
     /// All parts.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
-        self.0.iter()
+        self.0.iter().map(|part| &**part)
     }
 }
 

@@ -15,7 +15,7 @@ use rustix::thread::CapabilitySet;
 use super::credentials::{self, SetIdBits, set_id_bits};
 use super::inodes::Inode;
 use super::lookup::{PROC, proc_name, stat};
-use super::{Context, NO_XATTR, PassthroughFs, StartError};
+use super::{Context, PassthroughFs, StartError};
 use crate::config::{FsConfig, Insistence};
 use crate::fs::{Result, XattrReply};
 use crate::fuse::ids::GuestUid;
@@ -25,6 +25,8 @@ use crate::mapping::acl::{
 use crate::mapping::xattrs::Refusal;
 use crate::sys::memory;
 
+/// The daemon serves no extended attributes: the guest need not ask again.
+const NO_XATTR: Errno = Errno::NOSYS;
 /// Longest value and longest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const SIZE_MAX: usize = 64 << 10;
 /// Room for the names that inodes have as a rule.

@@ -1,0 +1,136 @@
+//! Mounts that inodes of the guest are on: the share's own, and those below it.
+//!
+//! A mount is known for as long as the guest knows an inode on it. Nothing of it stays open after that,
+//! so that the host can unmount it.
+//!
+//! What a mount's file system is decides how its inodes are told apart. Known of file systems where that
+//! is not the usual way:
+//!
+//! | file system | handles | inode numbers |
+//! |---|---|---|
+//! | FUSE (also GlusterFS, ceph-fuse, sshfs, virtiofs) | good only while the kernel has the inode in its cache | the server's choice: two files may have one number |
+//! | vfat | as FUSE, by default (`nfs=stale_rw`) | of the kernel's making; kept while the inode is in use |
+//! | 9p | none | the server's, unless `-o` says otherwise; unique in practice |
+//! | NFS | the server's, and durable; an unlinked file's ends when its last client closes it | the server's |
+//! | ceph (kernel client) | durable: looked up at the metadata server | unique |
+//! | overlayfs | none without `nfs_export=on`, durable with it | may change at copy-up where the layers are on several file systems |
+//! | btrfs | durable | each subvolume has its own, and a device number for itself |
+//! | CIFS | cannot be opened | of the kernel's making with `noserverino`; kept while the inode is in use |
+//!
+//! Where handles are good for nothing, or cannot be opened when the mount is met, inodes keep their
+//! descriptors, which also keeps their numbers from being used again.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, OnceLock, Weak};
+
+use rustix::fs::{FileType, Mode, OFlags, fstatfs, openat};
+use rustix::io::Errno;
+
+use super::budget::Held;
+use super::inodes::Inode;
+use super::pins::Descriptors;
+use crate::fs::Result;
+use crate::sys::file_handles::{name_to_handle, open_by_handle};
+
+/// `FUSE_SUPER_MAGIC` of linux/magic.h.
+const FUSE: u32 = 0x6573_5546;
+/// `MSDOS_SUPER_MAGIC`: vfat.
+const VFAT: u32 = 0x4d44;
+
+/// A mount, with what is needed to open its inodes by file handle. Each LOOKUP reads it, and each new inode
+/// changes the count of those who share it: they have cache lines of their own.
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct Mount {
+    /// See [`super::inodes::InodeKey::mount`].
+    pub id: u32,
+    /// Different inodes may have the same number: the kernel's own number, which stands in the handle,
+    /// tells them apart.
+    pub numbers_alias: bool,
+    /// What was met first is not a directory: a single file that is mounted somewhere.
+    pub is_of_a_file: bool,
+    /// A directory on it that is open, not only as O_PATH, if its inodes may be opened by handle.
+    directory: Option<Held>,
+    /// A directory on it that the guest knows, the first one that was met.
+    top: OnceLock<Weak<Inode>>,
+    /// All descriptors of inodes.
+    pub all: Arc<Descriptors>,
+}
+
+impl Mount {
+    /// The mount that `inode` (an O_PATH descriptor is enough) is on.
+    pub fn new(id: u32, inode: impl AsFd, kind: FileType, all: &Arc<Descriptors>) -> Mount {
+        let file_system = file_system(&inode);
+        let limited = all.are_limited() && kind == FileType::Directory;
+        let directory = limited.then(|| open_for_handles(&inode, file_system, all));
+        if let Some(Err(errno)) = &directory {
+            all.tell_of_mount(*errno);
+        }
+        Mount {
+            id,
+            // A FUSE server may leave the question for its kind unanswered.
+            numbers_alias: matches!(file_system, None | Some(FUSE)),
+            is_of_a_file: kind != FileType::Directory,
+            directory: directory.and_then(Result::ok),
+            top: OnceLock::new(),
+            all: Arc::clone(all),
+        }
+    }
+
+    /// Where its inodes are opened by handle; `None` if they must keep their descriptors.
+    pub fn directory(&self) -> Option<&Held> {
+        self.directory.as_ref()
+    }
+
+    /// Remembers a directory of it, without keeping hold of it.
+    pub fn add_top(&self, inode: &Arc<Inode>) {
+        if inode.kind == FileType::Directory && self.top.get().is_none() {
+            // Another thread's directory is as good.
+            let _ = self.top.set(Arc::downgrade(inode));
+        }
+    }
+
+    /// The first directory that the guest met on it. It knows that one for as long as any other inode
+    /// there: the kernel of a guest forgets children first.
+    pub fn top(&self) -> Option<Arc<Inode>> {
+        self.top.get().and_then(Weak::upgrade)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        self.all.forget_mount(self.id);
+    }
+}
+
+/// Why inodes cannot be held by file handles at the share: the file system's handles do not last, or a
+/// system call failed.
+pub fn try_handles(root: impl AsFd) -> Result<()> {
+    open_directory(&root, file_system(&root)).map(drop)
+}
+
+fn open_for_handles(inode: impl AsFd, file_system: Option<u32>, all: &Descriptors) -> Result<Held> {
+    let slot = all.budget().take()?;
+    Ok(slot.hold(open_directory(inode, file_system)?))
+}
+
+/// The directory itself, after an inode was opened there by its handle.
+fn open_directory(directory: impl AsFd, file_system: Option<u32>) -> Result<OwnedFd> {
+    if !handles_last(file_system) {
+        return Err(Errno::OPNOTSUPP);
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let open = openat(&directory, c".", flags, Mode::empty())?;
+    open_by_handle(open.as_fd(), &name_to_handle(directory.as_fd())?)?;
+    Ok(open)
+}
+
+/// The magic number of the file system; `None` if it cannot be had.
+fn file_system(fd: impl AsFd) -> Option<u32> {
+    // The number has 32 bits, and its type on some machines a sign.
+    u32::try_from(fstatfs(fd).ok()?.f_type & 0xffff_ffff).ok()
+}
+
+fn handles_last(file_system: Option<u32>) -> bool {
+    !matches!(file_system, None | Some(FUSE | VFAT))
+}
