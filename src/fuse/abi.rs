@@ -3,9 +3,14 @@
 //! Every struct is plain little-endian memory without padding, as the kernel lays it out on a
 //! 64-bit machine. `tests/abi.rs` checks sizes, offsets and values against the kernel's own header.
 
+#[macro_use]
+mod wire;
+
 use std::mem::offset_of;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+pub use self::wire::Layout;
 
 /// The protocol's major version; it never changed since Linux 2.6.
 pub const KERNEL_VERSION: u32 = 7;
@@ -25,37 +30,6 @@ pub const COMPAT_INIT_IN_SIZE: usize = 16;
 pub const COMPAT_SETXATTR_IN_SIZE: usize = 8;
 /// Records of variable length are padded to this many bytes.
 pub const RECORD_ALIGN: usize = 8;
-
-/// Layout of one wire struct: the C name, its size, and the offset of every field.
-#[derive(Debug)]
-pub struct Layout {
-    /// Name in `linux/fuse.h`.
-    pub c_name: &'static str,
-    /// Size in bytes.
-    pub size: usize,
-    /// Field names as here (`typ` stands for `type`) and their offsets in bytes.
-    pub fields: &'static [(&'static str, usize)],
-}
-
-macro_rules! wire {
-    ($($(#[$doc:meta])* struct $name:ident($c_name:literal) { $($field:ident: $type:ty,)* })*) => {
-        $(
-            $(#[$doc])*
-            #[repr(C)]
-            #[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout)]
-            #[allow(missing_docs, reason = "the fields carry the kernel's names and meaning")]
-            pub struct $name { $(pub $field: $type,)* }
-        )*
-        /// Layouts of all wire structs, for comparison with the kernel's header.
-        pub const LAYOUTS: &[Layout] = &[
-            $(Layout {
-                c_name: $c_name,
-                size: size_of::<$name>(),
-                fields: &[$((stringify!($field), offset_of!($name, $field)),)*],
-            },)*
-        ];
-    };
-}
 
 wire! {
     /// Attributes of an inode, as LOOKUP, GETATTR and others carry them.

@@ -32,6 +32,13 @@ pub(super) enum Event {
     Pending,
 }
 
+/// What poll(2) found readable.
+struct Ready {
+    signal: bool,
+    watched: bool,
+    listener: bool,
+}
+
 /// A connection that is not served yet.
 #[derive(Debug)]
 struct Pending {
@@ -65,26 +72,30 @@ impl<'a> Acceptor<'a> {
         watched: Option<BorrowedFd<'_>>,
     ) -> Result<Event, ServerError> {
         loop {
-            let (signal, done) = self.poll(signals, watched)?;
-            if signal {
+            let ready = self.poll(signals, watched)?;
+            if ready.signal {
                 return Ok(Event::Signal);
             }
-            if done {
+            if ready.watched {
                 return Ok(Event::Watched);
             }
-            if self.process_pending(watched.is_some())? {
+            if ready.listener {
+                self.accept()?;
+            }
+            if self.process_pending(watched.is_some()) {
                 return Ok(Event::Pending);
             }
         }
     }
 
-    /// One poll(2): whether a signal has come, and whether `watched` is readable.
+    /// One poll(2).
     fn poll(
-        &self,
+        &mut self,
         signals: BorrowedFd<'_>,
         watched: Option<BorrowedFd<'_>>,
-    ) -> Result<(bool, bool), ServerError> {
+    ) -> Result<Ready, ServerError> {
         let entry = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        self.paused_until = self.paused_until.filter(|until| *until > Instant::now());
         let rest = self.paused_until.map(|until| until.saturating_duration_since(Instant::now()));
         let mut fds = vec![entry(signals)];
         fds.extend(watched.map(entry));
@@ -95,7 +106,8 @@ impl<'a> Acceptor<'a> {
                 .filter(|connection| !connection.has_data)
                 .map(|connection| entry(connection.stream.as_fd())),
         );
-        if rest.is_none() && self.has_room() {
+        let listens = rest.is_none() && self.has_room();
+        if listens {
             fds.push(entry(self.listener.as_fd()));
         }
         let timeout = rest.map(|rest| Timespec { tv_sec: 0, tv_nsec: i64::from(rest.subsec_nanos()).max(1) });
@@ -103,8 +115,12 @@ impl<'a> Acceptor<'a> {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(ServerError::SetUp(errno.into())),
         }
-        let ready = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
-        Ok((ready(0), watched.is_some() && ready(1)))
+        let ready = |fd: Option<&PollFd<'_>>| fd.is_some_and(|fd| !fd.revents().is_empty());
+        Ok(Ready {
+            signal: ready(fds.first()),
+            watched: watched.is_some() && ready(fds.get(1)),
+            listener: listens && ready(fds.last()),
+        })
     }
 
     /// Whether another connection can be accepted, if need be in place of an idle one.
@@ -112,9 +128,8 @@ impl<'a> Acceptor<'a> {
         self.pending.len() < MAX_PENDING || self.pending.iter().any(|connection| !connection.has_data)
     }
 
-    /// Accepts new connections, drops closed ones, and returns whether one has sent its first bytes.
-    fn process_pending(&mut self, busy: bool) -> Result<bool, ServerError> {
-        self.accept_all()?;
+    /// Drops closed connections, and returns whether one has sent its first bytes.
+    fn process_pending(&mut self, busy: bool) -> bool {
         let mut got_data = false;
         self.pending.retain_mut(|connection| {
             if connection.has_data {
@@ -142,27 +157,22 @@ impl<'a> Acceptor<'a> {
                 }
             }
         });
-        Ok(got_data)
+        got_data
     }
 
-    fn accept_all(&mut self) -> Result<(), ServerError> {
-        if self.paused_until.is_some_and(|until| Instant::now() < until) {
-            return Ok(());
+    /// Accepts one connection.
+    fn accept(&mut self) -> Result<(), ServerError> {
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) => return self.accept_failed(error),
+        };
+        if self.pending.len() >= MAX_PENDING
+            && let Some(idle) = self.pending.iter().position(|connection| !connection.has_data)
+        {
+            info_limited!("too many idle connections at the socket; the oldest one was closed");
+            self.pending.remove(idle);
         }
-        self.paused_until = None;
-        while self.has_room() {
-            let stream = match self.listener.accept() {
-                Ok((stream, _)) => stream,
-                Err(error) => return self.accept_failed(error),
-            };
-            if self.pending.len() >= MAX_PENDING
-                && let Some(idle) = self.pending.iter().position(|connection| !connection.has_data)
-            {
-                info_limited!("too many idle connections at the socket; the oldest one was closed");
-                self.pending.remove(idle);
-            }
-            self.pending.push(Pending { stream, has_data: false });
-        }
+        self.pending.push(Pending { stream, has_data: false });
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 """What a guest does with a file system, against what the host sees."""
 
+import fcntl
 import os
 import stat
 
@@ -136,7 +137,34 @@ def programs_that_users_change_lose_their_set_id_bits(setting):
             assert said == ["6777", "777"] * 5 + ["2666"], said
 
 
+def flags_of_files_count_on_the_host(setting):
+    nodump, immutable = 0x40, 0x10
+
+    def on_host(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            flags = fcntl.ioctl(descriptor, 0x80086601, bytes(8))  # FS_IOC_GETFLAGS
+            return int.from_bytes(flags[:4], "little")
+        finally:
+            os.close(descriptor)
+
+    with disk.directory() as share, setting.guest(share) as (guest, _):
+        share.chmod(0o777)
+        guest.output(f"cd /mnt; echo >file; mkdir dir; flags --toggle {nodump} file dir; echo >dir/inside")
+        for name in ("file", "dir", "dir/inside"):
+            assert on_host(share / name) & nodump, name
+            assert int(guest.output(f"flags /mnt/{name}").split()[0], 16) == on_host(share / name), name
+        before = on_host(share / "file")
+        # Neither everybody, nor the guest's root what only the host's root could take back.
+        for command in (f"su user -c 'flags --toggle {nodump} /mnt/file'", f"flags --toggle {immutable} /mnt/file"):
+            status, text = guest.run(command, check=False)
+            assert status != 0 and "not permitted" in text, (command, text)
+        assert on_host(share / "file") == before
+        guest.output(f"su user -c 'echo >/mnt/own; flags --toggle {nodump} /mnt/own'")
+        assert on_host(share / "own") & nodump
+
+
 TESTS = (files_are_the_same_on_both_sides, a_large_directory_is_listed_completely, callers_own_what_they_make,
          all_cache_policies_serve, a_read_only_share_stays_as_it_is,
          an_overlay_keeps_its_upper_directory_on_a_share, idmapped_mounts_have_the_right_owners,
-         programs_that_users_change_lose_their_set_id_bits)
+         programs_that_users_change_lose_their_set_id_bits, flags_of_files_count_on_the_host)
