@@ -9,6 +9,7 @@ mod id_map;
 mod limits;
 mod mounts;
 mod namespace;
+mod optional_calls;
 mod process;
 mod seccomp;
 mod share;
