@@ -15,6 +15,7 @@ pub(super) const INFORMATION: &[c_long] = &[
     libc::SYS_geteuid,
     libc::SYS_getgid,
     libc::SYS_getegid,
+    libc::SYS_getgroups,
     libc::SYS_getppid,
     libc::SYS_getcpu,
     libc::SYS_getrusage,
@@ -25,7 +26,7 @@ pub(super) const INFORMATION: &[c_long] = &[
 ];
 
 /// Calls that are tried before an older one, or whose failure is not minded.
-pub(super) const OPTIONAL: &[c_long] = &[
+const OPTIONAL: &[c_long] = &[
     libc::SYS_clone3,
     libc::SYS_membarrier,
     libc::SYS_get_mempolicy,
@@ -74,6 +75,11 @@ const END_OF_UNKNOWN: u32 = 1024;
 const AUDIT_ARCH: u32 = 0xc000_003e;
 #[cfg(target_arch = "aarch64")]
 const AUDIT_ARCH: u32 = 0xc000_00b7;
+
+/// The optional calls but those that the daemon makes itself.
+pub(super) fn optional_besides(allowed: &[c_long]) -> impl Iterator<Item = c_long> {
+    OPTIONAL.iter().copied().filter(|call| !allowed.contains(call))
+}
 
 /// The filter `program` with ENOSYS before all else for calls that are not known yet.
 pub(super) fn answer_unknown(program: BpfProgram) -> BpfProgram {

@@ -2,20 +2,18 @@
 //!
 //! A call that is not on the list ends the daemon (`--seccomp=kill`): its own code makes none, so
 //! somebody else's must be running. Libraries may try calls that they can do without; these are answered
-//! ENOSYS ([`optional_calls`]).
-//!
-//! [`optional_calls`]: super::optional_calls
+//! ENOSYS (`optional_calls.rs`).
 
 use std::collections::BTreeMap;
 
 use libc::c_long;
 use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch, apply_filter_all_threads,
+    BackendError, BpfProgram, BpfProgramRef, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch, apply_filter, apply_filter_all_threads,
 };
 use thiserror::Error;
 
-use super::optional_calls::{INFORMATION, OPTIONAL, answer_unknown};
+use super::optional_calls::{INFORMATION, answer_unknown, optional_besides};
 use crate::config::Seccomp;
 
 /// Why there is no filter.
@@ -153,6 +151,19 @@ const FILE_HANDLES: &[c_long] = &[libc::SYS_name_to_handle_at, libc::SYS_open_by
 ///
 /// What happens at a forbidden one is for `mode` to say.
 pub fn install(mode: Seccomp, file_handles: bool) -> Result<(), SeccompError> {
+    install_by(apply_filter_all_threads, mode, file_handles)
+}
+
+/// The same for the calling thread and those that it will start: the other threads of a test stay free.
+pub fn install_on_thread(mode: Seccomp, file_handles: bool) -> Result<(), SeccompError> {
+    install_by(apply_filter, mode, file_handles)
+}
+
+fn install_by(
+    apply: fn(BpfProgramRef<'_>) -> Result<(), seccompiler::Error>,
+    mode: Seccomp,
+    file_handles: bool,
+) -> Result<(), SeccompError> {
     let action = match mode {
         Seccomp::None => return Ok(()),
         Seccomp::Kill => SeccompAction::KillProcess,
@@ -160,7 +171,7 @@ pub fn install(mode: Seccomp, file_handles: bool) -> Result<(), SeccompError> {
         Seccomp::Trap => SeccompAction::Trap,
     };
     for program in [without_optional()?, allow_list(action, file_handles)?] {
-        apply_filter_all_threads(&program).map_err(SeccompError::Install)?;
+        apply(&program).map_err(SeccompError::Install)?;
     }
     Ok(())
 }
@@ -171,13 +182,8 @@ pub fn install(mode: Seccomp, file_handles: bool) -> Result<(), SeccompError> {
 /// then makes threads by that one.
 fn without_optional() -> Result<BpfProgram, BackendError> {
     let enosys = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
-    let rules = optional_calls().map(|call| (call, Vec::new())).collect();
+    let rules = optional_besides(ALLOWED).map(|call| (call, Vec::new())).collect();
     SeccompFilter::new(rules, SeccompAction::Allow, enosys, architecture()?)?.try_into()
-}
-
-/// Those that the daemon does not make itself.
-fn optional_calls() -> impl Iterator<Item = c_long> {
-    OPTIONAL.iter().copied().filter(|call| !ALLOWED.contains(call))
 }
 
 /// Everything that is not on the lists meets `action`.
@@ -185,7 +191,7 @@ fn allow_list(action: SeccompAction, file_handles: bool) -> Result<BpfProgram, B
     let mut rules = restricted()?;
     let allowed = ALLOWED.iter().chain(ALLOWED_HERE).chain(INFORMATION).copied();
     // The other filter, which is stricter, answers the optional ones.
-    rules.extend(allowed.chain(optional_calls()).map(|call| (call, Vec::new())));
+    rules.extend(allowed.chain(optional_besides(ALLOWED)).map(|call| (call, Vec::new())));
     if file_handles {
         rules.extend(FILE_HANDLES.iter().map(|call| (*call, Vec::new())));
     }
