@@ -8,12 +8,13 @@ use std::fs;
 use std::path::Path;
 
 /// The order of the table: from the ring to the host. Any other file with attacks follows by its name.
-const ORDER: [&str; 9] = [
+const ORDER: [&str; 10] = [
     "hostile",
     "hostile_queues",
     "hostile_requests",
     "boundaries",
     "hostile_paths",
+    "absolute_paths",
     "exhaustion",
     "hostile_front_end",
     "unreliable_host",

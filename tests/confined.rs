@@ -9,12 +9,15 @@
 )]
 
 mod common;
+#[path = "common/strace.rs"]
+mod strace;
 
 use std::fs;
 use std::time::Duration;
 
 use lanefsd::fuse::opcode::Opcode;
 use lanefsd_frontend::client::{Change, Lock, ROOT};
+use lanefsd_frontend::session::Sent;
 use lanefsd_frontend::{Backend, Caller, Client, Request, SessionOptions};
 
 const ALL_LOCKS: u64 = i64::MAX.unsigned_abs();
@@ -120,9 +123,16 @@ fn locks(client: &Client<'_>) {
     client.getlk(node, two, whole(2)).unwrap();
     client.setlkw(node, one, Lock::flock(1, libc::F_WRLCK)).unwrap();
     let waiting = client.send(whole(2).waiting_request(node, two)).unwrap();
-    std::thread::sleep(Duration::from_millis(50));
-    client.interrupt(waiting).unwrap();
-    assert_eq!(common::errno(client.session().finish(waiting)), libc::EINTR);
+    interrupt(client, waiting);
+}
+
+/// Interrupts a request, again and again: an interrupt that comes before its request waits has no effect.
+fn interrupt(client: &Client<'_>, request: Sent) {
+    while !client.queue().is_done(request.token).unwrap() {
+        let _ = client.interrupt(request);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert_eq!(common::errno(client.session().finish(request)), libc::EINTR);
 }
 
 fn refused(client: &Client<'_>) {
@@ -203,4 +213,121 @@ fn a_forbidden_call_is_told_of() {
     let status = backend.wait(Duration::from_secs(5)).unwrap();
     assert_eq!(status.code(), Some(128 + libc::SIGSYS));
     assert!(backend.stderr().contains("--seccomp"), "{}", backend.stderr());
+}
+
+/// What no daemon may open, with names that are found again in a trace.
+const SPECIAL: [(&str, u32); 4] = [
+    ("special-fifo", libc::S_IFIFO),
+    ("special-socket", libc::S_IFSOCK),
+    ("special-character", libc::S_IFCHR),
+    ("special-block", libc::S_IFBLK),
+];
+
+/// All that can be done to files that are neither regular nor directories.
+fn specials(client: &Client<'_>) {
+    for (name, kind) in SPECIAL {
+        let node = client.mknod(ROOT, name, kind | 0o644, 0x103, 0).unwrap().nodeid;
+        for flags in [libc::O_RDONLY, libc::O_WRONLY | libc::O_TRUNC, libc::O_RDWR | libc::O_NONBLOCK] {
+            common::errno(client.open(node, flags));
+        }
+        common::errno(client.opendir(node));
+        common::errno(client.create(ROOT, name, libc::O_RDWR, 0o600, 0));
+        common::errno(client.setattr(node, Change::none().size(0)));
+        client.getattr(node).unwrap();
+        client.access(node, libc::R_OK).unwrap();
+        client.statfs(node).unwrap();
+        client.setattr(node, Change::none().mode(0o600).uid(1).gid(1).times((1, 2), (3, 4))).unwrap();
+        let _ = client.setxattr(node, "trusted.name", b"value", 0);
+        let _ = client.getxattr(node, "security.capability", 100);
+        client.listxattr(node, 100).unwrap();
+        let second = format!("{name}-2");
+        client.link(node, ROOT, &second).unwrap();
+        client.rename(ROOT, &second, ROOT, format!("{name}-3")).unwrap();
+        client.lookup(ROOT, format!("{name}-3")).unwrap();
+    }
+    // Deep down an inode is held by a file handle, and opened anew.
+    let handle = client.opendir(ROOT).unwrap().fh;
+    client.readdirplus(ROOT, handle, 0, 65536).unwrap();
+    client.releasedir(ROOT, handle).unwrap();
+}
+
+/// More threads at once than malloc(3) has arenas without looking for the number of CPUs.
+fn crowd(client: &Client<'_>, threads: u64) {
+    let node = client.lookup(ROOT, "file").unwrap().nodeid;
+    let fh = client.open(node, libc::O_RDWR).unwrap().fh;
+    let whole = |owner| Lock::posix(owner, libc::F_WRLCK, 0, ALL_LOCKS);
+    client.setlk(node, fh, whole(1)).unwrap();
+    let waiting: Vec<_> =
+        (2..threads).map(|owner| client.send(whole(owner).waiting_request(node, fh)).unwrap()).collect();
+    client.getattr(node).unwrap();
+    for one in waiting {
+        interrupt(client, one);
+    }
+}
+
+/// A whole session with all that the daemon does, in the default sandbox and under the default filter,
+/// seen by strace: no absolute path is ever used, though messages go to the system log, which is started
+/// anew meanwhile, and nothing is opened but regular files and directories.
+#[test]
+fn no_absolute_path_is_used_in_the_sandbox() {
+    use std::os::unix::net::UnixDatagram;
+    common::own_mounts();
+    // A system log of our own.
+    rustix::mount::mount("none", "/dev", "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+    let null = rustix::fs::makedev(1, 3);
+    let mode = rustix::fs::Mode::from_raw_mode(0o666);
+    let kind = rustix::fs::FileType::CharacterDevice;
+    rustix::fs::mknodat(rustix::fs::CWD, "/dev/null", kind, mode, null).unwrap();
+    for (args, syslog) in [
+        (&[][..], false),
+        (&["--sandbox=namespace", "--syslog"][..], true),
+        (&["--sandbox=chroot", "--rlimit-nofile=200"][..], false),
+    ] {
+        let log = syslog.then(|| UnixDatagram::bind("/dev/log").unwrap());
+        let directory = common::disk_directory();
+        let trace = directory.path().join("trace");
+        let share = directory.path().join("share");
+        fs::create_dir(&share).unwrap();
+        let mut backend = Backend::of("strace")
+            .args(strace::options(&trace))
+            .args([common::program()])
+            .args(["--xattr", "--posix-lock", "--flock", "--posix-acl=auto", "--allow-direct-io"])
+            .args(["--log-level=debug"])
+            .args(args)
+            .env("RUST_BACKTRACE", "full")
+            .share(&share)
+            .start()
+            .unwrap();
+        let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+        let session = backend.connect(options).unwrap();
+        let client = session.client();
+        names(&client);
+        data(&client);
+        attributes(&client);
+        identities(&client, &backend);
+        locks(&client);
+        refused(&client);
+        specials(&client);
+        let log = log.map(|log| {
+            drop(log);
+            fs::remove_file("/dev/log").unwrap();
+            UnixDatagram::bind("/dev/log").unwrap()
+        });
+        crowd(&client, 60);
+        crowd(&client.on(2), 60);
+        session.reboot().unwrap();
+        session.init().unwrap();
+        session.client().getattr(ROOT).unwrap();
+        drop(session);
+        backend.expect_success().unwrap();
+        drop(log);
+        let calls = strace::inside(&trace);
+        assert!(calls.len() > 500 && calls.iter().any(|call| call.name() == "mknodat"), "{}", calls.len());
+        let absolute: Vec<_> = calls.iter().filter(|call| !call.absolute_paths().is_empty()).collect();
+        assert!(absolute.is_empty(), "{args:?}: {absolute:#?}");
+        let is_special = |call: &&strace::Call| call.opened().is_some_and(|path| path.contains("special"));
+        let special: Vec<_> = calls.iter().filter(is_special).collect();
+        assert!(special.is_empty(), "{args:?}: {special:#?}");
+        assert!(calls.iter().any(|call| call.opened().is_some()), "no open is found in the trace");
+    }
 }

@@ -277,6 +277,61 @@ fn namespaces_work_in_a_chroot() {
     }
 }
 
+/// As in an initramfs: the root of the namespace is the kernel's first file system, which nothing can take
+/// the place of. Every machine has it below its root, empty in most.
+#[test]
+fn namespaces_work_on_an_initramfs() {
+    use rustix::fs::{CWD, Mode, OFlags, openat};
+    use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount};
+    use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+    use std::os::fd::AsFd;
+    as_root();
+    common::own_mounts();
+    let tmp = std::env::temp_dir();
+    let program = PathBuf::from(common::program());
+    let places = [
+        "/usr",
+        "/lib",
+        "/lib64",
+        "/proc",
+        "/dev",
+        tmp.to_str().unwrap(),
+        program.parent().unwrap().to_str().unwrap(),
+    ];
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+    let places = places.iter().filter(|place| Path::new(place).exists());
+    let copies: Vec<_> = places.map(|place| (place, open_tree(CWD, *place, flags).unwrap())).collect();
+    let own = openat(CWD, "/proc/thread-self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    unmount("/", UnmountFlags::DETACH).unwrap();
+    move_into_link_name_space(own.unwrap().as_fd(), Some(LinkNameSpaceType::Mount)).unwrap();
+    let mut made = Vec::new();
+    for (place, copy) in &copies {
+        let place = Path::new(place);
+        let missing = place.ancestors().take_while(|path| !path.exists()).map(Path::to_owned);
+        made.extend(missing);
+        fs::create_dir_all(place).unwrap();
+        move_mount(copy, "", CWD, place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).unwrap();
+    }
+    for sandbox in ["namespace", "chroot"] {
+        let sandbox = format!("--sandbox={sandbox}");
+        let mut backend = common::starter().args([&sandbox]).start().unwrap();
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        session.client().mkdir(ROOT, "dir", 0o755, 0).unwrap();
+        let (pid, share) = (serving(backend.pid()), backend.path(""));
+        assert!(share.join("dir").exists());
+        has_an_empty_root(pid, &share);
+        if sandbox.ends_with("namespace") {
+            assert_eq!(mounts_of(pid).len(), 1, "{:#?}", mounts_of(pid));
+            no_way_out(pid, &share);
+        }
+        drop(session);
+        backend.expect_success().unwrap();
+    }
+    copies.iter().for_each(|(place, _)| unmount(**place, UnmountFlags::DETACH).unwrap());
+    made.iter().for_each(|path| drop(fs::remove_dir(path)));
+}
+
 /// What the host mounts below the share later is there, if the host's mounts are shared, as systemd makes
 /// them.
 #[test]

@@ -9,6 +9,7 @@ mod id_map;
 mod limits;
 mod mounts;
 mod namespace;
+mod optional_calls;
 mod process;
 mod seccomp;
 mod share;
@@ -20,14 +21,16 @@ use log::warn;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
-use rustix::thread::{CapabilitySet, capabilities};
+use rustix::thread::{CapabilitySet, UnshareFlags, capabilities};
 use thiserror::Error;
 
 pub use self::capabilities::{CapabilityError, Needs, give_up as give_up_capabilities};
 pub use self::limits::{LimitError, bind_to_cpus, raise_descriptor_limit};
 use self::process::Fork;
 pub use self::process::Parent;
-pub use self::seccomp::{SeccompError, install as install_seccomp};
+pub use self::seccomp::{
+    SeccompError, install as install_seccomp, install_on_thread as install_seccomp_on_thread,
+};
 use crate::config::{IdMaps, Sandbox};
 
 /// Why a sandbox cannot be had.
@@ -92,6 +95,15 @@ pub fn enter(wanted: Option<Sandbox>, share: &Path, ids: &IdMaps) -> Result<Side
         Sandbox::Chroot => chroot(share.directory),
         Sandbox::Namespace => namespace::enter(&share, ids),
     }
+}
+
+/// Moves the calling thread alone into the namespace sandbox, without a process of its own and so without a
+/// PID namespace: for tests and fuzzing, whose other threads stay outside.
+pub fn enter_with_thread(share: &Path) -> Result<Sandboxed, SandboxError> {
+    // The working directory changes first, and is to be the thread's own by then.
+    namespace::unshare(UnshareFlags::FS).map_err(step("unshare(2)"))?;
+    Share { path: share, directory: open_share(share)? }.enter()?;
+    namespace::build_walls()
 }
 
 /// The shared directory, before the sandbox.

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use log::debug;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, openat, unlinkat};
@@ -189,7 +190,9 @@ fn removed_directory() -> Result<OwnedFd, Errno> {
 }
 
 fn make_and_remove(place: &OwnedFd) -> Result<OwnedFd, Errno> {
-    let name = format!(".lanefsd-root-{}", std::process::id());
+    // In a PID namespace the process's id is the same for every daemon.
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
+    let name = format!(".lanefsd-root-{}-{now}", std::process::id());
     mkdirat(place, &name, Mode::RUSR | Mode::XUSR)?;
     let directory = openat(place, &name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty());
     unlinkat(place, &name, AtFlags::REMOVEDIR)?;

@@ -56,7 +56,7 @@ pub(super) fn user_namespaces_work() -> bool {
 
 /// In the new process: a mount namespace that holds the share and nothing else, and a root directory
 /// that holds nothing at all. The share is the working directory.
-fn build_walls() -> Result<Sandboxed, SandboxError> {
+pub(super) fn build_walls() -> Result<Sandboxed, SandboxError> {
     drop_groups();
     // The working directory moves along: in the new namespace it is the same directory of the copied
     // mount, wherever its path leads by now.

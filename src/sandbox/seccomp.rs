@@ -1,17 +1,19 @@
 //! System calls: those that serving takes stay, all others are gone for good.
 //!
 //! A call that is not on the list ends the daemon (`--seccomp=kill`): its own code makes none, so
-//! somebody else's must be running.
+//! somebody else's must be running. Libraries may try calls that they can do without; these are answered
+//! ENOSYS (`optional_calls.rs`).
 
 use std::collections::BTreeMap;
 
 use libc::c_long;
 use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch, apply_filter_all_threads,
+    BackendError, BpfProgram, BpfProgramRef, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch, apply_filter, apply_filter_all_threads,
 };
 use thiserror::Error;
 
+use super::optional_calls::{INFORMATION, answer_unknown, optional_besides};
 use crate::config::Seccomp;
 use crate::sys::file_flags;
 
@@ -129,8 +131,17 @@ const RENAMEAT: c_long = libc::SYS_renameat;
 const RENAMEAT: c_long = 38;
 
 /// What fcntl(2) may be asked for. Owners of descriptors, who get signals, are not among it.
-const FCNTL: &[i32] =
-    &[libc::F_GETFD, libc::F_DUPFD_CLOEXEC, libc::F_OFD_GETLK, libc::F_OFD_SETLK, libc::F_OFD_SETLKW];
+const FCNTL: &[i32] = &[
+    libc::F_GETFD,
+    libc::F_GETFL,
+    libc::F_DUPFD_CLOEXEC,
+    libc::F_OFD_GETLK,
+    libc::F_OFD_SETLK,
+    libc::F_OFD_SETLKW,
+];
+
+/// `PR_SET_VMA` of linux/prctl.h, which can do nothing but name memory.
+const PR_SET_VMA: u32 = 0x5356_4d41;
 
 /// `OPEN_TREE_CLONE` of linux/mount.h.
 const OPEN_TREE_CLONE: u64 = 1;
@@ -143,36 +154,52 @@ const FILE_HANDLES: &[c_long] = &[libc::SYS_open_by_handle_at];
 ///
 /// What happens at a forbidden one is for `mode` to say.
 pub fn install(mode: Seccomp, file_handles: bool) -> Result<(), SeccompError> {
+    install_by(apply_filter_all_threads, mode, file_handles)
+}
+
+/// The same for the calling thread and those that it will start: the other threads of a test stay free.
+pub fn install_on_thread(mode: Seccomp, file_handles: bool) -> Result<(), SeccompError> {
+    install_by(apply_filter, mode, file_handles)
+}
+
+fn install_by(
+    apply: fn(BpfProgramRef<'_>) -> Result<(), seccompiler::Error>,
+    mode: Seccomp,
+    file_handles: bool,
+) -> Result<(), SeccompError> {
     let action = match mode {
         Seccomp::None => return Ok(()),
         Seccomp::Kill => SeccompAction::KillProcess,
         Seccomp::Log => SeccompAction::Log,
         Seccomp::Trap => SeccompAction::Trap,
     };
-    for program in [without_clone3()?, allow_list(action, file_handles)?] {
-        apply_filter_all_threads(&program).map_err(SeccompError::Install)?;
+    for program in [without_optional()?, allow_list(action, file_handles)?] {
+        apply(&program).map_err(SeccompError::Install)?;
     }
     Ok(())
 }
 
-/// Threads are made by clone(2), whose flags a filter can see; those of clone3(2) it cannot.
-/// With ENOSYS for that one the C library takes the other.
-fn without_clone3() -> Result<BpfProgram, BackendError> {
+/// Answers ENOSYS to calls that are optional.
+///
+/// Among them clone3(2), whose flags a filter cannot see, as it can those of clone(2): the C library
+/// then makes threads by that one.
+fn without_optional() -> Result<BpfProgram, BackendError> {
     let enosys = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
-    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let rules = optional_besides(ALLOWED).map(|call| (call, Vec::new())).collect();
     SeccompFilter::new(rules, SeccompAction::Allow, enosys, architecture()?)?.try_into()
 }
 
 /// Everything that is not on the lists meets `action`.
 fn allow_list(action: SeccompAction, file_handles: bool) -> Result<BpfProgram, BackendError> {
     let mut rules = restricted()?;
-    rules.extend(ALLOWED.iter().chain(ALLOWED_HERE).map(|call| (*call, Vec::new())));
+    let allowed = ALLOWED.iter().chain(ALLOWED_HERE).chain(INFORMATION).copied();
+    // The other filter, which is stricter, answers the optional ones.
+    rules.extend(allowed.chain(optional_besides(ALLOWED)).map(|call| (call, Vec::new())));
     if file_handles {
         rules.extend(FILE_HANDLES.iter().map(|call| (*call, Vec::new())));
     }
-    // The other filter, which is stricter, answers it.
-    rules.insert(libc::SYS_clone3, Vec::new());
-    SeccompFilter::new(rules, action, SeccompAction::Allow, architecture()?)?.try_into()
+    let filter = SeccompFilter::new(rules, action, SeccompAction::Allow, architecture()?)?;
+    Ok(answer_unknown(filter.try_into()?))
 }
 
 /// Calls that are allowed with some arguments only.
@@ -206,7 +233,14 @@ fn restricted() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, BackendError> {
         // A umask of a thread's own; namespaces are other flags.
         (libc::SYS_unshare, vec![argument(0, SeccompCmpOp::Eq, libc::CLONE_FS.unsigned_abs())?]),
         (libc::SYS_tgkill, vec![own_threads]),
-        (libc::SYS_prctl, vec![argument(0, SeccompCmpOp::Eq, libc::PR_SET_NAME.unsigned_abs())?]),
+        (
+            libc::SYS_prctl,
+            vec![
+                argument(0, SeccompCmpOp::Eq, libc::PR_SET_NAME.unsigned_abs())?,
+                // Allocators give their memory a name.
+                argument(0, SeccompCmpOp::Eq, PR_SET_VMA)?,
+            ],
+        ),
         (libc::SYS_socketpair, vec![argument(0, SeccompCmpOp::Eq, libc::AF_UNIX.unsigned_abs())?]),
     ]))
 }
@@ -237,7 +271,7 @@ fn architecture() -> Result<TargetArch, BackendError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use std::backtrace::Backtrace;
     use std::os::unix::process::ExitStatusExt;
@@ -246,9 +280,13 @@ mod tests {
 
     /// Makes one system call under the filter, in a process of its own, and says how that ended:
     /// 0 if it came back, whatever the answer, and 1 if the answer was ENOSYS.
-    fn attempt(mode: SeccompAction, call: c_long, arguments: [c_long; 4]) -> ExitStatus {
+    pub(in crate::sandbox) fn attempt(
+        mode: SeccompAction,
+        call: c_long,
+        arguments: [c_long; 4],
+    ) -> ExitStatus {
         // The filter of the child has its own id in it.
-        let programs = |action| [without_clone3().unwrap(), allow_list(action, false).unwrap()];
+        let programs = |action| [without_optional().unwrap(), allow_list(action, false).unwrap()];
         let [a, b, c, d] = arguments;
         // SAFETY: the child does nothing but system calls, and memory that the C library's fork
         // has put in order.
@@ -418,7 +456,7 @@ mod tests {
 
     #[test]
     fn calls_of_the_way_of_a_request_are_decided_by_their_number() {
-        let programs = [without_clone3().unwrap(), allow_list(SeccompAction::KillProcess, true).unwrap()];
+        let programs = [without_optional().unwrap(), allow_list(SeccompAction::KillProcess, true).unwrap()];
         let decided = |call| programs.iter().all(|program| is_decided_by_number(program, call));
         for call in [
             libc::SYS_preadv2,
@@ -442,17 +480,12 @@ mod tests {
         assert!(!decided(libc::SYS_fcntl) && !decided(libc::SYS_execve));
     }
 
-    #[test]
-    fn threads_have_a_way_left() {
-        // ENOSYS, upon which the C library takes clone(2).
-        assert_eq!(attempt(SeccompAction::KillProcess, libc::SYS_clone3, [0; 4]).code(), Some(1));
-    }
-
     /// All of it in one thread of the tests: a filter that is not right ends them all.
     #[test]
     fn a_worker_gets_along_with_it() {
         let work = || {
-            for program in [without_clone3().unwrap(), allow_list(SeccompAction::KillProcess, false).unwrap()]
+            for program in
+                [without_optional().unwrap(), allow_list(SeccompAction::KillProcess, false).unwrap()]
             {
                 seccompiler::apply_filter(&program).unwrap();
             }
