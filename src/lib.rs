@@ -3,6 +3,7 @@
 //! One request goes straight through: [`device`] takes a descriptor chain, [`fuse`] decodes it,
 //! [`service`] calls the [`fs::FileSystem`], and the reply goes back into the chain.
 
+pub mod blocking;
 pub mod cli;
 pub mod config;
 pub mod device;

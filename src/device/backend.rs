@@ -49,6 +49,8 @@ struct Vring {
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
     enabled: bool,
+    /// The guest has not heard of all that was given back.
+    owes_notification: bool,
     crew: Option<Arc<Crew>>,
 }
 
@@ -118,9 +120,13 @@ impl Backend {
         let ring = ring.map_err(|e| refuse(describe(&QueueError::Ring { index, source: e })))?;
         let kick = kick.try_clone().map_err(Error::ReqHandlerError)?;
         let call = vring.call.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::ReqHandlerError)?;
-        let queue = Queue::new(index, memory, ring, kick, call);
-        let crew = queue.and_then(|queue| Crew::start(queue.polled_for(poll_time), service, &watch, workers));
-        vring.crew = Some(crew.map_err(|error| refuse(describe(&error)))?);
+        let crew = Queue::new(index, memory, ring, kick, call)
+            .and_then(|queue| Crew::start(queue.polled_for(poll_time), service, &watch, workers));
+        let crew = crew.map_err(|error| refuse(describe(&error)))?;
+        if std::mem::take(&mut vring.owes_notification) {
+            crew.queue().announce();
+        }
+        vring.crew = Some(crew);
         debug!("queue {index} runs with {} descriptors", vring.layout.size);
         Ok(())
     }
@@ -146,6 +152,7 @@ impl Vring {
         if let Some(crew) = self.crew.take() {
             crew.stop();
             self.base = crew.queue().next_available();
+            self.owes_notification = crew.queue().owes_notification();
         }
     }
 }

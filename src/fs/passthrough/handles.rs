@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 
 use rustix::io::Errno;
 
@@ -11,6 +11,7 @@ use super::budget::Held;
 use super::inodes::Inode;
 use super::io_mode::Mode;
 use super::shards::{ByNumber, Shards};
+use crate::blocking::block_in_place;
 use crate::fs::Result;
 use crate::fuse::ids::{HandleId, NodeId};
 
@@ -58,7 +59,14 @@ impl Handle {
     pub fn position(&self) -> Result<MutexGuard<'_, u64>> {
         match &self.kind {
             Kind::File(_) => Err(Errno::BADF),
-            Kind::Directory(position) => Ok(position.lock().unwrap_or_else(PoisonError::into_inner)),
+            Kind::Directory(position) => Ok(match position.try_lock() {
+                Ok(position) => position,
+                Err(TryLockError::Poisoned(error)) => error.into_inner(),
+                // Another request lists the directory, which may take as long as the host likes.
+                Err(TryLockError::WouldBlock) => {
+                    block_in_place(|| position.lock().unwrap_or_else(PoisonError::into_inner))
+                }
+            }),
         }
     }
 }

@@ -77,6 +77,11 @@ impl Change {
     pub fn kill_suidgid(self) -> Change {
         self.set(SetattrValid::KILL_SUIDGID, |_| {})
     }
+
+    /// The SETATTR, for [`Client::send`].
+    pub fn request<'a>(self, node: u64) -> Request<'a> {
+        Request::new(Opcode::Setattr, node).arg(&self.0).reply::<AttrOut>()
+    }
 }
 
 impl Client<'_> {
@@ -94,8 +99,7 @@ impl Client<'_> {
 
     /// SETATTR.
     pub fn setattr(&self, node: u64, change: Change) -> Result<Attr> {
-        let request = Request::new(Opcode::Setattr, node).arg(&change.0).reply::<AttrOut>();
-        self.call::<AttrOut>(request).map(|out| out.attr)
+        self.call::<AttrOut>(change.request(node)).map(|out| out.attr)
     }
 
     /// STATX with a mask of `STATX_*` bits.
