@@ -15,5 +15,6 @@ pub mod mapping;
 pub mod sandbox;
 pub mod server;
 pub mod service;
+mod session_lock;
 mod sync;
 pub mod sys;

@@ -14,7 +14,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use failing_store::{Call, FILE, FailingStore};
-use lanefsd::fuse::abi::{CopyFileRangeIn, FallocateIn, OpenIn, OpenOut, WriteOut};
+use lanefsd::fuse::abi::{CopyFileRangeIn, EntryOut, FallocateIn, OpenIn, OpenOut, WriteOut};
 use lanefsd::fuse::flags::WriteFlags;
 use lanefsd::fuse::opcode::Opcode;
 use lanefsd_frontend::client::{Change, ROOT, data};
@@ -188,6 +188,51 @@ fn waiting_for_a_range_blocks_no_other_request() {
         let begin = Instant::now();
         session.stop_queue(2).unwrap();
         assert!(begin.elapsed() < Duration::from_secs(1), "the stop took {:?}", begin.elapsed());
+    }
+}
+
+/// Attack: the end of a session among requests that wait for the host.
+/// Outcome: nothing is left to the next one.
+#[test]
+fn destroy_among_requests_leaves_nothing() {
+    let Host { session, backend, store, node, _directory, .. } =
+        serve(&["--cache=never", "--keep-listening"]);
+    let connect = || {
+        let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+        backend.connect(options).unwrap()
+    };
+    let lookup = || Request::new(Opcode::Lookup, ROOT).name(FILE).reply::<EntryOut>();
+    let open = |node| Request::new(Opcode::Open, node).arg(&OpenIn::default()).reply::<OpenOut>();
+    let mut before = None;
+    let mut next = Some((session, node));
+    for (by_name, destroyed_on, init) in
+        [(true, 1, false), (false, 1, false), (true, 0, false), (false, 0, true), (true, 1, true)]
+    {
+        let (session, node) = next.take().unwrap();
+        let client = session.client();
+        store.delay_names(Duration::from_millis(500));
+        let request = if by_name { lookup() } else { open(node) };
+        let pending: Vec<_> = (0..4).map(|_| client.on(2).send(request.clone()).unwrap()).collect();
+        std::thread::sleep(Duration::from_millis(100));
+        if init {
+            session.init().unwrap();
+        } else {
+            client.on(destroyed_on).destroy().unwrap();
+        }
+        for sent in pending {
+            session.finish(sent).unwrap();
+        }
+        store.delay_names(Duration::ZERO);
+        drop(session);
+        let limit = before.unwrap_or(usize::MAX);
+        let session = connect();
+        let now = common::settled_descriptors(&backend, limit);
+        assert!(now <= limit, "{limit} descriptors before, now {now}");
+        before = Some(now);
+        let node = session.client().lookup(ROOT, FILE).unwrap().nodeid;
+        let fh = session.client().open(node, libc::O_RDWR).unwrap().fh;
+        session.client().release(node, fh).unwrap();
+        next = Some((session, node));
     }
 }
 

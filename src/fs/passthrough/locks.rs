@@ -131,11 +131,9 @@ impl Waits {
         }
     }
 
-    /// Ends all waits.
+    /// Makes all waits end. It is called again until they have.
     pub fn interrupt_all(&self) {
-        while self.signal(|_| true) {
-            thread::sleep(SIGNAL_AGAIN);
-        }
+        self.signal(|_| true);
     }
 
     /// Signals the threads that are meant; false if there are none. A thread in the table lives,
@@ -333,7 +331,13 @@ mod tests {
                 while waits.lock().is_empty() {
                     thread::yield_now();
                 }
-                if round % 2 == 0 { waits.interrupt(Unique(round)) } else { waits.interrupt_all() }
+                if round % 2 == 0 {
+                    waits.interrupt(Unique(round));
+                }
+                while !done.load(Ordering::SeqCst) {
+                    waits.interrupt_all();
+                    thread::sleep(SIGNAL_AGAIN);
+                }
             });
             assert!(done.load(Ordering::SeqCst));
         }

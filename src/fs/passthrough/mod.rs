@@ -262,7 +262,6 @@ impl FileSystem for PassthroughFs {
     }
 
     fn destroy(&self) {
-        self.waits.interrupt_all();
         debug!("the session ends with {} inodes known", self.inodes.len());
         self.handles.clear();
         self.inodes.clear();

@@ -1,4 +1,4 @@
-//! The workers of a queue under every order of their threads' steps.
+//! The workers of a queue and the end of a session under every order of their threads' steps.
 //!
 //! loom also fails a run in which a thread sleeps for ever, so each of these tests shows that no
 //! call and no kick is lost.
@@ -6,8 +6,9 @@
 
 use std::time::Duration;
 
+use lanefsd_loom::session_lock::{SessionLock, Slot};
 use lanefsd_loom::worker_count::{Action, Parked, WorkerCount};
-use loom::sync::atomic::{AtomicUsize, Ordering};
+use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 
@@ -225,5 +226,71 @@ fn a_blocked_worker_is_replaced() {
         queue.worker_count.wait_until_empty(Duration::from_secs(1), || ());
         replacement.join().unwrap();
         assert_eq!(serving.load(Ordering::SeqCst), 1);
+    });
+}
+
+/// What a session holds, and whether there is one.
+#[derive(Default)]
+struct Session {
+    begun: AtomicBool,
+    table: Mutex<usize>,
+}
+
+impl Session {
+    /// A request that leaves something in the table, in two steps.
+    fn request(&self, session_lock: &Arc<SessionLock>) {
+        let mut slot = Slot::of(session_lock);
+        let _shared = slot.lock_shared();
+        if self.begun.load(Ordering::Relaxed) {
+            *self.table.lock().unwrap() += 1;
+            assert!(self.begun.load(Ordering::Relaxed), "the session ended in mid-request");
+        }
+    }
+
+    fn end(&self, session_lock: &Arc<SessionLock>) {
+        session_lock.exclusive(
+            || (),
+            || {
+                self.begun.store(false, Ordering::Relaxed);
+                *self.table.lock().unwrap() = 0;
+            },
+        );
+    }
+}
+
+#[test]
+fn the_end_of_a_session_leaves_nothing() {
+    check(3, || {
+        let (session_lock, session) = (Arc::new(SessionLock::default()), Arc::new(Session::default()));
+        session.begun.store(true, Ordering::Relaxed);
+        let requests = [(); 2].map(|()| {
+            let (session_lock, session) = (Arc::clone(&session_lock), Arc::clone(&session));
+            thread::spawn(move || session.request(&session_lock))
+        });
+        session.end(&session_lock);
+        requests.into_iter().for_each(|thread| thread.join().unwrap());
+        assert_eq!(*session.table.lock().unwrap(), 0);
+    });
+}
+
+#[test]
+fn ends_and_beginnings_of_sessions_exclude_each_other() {
+    check(2, || {
+        let (session_lock, session) = (Arc::new(SessionLock::default()), Arc::new(Session::default()));
+        let ends = [false, true].map(|begins| {
+            let (session_lock, session) = (Arc::clone(&session_lock), Arc::clone(&session));
+            thread::spawn(move || {
+                if begins {
+                    session_lock.exclusive(|| (), || session.begun.store(true, Ordering::Relaxed));
+                } else {
+                    session.end(&session_lock);
+                }
+            })
+        });
+        session.request(&session_lock);
+        ends.into_iter().for_each(|thread| thread.join().unwrap());
+        if !session.begun.load(Ordering::Relaxed) {
+            assert_eq!(*session.table.lock().unwrap(), 0);
+        }
     });
 }
