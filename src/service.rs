@@ -8,10 +8,11 @@ use log::{debug, trace};
 use rustix::io::Errno;
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
-use crate::fs::{Context, FileSystem, Opened, XattrReply};
+use crate::fs::{Context, FileSystem, Opened, PUT_BACK, XattrReply};
 use crate::fuse::abi;
 use crate::fuse::decode::{DecodeError, argument_bytes};
 use crate::fuse::flags::SetxattrFlags;
+use crate::fuse::ids::Unique;
 use crate::fuse::init::{self, Layout, negotiate};
 use crate::fuse::opcode::Opcode;
 use crate::fuse::reply::{DirectoryWriter, OUT_HEADER_SIZE};
@@ -86,9 +87,9 @@ impl Service {
         Opcode::from_number(header.opcode) == Some(Opcode::Setlkw)
     }
 
-    /// Ends all waits for locks: the queues are about to stop.
-    pub fn interrupt_all(&self) {
-        self.fs.interrupt_all();
+    /// Ends the wait of request `unique`, if it waits: [`Service::serve_and_wait`] returns `None`.
+    pub fn put_back(&self, unique: u64) {
+        self.fs.put_back(Unique(unique));
     }
 
     /// Drops what the session holds, whatever the guest has said so far. It has to begin a new one
@@ -110,14 +111,28 @@ impl Service {
         &self,
         header: &abi::InHeader,
         input: GuestReader<'_>,
-        mut output: GuestWriter<'_>,
+        output: GuestWriter<'_>,
         scratch: &mut Scratch,
     ) -> u32 {
-        let no_reply = Opcode::from_number(header.opcode).is_some_and(Opcode::has_no_reply);
+        self.serve_and_wait(header, input, output, scratch).unwrap_or(0)
+    }
+
+    /// The same for a request that may wait for others; `None` if it did, and was put back: then
+    /// nothing has been written, and it is to be served once more.
+    pub fn serve_and_wait(
+        &self,
+        header: &abi::InHeader,
+        input: GuestReader<'_>,
+        mut output: GuestWriter<'_>,
+        scratch: &mut Scratch,
+    ) -> Option<u32> {
+        let opcode = Opcode::from_number(header.opcode);
+        let no_reply = opcode.is_some_and(Opcode::has_no_reply);
         let reply = output.reserve::<OUT_HEADER_SIZE>();
-        if reply.is_none() && !no_reply {
+        // A guest that interrupts a request may leave no room for the answer, which is of no use to it.
+        if reply.is_none() && !no_reply && opcode != Some(Opcode::Interrupt) {
             warn_limited!("request {} has no room for a reply; dropped", header.unique);
-            return 0;
+            return Some(0);
         }
         let mut body = Body { room: output, written: 0 };
         let result = catch_unwind(AssertUnwindSafe(|| self.pass(header, input, &mut body, scratch)));
@@ -125,10 +140,13 @@ impl Service {
             warn_limited!("request {} of kind {} failed inside the daemon", header.unique, header.opcode);
             Err(Errno::IO)
         });
-        if no_reply {
-            return 0;
+        if result == Err(PUT_BACK) {
+            return None;
         }
-        reply.map_or(0, |reply| fill_header(reply, header.unique, result.map(|()| body.written)))
+        if no_reply {
+            return Some(0);
+        }
+        Some(reply.map_or(0, |reply| fill_header(reply, header.unique, result.map(|()| body.written))))
     }
 
     /// Lets a request in among others, or alone if it begins or ends a session.
@@ -277,10 +295,7 @@ impl Service {
                 items.iter().for_each(|(node, count)| fs.forget(node, count));
                 Ok(())
             }
-            Operation::Interrupt { unique } => {
-                fs.interrupt(*unique);
-                Ok(())
-            }
+            Operation::Interrupt { unique } => fs.interrupt(*unique),
             Operation::Getattr { handle } => body.put(&fs.getattr(ctx, node, *handle)?.to_wire()),
             Operation::Setattr(set) => {
                 body.has_room_for::<abi::AttrOut>()?;

@@ -245,9 +245,10 @@ impl Queue {
         self.notify(notify);
     }
 
-    /// Index of the next chain; what GET_VRING_BASE answers once the workers are gone.
-    pub fn next_available(&self) -> u16 {
-        self.lock().ring.next_available()
+    /// Indices of the next chain and of the next used entry: where a ring stands once the workers are gone.
+    pub fn position(&self) -> (u16, u16) {
+        let state = self.lock();
+        (state.ring.next_available(), state.ring.next_used())
     }
 
     /// Gives back the chain that was served, if any, and takes the next one. The last request took
@@ -336,6 +337,12 @@ impl Queue {
             self.flush(&mut state, &memory)
         };
         self.notify(notify);
+    }
+
+    /// Puts chains back that were taken last and not served; returns them if others were taken later.
+    pub(super) fn put_back(&self, heads: Vec<u16>) -> Vec<u16> {
+        let memory = self.memory.memory();
+        if self.lock().ring.put_back(&memory, &heads).unwrap_or(false) { Vec::new() } else { heads }
     }
 
     /// Whether chains wait that nobody has taken.

@@ -42,8 +42,19 @@ pub(super) struct Crew {
     watch: Arc<Watch>,
     worker_count: WorkerCount,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Requests that may wait for others, each on a thread of its own, in the order of their arrival.
+    apart: Mutex<Vec<Apart>>,
     /// Requests taken when the watch looked last.
     seen_by_watch: AtomicU64,
+}
+
+/// A request that is served apart.
+#[derive(Debug)]
+struct Apart {
+    unique: u64,
+    head: u16,
+    /// It was to wait on when the queue was stopped.
+    put_back: bool,
 }
 
 /// What a worker keeps from request to request, so that none allocates.
@@ -54,17 +65,20 @@ pub(super) struct Kit {
 }
 
 impl Crew {
-    /// Starts serving `queue` with one worker that may grow to `limit` (at least one).
+    /// Starts serving `queue` with one worker that may grow to `limit` (at least one). Chains in
+    /// `put_back` were taken from the ring before it was stopped, and come first.
     pub fn start(
         queue: Queue,
         service: Arc<Service>,
         watch: &Arc<Watch>,
         limit: usize,
+        put_back: &[u16],
     ) -> Result<Arc<Crew>, QueueError> {
         let crew = Crew::new(queue, service, watch, limit.max(1));
         crew.try_perform(crew.worker_count.spawn_if_allowed())
             .map_err(|source| QueueError::Thread { index: crew.queue.index(), source })?;
         watch.add(&crew);
+        put_back.iter().for_each(|head| crew.serve_again(*head));
         Ok(crew)
     }
 
@@ -80,6 +94,7 @@ impl Crew {
             watch: Arc::clone(watch),
             worker_count: WorkerCount::new(limit),
             threads: Mutex::default(),
+            apart: Mutex::default(),
             seen_by_watch: AtomicU64::new(0),
         })
     }
@@ -96,14 +111,18 @@ impl Crew {
         &self.queue
     }
 
-    /// Stops: nothing more is taken, and what is in flight is finished. Nothing touches the ring
-    /// after the return, and the caller has the last reference.
-    pub fn stop(self: &Arc<Self>) {
+    /// Stops: nothing more is taken, and what is in flight is finished, but for requests that wait for
+    /// locks: their chains are put back into the ring or, where later ones are done already, returned,
+    /// to be served when the queue goes on. Nothing touches the ring after the return, and the caller
+    /// has the last reference.
+    pub fn stop(self: &Arc<Self>) -> Vec<u16> {
         self.queue.begin_stop();
         self.worker_count.stop();
         self.watch.remove(self);
         self.worker_count.wait_until_empty(INTERRUPT_INTERVAL, || {
-            self.service.interrupt_all();
+            for apart in self.apart().iter().filter(|apart| !apart.put_back) {
+                self.service.put_back(apart.unique);
+            }
         });
         // Its descriptors have to be free before the queue is started anew: there may be no others.
         let threads = mem::take(&mut *self.threads());
@@ -121,6 +140,7 @@ impl Crew {
                 statistics.found_by_looking
             );
         }
+        self.queue.put_back(mem::take(&mut *self.apart()).into_iter().map(|apart| apart.head).collect())
     }
 
     /// Called by the watch: if no chain was taken since the last call, notifies the guest of those
@@ -266,7 +286,7 @@ impl Crew {
             return Some(Done { head, written: 0 });
         };
         let written = if Service::may_wait_for_others(&header) {
-            if self.serve_apart(head) {
+            if self.serve_apart(head, header.unique) {
                 return None;
             }
             Service::refuse(&header, output, Errno::NOLCK)
@@ -278,27 +298,72 @@ impl Crew {
 
     /// Serves a chain on a thread of its own, since it may have to wait for another request.
     /// Returns false if there are too many of these already.
-    fn serve_apart(self: &Arc<Self>, head: u16) -> bool {
+    fn serve_apart(self: &Arc<Self>, head: u16, unique: u64) -> bool {
         if !self.worker_count.begin_apart() {
             return false;
         }
+        self.apart().push(Apart { unique, head, put_back: false });
         let started = self.start_thread("w", move |crew| {
-            let mut kit = Kit::default();
-            let memory = crew.queue.memory().memory();
-            // Walked anew, as the segments of the first walk belong to the worker. A guest that
-            // has changed the chain meanwhile is served what stands there now.
-            let written = match kit.chain.walk(&memory, crew.queue.layout(), head) {
-                Ok((mut input, output)) => Service::read_header(&mut input)
-                    .map_or(0, |header| crew.service.serve(&header, input, output, &mut kit.scratch)),
-                Err(_) => 0,
-            };
-            crew.queue.give_back(Done { head, written });
-            crew.worker_count.end_apart();
+            let written = crew.serve_and_wait(head);
+            if let Some(written) = written {
+                crew.queue.give_back(Done { head, written });
+            }
+            crew.end_apart(head, written.is_none());
         });
         if started.is_err() {
-            self.worker_count.end_apart();
+            self.end_apart(head, false);
         }
         started.is_ok()
+    }
+
+    /// A request that was served apart is done, or put back. (That happens to one of a queue that runs
+    /// only if its number is that of another request: then the guest waits for what it has lost.)
+    fn end_apart(&self, head: u16, put_back: bool) {
+        let mut apart = self.apart();
+        if let Some(place) = apart.iter().position(|apart| apart.head == head && !apart.put_back) {
+            if put_back {
+                apart.iter_mut().skip(place).take(1).for_each(|apart| apart.put_back = true);
+            } else {
+                apart.remove(place);
+            }
+        }
+        drop(apart);
+        self.worker_count.end_apart();
+    }
+
+    /// Serves a chain that may wait; `None` if it is to be served again.
+    ///
+    /// It is walked anew, as the segments of the first walk belong to the worker. A guest that has
+    /// changed the chain meanwhile is served what stands there now.
+    fn serve_and_wait(&self, head: u16) -> Option<u32> {
+        let mut kit = Kit::default();
+        let memory = self.queue.memory().memory();
+        let Ok((mut input, output)) = kit.chain.walk(&memory, self.queue.layout(), head) else {
+            return Some(0);
+        };
+        let Some(header) = Service::read_header(&mut input) else { return Some(0) };
+        self.service.serve_and_wait(&header, input, output, &mut kit.scratch)
+    }
+
+    /// Serves a chain that was put back when the queue was stopped. Whatever the guest has made of it
+    /// since, it does not block the calling thread.
+    fn serve_again(self: &Arc<Self>, head: u16) {
+        let mut kit = Kit::default();
+        let memory = self.queue.memory().memory();
+        let mut written = 0;
+        if let Ok((mut input, output)) = kit.chain.walk(&memory, self.queue.layout(), head)
+            && let Some(header) = Service::read_header(&mut input)
+        {
+            if self.serve_apart(head, header.unique) {
+                return;
+            }
+            written = Service::refuse(&header, output, Errno::NOLCK);
+        }
+        self.queue.give_back(Done { head, written });
+    }
+
+    fn apart(&self) -> MutexGuard<'_, Vec<Apart>> {
+        self.apart.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {

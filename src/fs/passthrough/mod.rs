@@ -483,8 +483,12 @@ impl FileSystem for PassthroughFs {
         self.take_lock(&*self.handles.get(node, lock.handle)?, lock, Some(ctx.unique))
     }
 
-    fn interrupt(&self, unique: Unique) {
-        self.waits.interrupt(unique);
+    fn interrupt(&self, unique: Unique) -> Result<()> {
+        self.waits.interrupt(unique)
+    }
+
+    fn put_back(&self, unique: Unique) {
+        self.waits.put_back(unique);
     }
 
     fn interrupt_all(&self) {

@@ -131,10 +131,9 @@ impl Client<'_> {
         self.call_empty(Request::new(Opcode::Destroy, 0))
     }
 
-    /// INTERRUPT of a request under way, on the high-priority queue. Linux expects no reply there.
+    /// INTERRUPT of a request under way, on the high-priority queue; EAGAIN if it does not wait.
     pub fn interrupt(&self, sent: Sent) -> Result<()> {
         let arg = InterruptIn { unique: sent.unique };
-        let sent = self.on(0).send(Request::new(Opcode::Interrupt, 0).arg(&arg))?;
-        self.session.wait(sent).map(drop)
+        self.on(0).call_empty(Request::new(Opcode::Interrupt, 0).arg(&arg))
     }
 }
