@@ -249,3 +249,32 @@ fn replies_before_the_call_descriptor_are_announced() {
         }
     }
 }
+
+#[test]
+fn workers_exit_after_a_burst_and_some_stay() {
+    let (backend, session) = common::serve(&["--store=null:100ms", "--cache=never"]);
+    let client = session.client();
+    let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+    let before = backend.threads().unwrap();
+    let burst = |count: u64| {
+        let begin = Instant::now();
+        let write = |i| {
+            data::write_request(entry.nodeid, open.fh, i * 512, &[1; 512], WriteFlags::empty(), libc::O_RDWR)
+        };
+        let sent: Vec<_> = (0..count).map(|i| client.send(write(i)).unwrap()).collect();
+        sent.into_iter().for_each(|sent| drop(session.finish(sent).unwrap()));
+        begin.elapsed()
+    };
+    burst(64);
+    let grown = backend.threads().unwrap();
+    assert!(grown >= before + 8, "{before} threads before, {grown} after the burst");
+    // They are idle for ten seconds first.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while backend.threads().unwrap() > before + 1 {
+        assert!(Instant::now() < deadline, "{} threads stay", backend.threads().unwrap());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // Those that stay hear the guest, and others come again.
+    client.getattr(entry.nodeid).unwrap();
+    assert!(burst(8) < Duration::from_millis(700), "one after the other");
+}
