@@ -3,6 +3,7 @@
 //! One request goes straight through: [`device`] takes a descriptor chain, [`fuse`] decodes it,
 //! [`service`] calls the [`fs::FileSystem`], and the reply goes back into the chain.
 
+pub mod blocking;
 pub mod cli;
 pub mod config;
 pub mod device;
@@ -15,5 +16,6 @@ pub mod remarks;
 pub mod sandbox;
 pub mod server;
 pub mod service;
+mod session_lock;
 mod sync;
 pub mod sys;

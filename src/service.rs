@@ -8,17 +8,18 @@ use log::{debug, trace};
 use rustix::io::Errno;
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
-use crate::fs::{Context, FileSystem, Opened, XattrReply};
+use crate::fs::{Context, FileSystem, Opened, PUT_BACK, XattrReply};
 use crate::fuse::abi;
 use crate::fuse::decode::{DecodeError, argument_bytes};
 use crate::fuse::flags::SetxattrFlags;
-use crate::fuse::ids::NodeId;
+use crate::fuse::ids::{NodeId, Unique};
 use crate::fuse::init::{self, Layout, negotiate};
 use crate::fuse::ioctl::Command;
 use crate::fuse::opcode::Opcode;
 use crate::fuse::reply::{DirectoryWriter, OUT_HEADER_SIZE};
 use crate::fuse::request::{CopyFileRange, Init, Ioctl, Operation, Read, Request, Write};
 use crate::logging::{info_limited, warn_limited};
+use crate::session_lock::{SessionLock, SharedGuard, Slot};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter, Reserved};
 use crate::sys::memory;
 
@@ -38,9 +39,25 @@ const OPEN_FLAGS: u8 = 16;
 /// Bytes of the longest reply to READDIR: a worker keeps that much. What is longer comes in parts.
 const MAX_LISTING: usize = 1 << 20;
 
-/// Room that a worker keeps from request to request.
+/// What a worker keeps from request to request.
 #[derive(Debug, Default)]
 pub struct Scratch {
+    slot: Option<Slot>,
+    buffers: Buffers,
+}
+
+impl Scratch {
+    /// Takes the session's lock shared by the calling thread's slot.
+    fn slot<'a>(slot: &'a mut Option<Slot>, session_lock: &Arc<SessionLock>) -> SharedGuard<'a> {
+        if slot.as_ref().is_none_or(|slot| !slot.is_of(session_lock)) {
+            *slot = None;
+        }
+        slot.get_or_insert_with(|| Slot::of(session_lock)).lock_shared()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Buffers {
     arguments: Vec<u8>,
     listing: Vec<u8>,
 }
@@ -49,6 +66,9 @@ pub struct Scratch {
 pub struct Service {
     fs: Arc<dyn FileSystem>,
     session: AtomicU8,
+    /// What begins or ends a session excludes all other requests: none of these is left behind in the
+    /// tables of the next session.
+    session_lock: Arc<SessionLock>,
 }
 
 type Result<T> = std::result::Result<T, Errno>;
@@ -56,7 +76,7 @@ type Result<T> = std::result::Result<T, Errno>;
 impl Service {
     /// A service without a session; it begins with INIT.
     pub fn new(fs: Arc<dyn FileSystem>) -> Service {
-        Service { fs, session: AtomicU8::new(NO_SESSION) }
+        Service { fs, session: AtomicU8::new(NO_SESSION), session_lock: Arc::default() }
     }
 
     /// The header of the request in `input`, or `None` if it is shorter than that.
@@ -72,13 +92,19 @@ impl Service {
         Opcode::from_number(header.opcode) == Some(Opcode::Setlkw)
     }
 
-    /// Ends all waits for locks: the queues are about to stop.
-    pub fn interrupt_all(&self) {
-        self.fs.interrupt_all();
+    /// Ends the wait of request `unique`, if it waits: [`Service::serve_and_wait`] returns `None`.
+    pub fn put_back(&self, unique: u64) {
+        self.fs.put_back(Unique(unique));
     }
 
-    /// Drops what the session holds. The guest has to begin a new one with INIT.
+    /// Drops what the session holds, whatever the guest has said so far. It has to begin a new one
+    /// with INIT. The caller serves no request.
     pub fn end_session(&self) {
+        self.session_lock.exclusive(|| self.fs.interrupt_all(), || self.destroy());
+    }
+
+    /// Only while no other request is served.
+    fn destroy(&self) {
         if self.session.swap(NO_SESSION, Ordering::SeqCst) != NO_SESSION {
             self.fs.destroy();
         }
@@ -90,25 +116,59 @@ impl Service {
         &self,
         header: &abi::InHeader,
         input: GuestReader<'_>,
-        mut output: GuestWriter<'_>,
+        output: GuestWriter<'_>,
         scratch: &mut Scratch,
     ) -> u32 {
-        let no_reply = Opcode::from_number(header.opcode).is_some_and(Opcode::has_no_reply);
+        self.serve_and_wait(header, input, output, scratch).unwrap_or(0)
+    }
+
+    /// The same for a request that may wait for others; `None` if it did, and was put back: then
+    /// nothing has been written, and it is to be served once more.
+    pub fn serve_and_wait(
+        &self,
+        header: &abi::InHeader,
+        input: GuestReader<'_>,
+        mut output: GuestWriter<'_>,
+        scratch: &mut Scratch,
+    ) -> Option<u32> {
+        let opcode = Opcode::from_number(header.opcode);
+        let no_reply = opcode.is_some_and(Opcode::has_no_reply);
         let reply = output.reserve::<OUT_HEADER_SIZE>();
-        if reply.is_none() && !no_reply {
+        // A guest that interrupts a request may leave no room for the answer, which is of no use to it.
+        if reply.is_none() && !no_reply && opcode != Some(Opcode::Interrupt) {
             warn_limited!("request {} has no room for a reply; dropped", header.unique);
-            return 0;
+            return Some(0);
         }
         let mut body = Body { room: output, written: 0 };
-        let result = catch_unwind(AssertUnwindSafe(|| self.answer(header, input, &mut body, scratch)));
+        let result = catch_unwind(AssertUnwindSafe(|| self.pass(header, input, &mut body, scratch)));
         let result = result.unwrap_or_else(|_| {
             warn_limited!("request {} of kind {} failed inside the daemon", header.unique, header.opcode);
             Err(Errno::IO)
         });
-        if no_reply {
-            return 0;
+        if result == Err(PUT_BACK) {
+            return None;
         }
-        reply.map_or(0, |reply| fill_header(reply, header.unique, result.map(|()| body.written)))
+        if no_reply {
+            return Some(0);
+        }
+        Some(reply.map_or(0, |reply| fill_header(reply, header.unique, result.map(|()| body.written))))
+    }
+
+    /// Lets a request in among others, or alone if it begins or ends a session.
+    fn pass(
+        &self,
+        header: &abi::InHeader,
+        input: GuestReader<'_>,
+        body: &mut Body<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let Scratch { slot, buffers } = scratch;
+        if let Some(Opcode::Init | Opcode::Destroy) = Opcode::from_number(header.opcode) {
+            let answer = || self.answer(header, input, body, buffers);
+            return self.session_lock.exclusive(|| self.fs.interrupt_all(), answer);
+        }
+        let _inside = Scratch::slot(slot, &self.session_lock);
+        self.answer(header, input, body, buffers)
     }
 
     /// Refuses the request with `header` for want of a thread or a worker.
@@ -121,12 +181,12 @@ impl Service {
         header: &abi::InHeader,
         mut input: GuestReader<'_>,
         body: &mut Body<'_>,
-        scratch: &mut Scratch,
+        buffers: &mut Buffers,
     ) -> Result<()> {
         let readable = input.len() + size_of::<abi::InHeader>();
         let arguments = argument_bytes(header, readable).map_err(refused)?;
-        memory::resize(&mut scratch.arguments, arguments)?;
-        input.read(&mut scratch.arguments);
+        memory::resize(&mut buffers.arguments, arguments)?;
+        input.read(&mut buffers.arguments);
         let session = self.session.load(Ordering::SeqCst);
         let layout = Layout {
             long_setxattr: session & LONG_SETXATTR != 0,
@@ -134,7 +194,7 @@ impl Service {
             extensions: session & EXTENSIONS != 0,
             open_flags: session & OPEN_FLAGS != 0,
         };
-        let request = Request::decode(header, &scratch.arguments, layout).map_err(refused)?;
+        let request = Request::decode(header, &buffers.arguments, layout).map_err(refused)?;
         trace!("{request:?}");
         let ctx = Context::from(&request);
         if session == NO_SESSION && !matches!(request.operation, Operation::Init(_)) {
@@ -143,7 +203,7 @@ impl Service {
         match request.operation {
             Operation::Read(read) => self.read(&ctx, &request, &read, body),
             Operation::Write(write) => self.write(&ctx, &request, &write, input, body),
-            Operation::Readdir { .. } => self.readdir(&ctx, &request, body, &mut scratch.listing),
+            Operation::Readdir { .. } => self.readdir(&ctx, &request, body, &mut buffers.listing),
             Operation::Init(init) => self.init(&init, body),
             _ => self.inode_operation(&ctx, &request, body),
         }
@@ -151,6 +211,8 @@ impl Service {
 
     fn init(&self, init: &Init, body: &mut Body<'_>) -> Result<()> {
         body.has_room_for::<abi::InitOut>()?;
+        // A guest that begins anew has lost what it had, also if it is refused now.
+        self.destroy();
         let offered = self.fs.offered_flags();
         let negotiated = match negotiate(init, offered) {
             Ok(Some(negotiated)) => negotiated,
@@ -168,7 +230,6 @@ impl Service {
             );
             return Err(Errno::PROTO);
         }
-        self.end_session();
         self.fs.init(&negotiated);
         info_limited!("session begins: FUSE 7.{}, {:?}", negotiated.minor, negotiated.flags);
         let layout = negotiated.layout();
@@ -232,7 +293,7 @@ impl Service {
         let fs = &self.fs;
         match &request.operation {
             Operation::Destroy => {
-                self.end_session();
+                self.destroy();
                 Ok(())
             }
             Operation::Forget { nlookup } => {
@@ -243,10 +304,7 @@ impl Service {
                 items.iter().for_each(|(node, count)| fs.forget(node, count));
                 Ok(())
             }
-            Operation::Interrupt { unique } => {
-                fs.interrupt(*unique);
-                Ok(())
-            }
+            Operation::Interrupt { unique } => fs.interrupt(*unique),
             Operation::Getattr { handle } => body.put(&fs.getattr(ctx, node, *handle)?.to_wire()),
             Operation::Setattr(set) => {
                 body.has_room_for::<abi::AttrOut>()?;

@@ -58,6 +58,7 @@ fn data(client: &Client<'_>) {
     let (unnamed, to) = client.tmpfile(ROOT, libc::O_RDWR, 0o600).unwrap();
     client.copy_file_range((node, fh, 0), (unnamed.nodeid, to.fh, 0), 5000).unwrap();
     client.copy_file_range_64((node, fh, 0), (unnamed.nodeid, to.fh, 5000), 5000).unwrap();
+    client.copy_file_range_64((node, fh, 0), (node, fh, 1 << 20), 1 << 40).unwrap();
     for data_only in [true, false] {
         client.fsync(node, fh, data_only).unwrap();
     }

@@ -14,9 +14,11 @@ mod common;
 use std::time::{Duration, Instant};
 
 use failing_store::{Call, FILE, FailingStore};
+use lanefsd::fuse::abi::{CopyFileRangeIn, EntryOut, FallocateIn, OpenIn, OpenOut, WriteOut};
 use lanefsd::fuse::flags::WriteFlags;
-use lanefsd_frontend::client::{ROOT, data};
-use lanefsd_frontend::{Backend, Session, SessionOptions};
+use lanefsd::fuse::opcode::Opcode;
+use lanefsd_frontend::client::{Change, ROOT, data};
+use lanefsd_frontend::{Backend, Request, Session, SessionOptions};
 
 struct Host {
     session: Session,
@@ -120,6 +122,118 @@ fn slow_storage_holds_up_only_who_waits_for_it() {
     session.finish(write).unwrap();
     store.delay(Duration::ZERO);
     assert_eq!(&std::fs::read(backend.path(FILE)).unwrap()[..4], b"last");
+}
+
+/// Attack: requests for bytes that a slow one holds.
+/// Outcome: no other request waits.
+#[test]
+fn waiting_for_a_range_blocks_no_other_request() {
+    const WAITING: u64 = 30; // More than the workers of a queue by default.
+    for pool in ["--thread-pool-size=16", "--thread-pool-size=1"] {
+        let host = serve(&["--cache=never", pool]);
+        let Host { session, store, node, fh, .. } = &host;
+        let (node, fh) = (*node, *fh);
+        let (client, other) = (session.client(), session.client().on(2));
+        let copy = |i| {
+            let arg = CopyFileRangeIn {
+                fh_in: fh,
+                off_in: 1 << 19,
+                nodeid_out: node,
+                fh_out: fh,
+                off_out: i,
+                len: 100,
+                ..CopyFileRangeIn::default()
+            };
+            Request::new(Opcode::CopyFileRange, node).arg(&arg).reply::<WriteOut>()
+        };
+        let kinds: [&dyn Fn(u64) -> Request<'static>; 6] = [
+            &|i| data::write_request(node, fh, i, b"later", WriteFlags::empty(), libc::O_RDWR),
+            &|i| data::read_request(node, fh, i, 10),
+            &|i| Change::none().size(i).handle(fh).request(node),
+            &|i| {
+                let arg = FallocateIn { fh, offset: i, length: 10, ..FallocateIn::default() };
+                Request::new(Opcode::Fallocate, node).arg(&arg)
+            },
+            &copy,
+            &|_| {
+                let flags = (libc::O_RDWR | libc::O_TRUNC).cast_unsigned();
+                let arg = OpenIn { flags, open_flags: 0 };
+                Request::new(Opcode::Open, node).arg(&arg).reply::<OpenOut>()
+            },
+        ];
+        for (kind, request) in kinds.iter().enumerate() {
+            store.delay(Duration::from_secs(2));
+            let first = [b'f'; 100];
+            let first = data::write_request(node, fh, 0, &first, WriteFlags::empty(), libc::O_RDWR);
+            let first = client.send(first).unwrap();
+            std::thread::sleep(Duration::from_millis(200));
+            store.delay(Duration::ZERO);
+            let begin = Instant::now();
+            let waiting: Vec<_> = (0..WAITING).map(|i| other.send(request(i)).unwrap()).collect();
+            for _ in 0..5 {
+                other.getattr(ROOT).unwrap();
+                other.lookup(ROOT, FILE).unwrap();
+            }
+            let took = begin.elapsed();
+            assert!(took < Duration::from_millis(1200), "{pool}, kind {kind}: held up for {took:?}");
+            assert!(!session.queue(1).is_done(first.token).unwrap(), "it was to be slow");
+            assert!(waiting.iter().all(|sent| !session.queue(2).is_done(sent.token).unwrap()));
+            session.finish(first).unwrap();
+            for sent in waiting {
+                // The store cannot do all of it.
+                session.wait(sent).unwrap();
+            }
+        }
+        // Those that stood in for others are not needed any more, and a stop waits for nobody.
+        let begin = Instant::now();
+        session.stop_queue(2).unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(1), "the stop took {:?}", begin.elapsed());
+    }
+}
+
+/// Attack: the end of a session among requests that wait for the host.
+/// Outcome: nothing is left to the next one.
+#[test]
+fn destroy_among_requests_leaves_nothing() {
+    let Host { session, backend, store, node, _directory, .. } =
+        serve(&["--cache=never", "--keep-listening"]);
+    let connect = || {
+        let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+        backend.connect(options).unwrap()
+    };
+    let lookup = || Request::new(Opcode::Lookup, ROOT).name(FILE).reply::<EntryOut>();
+    let open = |node| Request::new(Opcode::Open, node).arg(&OpenIn::default()).reply::<OpenOut>();
+    let mut before = None;
+    let mut next = Some((session, node));
+    for (by_name, destroyed_on, init) in
+        [(true, 1, false), (false, 1, false), (true, 0, false), (false, 0, true), (true, 1, true)]
+    {
+        let (session, node) = next.take().unwrap();
+        let client = session.client();
+        store.delay_names(Duration::from_millis(500));
+        let request = if by_name { lookup() } else { open(node) };
+        let pending: Vec<_> = (0..4).map(|_| client.on(2).send(request.clone()).unwrap()).collect();
+        std::thread::sleep(Duration::from_millis(100));
+        if init {
+            session.init().unwrap();
+        } else {
+            client.on(destroyed_on).destroy().unwrap();
+        }
+        for sent in pending {
+            session.finish(sent).unwrap();
+        }
+        store.delay_names(Duration::ZERO);
+        drop(session);
+        let limit = before.unwrap_or(usize::MAX);
+        let session = connect();
+        let now = common::settled_descriptors(&backend, limit);
+        assert!(now <= limit, "{limit} descriptors before, now {now}");
+        before = Some(now);
+        let node = session.client().lookup(ROOT, FILE).unwrap().nodeid;
+        let fh = session.client().open(node, libc::O_RDWR).unwrap().fh;
+        session.client().release(node, fh).unwrap();
+        next = Some((session, node));
+    }
 }
 
 /// Attack: storage gone for good.

@@ -13,12 +13,12 @@
 mod common;
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lanefsd::fuse::flags::WriteFlags;
-use lanefsd_frontend::client::{ROOT, data};
+use lanefsd_frontend::client::{Lock, ROOT, data};
 use lanefsd_frontend::session::Sent;
-use lanefsd_frontend::{Backend, Session, SessionOptions};
+use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
 
 /// How long the null store takes for a write in these tests.
 const LATENCY: Duration = Duration::from_millis(100);
@@ -223,4 +223,91 @@ fn a_second_front_end_does_not_disturb_the_first() {
     drop(session);
     let session = backend.connect(SessionOptions::default()).unwrap();
     session.client().getattr(ROOT).unwrap();
+}
+
+/// What a guest's queue does while another one ends the session again and again. Any of it may fail.
+fn disturb(client: Client<'_>, owner: u64, until: Instant) {
+    while Instant::now() < until {
+        let Ok(entry) = client.lookup(ROOT, "file") else { continue };
+        let Ok(open) = client.open(entry.nodeid, libc::O_RDWR) else { continue };
+        let (node, fh) = (entry.nodeid, open.fh);
+        let _ = client.setlk(node, fh, Lock::posix(owner, libc::F_RDLCK, 0, 9));
+        let _ = client.setlkw(node, fh, Lock::flock(owner, libc::F_WRLCK));
+        let _ = client.create(ROOT, format!("new{owner}"), libc::O_RDWR, 0o600, 0);
+        let _ = client.opendir(ROOT);
+    }
+}
+
+#[test]
+fn sessions_that_end_among_requests_leave_nothing() {
+    let backend = common::start(&["--keep-listening", "--flock", "--posix-lock"]);
+    fs::write(backend.path("file"), "data").unwrap();
+    let connect = || backend.connect(SessionOptions { queues: 4, ..SessionOptions::default() }).unwrap();
+    drop(connect());
+    std::thread::sleep(Duration::from_millis(200));
+    let before = backend.descriptors().unwrap().len();
+    for round in 0..30 {
+        let session = connect();
+        let end = Instant::now() + Duration::from_millis(30);
+        std::thread::scope(|scope| {
+            for owner in 0..6 {
+                let client = session.client().on(2 + owner % 3);
+                scope.spawn(move || disturb(client, owner as u64, end + Duration::from_millis(20)));
+            }
+            while Instant::now() < end {
+                session.client().on(round % 2).destroy().unwrap();
+                session.init().unwrap();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            // No other session follows.
+            session.client().destroy().unwrap();
+        });
+        drop(session);
+        let now = common::settled_descriptors(&backend, before);
+        assert!(now <= before, "{before} descriptors before, {now} after round {round}");
+        fs::File::open(backend.path("file")).unwrap().try_lock().expect("no lock outlives its session");
+        let session = connect();
+        let node = session.client().lookup(ROOT, "file").unwrap().nodeid;
+        assert_eq!(session.client().read_file(node).unwrap(), b"data");
+    }
+}
+
+#[test]
+fn destroy_ends_waits_for_locks() {
+    for queue in [0, 1, 2] {
+        let (_backend, session) =
+            common::serve_with(&["--posix-lock"], SessionOptions { queues: 2, ..SessionOptions::default() });
+        let client = session.client();
+        let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+        let lock = |owner| Lock::posix(owner, libc::F_WRLCK, 0, 9);
+        client.setlk(entry.nodeid, open.fh, lock(1)).unwrap();
+        let waiting: Vec<Sent> = (1..=2)
+            .map(|queue| {
+                client.on(queue).send(lock(1 + queue as u64).waiting_request(entry.nodeid, open.fh)).unwrap()
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(50));
+        client.on(queue).destroy().unwrap();
+        for sent in waiting {
+            assert_eq!(common::errno(session.finish(sent)), libc::EINTR);
+        }
+        assert_eq!(common::errno(client.getattr(ROOT)), libc::ENOTCONN);
+        session.init().unwrap();
+        client.getattr(ROOT).unwrap();
+    }
+}
+
+/// A guest that boots another kernel, which the daemon refuses.
+#[test]
+fn an_init_that_is_refused_ends_the_old_session() {
+    use lanefsd::fuse::flags::InitFlags;
+    let (backend, session) = common::serve(&["--flock"]);
+    let client = session.client();
+    let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+    client.setlk(entry.nodeid, open.fh, Lock::flock(1, libc::F_WRLCK)).unwrap();
+    assert_eq!(common::errno(session.init_with(26, InitFlags::empty())), libc::EPROTO);
+    fs::File::open(backend.path("file")).unwrap().try_lock().unwrap();
+    assert_eq!(common::errno(client.getattr(ROOT)), libc::ENOTCONN);
+    session.init().unwrap();
+    client.getattr(ROOT).unwrap();
 }

@@ -251,6 +251,36 @@ fn holes_and_ranges() {
     }
 }
 
+/// Longer than what is copied at once, with data around each border.
+#[test]
+fn long_copies_are_whole() {
+    const PIECE: u64 = 64 << 20;
+    let (_directory, backend, session) = on_disk(&[]);
+    let client = session.client();
+    let (from, open) = client.create(ROOT, "from", libc::O_RDWR, 0o644, 0).unwrap();
+    let (node, fh, size) = (from.nodeid, open.fh, 2 * PIECE + 5000);
+    for (mark, border) in [(1, 100), (2, PIECE), (3, 2 * PIECE)] {
+        client.write(node, fh, border - 100, &[mark; 200]).unwrap();
+    }
+    client.setattr(node, Change::none().size(size)).unwrap();
+    let (to, open) = client.create(ROOT, "to", libc::O_RDWR, 0o644, 0).unwrap();
+    let target = |offset| (to.nodeid, open.fh, offset);
+    // More is asked for than there is, in both forms.
+    assert_eq!(client.copy_file_range((node, fh, 10), target(0), 1 << 40).unwrap() as u64, size - 10);
+    assert_eq!(client.copy_file_range_64((node, fh, 10), target(0), u64::MAX).unwrap(), size - 10);
+    let (source, copy) = (fs::read(backend.path("from")).unwrap(), fs::read(backend.path("to")).unwrap());
+    assert!(source[10..] == copy);
+    // A copy behind the file's own end stops where the file ended, and ranges that share bytes are refused.
+    let within = |offset, len| client.copy_file_range_64((node, fh, 0), (node, fh, offset), len);
+    assert_eq!(common::errno(within(PIECE, size)), libc::EINVAL);
+    assert_eq!(common::errno(within(size - 1, u64::MAX)), libc::EINVAL);
+    assert_eq!(within(size, u64::MAX).unwrap(), size);
+    assert_eq!(fs::metadata(backend.path("from")).unwrap().len(), 2 * size);
+    let twice = fs::read(backend.path("from")).unwrap();
+    assert!(twice[..size as usize] == source && twice[size as usize..] == source);
+    assert_eq!(client.copy_file_range_64((node, fh, 2 * size), target(0), u64::MAX).unwrap(), 0);
+}
+
 #[test]
 fn operations_of_new_kernels() {
     let (_directory, backend, session) = on_disk(&["--tmpfile"]);

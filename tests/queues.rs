@@ -189,3 +189,92 @@ fn a_guest_that_answers_at_once_is_found_by_looking() {
     let (mut backend, session) = common::serve(&["--poll-time=0"]);
     assert_eq!(found_by_looking(&mut backend, session), 0);
 }
+
+/// Sets queue 1 up as QEMU does when it goes on without irqfds: the guest's call comes last.
+fn start_without_call(session: &Session, base: u16) {
+    use lanefsd_frontend::message::{VringAddress, VringState, code};
+    let (connection, queue) = (session.connection(), session.queue(1));
+    let state = |value| VringState { index: 1, value };
+    queue.with_ring(|ring| {
+        let (descriptors, available, used) = ring.user_addresses();
+        let address = VringAddress { index: 1, flags: 0, descriptors, used, available, log: 0 };
+        connection.send(code::SET_VRING_NUM, &state(ring.size() as u32), &[]).unwrap();
+        connection.send(code::SET_VRING_BASE, &state(base.into()), &[]).unwrap();
+        connection.send(code::SET_VRING_ADDR, &address, &[]).unwrap();
+    });
+    connection.set_vring_kick(1, Some(queue.kick_event())).unwrap();
+    connection.enable_ring(1, true).unwrap();
+}
+
+fn wait_for_used(session: &Session, index: u16) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while session.queue(1).with_ring(|ring| ring.used_index()) != index {
+        assert!(Instant::now() < deadline, "the requests were not served");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn replies_before_the_call_descriptor_are_announced() {
+    use lanefsd_frontend::message::feature;
+    for features in [feature::EVENT_IDX, 0] {
+        let features = features | feature::VERSION_1 | feature::PROTOCOL_FEATURES | feature::INDIRECT_DESC;
+        let (_backend, session) =
+            common::serve_with(&[], SessionOptions { features, ..SessionOptions::default() });
+        let queue = session.queue(1);
+        let request = Request::new(Opcode::Getattr, ROOT).arg(&GetattrIn::default()).reply_data(104);
+        for stopped_again in [false, true] {
+            let base = session.stop_queue(1).unwrap();
+            let _ = queue.call_event().read();
+            queue.with_ring(|ring| ring.ask_for_call());
+            let waiting: Vec<_> = (0..3).map(|_| session.send(1, &request, Cut::Linux).unwrap()).collect();
+            start_without_call(&session, base);
+            wait_for_used(&session, base.wrapping_add(3));
+            assert!(queue.call_event().read().is_err());
+            if stopped_again {
+                session.stop_queue(1).unwrap();
+                session.start_queue(1).unwrap();
+            } else {
+                session.connection().set_vring_call(1, Some(queue.call_event())).unwrap();
+            }
+            // Nobody looks at the ring: the notification alone says that there is something.
+            queue.call_event().read().expect("the guest hears of what was given back before");
+            for sent in waiting {
+                session.finish(sent).unwrap();
+            }
+            // A call that comes later has nothing to announce.
+            session.connection().set_vring_call(1, Some(queue.call_event())).unwrap();
+            assert!(queue.call_event().read().is_err());
+            session.client().getattr(ROOT).unwrap();
+        }
+    }
+}
+
+#[test]
+fn workers_exit_after_a_burst_and_some_stay() {
+    let (backend, session) = common::serve(&["--store=null:100ms", "--cache=never"]);
+    let client = session.client();
+    let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+    let before = backend.threads().unwrap();
+    let burst = |count: u64| {
+        let begin = Instant::now();
+        let write = |i| {
+            data::write_request(entry.nodeid, open.fh, i * 512, &[1; 512], WriteFlags::empty(), libc::O_RDWR)
+        };
+        let sent: Vec<_> = (0..count).map(|i| client.send(write(i)).unwrap()).collect();
+        sent.into_iter().for_each(|sent| drop(session.finish(sent).unwrap()));
+        begin.elapsed()
+    };
+    burst(64);
+    let grown = backend.threads().unwrap();
+    assert!(grown >= before + 8, "{before} threads before, {grown} after the burst");
+    // They are idle for ten seconds first.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while backend.threads().unwrap() > before + 1 {
+        assert!(Instant::now() < deadline, "{} threads stay", backend.threads().unwrap());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // Those that stay hear the guest, and others come again.
+    client.getattr(entry.nodeid).unwrap();
+    assert!(burst(8) < Duration::from_millis(700), "one after the other");
+}

@@ -205,6 +205,10 @@ impl Server {
             return self.forget(header, message);
         }
         let Ok((out, body)) = abi::OutHeader::read_from_prefix(reply) else { return };
+        // A guest that begins anew has lost what it had, also if it is refused.
+        if opcode == Opcode::Init && [0, -libc::EPROTO].contains(&out.error) {
+            self.guest = Guest::default();
+        }
         if out.error != 0 {
             return;
         }

@@ -49,7 +49,38 @@ struct Vring {
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
     enabled: bool,
+    /// The guest has not heard of all that was given back.
+    owes_notification: bool,
+    put_back: PutBack,
     crew: Option<Arc<Crew>>,
+}
+
+/// Chains that were taken from a ring and are served when it goes on: requests that waited for locks
+/// when it was stopped, while later ones were done. To answer them would be to make programs fail that
+/// have done nothing wrong.
+#[derive(Default)]
+struct PutBack {
+    heads: Vec<u16>,
+    layout: Layout,
+    /// Where the ring stood.
+    available: u16,
+    used: u16,
+}
+
+impl PutBack {
+    /// The chains, if `ring` is the one that they were taken from, and not one that was made anew. The
+    /// front end lets it go on where it stood, or else behind the last used entry; it goes on where it
+    /// stood.
+    fn of(&self, ring: &mut Ring) -> &[u16] {
+        let stood = ring.layout() == self.layout && ring.next_used() == self.used;
+        // A new ring begins with 0.
+        let behind = ring.next_available() == self.used && self.used != 0;
+        if self.heads.is_empty() || !stood || !(behind || ring.next_available() == self.available) {
+            return &[];
+        }
+        ring.go_on_at(self.available);
+        &self.heads
+    }
 }
 
 /// The device, between one front end and the service.
@@ -115,12 +146,18 @@ impl Backend {
             return Ok(());
         }
         let ring = Ring::new(&memory.memory(), vring.layout, vring.base, event_idx);
-        let ring = ring.map_err(|e| refuse(describe(&QueueError::Ring { index, source: e })))?;
+        let mut ring = ring.map_err(|e| refuse(describe(&QueueError::Ring { index, source: e })))?;
         let kick = kick.try_clone().map_err(Error::ReqHandlerError)?;
         let call = vring.call.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::ReqHandlerError)?;
-        let queue = Queue::new(index, memory, ring, kick, call);
-        let crew = queue.and_then(|queue| Crew::start(queue.polled_for(poll_time), service, &watch, workers));
-        vring.crew = Some(crew.map_err(|error| refuse(describe(&error)))?);
+        let put_back = std::mem::take(&mut vring.put_back);
+        let heads = put_back.of(&mut ring);
+        let crew = Queue::new(index, memory, ring, kick, call)
+            .and_then(|queue| Crew::start(queue.polled_for(poll_time), service, &watch, workers, heads));
+        let crew = crew.map_err(|error| refuse(describe(&error)))?;
+        if std::mem::take(&mut vring.owes_notification) {
+            crew.queue().announce();
+        }
+        vring.crew = Some(crew);
         debug!("queue {index} runs with {} descriptors", vring.layout.size);
         Ok(())
     }
@@ -144,8 +181,11 @@ impl Vring {
     /// Stops after what is in flight, and remembers where the ring stood.
     fn stop(&mut self) {
         if let Some(crew) = self.crew.take() {
-            crew.stop();
-            self.base = crew.queue().next_available();
+            let heads = crew.stop();
+            let (available, used) = crew.queue().position();
+            self.base = available;
+            self.owes_notification = crew.queue().owes_notification();
+            self.put_back = PutBack { heads, layout: self.layout, available, used };
         }
     }
 }

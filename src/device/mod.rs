@@ -1,7 +1,7 @@
 //! The vhost-user device: descriptor chains in, used entries out.
 //!
 //! [`backend`] speaks vhost-user with the front end and starts and stops queues. A [`queue`] is a
-//! [`ring`] and the [`worker`]s that serve it; [`chain`] turns a descriptor chain into the two ends
+//! [`ring`] and the [`worker`]s that serve it, counted by the [`worker_count`]; [`chain`] turns a descriptor chain into the two ends
 //! of a request. What a request means is the [`service`](crate::service)'s business. [`by_hand`] serves
 //! a queue without threads, for benchmarks.
 
@@ -15,6 +15,7 @@ pub mod queue;
 pub mod ring;
 mod watch;
 mod worker;
+mod worker_count;
 
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 

@@ -5,7 +5,7 @@
 //! hand-off. Before a worker serves, it makes sure that somebody else hears the next kick.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -76,6 +76,20 @@ pub(super) struct Next {
     pub head: u16,
     /// How many more wait behind it.
     pub waiting: u32,
+    /// Whether requests are slow by now. Who holds notifications back and who looks after those that
+    /// are held have to go by one and the same answer.
+    pub slow: bool,
+}
+
+/// How a worker looks at the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    /// It looks again at once: the guest need not kick.
+    First,
+    /// It has looked before, and the guest knows that it need not kick.
+    Again,
+    /// It sleeps afterwards: the guest has to kick.
+    Last,
 }
 
 /// What of a queue changes under its lock.
@@ -84,39 +98,43 @@ struct State {
     call: Option<Arc<OwnedFd>>,
     /// Chains given back since the guest was last considered for a notification.
     held: u32,
+    /// The guest wanted a notification while there was no `call`.
+    unannounced: bool,
+    /// Moving average of the time that a request takes, in nanoseconds.
+    service_time: u32,
+    statistics: Statistics,
     /// Set when the guest broke the ring: nothing is taken from it until it is started anew.
     broken: bool,
 }
 
 /// Requests and chains that a queue has seen since its start.
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Statistics {
     /// Chains taken.
-    pub requests: AtomicU64,
+    pub requests: u64,
     /// Notifications sent to the guest.
-    pub notifications: AtomicU64,
+    pub notifications: u64,
     /// Chains taken by a worker that looked a little longer before it slept ([`Polling`]).
-    pub found_by_looking: AtomicU64,
+    pub found_by_looking: u64,
 }
+
+/// Something that changes with every request, in cache lines of its own.
+#[repr(align(128))]
+struct Apart<T>(T);
 
 /// A queue from its start to its stop.
 pub struct Queue {
     index: usize,
     memory: SharedMemory,
     layout: Layout,
-    state: Mutex<State>,
+    state: Apart<Mutex<State>>,
     epoll: OwnedFd,
     /// Kept open for `epoll`.
     _kick: OwnedFd,
     help: OwnedFd,
     stop: OwnedFd,
     stopping: AtomicBool,
-    idle: AtomicUsize,
-    help_called: AtomicBool,
-    /// Moving average of the time that a request takes, in nanoseconds.
-    service_time: AtomicU32,
-    polling: Polling,
-    statistics: Statistics,
+    polling: Apart<Polling>,
 }
 
 /// Index of the high-priority queue.
@@ -131,6 +149,8 @@ const ANSWER: u32 = 20_000;
 /// The least work, in nanoseconds, that is worth a notification while more chains wait.
 const WORTH: u32 = 10_000;
 
+/// Requests that take longer than this on average, in nanoseconds, are worth a wake-up each.
+const SLOW: u32 = 30_000;
 /// The most of a request's time, in nanoseconds, that goes into the average: one that sleeps says nothing of others.
 const MOST_COUNTED: u32 = 120_000;
 
@@ -160,23 +180,27 @@ impl Queue {
             index,
             memory,
             layout: ring.layout(),
-            state: Mutex::new(State { ring, call: call.map(Arc::new), held: 0, broken: false }),
+            state: Apart(Mutex::new(State {
+                ring,
+                call: call.map(Arc::new),
+                held: 0,
+                unannounced: false,
+                service_time: 0,
+                statistics: Statistics::default(),
+                broken: false,
+            })),
             epoll,
             _kick: kick,
             help,
             stop,
             stopping: AtomicBool::new(false),
-            idle: AtomicUsize::new(0),
-            help_called: AtomicBool::new(false),
-            service_time: AtomicU32::new(0),
-            polling: Polling::new(Duration::ZERO),
-            statistics: Statistics::default(),
+            polling: Apart(Polling::new(Duration::ZERO)),
         })
     }
 
     /// The same, whose workers look at the empty ring for `time` before they sleep, where that pays.
     pub fn polled_for(self, time: Duration) -> Queue {
-        Queue { polling: Polling::new(time), ..self }
+        Queue { polling: Apart(Polling::new(time)), ..self }
     }
 
     /// Number of the queue; 0 is the high-priority queue.
@@ -195,64 +219,86 @@ impl Queue {
     }
 
     /// What the queue has seen.
-    pub fn statistics(&self) -> &Statistics {
-        &self.statistics
+    pub fn statistics(&self) -> Statistics {
+        self.lock().statistics
     }
 
-    /// Replaces the eventfd by which the guest is notified.
+    /// Replaces the eventfd by which the guest is notified. What it was to hear of while there was none
+    /// is announced at once.
     pub fn set_call(&self, call: Option<OwnedFd>) {
-        self.lock().call = call.map(Arc::new);
-    }
-
-    /// Index of the next chain; what GET_VRING_BASE answers once the workers are gone.
-    pub fn next_available(&self) -> u16 {
-        self.lock().ring.next_available()
-    }
-
-    /// Gives back the chain that was served, if any, and takes the next one. While more chains wait
-    /// and are served fast, the guest is notified of several at once; should one of them turn out
-    /// slow, [`Queue::flush_held`] has to be called.
-    pub(super) fn advance(&self, done: Option<Done>) -> Option<Next> {
-        let memory = self.memory.memory();
-        let (notify, mut next) = {
+        let notify = {
             let mut state = self.lock();
+            state.call = call.map(Arc::new);
+            state.announce(false)
+        };
+        self.notify(notify);
+    }
+
+    /// Whether the guest has to hear of something as soon as there is an eventfd for that.
+    pub fn owes_notification(&self) -> bool {
+        self.lock().unannounced
+    }
+
+    /// The guest has to hear of something that was given back before the queue was started anew.
+    pub fn announce(&self) {
+        let notify = self.lock().announce(true);
+        self.notify(notify);
+    }
+
+    /// Indices of the next chain and of the next used entry: where a ring stands once the workers are gone.
+    pub fn position(&self) -> (u16, u16) {
+        let state = self.lock();
+        (state.ring.next_available(), state.ring.next_used())
+    }
+
+    /// Gives back the chain that was served, if any, and takes the next one. The last request took
+    /// `took` nanoseconds. While more chains wait and are served fast, the guest is notified of several
+    /// at once; should one of them turn out slow, [`Queue::flush_held`] has to be called.
+    pub(super) fn advance(&self, done: Option<Done>, took: Option<u32>) -> Option<Next> {
+        let memory = self.memory.memory();
+        let (notify, next, service_time) = {
+            let mut state = self.lock();
+            if let Some(took) = took {
+                state.service_time = moved_average(state.service_time, took);
+            }
             let given = done.map_or(Ok(()), |done| state.give_back(&memory, done));
             given.unwrap_or_else(|e| self.broke(&mut state, &e));
             // A guest that hears of a reply often sends the next request at once. Without a kick
             // this worker finds it when it looks again; a kick would wake another one.
-            let next = self.take(&mut state, &memory, done.is_none());
-            let may_hold = next.is_some_and(|next| may_hold(state.held, next.waiting, self.service_time()));
-            (if may_hold { None } else { self.flush(&mut state, &memory) }, next)
+            let look = if done.is_none() { Look::Last } else { Look::First };
+            let next = self.take(&mut state, &memory, look);
+            let time = state.service_time;
+            let may_hold = next.is_some_and(|next| may_hold(state.held, next.waiting, time));
+            (if may_hold { None } else { self.flush(&mut state, &memory) }, next, time)
         };
         self.notify(notify);
-        if next.is_none() && done.is_some() {
-            next = self.look_longer(&memory).or_else(|| self.take(&mut self.lock(), &memory, true));
+        if next.is_some() || done.is_none() {
+            return next;
         }
-        if next.is_some() {
-            self.statistics.requests.fetch_add(1, Ordering::Relaxed);
-        }
-        next
+        self.look_longer(&memory, service_time).or_else(|| self.take(&mut self.lock(), &memory, Look::Last))
     }
 
     /// Looks for what the guest sends as an answer to the last reply. It answers no FORGETs, and after slow requests
     /// it sleeps, too.
-    fn look_longer(&self, memory: &GuestMemoryMmap) -> Option<Next> {
-        if self.index == HIGH_PRIORITY || self.service_time() >= ANSWER {
+    fn look_longer(&self, memory: &GuestMemoryMmap, service_time: u32) -> Option<Next> {
+        if self.index == HIGH_PRIORITY || service_time >= ANSWER {
             return None;
         }
-        let found = self.polling.look(|| self.take(&mut self.lock(), memory, false))?;
-        self.statistics.found_by_looking.fetch_add(1, Ordering::Relaxed);
-        Some(found)
+        self.polling.0.look(|| {
+            let mut state = self.lock();
+            let found = self.take(&mut state, memory, Look::Again)?;
+            state.statistics.found_by_looking += 1;
+            Some(found)
+        })
     }
 
-    /// Takes the next chain; if there is none, and it is the `last_look` before the worker sleeps,
-    /// the guest is asked to kick.
+    /// Takes the next chain, if there is one.
     #[inline]
-    fn take(&self, state: &mut State, memory: &GuestMemoryMmap, last_look: bool) -> Option<Next> {
+    fn take(&self, state: &mut State, memory: &GuestMemoryMmap, look: Look) -> Option<Next> {
         if state.broken || self.stopping.load(Ordering::Relaxed) {
             return None;
         }
-        state.take(memory, last_look).unwrap_or_else(|e| {
+        state.take(memory, look).unwrap_or_else(|e| {
             self.broke(state, &e);
             None
         })
@@ -278,7 +324,6 @@ impl Queue {
 
     fn notify(&self, call: Option<Arc<OwnedFd>>) {
         if let Some(call) = call {
-            self.statistics.notifications.fetch_add(1, Ordering::Relaxed);
             signal(&*call);
         }
     }
@@ -294,6 +339,12 @@ impl Queue {
         self.notify(notify);
     }
 
+    /// Puts chains back that were taken last and not served; returns them if others were taken later.
+    pub(super) fn put_back(&self, heads: Vec<u16>) -> Vec<u16> {
+        let memory = self.memory.memory();
+        if self.lock().ring.put_back(&memory, &heads).unwrap_or(false) { Vec::new() } else { heads }
+    }
+
     /// Whether chains wait that nobody has taken.
     pub(super) fn has_backlog(&self) -> bool {
         let memory = self.memory.memory();
@@ -305,12 +356,9 @@ impl Queue {
     pub(super) fn wait(&self, timeout: Option<Timespec>) -> Wakeup {
         let mut events =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
-        self.idle.fetch_add(1, Ordering::SeqCst);
-        let asleep_since = self.polling.goes_to_sleep();
+        let asleep_since = self.polling.0.goes_to_sleep();
         let woken = epoll::wait(&self.epoll, &mut events[..], timeout.as_ref());
-        self.polling.wakes_up(asleep_since);
-        self.idle.fetch_sub(1, Ordering::SeqCst);
-        self.help_called.store(false, Ordering::SeqCst);
+        self.polling.0.wakes_up(asleep_since);
         if self.stopping.load(Ordering::SeqCst) {
             return Wakeup::Stop;
         }
@@ -324,27 +372,9 @@ impl Queue {
         }
     }
 
-    /// Workers that sleep in [`Queue::wait`].
-    pub(super) fn idle_workers(&self) -> usize {
-        self.idle.load(Ordering::SeqCst)
-    }
-
-    /// Wakes one sleeping worker, unless one was called and has not come yet.
+    /// Wakes one sleeping worker.
     pub(super) fn call_for_help(&self) {
-        if !self.help_called.swap(true, Ordering::SeqCst) {
-            signal(&self.help);
-        }
-    }
-
-    /// Moving average of the time that a request takes, in nanoseconds.
-    pub(super) fn service_time(&self) -> u32 {
-        self.service_time.load(Ordering::Relaxed)
-    }
-
-    /// Takes the time of one more request into the average. Lost updates do no harm.
-    pub(super) fn note_service_time(&self, nanoseconds: u32) {
-        let average = self.service_time.load(Ordering::Relaxed);
-        self.service_time.store(moved_average(average, nanoseconds), Ordering::Relaxed);
+        signal(&self.help);
     }
 
     /// Tells all workers to finish what they serve and to take nothing more.
@@ -365,7 +395,7 @@ impl Queue {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -381,20 +411,30 @@ impl State {
         if std::mem::take(&mut self.held) == 0 {
             return Ok(None);
         }
-        Ok(if self.ring.wants_notification(memory)? { self.call.clone() } else { None })
+        let wanted = self.ring.wants_notification(memory)?;
+        Ok(if wanted { self.announce(true) } else { None })
+    }
+
+    /// Whom to notify: of something `new`, or of what was given back while there was nobody. With
+    /// EVENT_IDX the guest wants to hear of one entry alone: it would not hear of the next ones either.
+    fn announce(&mut self, new: bool) -> Option<Arc<OwnedFd>> {
+        let wanted = new || self.unannounced;
+        self.unannounced = wanted && self.call.is_none();
+        self.statistics.notifications += u64::from(wanted && self.call.is_some());
+        if wanted { self.call.clone() } else { None }
     }
 
     /// Takes a chain. The guest kicks for the next one exactly if none waits behind this one. If
-    /// there is none at all, it kicks only if this is the `last_look` before the worker sleeps.
+    /// there is none at all, it kicks only if this is the last look before the worker sleeps.
     #[inline]
-    fn take(&mut self, memory: &GuestMemoryMmap, last_look: bool) -> Result<Option<Next>, RingError> {
+    fn take(&mut self, memory: &GuestMemoryMmap, look: Look) -> Result<Option<Next>, RingError> {
         let mut waiting = self.ring.waiting(memory)?;
-        if waiting == 0 && last_look {
+        if waiting == 0 && look == Look::Last {
             self.ring.ask_for_kick(memory)?;
             waiting = self.ring.waiting(memory)?;
         }
         if waiting == 0 {
-            if !last_look {
+            if look == Look::First {
                 self.ring.refuse_kicks(memory)?;
             }
             return Ok(None);
@@ -407,7 +447,8 @@ impl State {
             self.ring.ask_for_kick(memory)?;
             waiting = self.ring.waiting(memory)?;
         }
-        Ok(Some(Next { head, waiting: u32::from(waiting) }))
+        self.statistics.requests += 1;
+        Ok(Some(Next { head, waiting: u32::from(waiting), slow: self.service_time > SLOW }))
     }
 }
 
@@ -437,7 +478,6 @@ mod tests {
 
     #[test]
     fn one_request_that_sleeps_does_not_make_a_queue_slow() {
-        const SLOW: u32 = crate::device::worker::SLOW;
         let fast = (0..100).fold(0, |average, _| moved_average(average, 2_000));
         assert!(moved_average(fast, 100_000_000) < ANSWER.min(SLOW));
         assert!((0..100).fold(fast, |average, _| moved_average(average, 200_000)) > SLOW);

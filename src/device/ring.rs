@@ -110,6 +110,31 @@ impl Ring {
         self.next_available
     }
 
+    /// Index of the next used entry.
+    pub fn next_used(&self) -> u16 {
+        self.next_used
+    }
+
+    /// Goes on with the chain of this index.
+    pub fn go_on_at(&mut self, next_available: u16) {
+        self.next_available = next_available;
+    }
+
+    /// Makes it that chains were not taken. They have to be those that were taken last, in any order:
+    /// false if they are not.
+    pub fn put_back(&mut self, memory: &GuestMemoryMmap, heads: &[u16]) -> Result<bool> {
+        let Ok(count) = u16::try_from(heads.len()) else { return Ok(false) };
+        let first = self.next_available.wrapping_sub(count);
+        let mut heads = heads.to_vec();
+        for distance in 0..count {
+            let head = self.head(memory, first.wrapping_add(distance))?;
+            let Some(place) = heads.iter().position(|other| *other == head) else { return Ok(false) };
+            heads.swap_remove(place);
+        }
+        self.next_available = first;
+        Ok(true)
+    }
+
     /// Chains that the guest has made available and nobody has taken.
     pub fn waiting(&self, memory: &GuestMemoryMmap) -> Result<u16> {
         let available = self.load(memory, self.layout.available, INDEX)?;
@@ -124,10 +149,15 @@ impl Ring {
     /// Takes the next chain: the index of its first descriptor, unchecked. Only after
     /// [`Ring::waiting`] said that there is one.
     pub fn take(&mut self, memory: &GuestMemoryMmap) -> Result<u16> {
-        let slot = u64::from(self.next_available % self.layout.size.max(1));
-        let head = self.load(memory, self.layout.available, ENTRIES + slot * AVAIL_ENTRY)?;
+        let head = self.head(memory, self.next_available)?;
         self.next_available = self.next_available.wrapping_add(1);
         Ok(head)
+    }
+
+    /// The first descriptor of the chain with this index, unchecked.
+    fn head(&self, memory: &GuestMemoryMmap, index: u16) -> Result<u16> {
+        let slot = u64::from(index % self.layout.size.max(1));
+        self.load(memory, self.layout.available, ENTRIES + slot * AVAIL_ENTRY)
     }
 
     /// Gives a chain back: `written` bytes of its device-writable part are valid.
@@ -243,6 +273,28 @@ mod tests {
             let used: u64 = memory.read_obj(GuestAddress(entry)).unwrap();
             assert_eq!(used, (u64::from(100 + i) << 32) | u64::from(i % 8));
             assert_eq!(get(&memory, LAYOUT.used + INDEX), index.wrapping_add(1));
+        }
+    }
+
+    #[test]
+    fn only_what_was_taken_last_is_put_back() {
+        let memory = memory();
+        for (start, size) in [(0u16, 4u16), (65_534, 4)] {
+            for i in 0..size {
+                let index = start.wrapping_add(i);
+                set(&memory, LAYOUT.available + ENTRIES + u64::from(index % 8) * 2, 5 + i % 8);
+            }
+            set(&memory, LAYOUT.available + INDEX, start.wrapping_add(size));
+            let mut ring = Ring::new(&memory, LAYOUT, start, true).unwrap();
+            let taken: Vec<u16> = (0..size).map(|_| ring.take(&memory).unwrap()).collect();
+            assert_eq!(taken, [5, 6, 7, 8]);
+            assert!(!ring.put_back(&memory, &[5]).unwrap());
+            assert!(!ring.put_back(&memory, &[8, 6]).unwrap());
+            assert_eq!(ring.waiting(&memory).unwrap(), 0);
+            assert!(ring.put_back(&memory, &[]).unwrap());
+            assert!(ring.put_back(&memory, &[8, 7]).unwrap());
+            assert_eq!(ring.waiting(&memory).unwrap(), 2);
+            assert_eq!(ring.take(&memory).unwrap(), 7);
         }
     }
 

@@ -6,7 +6,7 @@
 //! put off until after such a request. Without a backlog it sleeps.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
@@ -21,7 +21,8 @@ const QUIET_TICKS: u32 = 20;
 pub(super) struct Watch {
     awake: AtomicBool,
     over: AtomicBool,
-    crews: Mutex<Vec<Weak<Crew>>>,
+    /// Held while they are looked at.
+    crews: Mutex<Vec<Arc<Crew>>>,
     thread: Mutex<Option<Thread>>,
 }
 
@@ -51,11 +52,14 @@ impl Watch {
         self.unpark();
     }
 
-    /// Watches over `crew` for as long as it lives.
+    /// Watches over `crew` until it is removed.
     pub fn add(&self, crew: &Arc<Crew>) {
-        let mut crews = self.crews.lock().unwrap_or_else(PoisonError::into_inner);
-        crews.retain(|crew| crew.strong_count() > 0);
-        crews.push(Arc::downgrade(crew));
+        self.crews().push(Arc::clone(crew));
+    }
+
+    /// Watches over `crew` no more: after the return the watch does not touch its ring.
+    pub fn remove(&self, crew: &Arc<Crew>) {
+        self.crews().retain(|other| !Arc::ptr_eq(other, crew));
     }
 
     /// There is a backlog that nobody was called for.
@@ -72,7 +76,6 @@ impl Watch {
     }
 
     fn run(&self) {
-        let mut crews = Vec::new();
         while !self.over.load(Ordering::SeqCst) {
             if !self.awake.load(Ordering::SeqCst) {
                 thread::park();
@@ -81,19 +84,22 @@ impl Watch {
             let mut quiet = 0;
             while quiet < QUIET_TICKS && !self.over.load(Ordering::SeqCst) {
                 thread::sleep(TICK);
-                quiet = if self.check_all(&mut crews) { 0 } else { quiet + 1 };
+                quiet = if self.check_all() { 0 } else { quiet + 1 };
             }
             self.awake.store(false, Ordering::SeqCst);
             // A backlog that came before the store called in vain.
-            if self.check_all(&mut crews) {
+            if self.check_all() {
                 self.awake.store(true, Ordering::SeqCst);
             }
         }
     }
 
-    /// Whether any queue has a backlog. `crews` is room that is kept, so that no look allocates.
-    fn check_all(&self, crews: &mut Vec<Weak<Crew>>) -> bool {
-        crews.clone_from(&self.crews.lock().unwrap_or_else(PoisonError::into_inner));
-        crews.iter().filter_map(Weak::upgrade).filter(|crew| crew.check_progress()).count() > 0
+    /// Whether any queue has a backlog.
+    fn check_all(&self) -> bool {
+        self.crews().iter().filter(|crew| crew.check_progress()).count() > 0
+    }
+
+    fn crews(&self) -> MutexGuard<'_, Vec<Arc<Crew>>> {
+        self.crews.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

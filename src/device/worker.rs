@@ -2,12 +2,13 @@
 //!
 //! A queue begins with one worker and grows: a worker that is about to serve while nobody sleeps
 //! on the queue starts another one, up to the limit. When chains wait and requests are slow, the
-//! worker wakes a sleeper at once; when requests are fast, waking costs more than it gains, and
-//! only the [`Watch`] wakes one if the queue stands still for a tick.
+//! worker wakes an idle one at once; when requests are fast, waking costs more than it gains, and
+//! only the [`Watch`] wakes one if the queue stands still for a tick. [`WorkerCount`] keeps count.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::mem;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
@@ -17,38 +18,43 @@ use vm_memory::GuestAddressSpace;
 use super::chain::ChainBuffers;
 use super::queue::{Done, Next, Queue, QueueError, Wakeup};
 use super::watch::Watch;
+use super::worker_count::{Action, Parked, WorkerCount};
+use crate::blocking::{Hook, HookGuard, take_blocked};
 use crate::logging::{info_limited, warn_limited};
 use crate::service::{Scratch, Service};
 use crate::sys::memory;
 
-/// Requests that take longer than this on average, in nanoseconds, are worth a wake-up each.
-pub(super) const SLOW: u32 = 30_000;
-/// How long a worker beyond the residents sleeps before it leaves.
-const LINGER: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
-/// Workers that stay for ever: one that serves and one that hears the next kick.
-const RESIDENT: usize = 2;
-/// Requests of one queue that may wait for locks at once, each on a thread of its own.
-const MAX_WAITING: usize = 256;
+/// How long a worker is idle or parked before it exits.
+const LINGER: Duration = Duration::from_secs(10);
+/// Workers of all queues that are replaced at once while they are blocked: each is a thread, and the
+/// host has only so many.
+const MAX_BLOCKED: usize = 1024;
 /// How often a stop repeats its interruption of waits for locks, which may begin at any moment.
-const INTERRUPT_INTERVAL: Duration = Duration::from_millis(10);
+const INTERRUPT_INTERVAL: Duration = Duration::from_millis(2);
+
+/// Workers that are blocked and replaced.
+static BLOCKED: AtomicUsize = AtomicUsize::new(0);
 
 /// A queue, and the threads that serve it until it is stopped.
 pub(super) struct Crew {
     queue: Queue,
     service: Arc<Service>,
     watch: Arc<Watch>,
-    limit: usize,
-    threads: Mutex<Threads>,
-    thread_left: Condvar,
+    worker_count: WorkerCount,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Requests that may wait for others, each on a thread of its own, in the order of their arrival.
+    apart: Mutex<Vec<Apart>>,
     /// Requests taken when the watch looked last.
     seen_by_watch: AtomicU64,
 }
 
-/// Threads of a crew.
-#[derive(Debug, Default)]
-struct Threads {
-    workers: usize,
-    waiting: usize,
+/// A request that is served apart.
+#[derive(Debug)]
+struct Apart {
+    unique: u64,
+    head: u16,
+    /// It was to wait on when the queue was stopped.
+    put_back: bool,
 }
 
 /// What a worker keeps from request to request, so that none allocates.
@@ -59,16 +65,20 @@ pub(super) struct Kit {
 }
 
 impl Crew {
-    /// Starts serving `queue` with one worker that may grow to `limit` (at least one).
+    /// Starts serving `queue` with one worker that may grow to `limit` (at least one). Chains in
+    /// `put_back` were taken from the ring before it was stopped, and come first.
     pub fn start(
         queue: Queue,
         service: Arc<Service>,
         watch: &Arc<Watch>,
         limit: usize,
+        put_back: &[u16],
     ) -> Result<Arc<Crew>, QueueError> {
         let crew = Crew::new(queue, service, watch, limit.max(1));
-        crew.add_worker().map_err(|source| QueueError::Thread { index: crew.queue.index(), source })?;
+        crew.try_perform(crew.worker_count.spawn_if_allowed())
+            .map_err(|source| QueueError::Thread { index: crew.queue.index(), source })?;
         watch.add(&crew);
+        put_back.iter().for_each(|head| crew.serve_again(*head));
         Ok(crew)
     }
 
@@ -82,16 +92,16 @@ impl Crew {
             queue,
             service,
             watch: Arc::clone(watch),
-            limit,
+            worker_count: WorkerCount::new(limit),
             threads: Mutex::default(),
-            thread_left: Condvar::new(),
+            apart: Mutex::default(),
             seen_by_watch: AtomicU64::new(0),
         })
     }
 
     /// Waits for a kick and serves what has come.
     pub fn wait_and_serve(self: &Arc<Self>, kit: &mut Kit) {
-        if self.queue.wait(None) == Wakeup::Work {
+        if self.sleep(None) == Wakeup::Work {
             self.serve_what_waits(kit);
         }
     }
@@ -101,126 +111,159 @@ impl Crew {
         &self.queue
     }
 
-    /// Stops: nothing more is taken, and what is in flight is finished. Nothing touches the ring
-    /// after the return, and the caller has the last reference.
-    pub fn stop(self: &Arc<Self>) {
+    /// Stops: nothing more is taken, and what is in flight is finished, but for requests that wait for
+    /// locks: their chains are put back into the ring or, where later ones are done already, returned,
+    /// to be served when the queue goes on. Nothing touches the ring after the return, and the caller
+    /// has the last reference.
+    pub fn stop(self: &Arc<Self>) -> Vec<u16> {
         self.queue.begin_stop();
-        let mut threads = self.lock();
-        while threads.workers > 0 || threads.waiting > 0 {
-            if threads.waiting > 0 {
-                self.service.interrupt_all();
+        self.worker_count.stop();
+        self.watch.remove(self);
+        self.worker_count.wait_until_empty(INTERRUPT_INTERVAL, || {
+            for apart in self.apart().iter().filter(|apart| !apart.put_back) {
+                self.service.put_back(apart.unique);
             }
-            let waited = self.thread_left.wait_timeout(threads, INTERRUPT_INTERVAL);
-            threads = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        drop(threads);
-        // Threads let go of the crew right after they have left. Its descriptors have to be free
-        // before the queue is started anew: there may be no others.
-        while Arc::strong_count(self) > 1 {
-            thread::yield_now();
+        });
+        // Its descriptors have to be free before the queue is started anew: there may be no others.
+        let threads = mem::take(&mut *self.threads());
+        for thread in threads {
+            // A worker that failed has left a message already.
+            let _ = thread.join();
         }
         let statistics = self.queue.statistics();
-        let requests = statistics.requests.load(Ordering::Relaxed);
-        if requests > 0 {
-            let notifications = statistics.notifications.load(Ordering::Relaxed);
-            let found = statistics.found_by_looking.load(Ordering::Relaxed);
+        if statistics.requests > 0 {
             info_limited!(
-                "queue {}: {requests} requests, {notifications} notifications, {found} requests found by looking",
-                self.queue.index()
+                "queue {}: {} requests, {} notifications, {} requests found by looking",
+                self.queue.index(),
+                statistics.requests,
+                statistics.notifications,
+                statistics.found_by_looking
             );
         }
+        self.queue.put_back(mem::take(&mut *self.apart()).into_iter().map(|apart| apart.head).collect())
     }
 
     /// Called by the watch: if no chain was taken since the last call, notifies the guest of those
     /// given back, and wakes a worker if chains wait. Returns whether chains wait.
     pub fn check_progress(self: &Arc<Self>) -> bool {
-        let requests = self.queue.statistics().requests.load(Ordering::Relaxed);
+        let requests = self.queue.statistics().requests;
         let stands_still = self.seen_by_watch.swap(requests, Ordering::Relaxed) == requests;
         let backlog = self.queue.has_backlog();
         if stands_still {
             self.queue.flush_held();
             if backlog {
-                self.call_another();
+                self.perform(self.worker_count.wake_or_spawn());
             }
         }
         backlog
     }
 
-    /// Wakes a sleeping worker, or starts one if none sleeps.
-    fn call_another(self: &Arc<Self>) {
-        if self.queue.idle_workers() > 0 {
-            self.queue.call_for_help();
-        } else {
-            self.grow();
-        }
-    }
-
-    /// Starts a worker if the limit allows. Failure is no more than slower service.
-    fn grow(self: &Arc<Self>) {
-        if let Err(error) = self.add_worker() {
+    /// Wakes or spawns a worker. Failure is no more than slower service.
+    fn perform(self: &Arc<Self>, action: Action) {
+        if let Err(error) = self.try_perform(action) {
             warn_limited!("queue {}: cannot start another worker: {error}", self.queue.index());
         }
     }
 
-    fn add_worker(self: &Arc<Self>) -> std::io::Result<()> {
-        {
-            let mut threads = self.lock();
-            if threads.workers >= self.limit {
-                return Ok(());
+    fn try_perform(self: &Arc<Self>, action: Action) -> std::io::Result<()> {
+        match action {
+            Action::Nothing => Ok(()),
+            Action::WakeOne => {
+                self.queue.call_for_help();
+                Ok(())
             }
-            threads.workers += 1;
+            Action::Spawn => {
+                let started = self.start_thread("q", |crew| crew.work());
+                if started.is_err() {
+                    self.worker_count.exit();
+                }
+                started
+            }
         }
+    }
+
+    /// Starts a thread that [`Crew::stop`] will join.
+    fn start_thread(
+        self: &Arc<Self>,
+        kind: &str,
+        run: impl FnOnce(Arc<Crew>) + Send + 'static,
+    ) -> std::io::Result<()> {
+        memory::ask_for_a_thread()?;
         let crew = Arc::clone(self);
-        let name = format!("lanefsd-q{}", self.queue.index());
-        // Asked only where a thread is due: at the limit this comes with every request.
-        let spawned = memory::ask_for_a_thread().map_err(std::io::Error::from).and_then(|()| {
-            thread::Builder::new().name(name).spawn(move || {
-                crew.work();
-            })
-        });
-        if spawned.is_err() {
-            self.leave(|threads| threads.workers -= 1);
-        }
-        spawned.map(drop)
+        let name = format!("lanefsd-{kind}{}", self.queue.index());
+        let mut threads = self.threads();
+        threads.retain(|thread| !thread.is_finished());
+        threads.try_reserve(1).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
+        threads.push(thread::Builder::new().name(name).spawn(move || run(crew))?);
+        Ok(())
     }
 
     /// A worker's life.
-    fn work(self: &Arc<Self>) {
+    fn work(self: Arc<Self>) {
+        let _hook = HookGuard::install(Box::new(Worker(Arc::clone(&self))));
         let mut kit = Kit::default();
         loop {
-            self.serve_what_waits(&mut kit);
-            let resident = self.lock().workers <= RESIDENT.min(self.limit);
-            match self.queue.wait(if resident { None } else { Some(LINGER) }) {
+            if self.serve_what_waits(&mut kit) == Parked::Exit {
+                return;
+            }
+            let longest = Timespec { tv_sec: LINGER.as_secs().cast_signed(), tv_nsec: 0 };
+            match self.sleep(if self.worker_count.is_at_core_size() { None } else { Some(longest) }) {
                 Wakeup::Work => {}
-                Wakeup::Idle if self.lock().workers <= RESIDENT => {}
-                Wakeup::Idle | Wakeup::Stop => break,
+                Wakeup::Idle if self.worker_count.try_exit() => return,
+                Wakeup::Idle => {}
+                Wakeup::Stop => break,
             }
         }
-        self.leave(|threads| threads.workers -= 1);
+        self.worker_count.exit();
     }
 
-    /// Serves chains until none waits.
-    fn serve_what_waits(self: &Arc<Self>, kit: &mut Kit) {
-        let mut done = None;
+    fn sleep(&self, timeout: Option<Timespec>) -> Wakeup {
+        self.worker_count.begin_idle();
+        let woken = self.queue.wait(timeout);
+        self.worker_count.end_idle();
+        woken
+    }
+
+    /// Serves chains until none waits, or until the worker is one too many.
+    fn serve_what_waits(self: &Arc<Self>, kit: &mut Kit) -> Parked {
+        let (mut done, mut took) = (None, None);
         let mut begin = Instant::now();
-        while let Some(next) = self.queue.advance(done) {
+        while let Some(next) = self.queue.advance(done, took) {
             self.see_to_the_others(next);
             done = self.serve(next.head, kit);
             let end = Instant::now();
-            self.queue.note_service_time(u32::try_from((end - begin).as_nanos()).unwrap_or(u32::MAX));
+            took = Some(u32::try_from((end - begin).as_nanos()).unwrap_or(u32::MAX));
             begin = end;
+            if take_blocked() && self.worker_count.is_over_limit() {
+                if let Some(done) = done.take() {
+                    self.queue.give_back(done);
+                }
+                if self.park() == Parked::Exit {
+                    return Parked::Exit;
+                }
+            }
         }
+        Parked::Resume
+    }
+
+    /// Parks the worker, which is one too many. Chains that wait are left to others.
+    fn park(self: &Arc<Self>) -> Parked {
+        if self.queue.has_backlog() {
+            self.perform(self.worker_count.wake_or_spawn());
+        }
+        self.worker_count.park(LINGER)
     }
 
     /// Makes sure that while this worker serves, somebody hears the next kick, and that chains
     /// which wait already do not wait for this one.
     fn see_to_the_others(self: &Arc<Self>, next: Next) {
-        if self.limit > 1 && self.queue.idle_workers() == 0 {
-            self.grow();
+        let may_grow = self.worker_count.limit() > 1;
+        if may_grow && self.worker_count.idle() == 0 {
+            self.perform(self.worker_count.spawn_if_allowed());
         }
         if next.waiting > 0 {
-            if self.limit > 1 && self.queue.service_time() > SLOW {
-                self.call_another();
+            if may_grow && next.slow {
+                self.perform(self.worker_count.wake_or_spawn());
             } else {
                 self.watch.wake();
             }
@@ -243,7 +286,7 @@ impl Crew {
             return Some(Done { head, written: 0 });
         };
         let written = if Service::may_wait_for_others(&header) {
-            if self.serve_apart(head) {
+            if self.serve_apart(head, header.unique) {
                 return None;
             }
             Service::refuse(&header, output, Errno::NOLCK)
@@ -255,44 +298,96 @@ impl Crew {
 
     /// Serves a chain on a thread of its own, since it may have to wait for another request.
     /// Returns false if there are too many of these already.
-    fn serve_apart(self: &Arc<Self>, head: u16) -> bool {
-        if memory::ask_for_a_thread().is_err() {
+    fn serve_apart(self: &Arc<Self>, head: u16, unique: u64) -> bool {
+        if !self.worker_count.begin_apart() {
             return false;
         }
-        {
-            let mut threads = self.lock();
-            if threads.waiting >= MAX_WAITING {
-                return false;
+        self.apart().push(Apart { unique, head, put_back: false });
+        let started = self.start_thread("w", move |crew| {
+            let written = crew.serve_and_wait(head);
+            if let Some(written) = written {
+                crew.queue.give_back(Done { head, written });
             }
-            threads.waiting += 1;
-        }
-        let crew = Arc::clone(self);
-        let name = format!("lanefsd-w{}", self.queue.index());
-        let spawned = thread::Builder::new().name(name).spawn(move || {
-            let mut kit = Kit::default();
-            let memory = crew.queue.memory().memory();
-            // Walked anew, as the segments of the first walk belong to the worker. A guest that
-            // has changed the chain meanwhile is served what stands there now.
-            let written = match kit.chain.walk(&memory, crew.queue.layout(), head) {
-                Ok((mut input, output)) => Service::read_header(&mut input)
-                    .map_or(0, |header| crew.service.serve(&header, input, output, &mut kit.scratch)),
-                Err(_) => 0,
-            };
-            crew.queue.give_back(Done { head, written });
-            crew.leave(|threads| threads.waiting -= 1);
+            crew.end_apart(head, written.is_none());
         });
-        if spawned.is_err() {
-            self.leave(|threads| threads.waiting -= 1);
+        if started.is_err() {
+            self.end_apart(head, false);
         }
-        spawned.is_ok()
+        started.is_ok()
     }
 
-    fn leave(&self, update: impl FnOnce(&mut Threads)) {
-        update(&mut self.lock());
-        self.thread_left.notify_all();
+    /// A request that was served apart is done, or put back. (That happens to one of a queue that runs
+    /// only if its number is that of another request: then the guest waits for what it has lost.)
+    fn end_apart(&self, head: u16, put_back: bool) {
+        let mut apart = self.apart();
+        if let Some(place) = apart.iter().position(|apart| apart.head == head && !apart.put_back) {
+            if put_back {
+                apart.iter_mut().skip(place).take(1).for_each(|apart| apart.put_back = true);
+            } else {
+                apart.remove(place);
+            }
+        }
+        drop(apart);
+        self.worker_count.end_apart();
     }
 
-    fn lock(&self) -> MutexGuard<'_, Threads> {
+    /// Serves a chain that may wait; `None` if it is to be served again.
+    ///
+    /// It is walked anew, as the segments of the first walk belong to the worker. A guest that has
+    /// changed the chain meanwhile is served what stands there now.
+    fn serve_and_wait(&self, head: u16) -> Option<u32> {
+        let mut kit = Kit::default();
+        let memory = self.queue.memory().memory();
+        let Ok((mut input, output)) = kit.chain.walk(&memory, self.queue.layout(), head) else {
+            return Some(0);
+        };
+        let Some(header) = Service::read_header(&mut input) else { return Some(0) };
+        self.service.serve_and_wait(&header, input, output, &mut kit.scratch)
+    }
+
+    /// Serves a chain that was put back when the queue was stopped. Whatever the guest has made of it
+    /// since, it does not block the calling thread.
+    fn serve_again(self: &Arc<Self>, head: u16) {
+        let mut kit = Kit::default();
+        let memory = self.queue.memory().memory();
+        let mut written = 0;
+        if let Ok((mut input, output)) = kit.chain.walk(&memory, self.queue.layout(), head)
+            && let Some(header) = Service::read_header(&mut input)
+        {
+            if self.serve_apart(head, header.unique) {
+                return;
+            }
+            written = Service::refuse(&header, output, Errno::NOLCK);
+        }
+        self.queue.give_back(Done { head, written });
+    }
+
+    fn apart(&self) -> MutexGuard<'_, Vec<Apart>> {
+        self.apart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Replaces its worker while that is blocked.
+struct Worker(Arc<Crew>);
+
+impl Hook for Worker {
+    fn begin_blocking(&self) -> bool {
+        if BLOCKED.fetch_add(1, Ordering::Relaxed) < MAX_BLOCKED
+            && let Some(action) = self.0.worker_count.begin_blocking()
+        {
+            self.0.perform(action);
+            return true;
+        }
+        BLOCKED.fetch_sub(1, Ordering::Relaxed);
+        false
+    }
+
+    fn end_blocking(&self) {
+        self.0.worker_count.end_blocking();
+        BLOCKED.fetch_sub(1, Ordering::Relaxed);
     }
 }

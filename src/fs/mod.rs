@@ -25,6 +25,10 @@ use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 /// The errno that the guest gets, or a value.
 pub type Result<T> = std::result::Result<T, Errno>;
 
+/// What a wait ends with that [`FileSystem::put_back`] has ended; no guest gets it. (The number is
+/// Linux' ERESTARTSYS, which is for its inside, too.)
+pub const PUT_BACK: Errno = Errno::from_raw_os_error(512);
+
 /// Who asks.
 #[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
@@ -335,7 +339,7 @@ pub trait FileSystem: Send + Sync {
     }
 
     /// Takes a lock, waiting for it on the calling thread; EINTR after [`FileSystem::interrupt`]
-    /// or [`FileSystem::interrupt_all`].
+    /// or [`FileSystem::interrupt_all`], and [`PUT_BACK`] after [`FileSystem::put_back`].
     fn setlkw(&self, ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
         self.below()?.setlkw(ctx, node, lock)
     }
@@ -345,14 +349,23 @@ pub trait FileSystem: Send + Sync {
         self.below()?.ioctl(ctx, node, handle, command)
     }
 
-    /// Ends the wait of request `unique`, if it waits.
-    fn interrupt(&self, unique: Unique) {
-        if let Ok(fs) = self.below() {
-            fs.interrupt(unique);
+    /// Ends the wait of request `unique`. EAGAIN if it does not wait: it may not have come so far yet,
+    /// and the guest should try again.
+    fn interrupt(&self, unique: Unique) -> Result<()> {
+        self.below()?.interrupt(unique)
+    }
+
+    /// Ends the wait of request `unique`, if it waits, so that it can be served once more. It is called
+    /// again until the wait has ended.
+    fn put_back(&self, unique: Unique) {
+        match self.below() {
+            Ok(fs) => fs.put_back(unique),
+            // Not put back, but ended.
+            Err(_) => drop(self.interrupt(unique)),
         }
     }
 
-    /// Ends all waits for locks, since the queues are about to be stopped.
+    /// Ends all waits for locks, since the session ends. It is called again until they have ended.
     fn interrupt_all(&self) {
         if let Ok(fs) = self.below() {
             fs.interrupt_all();

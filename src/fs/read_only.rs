@@ -96,7 +96,8 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
         fn getlk(ctx: &Context, node: NodeId, lock: &Lock) -> Result<abi::FileLock>;
         fn setlk(ctx: &Context, node: NodeId, lock: &Lock) -> Result<()>;
         fn setlkw(ctx: &Context, node: NodeId, lock: &Lock) -> Result<()>;
-        fn interrupt(unique: Unique);
+        fn interrupt(unique: Unique) -> Result<()>;
+        fn put_back(unique: Unique);
         fn interrupt_all();
     }
 

@@ -17,6 +17,9 @@ use crate::fuse::ids::LockOwner;
 use crate::fuse::request::{CopyFileRange, Read, Write};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 
+/// Most bytes that are copied at once. Blocks that the host shares instead of copying are smaller.
+const COPY_PIECE: u64 = 64 << 20;
+
 impl PassthroughFs {
     /// What it takes to open a file once more.
     fn opener(&self) -> Opener<'_> {
@@ -254,7 +257,9 @@ pub(super) fn allocate(handle: &Handle, mode: u32, offset: u64, length: u64) -> 
     rustix::fs::fallocate(handle.fd(), mode, offset, length)
 }
 
-/// COPY_FILE_RANGE from one descriptor to another, which are those of the handles.
+/// COPY_FILE_RANGE from one descriptor to another, which are those of the handles, piece by piece: others
+/// wait for a piece and not for the whole copy. What was copied before an error counts; the next request
+/// meets the error again.
 fn copy(
     source: &Handle,
     target: &Handle,
@@ -264,7 +269,52 @@ fn copy(
     if copy.flags != 0 {
         return Err(Errno::INVAL);
     }
-    let length = usize::try_from(copy.length.min(i64::MAX.unsigned_abs())).map_err(|_| Errno::INVAL)?;
+    let length = copied_within(source, target, files.0, copy)?;
+    let mut done = 0;
+    loop {
+        let piece = CopyFileRange {
+            offset_in: copy.offset_in.saturating_add(done),
+            offset_out: copy.offset_out.saturating_add(done),
+            length: (length - done).min(COPY_PIECE),
+            ..*copy
+        };
+        match copy_piece(source, target, files, &piece) {
+            Ok(0) => return Ok(done),
+            Ok(count) => done = done.saturating_add(count).min(length),
+            Err(_) if done > 0 => return Ok(done),
+            Err(errno) => return Err(errno),
+        }
+        if done == length {
+            return Ok(done);
+        }
+    }
+}
+
+/// How many bytes are to be copied. Within one file that ends where the file ended before the first
+/// piece, and if the ranges share bytes, nothing is copied: the host would see neither in a piece.
+fn copied_within(
+    source: &Handle,
+    target: &Handle,
+    file: BorrowedFd<'_>,
+    copy: &CopyFileRange,
+) -> Result<u64> {
+    let length = copy.length.min(i64::MAX.unsigned_abs());
+    let (from, to) = (source.inode.key, target.inode.key);
+    if length <= COPY_PIECE || (from.device, from.ino) != (to.device, to.ino) {
+        return Ok(length);
+    }
+    let size = u64::try_from(rustix::fs::fstat(file)?.st_size).unwrap_or(0);
+    let length = length.min(size.saturating_sub(copy.offset_in));
+    if copy.offset_in.abs_diff(copy.offset_out) < length { Err(Errno::INVAL) } else { Ok(length) }
+}
+
+fn copy_piece(
+    source: &Handle,
+    target: &Handle,
+    files: (BorrowedFd<'_>, BorrowedFd<'_>),
+    copy: &CopyFileRange,
+) -> Result<u64> {
+    let length = usize::try_from(copy.length).map_err(|_| Errno::INVAL)?;
     let from = (&source.inode.ranges, copy.offset_in);
     let to = (&target.inode.ranges, copy.offset_out);
     let _guards = lock_copy(from, to, copy.length);

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 
 use rustix::io::Errno;
 
@@ -12,6 +12,7 @@ use super::inodes::Inode;
 use super::io_mode::Mode;
 use super::listing::Listing;
 use super::shards::{ByNumber, Shards};
+use crate::blocking::block_in_place;
 use crate::fs::Result;
 use crate::fuse::ids::{HandleId, NodeId};
 
@@ -60,7 +61,14 @@ impl Handle {
     pub fn listing(&self) -> Result<MutexGuard<'_, Listing>> {
         match &self.kind {
             Kind::File(_) => Err(Errno::BADF),
-            Kind::Directory(listing) => Ok(listing.lock().unwrap_or_else(PoisonError::into_inner)),
+            Kind::Directory(listing) => Ok(match listing.try_lock() {
+                Ok(listing) => listing,
+                Err(TryLockError::Poisoned(error)) => error.into_inner(),
+                // Another request lists the directory, which may take as long as the host likes.
+                Err(TryLockError::WouldBlock) => {
+                    block_in_place(|| listing.lock().unwrap_or_else(PoisonError::into_inner))
+                }
+            }),
         }
     }
 }

@@ -26,7 +26,8 @@ use super::PassthroughFs;
 use super::budget::Held;
 use super::handles::Handle;
 use super::lock_ranges::Ranges;
-use crate::fs::Result;
+use crate::blocking::block_in_place;
+use crate::fs::{PUT_BACK, Result};
 use crate::fuse::abi::FileLock;
 use crate::fuse::ids::{HandleId, LockOwner, Unique};
 use crate::fuse::request::{Lock, LockKind};
@@ -40,6 +41,8 @@ const MAX_WAITS: usize = 1024;
 /// How long to wait for an interrupted thread before it is signalled again: the first signal may
 /// have come just before its system call.
 const SIGNAL_AGAIN: Duration = Duration::from_millis(1);
+/// How often an INTERRUPT looks for its request before it is given back to the guest.
+const MOST_SIGNALS: u32 = 10;
 
 /// POSIX locks on one inode: an open file for each owner.
 #[derive(Debug, Default)]
@@ -144,7 +147,8 @@ pub struct Waits(Mutex<HashMap<Unique, Waiting>>);
 #[derive(Debug)]
 struct Waiting {
     thread: ThreadId,
-    interrupted: bool,
+    /// What the wait is to end with.
+    end: Option<Errno>,
 }
 
 /// Takes the thread off the table when it is dropped.
@@ -160,27 +164,42 @@ impl Drop for TableEntry<'_> {
 }
 
 impl Waits {
-    /// Ends the wait of request `unique`; returns when it has ended or if there was none.
-    pub fn interrupt(&self, unique: Unique) {
-        while self.signal(|waiting| *waiting == unique) {
-            thread::sleep(SIGNAL_AGAIN);
-        }
+    /// Ends the wait of request `unique`; returns when it has ended. EAGAIN if there is none, which is
+    /// told after a while: a request that was sent before may not have begun to wait yet.
+    pub fn interrupt(&self, unique: Unique) -> Result<()> {
+        block_in_place(|| {
+            let mut found = false;
+            for _ in 0..MOST_SIGNALS {
+                let there = self.end(Errno::INTR, |waiting| *waiting == unique);
+                found |= there;
+                if found && !there {
+                    return Ok(());
+                }
+                thread::sleep(SIGNAL_AGAIN);
+            }
+            // One that was found and is still there does not hear of signals. It will notice later.
+            if found { Ok(()) } else { Err(Errno::AGAIN) }
+        })
     }
 
-    /// Ends all waits.
+    /// Makes the wait of request `unique` end, if there is one, so that it can begin again.
+    pub fn put_back(&self, unique: Unique) {
+        self.end(PUT_BACK, |waiting| *waiting == unique);
+    }
+
+    /// Makes all waits end.
     pub fn interrupt_all(&self) {
-        while self.signal(|_| true) {
-            thread::sleep(SIGNAL_AGAIN);
-        }
+        self.end(Errno::INTR, |_| true);
     }
 
     /// Signals the threads that are meant; false if there are none. A thread in the table lives,
-    /// as it takes itself off before it ends.
-    fn signal(&self, meant: impl Fn(&Unique) -> bool) -> bool {
+    /// as it takes itself off before it ends. A signal may come just before the system call that it
+    /// is to end, so it may take another one.
+    fn end(&self, with: Errno, meant: impl Fn(&Unique) -> bool) -> bool {
         let mut waits = self.lock();
         let mut any = false;
         for (_, waiting) in waits.iter_mut().filter(|(unique, _)| meant(unique)) {
-            waiting.interrupted = true;
+            waiting.end.get_or_insert(with);
             wake(waiting.thread);
             any = true;
         }
@@ -191,8 +210,8 @@ impl Waits {
     fn run(&self, unique: Unique, mut wait: impl FnMut() -> Result<()>) -> Result<()> {
         let _entry = self.enter(unique)?;
         loop {
-            if self.lock().get(&unique).is_none_or(|waiting| waiting.interrupted) {
-                return Err(Errno::INTR);
+            if let Some(errno) = self.lock().get(&unique).map_or(Some(Errno::INTR), |waiting| waiting.end) {
+                return Err(errno);
             }
             match wait() {
                 Err(Errno::INTR) => {}
@@ -211,7 +230,7 @@ impl Waits {
             Entry::Vacant(_) if full => Err(Errno::NOLCK),
             Entry::Occupied(_) => Err(Errno::INVAL),
             Entry::Vacant(place) => {
-                place.insert(Waiting { thread, interrupted: false });
+                place.insert(Waiting { thread, end: None });
                 Ok(TableEntry { waits: self, unique })
             }
         }
@@ -376,12 +395,18 @@ mod tests {
                 while waits.lock().is_empty() {
                     thread::yield_now();
                 }
-                if round % 2 == 0 { waits.interrupt(Unique(round)) } else { waits.interrupt_all() }
+                if round % 2 == 0 {
+                    waits.interrupt(Unique(round)).unwrap();
+                }
+                while !done.load(Ordering::SeqCst) {
+                    waits.interrupt_all();
+                    thread::sleep(SIGNAL_AGAIN);
+                }
             });
             assert!(done.load(Ordering::SeqCst));
         }
         // Nobody is left in the table, and others are not meant.
-        waits.interrupt(Unique(7));
+        assert_eq!(waits.interrupt(Unique(7)), Err(Errno::AGAIN));
         drop(first);
         assert_eq!(waits.run(Unique(1), || ofd_set_wait(second.as_fd(), all)), Ok(()));
     }

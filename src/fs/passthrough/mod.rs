@@ -30,6 +30,7 @@ mod pins;
 pub mod range_lock;
 mod set_id;
 mod shards;
+mod start;
 mod xattr;
 
 use std::ffi::{CStr, CString};
@@ -40,7 +41,6 @@ use arc_swap::ArcSwap;
 use log::debug;
 use rustix::fs::Mode;
 use rustix::io::Errno;
-use thiserror::Error;
 
 use self::budget::Budget;
 use self::credentials::OwnIds;
@@ -49,9 +49,10 @@ use self::inodes::{Inode, InodeTable};
 use self::io_mode::IoPolicy;
 use self::lock_ranges::RangeCount;
 use self::locks::Waits;
-use self::pins::Descriptors;
+pub use self::start::StartError;
+use self::start::descriptors;
 use super::{Context, FileSystem, Opened, Result, XattrReply};
-use crate::config::{FsConfig, InodeFileHandles, Insistence};
+use crate::config::{FsConfig, Insistence};
 use crate::fuse::abi;
 use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
 use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
@@ -80,46 +81,6 @@ struct Session {
     acls: bool,
     /// What is created gets the guest's security labels.
     labels: bool,
-}
-
-/// Why a directory cannot be served as it was asked for.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum StartError {
-    /// The host's file system has no ACLs.
-    #[error("the share's file system has no POSIX ACLs: leave --posix-acl out, or give --posix-acl=auto")]
-    NoAcls,
-    /// Rules for names and ACLs cannot go together.
-    #[error(
-        "--posix-acl needs ACLs under their own names, but --xattrmap changes or forbids them: put the rule \
-         :ok:all:system.posix_acl_:system.posix_acl_: first"
-    )]
-    AclsAreMapped,
-    /// The host's file system has no attributes for labels.
-    #[error(
-        "the share's file system cannot keep security labels: leave --security-label out, or give \
-         --security-label=auto"
-    )]
-    NoLabels,
-    /// Rules forbid the names of labels.
-    #[error(
-        "--security-label needs the attribute security.selinux, but --xattrmap forbids it: change the rules"
-    )]
-    LabelsAreForbidden,
-    /// The daemon may not write labels.
-    #[error(
-        "--security-label needs the attribute {0}, which the daemon must not write: give it CAP_SYS_ADMIN with \
-         --modcaps=+sys_admin, or leave --security-label out"
-    )]
-    LabelsNeedPrivilege(String),
-    /// `--inode-file-handles=mandatory` cannot be had.
-    #[error(
-        "inodes cannot be held by file handles, which takes CAP_DAC_READ_SEARCH and a file system whose handles \
-         last (those of FUSE do not): leave out --inode-file-handles=mandatory"
-    )]
-    NoFileHandles,
-    /// A system call failed.
-    #[error(transparent)]
-    System(#[from] Errno),
 }
 
 /// The file system below one directory of the host.
@@ -211,23 +172,6 @@ impl PassthroughFs {
     }
 }
 
-/// How inodes share what descriptors there are.
-fn descriptors(
-    wanted: InodeFileHandles,
-    root: &OwnedFd,
-    budget: &Arc<Budget>,
-) -> std::result::Result<Descriptors, StartError> {
-    match (wanted, Descriptors::limited(root, budget)) {
-        (InodeFileHandles::Never, _) => Ok(Descriptors::unlimited(budget)),
-        (_, Ok(descriptors)) => Ok(descriptors),
-        (InodeFileHandles::Mandatory, Err(_)) => Err(StartError::NoFileHandles),
-        (InodeFileHandles::Prefer, Err(errno)) => {
-            budget.warn_without_handles(errno);
-            Ok(Descriptors::unlimited(budget))
-        }
-    }
-}
-
 impl FileSystem for PassthroughFs {
     fn offered_flags(&self) -> InitFlags {
         let mut flags = InitFlags::ASYNC_READ
@@ -278,7 +222,6 @@ impl FileSystem for PassthroughFs {
     }
 
     fn destroy(&self) {
-        self.waits.interrupt_all();
         debug!("the session ends with {} inodes known", self.inodes.len());
         self.handles.clear();
         self.inodes.clear();
@@ -489,8 +432,12 @@ impl FileSystem for PassthroughFs {
         self.file_flags(ctx, &*self.handles.get(node, handle)?, command)
     }
 
-    fn interrupt(&self, unique: Unique) {
-        self.waits.interrupt(unique);
+    fn interrupt(&self, unique: Unique) -> Result<()> {
+        self.waits.interrupt(unique)
+    }
+
+    fn put_back(&self, unique: Unique) {
+        self.waits.put_back(unique);
     }
 
     fn interrupt_all(&self) {

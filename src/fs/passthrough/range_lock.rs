@@ -6,7 +6,7 @@
 //! whole before the other begins, a reader sees no half of either, and disjoint ranges never wait
 //! for each other. Those that do overlap are served in the order of their arrival.
 
-use crate::sync::{Mutex, MutexGuard, PoisonError, Thread, current, park};
+use crate::sync::{Mutex, MutexGuard, PoisonError, Thread, block_in_place, current, park};
 
 /// The locks of one inode. An inode whose ranges were never locked holds no memory for them.
 #[derive(Debug, Default)]
@@ -86,9 +86,11 @@ impl RangeLock {
         drop(holders);
         let guard = RangeGuard { lock: self, ticket };
         if wait {
-            while self.sleeps(ticket) {
-                park();
-            }
+            block_in_place(|| {
+                while self.sleeps(ticket) {
+                    park();
+                }
+            });
         }
         guard
     }

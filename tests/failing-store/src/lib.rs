@@ -57,6 +57,7 @@ struct Controls {
     /// Most bytes of a read; 0 for any number.
     longest_read: AtomicU64,
     delay_in_ms: AtomicU64,
+    delay_of_names_in_ms: AtomicU64,
 }
 
 impl Controls {
@@ -113,6 +114,11 @@ impl FailingStore {
         self.controls.delay_in_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
     }
 
+    /// Lets lookups and opens take so long from now on.
+    pub fn delay_names(&self, delay: Duration) {
+        self.controls.delay_of_names_in_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
+    }
+
     /// The store is gone for good: whatever is asked of it, now or later, fails.
     pub fn break_down(&self) {
         // It aborts the connection even if it cannot unmount what is in use.
@@ -136,10 +142,14 @@ struct Store {
 }
 
 impl Store {
-    /// Answers a data call after the delay, from a thread of its own: others are not held up.
+    /// Answers a call after the delay, from a thread of its own: others are not held up.
     fn later(&self, call: Call, answer: impl FnOnce(Result<(), i32>) + Send + 'static) {
         let controls = Arc::clone(&self.controls);
-        match controls.delay_in_ms.load(Ordering::SeqCst) {
+        let delay = match call {
+            Call::Lookup | Call::Open => &controls.delay_of_names_in_ms,
+            _ => &controls.delay_in_ms,
+        };
+        match delay.load(Ordering::SeqCst) {
             0 => answer(controls.check(call)),
             delay => drop(std::thread::spawn(move || {
                 std::thread::sleep(Duration::from_millis(delay));
@@ -185,11 +195,12 @@ impl Filesystem for Store {
     }
 
     fn lookup(&mut self, _: &Request<'_>, _parent: u64, name: &OsStr, reply: ReplyEntry) {
-        match self.controls.check(Call::Lookup) {
-            Ok(()) if name == FILE => reply.entry(&NO_TIME, &self.attributes(FILE_INODE), 0),
+        let (known, attributes) = (name == FILE, self.attributes(FILE_INODE));
+        self.later(Call::Lookup, move |result| match result {
+            Ok(()) if known => reply.entry(&NO_TIME, &attributes, 0),
             Ok(()) => reply.error(libc::ENOENT),
             Err(errno) => reply.error(errno),
-        }
+        });
     }
 
     fn getattr(&mut self, _: &Request<'_>, inode: u64, _handle: Option<u64>, reply: ReplyAttr) {
@@ -221,10 +232,10 @@ impl Filesystem for Store {
     }
 
     fn open(&mut self, _: &Request<'_>, _inode: u64, _flags: i32, reply: ReplyOpen) {
-        match self.controls.check(Call::Open) {
+        self.later(Call::Open, move |result| match result {
             Ok(()) => reply.opened(0, DIRECT_IO),
             Err(errno) => reply.error(errno),
-        }
+        });
     }
 
     fn read(

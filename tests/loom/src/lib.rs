@@ -7,11 +7,20 @@ pub use lanefsd::{config, fuse};
 pub mod io_mode;
 #[path = "../../../src/fs/passthrough/range_lock.rs"]
 pub mod range_lock;
+#[path = "../../../src/session_lock.rs"]
+pub mod session_lock;
+#[path = "../../../src/device/worker_count.rs"]
+pub mod worker_count;
 
 /// The doubles of `src/sync.rs`.
 mod sync {
-    pub(crate) use loom::sync::atomic::{AtomicU32, Ordering};
-    pub(crate) use loom::sync::{Mutex, MutexGuard};
-    pub(crate) use loom::thread::{Thread, current, park};
+    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
+    pub(crate) use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
+    pub(crate) use loom::thread::{Thread, current, park, yield_now as pause};
     pub(crate) use std::sync::PoisonError;
+
+    /// No thread stands in for another one: the models that need that say so themselves.
+    pub(crate) fn block_in_place<T>(wait: impl FnOnce() -> T) -> T {
+        wait()
+    }
 }

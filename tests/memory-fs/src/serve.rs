@@ -396,12 +396,14 @@ impl FileSystem for MemoryFs {
         }
     }
 
-    fn interrupt(&self, unique: Unique) {
+    fn interrupt(&self, unique: Unique) -> Result<()> {
         let mut state = self.state();
-        if state.waiting.contains(&unique) {
+        let waits = state.waiting.contains(&unique);
+        if waits {
             state.interrupted.insert(unique);
         }
         self.shared.lock_freed.notify_all();
+        if waits { Ok(()) } else { Err(Errno::AGAIN) }
     }
 
     fn interrupt_all(&self) {

@@ -77,6 +77,11 @@ impl Change {
     pub fn kill_suidgid(self) -> Change {
         self.set(SetattrValid::KILL_SUIDGID, |_| {})
     }
+
+    /// The SETATTR, for [`Client::send`].
+    pub fn request<'a>(self, node: u64) -> Request<'a> {
+        Request::new(Opcode::Setattr, node).arg(&self.0).reply::<AttrOut>()
+    }
 }
 
 impl Client<'_> {
@@ -99,7 +104,7 @@ impl Client<'_> {
 
     /// SETATTR, with the time that the answer is valid.
     pub fn setattr_reply(&self, node: u64, change: Change) -> Result<AttrOut> {
-        self.call(Request::new(Opcode::Setattr, node).arg(&change.0).reply::<AttrOut>())
+        self.call(change.request(node))
     }
 
     /// STATX with a mask of `STATX_*` bits.
@@ -135,10 +140,9 @@ impl Client<'_> {
         self.call_empty(Request::new(Opcode::Destroy, 0))
     }
 
-    /// INTERRUPT of a request under way, on the high-priority queue. Linux expects no reply there.
+    /// INTERRUPT of a request under way, on the high-priority queue; EAGAIN if it does not wait.
     pub fn interrupt(&self, sent: Sent) -> Result<()> {
         let arg = InterruptIn { unique: sent.unique };
-        let sent = self.on(0).send(Request::new(Opcode::Interrupt, 0).arg(&arg))?;
-        self.session.wait(sent).map(drop)
+        self.on(0).call_empty(Request::new(Opcode::Interrupt, 0).arg(&arg))
     }
 }

@@ -1,0 +1,353 @@
+//! How many threads serve a queue, and which of them may exit.
+//!
+//! A worker that is about to serve spawns another one if no worker is idle, and a worker that finds
+//! chains waiting wakes an idle one. Both rely on idle workers to come. So a worker whose idle time is
+//! over exits only if another worker is idle after it has been taken off the count of idle ones;
+//! otherwise it looks at the ring once more and is idle again. The check and the update of the count are
+//! one step under the lock: of the workers that time out together, not too many can exit.
+//!
+//! A worker that is blocked by another request does not count against the limit. When it goes on, there
+//! may be one too many. Then it parks: it takes no more chains until it is needed, or until it has been
+//! parked for long.
+
+use std::time::Duration;
+
+use crate::sync::{AtomicBool, AtomicUsize, Condvar, Mutex, MutexGuard, Ordering, PoisonError};
+
+/// Workers that never exit: one that serves and one that waits for the next kick.
+const CORE_WORKERS: usize = 2;
+/// Workers of one queue that are replaced while they are blocked; also requests that are served on
+/// threads of their own.
+const MAX_BLOCKED: usize = 256;
+
+/// The threads of a queue.
+#[derive(Debug)]
+pub struct WorkerCount {
+    idle: Idle,
+    limit: usize,
+    threads: Mutex<Threads>,
+    exited: Condvar,
+    unparked: Condvar,
+}
+
+/// What changes whenever a worker goes to sleep or wakes up, in a cache line of its own.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Idle {
+    count: AtomicUsize,
+    /// One was woken and has not come yet.
+    woken: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Threads {
+    /// All workers.
+    workers: usize,
+    /// Workers that are blocked by another request, and do not count.
+    blocked: usize,
+    /// Workers that are parked.
+    parked: usize,
+    /// Workers that were unparked, and have not noticed yet.
+    unparked: usize,
+    /// Requests that are served apart.
+    apart: usize,
+    stopping: bool,
+}
+
+/// What the caller has to do so that another worker comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Nothing: one comes anyway, or there may be no more.
+    Nothing,
+    /// Wake one that is idle.
+    WakeOne,
+    /// Spawn a worker. It is counted already: if that fails, [`WorkerCount::exit`] has to be called.
+    Spawn,
+}
+
+/// What a worker does after it was parked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parked {
+    /// It serves.
+    Resume,
+    /// It exits; it is not counted any more.
+    Exit,
+}
+
+impl Threads {
+    /// Workers that serve or are idle.
+    fn active(&self) -> usize {
+        self.workers.saturating_sub(self.blocked).saturating_sub(self.parked)
+    }
+}
+
+impl WorkerCount {
+    /// No worker yet; up to `limit` may serve at once.
+    pub fn new(limit: usize) -> WorkerCount {
+        WorkerCount {
+            idle: Idle::default(),
+            limit,
+            threads: Mutex::default(),
+            exited: Condvar::new(),
+            unparked: Condvar::new(),
+        }
+    }
+
+    /// How many workers may serve at once.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Workers that are idle.
+    pub fn idle(&self) -> usize {
+        self.idle.count.load(Ordering::SeqCst)
+    }
+
+    /// The calling worker is about to sleep until there is work.
+    pub fn begin_idle(&self) {
+        self.idle.count.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// It is awake. It has to look at the ring afterwards, unless it exits.
+    pub fn end_idle(&self) {
+        self.idle.count.fetch_sub(1, Ordering::SeqCst);
+        self.idle.woken.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether a worker that is about to sleep would never exit.
+    pub fn is_at_core_size(&self) -> bool {
+        self.lock().active() <= self.core_size()
+    }
+
+    /// Whether a worker whose idle time is over may exit; if so, it is not counted any more.
+    pub fn try_exit(&self) -> bool {
+        let mut threads = self.lock();
+        if threads.active() <= self.core_size() || self.idle() == 0 {
+            return false;
+        }
+        self.take_off(&mut threads);
+        true
+    }
+
+    /// A worker exits, or could not be spawned.
+    pub fn exit(&self) {
+        self.take_off(&mut self.lock());
+    }
+
+    /// Wakes an idle worker or, if there is none, spawns one.
+    pub fn wake_or_spawn(&self) -> Action {
+        if self.idle() == 0 {
+            return self.spawn_if_allowed();
+        }
+        // One that was woken and has not come yet is enough.
+        if self.idle.woken.swap(true, Ordering::SeqCst) { Action::Nothing } else { Action::WakeOne }
+    }
+
+    /// Spawns a worker, or unparks one, if the limit allows.
+    pub fn spawn_if_allowed(&self) -> Action {
+        self.spawn_locked(&mut self.lock())
+    }
+
+    fn spawn_locked(&self, threads: &mut Threads) -> Action {
+        if threads.stopping || threads.active() >= self.limit {
+            return Action::Nothing;
+        }
+        if threads.parked > 0 {
+            threads.parked -= 1;
+            threads.unparked += 1;
+            self.unparked.notify_one();
+            return Action::Nothing;
+        }
+        threads.workers += 1;
+        Action::Spawn
+    }
+
+    /// The calling worker is about to block. `None` if too many are blocked: then it still counts.
+    pub fn begin_blocking(&self) -> Option<Action> {
+        let mut threads = self.lock();
+        if threads.blocked >= MAX_BLOCKED {
+            return None;
+        }
+        threads.blocked += 1;
+        Some(if self.idle() == 0 { self.spawn_locked(&mut threads) } else { Action::Nothing })
+    }
+
+    /// It goes on.
+    pub fn end_blocking(&self) {
+        let mut threads = self.lock();
+        threads.blocked = threads.blocked.saturating_sub(1);
+    }
+
+    /// Whether there is one worker too many, after one was blocked.
+    pub fn is_over_limit(&self) -> bool {
+        let threads = self.lock();
+        threads.active() > self.limit && !threads.stopping
+    }
+
+    /// Parks the calling worker until it is needed; it exits after `longest`.
+    pub fn park(&self, longest: Duration) -> Parked {
+        let mut threads = self.lock();
+        if threads.active() <= self.limit {
+            return Parked::Resume;
+        }
+        threads.parked += 1;
+        loop {
+            if threads.unparked > 0 {
+                threads.unparked -= 1;
+                return Parked::Resume;
+            }
+            if threads.stopping {
+                break;
+            }
+            let waited = self.unparked.wait_timeout(threads, longest);
+            let result;
+            (threads, result) = waited.unwrap_or_else(PoisonError::into_inner);
+            if result.timed_out() && threads.unparked == 0 {
+                break;
+            }
+        }
+        threads.parked = threads.parked.saturating_sub(1);
+        self.take_off(&mut threads);
+        Parked::Exit
+    }
+
+    /// A request is to be served apart; false if too many are.
+    pub fn begin_apart(&self) -> bool {
+        let mut threads = self.lock();
+        let room = threads.apart < MAX_BLOCKED;
+        threads.apart += usize::from(room);
+        room
+    }
+
+    /// It is done.
+    pub fn end_apart(&self) {
+        let mut threads = self.lock();
+        threads.apart = threads.apart.saturating_sub(1);
+        self.exited.notify_all();
+    }
+
+    /// No worker is spawned or parked any more.
+    pub fn stop(&self) {
+        self.lock().stopping = true;
+        self.unparked.notify_all();
+    }
+
+    /// Waits until all have exited; while requests are served apart, calls `interrupt` every `interval`.
+    pub fn wait_until_empty(&self, interval: Duration, interrupt: impl Fn()) {
+        let mut threads = self.lock();
+        while threads.workers > 0 || threads.apart > 0 {
+            if threads.apart > 0 {
+                drop(threads);
+                interrupt();
+                threads = self.lock();
+                if threads.workers == 0 && threads.apart == 0 {
+                    return;
+                }
+            }
+            let waited = self.exited.wait_timeout(threads, interval);
+            threads = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn core_size(&self) -> usize {
+        CORE_WORKERS.min(self.limit)
+    }
+
+    fn take_off(&self, threads: &mut Threads) {
+        threads.workers = threads.workers.saturating_sub(1);
+        self.exited.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Threads> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(limit: usize, workers: usize) -> WorkerCount {
+        let worker_count = WorkerCount::new(limit);
+        (0..workers).for_each(|_| assert_eq!(worker_count.spawn_if_allowed(), Action::Spawn));
+        worker_count
+    }
+
+    #[test]
+    fn idle_workers_exit_until_two_are_left() {
+        let worker_count = with(4, 4);
+        (0..4).for_each(|_| worker_count.begin_idle());
+        let left = (0..4).filter(|_| {
+            worker_count.end_idle();
+            worker_count.try_exit() || {
+                worker_count.begin_idle();
+                false
+            }
+        });
+        assert_eq!(left.count(), 2);
+        assert_eq!((worker_count.lock().workers, worker_count.idle()), (2, 2));
+    }
+
+    #[test]
+    fn the_last_idle_worker_stays_while_others_serve() {
+        let worker_count = with(4, 4);
+        worker_count.begin_idle();
+        worker_count.end_idle();
+        assert!(!worker_count.try_exit());
+    }
+
+    #[test]
+    fn a_blocked_worker_is_replaced_and_parks_afterwards() {
+        let worker_count = with(1, 1);
+        assert_eq!(worker_count.spawn_if_allowed(), Action::Nothing);
+        assert_eq!(worker_count.begin_blocking(), Some(Action::Spawn));
+        assert!(!worker_count.is_over_limit());
+        worker_count.end_blocking();
+        assert!(worker_count.is_over_limit());
+        assert_eq!(worker_count.park(Duration::ZERO), Parked::Exit);
+        assert_eq!(worker_count.lock().workers, 1);
+    }
+
+    #[test]
+    fn a_parked_worker_replaces_the_next_blocked_one() {
+        let worker_count = with(1, 1);
+        assert_eq!(worker_count.begin_blocking(), Some(Action::Spawn));
+        worker_count.end_blocking();
+        std::thread::scope(|scope| {
+            let parked = scope.spawn(|| worker_count.park(Duration::from_secs(10)));
+            while worker_count.lock().parked == 0 {
+                std::thread::yield_now();
+            }
+            assert_eq!(worker_count.begin_blocking(), Some(Action::Nothing));
+            assert_eq!(parked.join().unwrap(), Parked::Resume);
+        });
+        assert_eq!(worker_count.lock().active(), 1);
+    }
+
+    #[test]
+    fn so_many_are_replaced_and_no_more() {
+        let worker_count = with(1, 1);
+        for _ in 0..MAX_BLOCKED {
+            assert_eq!(worker_count.begin_blocking(), Some(Action::Spawn));
+        }
+        assert_eq!(worker_count.begin_blocking(), None);
+    }
+
+    #[test]
+    fn a_stop_unparks_and_spawns_nobody() {
+        let worker_count = with(1, 1);
+        assert_eq!(worker_count.begin_blocking(), Some(Action::Spawn));
+        worker_count.end_blocking();
+        std::thread::scope(|scope| {
+            let parked = scope.spawn(|| worker_count.park(Duration::from_secs(100)));
+            while worker_count.lock().parked == 0 {
+                std::thread::yield_now();
+            }
+            worker_count.stop();
+            assert_eq!(parked.join().unwrap(), Parked::Exit);
+        });
+        assert_eq!(worker_count.spawn_if_allowed(), Action::Nothing);
+        worker_count.exit();
+        worker_count.wait_until_empty(Duration::ZERO, || panic!("nobody is apart"));
+    }
+}
