@@ -292,7 +292,14 @@ fn no_absolute_path_is_used_in_the_sandbox() {
         let mut backend = Backend::of("strace")
             .args(strace::options(&trace))
             .args([common::program()])
-            .args(["--xattr", "--posix-lock", "--flock", "--posix-acl=auto", "--allow-direct-io"])
+            .args([
+                "--xattr",
+                "--posix-lock",
+                "--flock",
+                "--posix-acl=auto",
+                "--allow-direct-io",
+                "--tmpfile",
+            ])
             .args(["--log-level=debug"])
             .args(args)
             .env("RUST_BACKTRACE", "full")

@@ -241,7 +241,11 @@ fn names_in_every_operation() {
     client.rmdir(ROOT, "cut").unwrap();
     let left: Vec<_> = fs::read_dir(backend.share()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left, ["file"]);
-    assert_eq!(fs::read_dir(backend.share().parent().unwrap()).unwrap().count(), 2, "socket and share");
+    assert_eq!(
+        fs::read_dir(backend.share().parent().unwrap()).unwrap().count(),
+        3,
+        "socket, its pid file and the share"
+    );
     healthy(&session);
 }
 

@@ -377,7 +377,8 @@ fn requests_work_where_the_process_has_no_descriptor_left() {
     let disk = Disk::ext4();
     fill(&disk.path);
     let options = SessionOptions { queues: 4, ..SessionOptions::default() };
-    let (backend, session) = serve_with(&disk.path, &[FEW], options);
+    // The device and the socket take about 62.
+    let (backend, session) = serve_with(&disk.path, &["--rlimit-nofile=72"], options);
     let client = session.client();
     let many = client.lookup(ROOT, "many").unwrap().nodeid;
     for round in 0..3 {
@@ -389,7 +390,7 @@ fn requests_work_where_the_process_has_no_descriptor_left() {
         client.release(file.nodeid, open.fh).unwrap();
         assert_eq!(client.read_file(file.nodeid).unwrap(), b"text");
     }
-    assert!(backend.descriptors().unwrap().len() <= 64);
+    assert!(backend.descriptors().unwrap().len() <= 72);
 }
 
 fn is_submount(attr: &Attr) -> bool {
