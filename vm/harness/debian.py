@@ -4,8 +4,9 @@ import contextlib
 import shutil
 import time
 
-from .kernels import MIRROR, SECURITY
-from .paths import CACHE, need, run, say
+from . import initramfs
+from .kernels import MIRROR, SECURITY, Kernel
+from .paths import CACHE, HarnessError, need, run, say
 
 PACKAGES = ["git", "rsync", "sqlite3", "make", "gcc", "libc6-dev", "xz-utils", "attr", "acl", "procps", "bc",
             "flex", "bison", "diffutils"]
@@ -77,6 +78,70 @@ def system():
         chroot("update-initramfs -u -k all; apt-get clean")
     scratch.rename(target)
     return target
+
+
+# The agent starts when the system is up, and is ended with it.
+AGENT_SERVICE = """[Unit]
+Description=Runs the commands of the test
+After=basic.target
+[Service]
+ExecStart=/usr/local/sbin/lanefs-agent
+Environment=HOME=/root LC_ALL=C
+StandardOutput=null
+StandardError=journal
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def tree():
+    """A directory with a Debian that systemd starts, to be the root of a guest: a kernel, an initramfs that
+    knows virtiofs, podman, and the agent as a service. Made once; use a copy."""
+    target = CACHE / "debian-tree"
+    if target.exists():
+        return target
+    need("debootstrap")
+    say("making a Debian with systemd and podman (some minutes, once)")
+    scratch = target.with_suffix(".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    packages = "systemd,systemd-sysv,dbus,udev,kmod,attr,procps"
+    run(["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", scratch, MIRROR])
+    with inside(scratch) as chroot:
+        (scratch / "etc/apt/sources.list").write_text(
+            f"deb {MIRROR} bookworm main\ndeb {SECURITY} bookworm-security main\n")
+        (scratch / "etc/kernel-img.conf").write_text("do_symlinks = no\n")
+        chroot("apt-get update")
+        chroot("apt-get install -y --no-install-recommends podman crun linux-image-cloud-amd64 initramfs-tools")
+        # The parts of the root's mount, which initramfs-tools would find only on a running system.
+        with open(scratch / "etc/initramfs-tools/modules", "a") as modules:
+            modules.write("virtio_pci\nvirtiofs\n")
+        chroot("update-initramfs -u -k all; apt-get clean; passwd -d root")
+        (scratch / "etc/fstab").write_text("share / virtiofs defaults 0 0\n")
+        (scratch / "etc/hostname").write_text("guest\n")
+        initramfs.write_program(scratch / "usr/local/sbin/lanefs-agent", initramfs.AGENT)
+        (scratch / "etc/systemd/system/lanefs-agent.service").write_text(AGENT_SERVICE)
+        # What would begin work of its own some time after the start.
+        timers = "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer"
+        chroot(f"systemctl enable lanefs-agent.service; systemctl mask {timers}")
+        # podman's own services fail where the share cannot be an upper layer.
+        chroot("systemctl disable podman.service podman.socket podman-restart.service podman-auto-update.service "
+               "podman-auto-update.timer")
+    scratch.rename(target)
+    return target
+
+
+def kernel_of(root):
+    """The kernel that is installed in a Debian root."""
+    releases = [path.name for path in (root / "lib/modules").iterdir()]
+    if len(releases) != 1:
+        raise HarnessError(f"the root has kernels {releases}, not one")
+    return Kernel("debian", root, releases[0])
+
+
+def fetch(root, package):
+    """Fetches a package, with the host's network, for an `apt-get install --no-download` in the guest."""
+    with inside(root) as chroot:
+        chroot(f"apt-get -o APT::Sandbox::User=root install -y --no-install-recommends --download-only {package}")
 
 
 @contextlib.contextmanager

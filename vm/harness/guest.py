@@ -45,25 +45,21 @@ class Guest:
     """A booted guest; a context manager that leaves nothing running."""
 
     def __init__(self, kernel, initramfs, devices, cpus=2, memory="1G", disks=(), queue_size=1024,
-                 interactive=False, name="guest", patience=1, append=""):
+                 interactive=False, name="guest", patience=1, append="", firmware=None):
         """`devices` are (tag, socket path, request queues); `disks` are image files. All that the guest does may
-        take `patience` times as long as usual. `append` goes to the kernel's command line."""
-        LOGS.mkdir(parents=True, exist_ok=True)
-        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="lanefsd-vm-"))
-        self.console = LOGS / f"{name}-{os.getpid()}-{next(COUNTER)}.console"
-        self.agent = None
-        self.buffer = b""
-        self.words = itertools.count(1)
-        self.process = None
-        self.patience = patience
-        # Set when it hangs, has panicked, or is gone.
-        self.broken = False
+        take `patience` times as long as usual. `append` goes to the kernel's command line. Without a kernel the
+        `firmware` looks for something to start; without an initramfs the kernel mounts its root itself."""
+        self.prepare(name, patience)
         command = [*qemu.machine(), "-smp", str(cpus), "-m", memory,
                    "-object", f"memory-backend-memfd,id=mem,size={memory},share=on", "-numa", "node,memdev=mem",
-                   "-kernel", str(kernel.image), "-initrd", str(initramfs),
-                   "-append", f"{KERNEL_OPTIONS} {append}",
                    "-display", "none", "-nic", "none", "-monitor", "none", "-action", "reboot=reset,panic=exit-failure",
                    "-qmp", f"unix:{self.directory}/qmp,server=on,wait=off"]
+        if kernel:
+            command += ["-kernel", str(kernel.image), "-append", f"{KERNEL_OPTIONS} {append}"]
+        if initramfs:
+            command += ["-initrd", str(initramfs)]
+        if firmware:
+            command += ["-bios", str(firmware)]
         if interactive:
             command += ["-chardev", f"stdio,id=console,signal=off,logfile={self.console}", "-serial", "chardev:console"]
         else:
@@ -84,6 +80,19 @@ class Guest:
         except BaseException:
             self.close()
             raise
+
+    def prepare(self, name, patience):
+        """A state of not being started yet."""
+        LOGS.mkdir(parents=True, exist_ok=True)
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="lanefsd-vm-"))
+        self.console = LOGS / f"{name}-{os.getpid()}-{next(COUNTER)}.console"
+        self.agent = None
+        self.buffer = b""
+        self.words = itertools.count(1)
+        self.process = None
+        self.patience = patience
+        # Set when it hangs, has panicked, or is gone.
+        self.broken = False
 
     def __enter__(self):
         return self
@@ -186,11 +195,11 @@ class Guest:
             elif "Kernel panic" in self.log():
                 raise self.error(f"the guest's kernel panicked while {doing}")
 
-    def qmp(self, command):
-        """Runs one QMP command."""
+    def qmp(self, *commands):
+        """Runs QMP commands, one after the other."""
         with self.connect("qmp") as link, link.makefile("rw") as file:
             file.readline()
-            for execute in ("qmp_capabilities", command):
+            for execute in ("qmp_capabilities", *commands):
                 file.write(json.dumps({"execute": execute}) + "\n")
                 file.flush()
                 while "return" not in (answer := json.loads(file.readline())):
@@ -212,6 +221,26 @@ class Guest:
         self.buffer = b""
         self.qmp("system_reset")
         self.wait_for_agent()
+
+    def leave(self, command):
+        """Sends a command after which the agent does not answer any more."""
+        self.send(f"end-{next(self.words)}-{os.urandom(4).hex()}", base64.b64encode(command.encode()).decode())
+
+    def reboot(self, command="reboot -f"):
+        """Lets the guest reboot itself, and waits until it has booted again."""
+        self.leave(command)
+        self.wait_for_agent()
+
+    def power_off(self, command="poweroff -f", timeout=30):
+        """Lets the guest turn itself off, and waits until QEMU has ended."""
+        self.leave(command)
+        try:
+            status = self.process.wait(timeout * self.patience)
+        except subprocess.TimeoutExpired:
+            self.interrogate()
+            raise self.error(f"the guest did not turn itself off in {timeout * self.patience:g} s") from None
+        if status:
+            raise self.error(f"QEMU ended with status {status}")
 
     def log(self):
         """What the kernel wrote to the console so far."""

@@ -1,5 +1,6 @@
 """Where things are: the sources, and everything generated below `target/`."""
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 TARGET = REPO / "target"
 CACHE = TARGET / "vm"
 LOGS = CACHE / "logs"
-DAEMON = TARGET / "release" / "lanefsd"
+# Another build of the daemon can be put into its place, as in the tests of tests/; then nothing is built.
+BACKEND = os.environ.get("LANEFSD_TEST_BACKEND")
+DAEMON = pathlib.Path(BACKEND) if BACKEND else TARGET / "release" / "lanefsd"
 FAULTY_DAEMON = TARGET / "release" / "lanefsd-faulty"
 SLOW_STORE = TARGET / "release" / "failing-store"
 
@@ -49,6 +52,8 @@ def need(*packages):
 def build_daemon():
     """Builds the daemon; cargo does nothing if it is up to date. All commands build the same set of packages, since
     another set would have other features, and everything would be built anew."""
+    if BACKEND:
+        return
     if shutil.which("cargo") is None:
         raise HarnessError("cargo is missing; install a Rust toolchain (see rust-version in Cargo.toml)")
     if not DAEMON.exists():
@@ -59,7 +64,6 @@ def build_daemon():
 
 def cargo_environment():
     """The environment for builds below `target/`, whatever the caller's says."""
-    import os
     environment = dict(os.environ)
     environment["CARGO_TARGET_DIR"] = str(TARGET)
     environment.pop("RUSTFLAGS", None)

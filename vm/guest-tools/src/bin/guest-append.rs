@@ -29,6 +29,9 @@ struct Options {
     /// Open with O_DIRECT
     #[arg(long)]
     direct: bool,
+    /// Number of the first writer, where others append in another guest
+    #[arg(long, default_value_t = 0)]
+    first: u64,
     /// Do the part of one process
     #[arg(long, hide = true)]
     one: Option<u64>,
@@ -48,7 +51,7 @@ fn main() -> Result<()> {
     match (options.action, options.one) {
         (Action::Verify, _) => verify(&options),
         (Action::Run, None) => Crowd::gather(options.writers)?.run(),
-        (Action::Run, Some(writer)) => append(&options, writer),
+        (Action::Run, Some(writer)) => append(&options, options.first + writer),
     }
 }
 

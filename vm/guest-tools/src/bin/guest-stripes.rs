@@ -51,6 +51,9 @@ struct Options {
     /// Check only the first stripes of each writer: as many as this list says, from writer 0 on
     #[arg(long, value_delimiter = ',')]
     done: Vec<u64>,
+    /// Only these writers write; the others are in another guest
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<u64>,
     /// Do the part of one process
     #[arg(long, hide = true)]
     one: Option<u64>,
@@ -122,6 +125,9 @@ fn write_one(options: &Options, writer: u64) -> Result<()> {
     let mut buffer = Buffer::new(usize::try_from(options.stripe)?)?;
     let mut highest = 0;
     wait_for_start()?;
+    if !options.only.is_empty() && !options.only.contains(&writer) {
+        return Ok(());
+    }
     for (offset, len) in stripes(options).filter(|(offset, _)| owner(options, *offset) == writer) {
         let data = buffer.get_mut(..usize::try_from(len)?).context("a stripe is too long")?;
         fill(data, writer, offset);

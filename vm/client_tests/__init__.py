@@ -1,0 +1,1 @@
+"""What `vm/clients` runs."""

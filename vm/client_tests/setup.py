@@ -1,0 +1,69 @@
+"""What the clients of `vm/clients` have in common."""
+
+import contextlib
+
+from harness import cli, debian, disk, initramfs, kernels
+from harness.daemon import Daemon
+from harness.guest import Guest
+from harness.paths import run, say
+
+# An emulated system is slow at times: systemd gives up none of its units for that.
+SYSTEMD = ("systemd.default_timeout_start_sec=1800 systemd.default_device_timeout_sec=1800 systemd.service_watchdogs=false "
+           "udev.event_timeout=1800")
+# A daemon's log has none of these after a good session.
+TROUBLE = ("panicked", "ERROR", "is broken", "seccomp")
+
+
+def step(text):
+    """Progress within a client."""
+    say(f"       {text}")
+
+
+class Setup:
+    """Shares, guests, and how long to wait for them."""
+
+    def __init__(self, patience):
+        self.patience = patience
+
+    @contextlib.contextmanager
+    def daemon(self, share, *arguments, **more):
+        """A daemon whose log has to be clean at the end."""
+        with Daemon(share, arguments, name="client", **more) as daemon:
+            yield daemon
+            found = [line for line in daemon.log().splitlines() if any(word in line for word in TROUBLE)]
+            assert not found, found
+
+    @contextlib.contextmanager
+    def small_guest(self, *daemons, kernel=kernels.DEFAULT, **more):
+        """The guest of `vm/test` with a device for each daemon: tags share, share1, share2 …"""
+        kernel, image = cli.prepare(kernel)
+        devices = [(f"share{number}" if number else "share", daemon.socket, 1) for number, daemon in enumerate(daemons)]
+        with Guest(kernel, image, devices, name="client", patience=self.patience, **more) as guest:
+            yield guest
+
+    @contextlib.contextmanager
+    def debian_root(self):
+        """A fresh copy of the Debian tree."""
+        tree = debian.tree()
+        with disk.directory() as scratch:
+            root = scratch / "root"
+            run(["cp", "-a", "--reflink=auto", tree, root])
+            # The copy's timestamps do not change the agent.
+            initramfs.write_program(root / "usr/local/sbin/lanefs-agent", initramfs.AGENT)
+            yield root
+
+    @contextlib.contextmanager
+    def debian_guest(self, root, *arguments, kernel=None):
+        """A guest whose root is the share. Without `kernel` it starts as an installed Debian does; with the name of
+        one that has virtiofs built in, that one mounts the share itself."""
+        cli.prepare()
+        if kernel:
+            kernel, image = kernels.fetch(kernel), None
+            run(["cp", "-a", kernel.module_file(""), root / "usr/lib/modules"])
+        else:
+            kernel = debian.kernel_of(root)
+            image = root / "boot" / f"initrd.img-{kernel.release}"
+        with self.daemon(root, *arguments) as daemon, \
+                Guest(kernel, image, [("share", daemon.socket, 1)], memory="2G", name="client",
+                      patience=self.patience, append=f"root=share rootfstype=virtiofs rw {SYSTEMD}") as guest:
+            yield guest, daemon
