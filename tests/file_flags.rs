@@ -214,6 +214,21 @@ fn only_the_owner_and_root_change_flags() {
     }
 }
 
+/// Takes flags off a file again, also if the test fails: nobody could remove it otherwise.
+struct Restored(std::fs::File, u32);
+
+impl Restored {
+    fn of(backend: &Backend, name: &str) -> Restored {
+        Restored(std::fs::File::open(backend.path(name)).unwrap(), on_host(backend, name))
+    }
+}
+
+impl Drop for Restored {
+    fn drop(&mut self) {
+        let _ = file_flags::set_flags(self.0.as_fd(), self.1);
+    }
+}
+
 #[test]
 fn files_become_immutable_only_where_the_daemon_may_make_them_so() {
     for (args, allowed) in [(&[][..], false), (&["--modcaps=+linux_immutable"], true)] {
@@ -223,6 +238,7 @@ fn files_become_immutable_only_where_the_daemon_may_make_them_so() {
         let node = client.lookup(ROOT, "theirs").unwrap().nodeid;
         let fh = client.open(node, libc::O_RDONLY).unwrap().fh;
         let before = on_host(&backend, "theirs");
+        let _restored = Restored::of(&backend, "theirs");
         for flag in [IMMUTABLE, APPEND] {
             let new = (before | flag).to_ne_bytes();
             let by_owner = client.user(1001, 1001).ioctl(node, fh, SETFLAGS, &new, 0);
@@ -250,12 +266,11 @@ fn what_the_host_made_immutable_stays_so() {
     let (_share, backend, session) = serve(&[], SessionOptions::default());
     let client = session.client();
     let (node, fh) = file(&client);
-    let on_disk = std::fs::File::open(backend.path("file")).unwrap();
-    let before = on_host(&backend, "file");
-    file_flags::set_flags(on_disk.as_fd(), before | IMMUTABLE).unwrap();
+    let restored = Restored::of(&backend, "file");
+    let before = restored.1;
+    file_flags::set_flags(restored.0.as_fd(), before | IMMUTABLE).unwrap();
     let result = client.ioctl(node, fh, SETFLAGS, &before.to_ne_bytes(), 0);
     let seen = flags(&client, node, fh);
-    file_flags::set_flags(on_disk.as_fd(), before).unwrap();
     assert_eq!(common::errno(result), libc::EPERM);
     assert_eq!(seen, before | IMMUTABLE);
 }
