@@ -189,8 +189,8 @@ impl Writer<'_, '_> {
 
     fn on_handle(&mut self, opcode: Opcode, node: &mut u64) {
         use Opcode::{
-            CopyFileRange, CopyFileRange64, Fallocate, Flush, Fsync, Fsyncdir, Getlk, Ioctl, Lseek, Read, Readdir,
-            Readdirplus, Release, Releasedir, Setlk, Setlkw, Write,
+            CopyFileRange, CopyFileRange64, Fallocate, Flush, Fsync, Fsyncdir, Getlk, Ioctl, Lseek, Read,
+            Readdir, Readdirplus, Release, Releasedir, Setlk, Setlkw, Write,
         };
         match opcode {
             Read | Readdir | Readdirplus => {
@@ -257,7 +257,8 @@ impl Writer<'_, '_> {
                 0x5401,
             ]),
         };
-        let (len, out_size) = (self.input.choose(&[0, 4, 8, 28]), self.input.choose(&[0, 4, 8, 28, u32::MAX]));
+        let (len, out_size) =
+            (self.input.choose(&[0, 4, 8, 28]), self.input.choose(&[0, 4, 8, 28, u32::MAX]));
         let data = self.input.bytes(len);
         let in_size = u32::try_from(data.len()).unwrap_or(0);
         let flags = u32::from(self.input.byte() & 0x1a);
