@@ -84,10 +84,8 @@ pub(super) struct Next {
 /// How a worker looks at the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Look {
-    /// It looks again at once: the guest need not kick.
-    First,
-    /// It has looked before, and the guest knows that it need not kick.
-    Again,
+    /// It looks again afterwards: the guest need not kick.
+    Early,
     /// It sleeps afterwards: the guest has to kick.
     Last,
 }
@@ -265,7 +263,7 @@ impl Queue {
             given.unwrap_or_else(|e| self.broke(&mut state, &e));
             // A guest that hears of a reply often sends the next request at once. Without a kick
             // this worker finds it when it looks again; a kick would wake another one.
-            let look = if done.is_none() { Look::Last } else { Look::First };
+            let look = if done.is_none() { Look::Last } else { Look::Early };
             let next = self.take(&mut state, &memory, look);
             let time = state.service_time;
             let may_hold = next.is_some_and(|next| may_hold(state.held, next.waiting, time));
@@ -286,7 +284,7 @@ impl Queue {
         }
         self.polling.0.look(|| {
             let mut state = self.lock();
-            let found = self.take(&mut state, memory, Look::Again)?;
+            let found = self.take(&mut state, memory, Look::Early)?;
             state.statistics.found_by_looking += 1;
             Some(found)
         })
@@ -434,7 +432,7 @@ impl State {
             waiting = self.ring.waiting(memory)?;
         }
         if waiting == 0 {
-            if look == Look::First {
+            if look == Look::Early {
                 self.ring.refuse_kicks(memory)?;
             }
             return Ok(None);

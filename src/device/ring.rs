@@ -70,6 +70,8 @@ pub struct Ring {
     next_used: u16,
     /// `next_used` when the guest was last considered for a notification.
     signalled_used: u16,
+    /// What the guest was told last about kicks: the value of avail_event or of the used ring's flags.
+    told_of_kicks: Option<u16>,
 }
 
 impl Ring {
@@ -81,7 +83,8 @@ impl Ring {
         next_available: u16,
         event_idx: bool,
     ) -> Result<Ring> {
-        let mut ring = Ring { layout, event_idx, next_available, next_used: 0, signalled_used: 0 };
+        let mut ring =
+            Ring { layout, event_idx, next_available, next_used: 0, signalled_used: 0, told_of_kicks: None };
         ring.next_used = ring.load(memory, layout.used, INDEX)?;
         ring.signalled_used = ring.next_used;
         // Touch what will be used, so that a ring outside memory is refused at its start.
@@ -192,32 +195,37 @@ impl Ring {
 
     /// Asks the guest to kick when it makes the next chain available. The ring has to be looked at
     /// once more afterwards: a chain may have come just before.
-    pub fn ask_for_kick(&self, memory: &GuestMemoryMmap) -> Result<()> {
-        if self.event_idx {
-            let avail_event_at = ENTRIES + u64::from(self.layout.size) * USED_ENTRY;
-            self.store(memory, self.layout.used, avail_event_at, self.next_available)?;
-        } else {
-            self.store(memory, self.layout.used, 0, 0)?;
-        }
+    pub fn ask_for_kick(&mut self, memory: &GuestMemoryMmap) -> Result<()> {
+        self.tell_of_kicks(memory, if self.event_idx { self.next_available } else { 0 })?;
         fence(Ordering::SeqCst);
         Ok(())
     }
 
     /// Tells the guest that kicks are not needed for now. With EVENT_IDX an old event index does
     /// that by itself.
-    pub fn spare_kicks(&self, memory: &GuestMemoryMmap) -> Result<()> {
-        if self.event_idx { Ok(()) } else { self.store(memory, self.layout.used, 0, SUPPRESS) }
+    pub fn spare_kicks(&mut self, memory: &GuestMemoryMmap) -> Result<()> {
+        if self.event_idx { Ok(()) } else { self.tell_of_kicks(memory, SUPPRESS) }
     }
 
     /// Takes back that the guest was asked to kick, until [`Ring::ask_for_kick`].
-    pub fn refuse_kicks(&self, memory: &GuestMemoryMmap) -> Result<()> {
-        if self.event_idx {
-            let avail_event_at = ENTRIES + u64::from(self.layout.size) * USED_ENTRY;
-            // An index that the guest has passed already.
-            self.store(memory, self.layout.used, avail_event_at, self.next_available.wrapping_sub(1))
-        } else {
-            self.store(memory, self.layout.used, 0, SUPPRESS)
+    pub fn refuse_kicks(&mut self, memory: &GuestMemoryMmap) -> Result<()> {
+        // An index that the guest has passed already.
+        self.tell_of_kicks(
+            memory,
+            if self.event_idx { self.next_available.wrapping_sub(1) } else { SUPPRESS },
+        )
+    }
+
+    /// Stores avail_event, or the used ring's flags, if it is something new: a worker that polls refuses kicks
+    /// again and again, and each store takes the cache line from the guest.
+    fn tell_of_kicks(&mut self, memory: &GuestMemoryMmap, value: u16) -> Result<()> {
+        if self.told_of_kicks == Some(value) {
+            return Ok(());
         }
+        let at = if self.event_idx { ENTRIES + u64::from(self.layout.size) * USED_ENTRY } else { 0 };
+        self.store(memory, self.layout.used, at, value)?;
+        self.told_of_kicks = Some(value);
+        Ok(())
     }
 
     fn load(&self, memory: &GuestMemoryMmap, base: u64, offset: u64) -> Result<u16> {
@@ -348,18 +356,35 @@ mod tests {
         for start in [0, 7, 65_535] {
             let memory = memory();
             set(&memory, LAYOUT.available + INDEX, start);
-            let ring = Ring::new(&memory, LAYOUT, start, true).unwrap();
+            let mut ring = Ring::new(&memory, LAYOUT, start, true).unwrap();
             for chains in 1..8 {
                 ring.ask_for_kick(&memory).unwrap();
                 assert!(guest_kicks(&memory, start, start.wrapping_add(chains)));
                 ring.refuse_kicks(&memory).unwrap();
                 assert!(!guest_kicks(&memory, start, start.wrapping_add(chains)));
             }
-            let ring = Ring::new(&memory, LAYOUT, start, false).unwrap();
+            let mut ring = Ring::new(&memory, LAYOUT, start, false).unwrap();
             ring.refuse_kicks(&memory).unwrap();
             assert_eq!(get(&memory, LAYOUT.used), SUPPRESS);
             ring.ask_for_kick(&memory).unwrap();
             assert_eq!(get(&memory, LAYOUT.used), 0);
+        }
+    }
+
+    /// One worker that polls, and another that asks for a kick before it sleeps.
+    #[test]
+    fn kicks_are_refused_again_after_another_worker_asked_and_otherwise_nothing_is_stored() {
+        for (event_idx, at) in [(true, LAYOUT.used + ENTRIES + 64), (false, LAYOUT.used)] {
+            let memory = memory();
+            let mut ring = Ring::new(&memory, LAYOUT, 7, event_idx).unwrap();
+            ring.refuse_kicks(&memory).unwrap();
+            let refused = get(&memory, at);
+            set(&memory, at, 0x5a5a);
+            ring.refuse_kicks(&memory).unwrap();
+            assert_eq!(get(&memory, at), 0x5a5a, "the word was stored once more");
+            ring.ask_for_kick(&memory).unwrap();
+            ring.refuse_kicks(&memory).unwrap();
+            assert_eq!(get(&memory, at), refused);
         }
     }
 
