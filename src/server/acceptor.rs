@@ -1,15 +1,16 @@
-//! Accepts connections and picks the next front end: the first one that sends something.
+//! Accepts connections and picks the next front end: the first one that sends the header of a message.
 //!
-//! Health checks and port scanners connect to the socket without a word. Such a connection is not a
-//! front end: it may close without an effect, and it does not block others while it is open.
+//! Health checks and port scanners connect to the socket without a word, or with less than a message. Such a
+//! connection is not a front end: it may close without an effect, and it does not block others while it is open.
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
 
@@ -18,6 +19,8 @@ use crate::logging::info_limited;
 
 /// Pending connections at most. Further ones replace an idle one, or stay in the listen backlog.
 const MAX_PENDING: usize = 8;
+/// Bytes of a message's header in the vhost-user protocol.
+const HEADER: usize = 12;
 /// How long nothing is accepted after the host was out of descriptors or memory.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -28,7 +31,7 @@ pub(super) enum Event {
     Signal,
     /// The descriptor that the caller watches is readable.
     Watched,
-    /// A connection has sent its first bytes.
+    /// A connection has sent the header of its first message.
     Pending,
 }
 
@@ -43,7 +46,7 @@ struct Ready {
 #[derive(Debug)]
 struct Pending {
     stream: UnixStream,
-    has_data: bool,
+    has_header: bool,
 }
 
 /// The listening socket and its pending connections.
@@ -51,18 +54,26 @@ struct Pending {
 pub(super) struct Acceptor<'a> {
     listener: &'a UnixListener,
     pending: Vec<Pending>,
+    /// Tells, once each time, that a pending connection has sent something or was closed. What it has sent is left in
+    /// the socket, so poll(2) would end at once as long as part of a header is there, and SO_RCVLOWAT does not
+    /// change that for this kind of socket.
+    news: OwnedFd,
     paused_until: Option<Instant>,
 }
 
 impl<'a> Acceptor<'a> {
-    pub(super) fn new(listener: &'a UnixListener) -> Acceptor<'a> {
-        Acceptor { listener, pending: Vec::new(), paused_until: None }
+    pub(super) fn new(listener: &'a UnixListener) -> Result<Acceptor<'a>, Errno> {
+        let news = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        Ok(Acceptor { listener, pending: Vec::new(), news, paused_until: None })
     }
 
-    /// The oldest connection that has sent something.
+    /// The oldest connection that has sent a header.
     pub(super) fn next(&mut self) -> Option<UnixStream> {
-        let at = self.pending.iter().position(|connection| connection.has_data)?;
-        Some(self.pending.remove(at).stream)
+        let at = self.pending.iter().position(|connection| connection.has_header)?;
+        let stream = self.pending.remove(at).stream;
+        // The connection stays open, and is no news any more.
+        let _ = epoll::delete(&self.news, &stream);
+        Some(stream)
     }
 
     /// Waits for an event. `watched` is an additional descriptor: the front end that is being served.
@@ -82,6 +93,7 @@ impl<'a> Acceptor<'a> {
             if ready.listener {
                 self.accept()?;
             }
+            self.hear_news()?;
             if self.process_pending(watched.is_some()) {
                 return Ok(Event::Pending);
             }
@@ -99,13 +111,7 @@ impl<'a> Acceptor<'a> {
         let rest = self.paused_until.map(|until| until.saturating_duration_since(Instant::now()));
         let mut fds = vec![entry(signals)];
         fds.extend(watched.map(entry));
-        // Level-triggered: a connection with unread data would end every poll at once.
-        fds.extend(
-            self.pending
-                .iter()
-                .filter(|connection| !connection.has_data)
-                .map(|connection| entry(connection.stream.as_fd())),
-        );
+        fds.push(entry(self.news.as_fd()));
         let listens = rest.is_none() && self.has_room();
         if listens {
             fds.push(entry(self.listener.as_fd()));
@@ -123,32 +129,42 @@ impl<'a> Acceptor<'a> {
         })
     }
 
-    /// Whether another connection can be accepted, if need be in place of an idle one.
-    fn has_room(&self) -> bool {
-        self.pending.len() < MAX_PENDING || self.pending.iter().any(|connection| !connection.has_data)
+    /// Takes the news off the list: all pending connections are looked at next, whichever they are of.
+    fn hear_news(&self) -> Result<(), ServerError> {
+        let mut events = [const { MaybeUninit::uninit() }; MAX_PENDING];
+        match epoll::wait(&self.news, &mut events[..], Some(&Timespec::default())) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(ServerError::SetUp(errno.into())),
+        }
     }
 
-    /// Drops closed connections, and returns whether one has sent its first bytes.
+    /// Whether another connection can be accepted, if need be in place of an idle one.
+    fn has_room(&self) -> bool {
+        self.pending.len() < MAX_PENDING || self.pending.iter().any(|connection| !connection.has_header)
+    }
+
+    /// Drops closed connections, and returns whether one has sent its first header.
     fn process_pending(&mut self, busy: bool) -> bool {
-        let mut got_data = false;
+        let mut got_header = false;
         self.pending.retain_mut(|connection| {
-            if connection.has_data {
+            if connection.has_header {
                 return true;
             }
             match peek(&connection.stream) {
-                Ok(0) => {
-                    debug!("a connection was closed before it sent anything");
-                    false
-                }
-                Ok(_) => {
-                    connection.has_data = true;
-                    got_data = true;
+                Ok(HEADER..) => {
+                    connection.has_header = true;
+                    got_header = true;
                     if busy {
                         info_limited!(
                             "another front end waits at the socket: one daemon serves one VM at a time; start another daemon for another VM"
                         );
                     }
                     true
+                }
+                Ok(1..) if !is_closed(&connection.stream) => true,
+                Ok(_) => {
+                    debug!("a connection was closed before it sent a message");
+                    false
                 }
                 Err(Errno::AGAIN | Errno::INTR) => true,
                 Err(errno) => {
@@ -157,7 +173,7 @@ impl<'a> Acceptor<'a> {
                 }
             }
         });
-        got_data
+        got_header
     }
 
     /// Accepts one connection.
@@ -167,12 +183,16 @@ impl<'a> Acceptor<'a> {
             Err(error) => return self.accept_failed(error),
         };
         if self.pending.len() >= MAX_PENDING
-            && let Some(idle) = self.pending.iter().position(|connection| !connection.has_data)
+            && let Some(idle) = self.pending.iter().position(|connection| !connection.has_header)
         {
             info_limited!("too many idle connections at the socket; the oldest one was closed");
             self.pending.remove(idle);
         }
-        self.pending.push(Pending { stream, has_data: false });
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
+        match epoll::add(&self.news, &stream, epoll::EventData::new_u64(0), flags) {
+            Ok(()) => self.pending.push(Pending { stream, has_header: false }),
+            Err(errno) => warn!("a connection was closed: it cannot be waited for: {errno}"),
+        }
         Ok(())
     }
 
@@ -190,13 +210,19 @@ impl<'a> Acceptor<'a> {
     }
 }
 
-/// The number of bytes that can be read, up to 1, without reading them; 0 at the end of the stream.
+/// The number of bytes that can be read, up to those of a header, without reading them; 0 at the end of the stream.
 fn peek(stream: &UnixStream) -> Result<usize, Errno> {
-    let mut byte = [0];
+    let mut header = [0; HEADER];
     // Without a control buffer no descriptors are received.
     let mut none = RecvAncillaryBuffer::default();
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-    recvmsg(stream, &mut [IoSliceMut::new(&mut byte)], &mut none, flags).map(|message| message.bytes)
+    recvmsg(stream, &mut [IoSliceMut::new(&mut header)], &mut none, flags).map(|message| message.bytes)
+}
+
+/// Whether the other side will send nothing more.
+fn is_closed(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 #[cfg(test)]
@@ -227,7 +253,7 @@ mod tests {
 
         fn connect_and_send(&self, word: u8) -> UnixStream {
             let mut stream = self.connect();
-            stream.write_all(&[word]).unwrap();
+            stream.write_all(&[word; HEADER]).unwrap();
             stream
         }
     }
@@ -241,12 +267,12 @@ mod tests {
     #[test]
     fn idle_connections_block_nobody() {
         let place = Place::new();
-        let mut acceptor = Acceptor::new(&place.listener);
+        let mut acceptor = Acceptor::new(&place.listener).unwrap();
         let _idle: Vec<_> = (0..3 * MAX_PENDING).map(|_| place.connect()).collect();
         let _first = place.connect_and_send(1);
         let _second = place.connect_and_send(2);
         drop(place.connect());
-        while acceptor.pending.iter().filter(|connection| connection.has_data).count() < 2 {
+        while acceptor.pending.iter().filter(|connection| connection.has_header).count() < 2 {
             assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
         }
         assert!(acceptor.pending.len() <= MAX_PENDING);
@@ -255,9 +281,50 @@ mod tests {
     }
 
     #[test]
+    fn part_of_a_header_makes_no_front_end() {
+        let place = Place::new();
+        let mut acceptor = Acceptor::new(&place.listener).unwrap();
+        let mut slow = place.connect();
+        slow.write_all(&[1; HEADER - 1]).unwrap();
+        let mut gone = place.connect();
+        gone.write_all(&[2; HEADER - 1]).unwrap();
+        drop(gone);
+        let _whole = place.connect_and_send(3);
+        while acceptor.pending.len() != 2 || !acceptor.pending.iter().any(|one| one.has_header) {
+            assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        }
+        assert_eq!(word(acceptor.next()), 3);
+        assert!(acceptor.next().is_none());
+        // Nobody is woken for what was there before.
+        let mut news = [PollFd::new(&acceptor.news, PollFlags::IN)];
+        assert_eq!(poll(&mut news, Some(&Timespec::default())), Ok(0));
+        slow.write_all(&[1]).unwrap();
+        assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        assert_eq!(word(acceptor.next()), 1);
+    }
+
+    #[test]
+    fn what_comes_while_a_front_end_leaves_is_not_missed() {
+        let place = Place::new();
+        let mut acceptor = Acceptor::new(&place.listener).unwrap();
+        let mut next = place.connect();
+        let (watched, other) = UnixStream::pair().unwrap();
+        let (signals, signal) = UnixStream::pair().unwrap();
+        while acceptor.pending.is_empty() {
+            acceptor.accept().unwrap();
+        }
+        next.write_all(&[5; HEADER]).unwrap();
+        drop((other, signal));
+        assert_eq!(acceptor.wait(signals.as_fd(), None).unwrap(), Event::Signal);
+        assert_eq!(acceptor.wait(place.signals.as_fd(), Some(watched.as_fd())).unwrap(), Event::Watched);
+        assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        assert_eq!(word(acceptor.next()), 5);
+    }
+
+    #[test]
     fn pending_connections_keep_their_order() {
         let place = Place::new();
-        let mut acceptor = Acceptor::new(&place.listener);
+        let mut acceptor = Acceptor::new(&place.listener).unwrap();
         let mut waiting = vec![];
         for turn in 0..MAX_PENDING {
             waiting.push(place.connect_and_send(u8::try_from(turn).unwrap()));
@@ -277,7 +344,7 @@ mod tests {
     #[test]
     fn running_out_of_descriptors_pauses_accepting() {
         let place = Place::new();
-        let mut acceptor = Acceptor::new(&place.listener);
+        let mut acceptor = Acceptor::new(&place.listener).unwrap();
         acceptor.accept_failed(Errno::MFILE.into()).unwrap();
         assert!(acceptor.paused_until.is_some());
         let _caller = place.connect_and_send(7);
