@@ -1,4 +1,5 @@
-//! The daemon's start-up, in order: command line, messages, limits, socket, sandbox, serve.
+//! The daemon's start-up, in order: command line, what the launcher has left, messages, limits, socket, sandbox,
+//! serve.
 
 use std::os::fd::AsFd;
 use std::process::ExitCode;
@@ -38,8 +39,9 @@ fn run() -> Result<ExitCode> {
         }
         Command::Serve(config) => config,
     };
+    // Before anything is started.
+    signals::reset().context("signals cannot be set up")?;
     logging::start(config.log_level, config.syslog);
-    signals::ignore_file_size_limit();
     config.remarks.extend(sandbox::raise_descriptor_limit(config.rlimit_nofile)?);
     config.remarks.extend(remarks::about(&config));
     if let Some(cpus) = &config.cpus {

@@ -1,0 +1,108 @@
+//! What a launcher leaves to the daemon beside its options: signals that are blocked or ignored, descriptors that are
+//! open, securebits, a working directory. All of it survives execve(2), and none of it may change what the daemon
+//! promises.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use lanefsd_frontend::backend::Starter;
+use lanefsd_frontend::client::{Lock, ROOT};
+use lanefsd_frontend::{Backend, SessionOptions};
+
+const SANDBOXES: [&str; 3] = ["--sandbox=namespace", "--sandbox=chroot", "--sandbox=none"];
+const END: u64 = i64::MAX.unsigned_abs();
+
+/// The daemon, started by this program with these arguments.
+fn launched(launcher: &[&str]) -> Starter {
+    Backend::of(launcher[0]).args(&launcher[1..]).args([common::program()])
+}
+
+/// Starts it, and has it serve.
+fn serves(starter: Starter) -> Backend {
+    let mut backend = starter.args(["--keep-listening"]).start().unwrap();
+    common::wait_for_words(&mut backend, "Waiting for vhost-user socket connection");
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    session.client().getattr(ROOT).unwrap();
+    drop(session);
+    backend
+}
+
+fn ends_on_a_signal(mut backend: Backend) {
+    backend.signal(libc::SIGTERM).unwrap();
+    backend.expect_success().unwrap();
+    assert!(!backend.socket().exists());
+}
+
+#[test]
+fn signals_that_are_blocked_or_ignored_do_their_work_all_the_same() {
+    for signals in ["--block-signal=USR1", "--block-signal", "--ignore-signal=USR1", "--ignore-signal=TERM"] {
+        for sandbox in SANDBOXES {
+            let starter = launched(&["env", signals]).args([sandbox, "--posix-lock"]);
+            let mut backend = starter.start().unwrap();
+            let session = backend.connect(SessionOptions::default()).unwrap();
+            let client = session.client();
+            let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+            let lock = |owner| Lock::posix(owner, libc::F_WRLCK, 0, END);
+            client.setlk(entry.nodeid, open.fh, lock(1)).unwrap();
+            let waiting = client.send(lock(2).waiting_request(entry.nodeid, open.fh)).unwrap();
+            std::thread::sleep(Duration::from_millis(100));
+            session.stop_queue(1).unwrap();
+            assert!(!session.queue(1).is_done(waiting.token).unwrap(), "{signals} {sandbox}");
+            backend.signal(libc::SIGTERM).unwrap();
+            backend.expect_success().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_daemon_that_nohup_has_started_outlives_its_terminal() {
+    let backend = serves(launched(&["env", "--ignore-signal=HUP", "--block-signal=HUP"]));
+    backend.signal(libc::SIGHUP).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    backend.connect(SessionOptions::default()).unwrap().client().getattr(ROOT).unwrap();
+    ends_on_a_signal(backend);
+}
+
+#[test]
+fn ignored_children_change_neither_sandbox_nor_ids_nor_status() {
+    const IGNORED: [&str; 2] = ["env", "--ignore-signal=CHLD"];
+    for args in [&[][..], &["--sandbox=chroot"], &["--uid-map=:0:0:65536:", "--gid-map=:0:0:65536:"]] {
+        ends_on_a_signal(serves(launched(&IGNORED).args(args)));
+    }
+    let (status, stderr) =
+        launched(&IGNORED).args(["--modcaps=+sys_time", "--rlimit-nofile=5"]).refuse().unwrap();
+    assert_eq!(status.code(), Some(1), "{stderr}");
+    // An ordinary user.
+    let home = tempfile::tempdir().unwrap();
+    let (program, run) = (home.path().join("lanefsd"), home.path().join("run"));
+    common::copy_program(&program);
+    fs::create_dir(&run).unwrap();
+    for path in [home.path(), &run] {
+        std::os::unix::fs::chown(path, Some(4321), Some(4321)).unwrap();
+    }
+    let ids = ["--reuid=4321", "--regid=4321", "--clear-groups"];
+    let starter = Backend::of("setpriv").bare().args(ids).args(IGNORED).args([&program]);
+    let socket = run.join("socket");
+    let starter = starter.args(["--shared-dir"]).args([&run]).args(["--socket-path"]).args([&socket]);
+    let mut backend = starter.spawn().unwrap();
+    common::wait_for_words(&mut backend, "Waiting for vhost-user socket connection");
+    let mounts = |path: &Path| fs::read_link(path).unwrap();
+    assert_ne!(
+        mounts(&backend.proc("ns/mnt")),
+        mounts(Path::new("/proc/self/ns/mnt")),
+        "{}",
+        backend.stderr()
+    );
+    backend.signal(libc::SIGTERM).unwrap();
+    backend.expect_success().unwrap();
+}
