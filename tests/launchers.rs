@@ -12,6 +12,7 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -105,4 +106,97 @@ fn ignored_children_change_neither_sandbox_nor_ids_nor_status() {
     );
     backend.signal(libc::SIGTERM).unwrap();
     backend.expect_success().unwrap();
+}
+
+/// Which file, device and inode.
+type Identity = (u64, u64);
+
+fn identity(path: impl AsRef<Path>) -> Option<Identity> {
+    fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+/// What both processes of the daemon have open and work in.
+fn places(backend: &Backend) -> Vec<Identity> {
+    let mut places = Vec::new();
+    for process in [backend.proc(""), format!("/proc/{}", backend.pid()).into()] {
+        places.extend(identity(process.join("cwd")));
+        let open = fs::read_dir(process.join("fd")).unwrap();
+        places.extend(open.filter_map(|entry| identity(entry.unwrap().path())));
+    }
+    places
+}
+
+/// Something that the launcher has at hand: a directory with a file in it.
+fn forgotten() -> tempfile::TempDir {
+    let forgotten = tempfile::tempdir().unwrap();
+    fs::write(forgotten.path().join("file"), "").unwrap();
+    forgotten
+}
+
+/// A shell that forgets to close things.
+const FORGETFUL: &str = "cd \"$0\"; exec 4<\"$0\" 5<file 7>>file 9</; exec \"$@\" <\"$0\" ";
+
+#[test]
+fn descriptors_of_the_launcher_are_closed() {
+    for sandbox in SANDBOXES {
+        for (by_fd, output) in [(false, ""), (true, ""), (false, ">&4")] {
+            let forgotten = forgotten();
+            let script = format!("{FORGETFUL}{output}");
+            let starter =
+                launched(&["sh", "-c", &script, forgotten.path().to_str().unwrap()]).args([sandbox]);
+            let backend = serves(if by_fd { starter.by_fd() } else { starter });
+            let mut gone = vec![identity(forgotten.path().join("file")).unwrap()];
+            if sandbox != "--sandbox=none" {
+                // Without walls it works where it was started, and its root is that of the host.
+                gone.extend(identity(forgotten.path()));
+            }
+            let open = places(&backend);
+            assert!(
+                !gone.iter().any(|one| open.contains(one)),
+                "{sandbox} {by_fd}{output}: {gone:?} {open:?}"
+            );
+            let directories = backend.descriptors().unwrap();
+            assert!(!directories.iter().any(|path| Path::new(path) == forgotten.path()), "{directories:?}");
+            if by_fd {
+                // Whoever has made the socket removes it.
+                let _ = fs::remove_file(backend.socket());
+            }
+            ends_on_a_signal(backend);
+        }
+    }
+}
+
+/// A volume that was the launcher's working directory and standard input is free at once.
+#[test]
+fn what_the_launcher_had_open_can_be_unmounted() {
+    use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+    common::own_mounts();
+    for sandbox in &SANDBOXES[..2] {
+        let volume = tempfile::tempdir().unwrap();
+        mount("none", volume.path(), "tmpfs", MountFlags::empty(), None).unwrap();
+        fs::write(volume.path().join("file"), "").unwrap();
+        let starter = launched(&["sh", "-c", FORGETFUL, volume.path().to_str().unwrap()]);
+        let backend = serves(starter.args([sandbox]));
+        unmount(volume.path(), UnmountFlags::empty()).unwrap();
+        ends_on_a_signal(backend);
+    }
+}
+
+/// As before Linux 5.9, and in containers with a filter of system calls that does not know the call.
+#[test]
+fn descriptors_are_closed_without_close_range_as_well() {
+    let forgotten = forgotten();
+    let at = forgotten.path().to_str().unwrap();
+    for errno in ["ENOSYS", "EPERM"] {
+        let inject = format!("inject=close_range:error={errno}");
+        let strace = ["strace", "-f", "-o", "/dev/null", "-e", &inject, "sh", "-c", FORGETFUL, at];
+        let mut backend = launched(&strace).args(["--sandbox=namespace"]).start().unwrap();
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        session.client().getattr(ROOT).unwrap();
+        let open = places(&backend);
+        let gone = [forgotten.path().join("file"), "/".into()].map(|path| identity(path).unwrap());
+        assert!(!gone.iter().any(|one| open.contains(one)), "{gone:?} {open:?}");
+        drop(session);
+        backend.expect_success().unwrap();
+    }
 }
