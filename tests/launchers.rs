@@ -200,3 +200,41 @@ fn descriptors_are_closed_without_close_range_as_well() {
         backend.expect_success().unwrap();
     }
 }
+
+#[test]
+fn capabilities_follow_the_caller_whatever_the_securebits_are() {
+    // FS_IOC_SETFLAGS, and FS_NODUMP_FL.
+    const SETFLAGS: u32 = 0x4008_6602;
+    const NODUMP: u32 = 0x40;
+    for sandbox in SANDBOXES {
+        let share = common::disk_directory();
+        let starter = launched(&["setpriv", "--securebits=+no_setuid_fixup"]).share(share.path());
+        let mut backend = starter.args([sandbox]).start().unwrap();
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        let client = session.client();
+        let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o666, 0).unwrap();
+        for _ in 0..3 {
+            let stranger = client.user(1001, 1001);
+            let flags = stranger.ioctl(entry.nodeid, open.fh, SETFLAGS, &NODUMP.to_ne_bytes(), 0);
+            assert_eq!(common::errno(flags), libc::EPERM, "{sandbox}");
+            client.getattr(ROOT).unwrap();
+        }
+        drop(session);
+        backend.expect_success().unwrap();
+    }
+}
+
+#[test]
+fn a_securebit_that_cannot_be_cleared_ends_the_start() {
+    let locked = ["setpriv", "--securebits=+no_setuid_fixup,+no_setuid_fixup_locked"];
+    for sandbox in SANDBOXES {
+        let (status, stderr) = launched(&locked).args([sandbox, "--log-level=error"]).refuse().unwrap();
+        assert_eq!((status.code(), stderr.lines().count()), (Some(1), 1), "{sandbox}: {stderr}");
+        assert!(stderr.contains("no_setuid_fixup"), "{sandbox}: {stderr}");
+        // Who acts as nobody else has nothing to lose.
+        ends_on_a_signal(serves(launched(&locked).args([sandbox, "--modcaps=-setuid"])));
+    }
+    // A user namespace has securebits of its own.
+    let maps = ["--uid-map=:0:0:65536:", "--gid-map=:0:0:65536:"];
+    ends_on_a_signal(serves(launched(&locked).args(maps)));
+}
