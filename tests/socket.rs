@@ -137,13 +137,15 @@ fn a_silent_connection_keeps_no_front_end_out() {
 fn part_of_a_message_keeps_no_front_end_out() {
     for sandbox in SANDBOXES {
         let mut backend = start(sandbox);
-        let unfinished: Vec<_> = [1, 4, 11]
+        // SET_FEATURES, whose body has eight bytes.
+        let message = [2, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let unfinished: Vec<_> = [1, 11, 12, 19]
             .into_iter()
             .cycle()
             .take(30)
             .map(|length| {
                 let mut stream = UnixStream::connect(backend.socket()).unwrap();
-                stream.write_all(&[1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0][..length]).unwrap();
+                stream.write_all(&message[..length]).unwrap();
                 stream
             })
             .collect();

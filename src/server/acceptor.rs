@@ -1,4 +1,4 @@
-//! Accepts connections and picks the next front end: the first one that sends the header of a message.
+//! Accepts connections and picks the next front end: the first one that sends a message.
 //!
 //! Health checks and port scanners connect to the socket without a word, or with less than a message. Such a
 //! connection is not a front end: it may close without an effect, and it does not block others while it is open.
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use log::{debug, warn};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
 
 use super::ServerError;
 use crate::logging::info_limited;
@@ -21,6 +21,8 @@ use crate::logging::info_limited;
 const MAX_PENDING: usize = 8;
 /// Bytes of a message's header in the vhost-user protocol.
 const HEADER: usize = 12;
+/// Bytes that may follow it. Whoever announces more is disconnected at once when it is served.
+const LONGEST_BODY: usize = 4096;
 /// How long nothing is accepted after the host was out of descriptors or memory.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -31,7 +33,7 @@ pub(super) enum Event {
     Signal,
     /// The descriptor that the caller watches is readable.
     Watched,
-    /// A connection has sent the header of its first message.
+    /// A connection has sent its first message.
     Pending,
 }
 
@@ -46,7 +48,7 @@ struct Ready {
 #[derive(Debug)]
 struct Pending {
     stream: UnixStream,
-    has_header: bool,
+    has_message: bool,
 }
 
 /// The listening socket and its pending connections.
@@ -55,7 +57,7 @@ pub(super) struct Acceptor<'a> {
     listener: &'a UnixListener,
     pending: Vec<Pending>,
     /// Tells, once each time, that a pending connection has sent something or was closed. What it has sent is left in
-    /// the socket, so poll(2) would end at once as long as part of a header is there, and SO_RCVLOWAT does not
+    /// the socket, so poll(2) would end at once as long as part of a message is there, and SO_RCVLOWAT does not
     /// change that for this kind of socket.
     news: OwnedFd,
     paused_until: Option<Instant>,
@@ -67,9 +69,9 @@ impl<'a> Acceptor<'a> {
         Ok(Acceptor { listener, pending: Vec::new(), news, paused_until: None })
     }
 
-    /// The oldest connection that has sent a header.
+    /// The oldest connection that has sent a message.
     pub(super) fn next(&mut self) -> Option<UnixStream> {
-        let at = self.pending.iter().position(|connection| connection.has_header)?;
+        let at = self.pending.iter().position(|connection| connection.has_message)?;
         let stream = self.pending.remove(at).stream;
         // The connection stays open, and is no news any more.
         let _ = epoll::delete(&self.news, &stream);
@@ -140,20 +142,20 @@ impl<'a> Acceptor<'a> {
 
     /// Whether another connection can be accepted, if need be in place of an idle one.
     fn has_room(&self) -> bool {
-        self.pending.len() < MAX_PENDING || self.pending.iter().any(|connection| !connection.has_header)
+        self.pending.len() < MAX_PENDING || self.pending.iter().any(|connection| !connection.has_message)
     }
 
-    /// Drops closed connections, and returns whether one has sent its first header.
+    /// Drops closed connections, and returns whether one has sent its first message.
     fn process_pending(&mut self, busy: bool) -> bool {
-        let mut got_header = false;
+        let mut got_message = false;
         self.pending.retain_mut(|connection| {
-            if connection.has_header {
+            if connection.has_message {
                 return true;
             }
-            match peek(&connection.stream) {
-                Ok(HEADER..) => {
-                    connection.has_header = true;
-                    got_header = true;
+            match look_at(&connection.stream) {
+                Ok(Sent::Message) => {
+                    connection.has_message = true;
+                    got_message = true;
                     if busy {
                         info_limited!(
                             "another front end waits at the socket: one daemon serves one VM at a time; start another daemon for another VM"
@@ -161,7 +163,7 @@ impl<'a> Acceptor<'a> {
                     }
                     true
                 }
-                Ok(1..) if !is_closed(&connection.stream) => true,
+                Ok(Sent::Part) if !is_closed(&connection.stream) => true,
                 Ok(_) => {
                     debug!("a connection was closed before it sent a message");
                     false
@@ -173,7 +175,7 @@ impl<'a> Acceptor<'a> {
                 }
             }
         });
-        got_header
+        got_message
     }
 
     /// Accepts one connection.
@@ -183,14 +185,14 @@ impl<'a> Acceptor<'a> {
             Err(error) => return self.accept_failed(error),
         };
         if self.pending.len() >= MAX_PENDING
-            && let Some(idle) = self.pending.iter().position(|connection| !connection.has_header)
+            && let Some(idle) = self.pending.iter().position(|connection| !connection.has_message)
         {
             info_limited!("too many idle connections at the socket; the oldest one was closed");
             self.pending.remove(idle);
         }
         let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
         match epoll::add(&self.news, &stream, epoll::EventData::new_u64(0), flags) {
-            Ok(()) => self.pending.push(Pending { stream, has_header: false }),
+            Ok(()) => self.pending.push(Pending { stream, has_message: false }),
             Err(errno) => warn!("a connection was closed: it cannot be waited for: {errno}"),
         }
         Ok(())
@@ -210,13 +212,35 @@ impl<'a> Acceptor<'a> {
     }
 }
 
-/// The number of bytes that can be read, up to those of a header, without reading them; 0 at the end of the stream.
-fn peek(stream: &UnixStream) -> Result<usize, Errno> {
-    let mut header = [0; HEADER];
-    // Without a control buffer no descriptors are received.
+/// What can be read from a connection.
+enum Sent {
+    End,
+    Part,
+    Message,
+}
+
+/// Finds out without reading it.
+fn look_at(stream: &UnixStream) -> Result<Sent, Errno> {
+    let mut buffer = [0; HEADER + LONGEST_BODY];
+    // Without a control buffer no descriptors are received, and the flags say whether there are any.
     let mut none = RecvAncillaryBuffer::default();
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-    recvmsg(stream, &mut [IoSliceMut::new(&mut header)], &mut none, flags).map(|message| message.bytes)
+    let peeked = recvmsg(stream, &mut [IoSliceMut::new(&mut buffer)], &mut none, flags)?;
+    // What was sent after descriptors cannot be seen before these are received.
+    let all = !peeked.flags.contains(ReturnFlags::CTRUNC);
+    Ok(match buffer.get(..peeked.bytes) {
+        Some([]) | None => Sent::End,
+        Some(bytes) if lacks_something(bytes, all) => Sent::Part,
+        Some(_) => Sent::Message,
+    })
+}
+
+/// Whether the first message has not come as a whole. `all` says whether these are all bytes that have come.
+fn lacks_something(bytes: &[u8], all: bool) -> bool {
+    let Some((header, body)) = bytes.split_first_chunk::<HEADER>() else { return true };
+    let [.., a, b, c, d] = *header;
+    let announced = usize::try_from(u32::from_ne_bytes([a, b, c, d])).unwrap_or(usize::MAX);
+    all && announced <= LONGEST_BODY && body.len() < announced
 }
 
 /// Whether the other side will send nothing more.
@@ -227,7 +251,9 @@ fn is_closed(stream: &UnixStream) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::io::{IoSlice, Write};
+
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
     use super::*;
 
@@ -272,12 +298,48 @@ mod tests {
         let _first = place.connect_and_send(1);
         let _second = place.connect_and_send(2);
         drop(place.connect());
-        while acceptor.pending.iter().filter(|connection| connection.has_header).count() < 2 {
+        while acceptor.pending.iter().filter(|connection| connection.has_message).count() < 2 {
             assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
         }
         assert!(acceptor.pending.len() <= MAX_PENDING);
         assert_eq!((word(acceptor.next()), word(acceptor.next())), (1, 2));
         assert!(acceptor.next().is_none());
+    }
+
+    #[test]
+    fn a_message_counts_when_it_is_whole() {
+        let message = |size: u32, body: usize| {
+            let mut bytes = vec![1, 0, 0, 0, 1, 0, 0, 0];
+            bytes.extend(size.to_ne_bytes());
+            bytes.resize(HEADER + body, 0);
+            bytes
+        };
+        for length in 1..HEADER {
+            assert!(
+                lacks_something(&message(0, 0)[..length], true)
+                    && lacks_something(&[0xff; HEADER][..length], false)
+            );
+        }
+        for (size, body, lacks) in [(0, 0, false), (0, 9, false), (8, 0, true), (8, 7, true), (8, 8, false)] {
+            assert_eq!(lacks_something(&message(size, body), true), lacks, "{body} of {size}");
+            assert!(!lacks_something(&message(size, body), false));
+        }
+        assert!(lacks_something(&message(4096, 4095), true) && !lacks_something(&message(4096, 4096), true));
+        assert!(!lacks_something(&message(4097, 0), true) && !lacks_something(&message(u32::MAX, 0), true));
+    }
+
+    #[test]
+    fn what_follows_descriptors_is_not_waited_for() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let header = [5, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let descriptors = [theirs.as_fd()];
+        assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+        sendmsg(&theirs, &[IoSlice::new(&header)], &mut control, SendFlags::empty()).unwrap();
+        assert!(matches!(look_at(&ours), Ok(Sent::Message)));
+        (&theirs).write_all(&[0; 8]).unwrap();
+        assert!(matches!(look_at(&ours), Ok(Sent::Message)));
     }
 
     #[test]
@@ -290,7 +352,7 @@ mod tests {
         gone.write_all(&[2; HEADER - 1]).unwrap();
         drop(gone);
         let _whole = place.connect_and_send(3);
-        while acceptor.pending.len() != 2 || !acceptor.pending.iter().any(|one| one.has_header) {
+        while acceptor.pending.len() != 2 || !acceptor.pending.iter().any(|one| one.has_message) {
             assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
         }
         assert_eq!(word(acceptor.next()), 3);
