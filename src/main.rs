@@ -1,4 +1,5 @@
-//! The daemon's start-up, in order: command line, messages, limits, socket, sandbox, serve.
+//! The daemon's start-up, in order: command line, what the launcher has left, messages, limits, socket, sandbox,
+//! serve.
 
 use std::os::fd::AsFd;
 use std::process::ExitCode;
@@ -6,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use lanefsd::cli::{self, CAPABILITIES, Command};
-use lanefsd::config::{Config, FsConfig, Store};
+use lanefsd::config::{Config, FsConfig, Listen, Store};
 use lanefsd::fs::FileSystem;
 use lanefsd::fs::null::NullStore;
 use lanefsd::fs::passthrough::PassthroughFs;
@@ -17,7 +18,7 @@ use lanefsd::remarks;
 use lanefsd::sandbox::{self, Needs, Sandboxed, Side};
 use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
-use lanefsd::sys::{process, signals};
+use lanefsd::sys::{descriptors, process, signals};
 
 fn main() -> ExitCode {
     match run() {
@@ -38,8 +39,14 @@ fn run() -> Result<ExitCode> {
         }
         Command::Serve(config) => config,
     };
+    // Before anything is opened or started.
+    signals::reset().context("signals cannot be set up")?;
+    descriptors::close_inherited(match config.listen {
+        Listen::Fd(fd) => Some(fd),
+        Listen::Path(_) => None,
+    })
+    .context("descriptors that the daemon was started with cannot be closed")?;
     logging::start(config.log_level, config.syslog);
-    signals::ignore_file_size_limit();
     config.remarks.extend(sandbox::raise_descriptor_limit(config.rlimit_nofile)?);
     config.remarks.extend(remarks::about(&config));
     if let Some(cpus) = &config.cpus {
@@ -51,6 +58,8 @@ fn run() -> Result<ExitCode> {
     let mut socket = Socket::open(&config.listen, config.socket_group.as_deref())?;
     match sandbox::enter(config.sandbox, &config.shared_dir, &config.id_maps)? {
         Side::Waiting(parent) => {
+            // It needs no path any more, and where it was started may be unmounted.
+            let _ = rustix::process::chdir("/");
             let signals = Signals::catch()?;
             let status = parent.wait(signals.as_fd())?;
             Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)))

@@ -87,7 +87,7 @@ pub fn serve(
     keep_listening: bool,
     service: &Arc<Service>,
 ) -> Result<(), ServerError> {
-    let mut acceptor = Acceptor::new(listener);
+    let mut acceptor = Acceptor::new(listener).map_err(|errno| ServerError::SetUp(errno.into()))?;
     loop {
         info!("Waiting for vhost-user socket connection...");
         let Some(connection) = next_front_end(&mut acceptor, signals, config, keep_listening, service)?

@@ -134,6 +134,50 @@ fn a_silent_connection_keeps_no_front_end_out() {
 }
 
 #[test]
+fn part_of_a_message_keeps_no_front_end_out() {
+    for sandbox in SANDBOXES {
+        let mut backend = start(sandbox);
+        // SET_FEATURES, whose body has eight bytes.
+        let message = [2, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let unfinished: Vec<_> = [1, 11, 12, 19]
+            .into_iter()
+            .cycle()
+            .take(30)
+            .map(|length| {
+                let mut stream = UnixStream::connect(backend.socket()).unwrap();
+                stream.write_all(&message[..length]).unwrap();
+                stream
+            })
+            .collect();
+        let session = serves(&backend);
+        // Nor is the daemon kept busy by them.
+        let before = backend.cpu_time().unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+        assert!(backend.cpu_time().unwrap() - before < Duration::from_millis(200));
+        drop(session);
+        backend.expect_success().unwrap();
+        drop(unfinished);
+    }
+}
+
+#[test]
+fn a_front_end_whose_message_comes_in_pieces_is_served() {
+    let backend = start(&["--keep-listening"]);
+    let mut slow = UnixStream::connect(backend.socket()).unwrap();
+    // GET_FEATURES, without a body.
+    for byte in [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0] {
+        slow.write_all(&[byte]).unwrap();
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut answer = [0; 20];
+    slow.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    std::io::Read::read_exact(&mut slow, &mut answer).unwrap();
+    assert_eq!((answer[0], answer[8]), (1, 8));
+    drop(slow);
+    drop(serves(&backend));
+}
+
+#[test]
 fn a_front_end_that_was_silent_for_long_is_served() {
     let backend = start(&["--keep-listening"]);
     let early = Connection::connect(backend.socket()).unwrap();

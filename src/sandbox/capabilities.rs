@@ -2,8 +2,9 @@
 
 use rustix::io::Errno;
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set, clear_ambient_capability_set,
-    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
+    CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities, capabilities_secure_bits,
+    capability_is_in_bounding_set, clear_ambient_capability_set, remove_capability_from_bounding_set,
+    set_capabilities, set_capabilities_secure_bits, set_no_new_privs,
 };
 use thiserror::Error;
 
@@ -29,6 +30,11 @@ pub enum CapabilityError {
         "--modcaps adds {0}, which the daemon was not started with; leave it out, or start the daemon with it"
     )]
     NotHeld(String),
+    /// Requests would be carried out with the daemon's capabilities in place of their callers'.
+    #[error(
+        "the daemon was started with the securebit no_setuid_fixup and may not clear it, so it would keep its capabilities while it acts as a user of the guest; start it without that bit, or with --modcaps=-setuid"
+    )]
+    NoSetuidFixup,
     /// A system call failed.
     #[error("the daemon's capabilities cannot be given up: {step} failed")]
     Step {
@@ -75,6 +81,10 @@ pub fn give_up(needs: Needs, changes: CapabilityChanges) -> Result<(), Capabilit
         return Err(CapabilityError::NotHeld(names.join(" and ")));
     }
     let kept = held.permitted & ((needs.capabilities() | changes.add) - changes.drop);
+    let follow = capabilities_follow_the_user_id(held.effective.contains(CapabilitySet::SETPCAP))?;
+    if !follow && kept.contains(CapabilitySet::SETUID) {
+        return Err(CapabilityError::NoSetuidFixup);
+    }
     set_no_new_privs(true).map_err(step("PR_SET_NO_NEW_PRIVS"))?;
     if held.effective.contains(CapabilitySet::SETPCAP) {
         shrink_bounding_set(kept)?;
@@ -82,6 +92,16 @@ pub fn give_up(needs: Needs, changes: CapabilityChanges) -> Result<(), Capabilit
     let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
     set_capabilities(None, sets).map_err(step("capset(2)"))?;
     clear_ambient_capability_set().map_err(step("clearing the ambient set"))
+}
+
+/// Whether the kernel changes the effective capabilities along with the user id, as workers that act as a user of the
+/// guest count on. A launcher may have switched that off, which survives execve(2); it is switched on again with
+/// CAP_SETPCAP, if `may_change`.
+fn capabilities_follow_the_user_id(may_change: bool) -> Result<bool, CapabilityError> {
+    let off = CapabilitiesSecureBits::NO_SETUID_FIXUP;
+    let bits = capabilities_secure_bits().map_err(step("PR_GET_SECUREBITS"))?;
+    // A bit that is locked cannot be cleared.
+    Ok(!bits.contains(off) || may_change && set_capabilities_secure_bits(bits - off).is_ok())
 }
 
 /// Takes all but `kept` off the bounding set, also capabilities that have no name here yet.

@@ -1,23 +1,28 @@
-//! Accepts connections and picks the next front end: the first one that sends something.
+//! Accepts connections and picks the next front end: the first one that sends a message.
 //!
-//! Health checks and port scanners connect to the socket without a word. Such a connection is not a
-//! front end: it may close without an effect, and it does not block others while it is open.
+//! Health checks and port scanners connect to the socket without a word, or with less than a message. Such a
+//! connection is not a front end: it may close without an effect, and it does not block others while it is open.
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
 
 use super::ServerError;
 use crate::logging::info_limited;
 
 /// Pending connections at most. Further ones replace an idle one, or stay in the listen backlog.
 const MAX_PENDING: usize = 8;
+/// Bytes of a message's header in the vhost-user protocol.
+const HEADER: usize = 12;
+/// Bytes that may follow it. Whoever announces more is disconnected at once when it is served.
+const LONGEST_BODY: usize = 4096;
 /// How long nothing is accepted after the host was out of descriptors or memory.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -28,7 +33,7 @@ pub(super) enum Event {
     Signal,
     /// The descriptor that the caller watches is readable.
     Watched,
-    /// A connection has sent its first bytes.
+    /// A connection has sent its first message.
     Pending,
 }
 
@@ -43,7 +48,7 @@ struct Ready {
 #[derive(Debug)]
 struct Pending {
     stream: UnixStream,
-    has_data: bool,
+    has_message: bool,
 }
 
 /// The listening socket and its pending connections.
@@ -51,18 +56,26 @@ struct Pending {
 pub(super) struct Acceptor<'a> {
     listener: &'a UnixListener,
     pending: Vec<Pending>,
+    /// Tells, once each time, that a pending connection has sent something or was closed. What it has sent is left in
+    /// the socket, so poll(2) would end at once as long as part of a message is there, and SO_RCVLOWAT does not
+    /// change that for this kind of socket.
+    news: OwnedFd,
     paused_until: Option<Instant>,
 }
 
 impl<'a> Acceptor<'a> {
-    pub(super) fn new(listener: &'a UnixListener) -> Acceptor<'a> {
-        Acceptor { listener, pending: Vec::new(), paused_until: None }
+    pub(super) fn new(listener: &'a UnixListener) -> Result<Acceptor<'a>, Errno> {
+        let news = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        Ok(Acceptor { listener, pending: Vec::new(), news, paused_until: None })
     }
 
-    /// The oldest connection that has sent something.
+    /// The oldest connection that has sent a message.
     pub(super) fn next(&mut self) -> Option<UnixStream> {
-        let at = self.pending.iter().position(|connection| connection.has_data)?;
-        Some(self.pending.remove(at).stream)
+        let at = self.pending.iter().position(|connection| connection.has_message)?;
+        let stream = self.pending.remove(at).stream;
+        // The connection stays open, and is no news any more.
+        let _ = epoll::delete(&self.news, &stream);
+        Some(stream)
     }
 
     /// Waits for an event. `watched` is an additional descriptor: the front end that is being served.
@@ -82,6 +95,7 @@ impl<'a> Acceptor<'a> {
             if ready.listener {
                 self.accept()?;
             }
+            self.hear_news()?;
             if self.process_pending(watched.is_some()) {
                 return Ok(Event::Pending);
             }
@@ -99,13 +113,7 @@ impl<'a> Acceptor<'a> {
         let rest = self.paused_until.map(|until| until.saturating_duration_since(Instant::now()));
         let mut fds = vec![entry(signals)];
         fds.extend(watched.map(entry));
-        // Level-triggered: a connection with unread data would end every poll at once.
-        fds.extend(
-            self.pending
-                .iter()
-                .filter(|connection| !connection.has_data)
-                .map(|connection| entry(connection.stream.as_fd())),
-        );
+        fds.push(entry(self.news.as_fd()));
         let listens = rest.is_none() && self.has_room();
         if listens {
             fds.push(entry(self.listener.as_fd()));
@@ -123,32 +131,42 @@ impl<'a> Acceptor<'a> {
         })
     }
 
-    /// Whether another connection can be accepted, if need be in place of an idle one.
-    fn has_room(&self) -> bool {
-        self.pending.len() < MAX_PENDING || self.pending.iter().any(|connection| !connection.has_data)
+    /// Takes the news off the list: all pending connections are looked at next, whichever they are of.
+    fn hear_news(&self) -> Result<(), ServerError> {
+        let mut events = [const { MaybeUninit::uninit() }; MAX_PENDING];
+        match epoll::wait(&self.news, &mut events[..], Some(&Timespec::default())) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(ServerError::SetUp(errno.into())),
+        }
     }
 
-    /// Drops closed connections, and returns whether one has sent its first bytes.
+    /// Whether another connection can be accepted, if need be in place of an idle one.
+    fn has_room(&self) -> bool {
+        self.pending.len() < MAX_PENDING || self.pending.iter().any(|connection| !connection.has_message)
+    }
+
+    /// Drops closed connections, and returns whether one has sent its first message.
     fn process_pending(&mut self, busy: bool) -> bool {
-        let mut got_data = false;
+        let mut got_message = false;
         self.pending.retain_mut(|connection| {
-            if connection.has_data {
+            if connection.has_message {
                 return true;
             }
-            match peek(&connection.stream) {
-                Ok(0) => {
-                    debug!("a connection was closed before it sent anything");
-                    false
-                }
-                Ok(_) => {
-                    connection.has_data = true;
-                    got_data = true;
+            match look_at(&connection.stream) {
+                Ok(Sent::Message) => {
+                    connection.has_message = true;
+                    got_message = true;
                     if busy {
                         info_limited!(
                             "another front end waits at the socket: one daemon serves one VM at a time; start another daemon for another VM"
                         );
                     }
                     true
+                }
+                Ok(Sent::Part) if !is_closed(&connection.stream) => true,
+                Ok(_) => {
+                    debug!("a connection was closed before it sent a message");
+                    false
                 }
                 Err(Errno::AGAIN | Errno::INTR) => true,
                 Err(errno) => {
@@ -157,7 +175,7 @@ impl<'a> Acceptor<'a> {
                 }
             }
         });
-        got_data
+        got_message
     }
 
     /// Accepts one connection.
@@ -167,12 +185,16 @@ impl<'a> Acceptor<'a> {
             Err(error) => return self.accept_failed(error),
         };
         if self.pending.len() >= MAX_PENDING
-            && let Some(idle) = self.pending.iter().position(|connection| !connection.has_data)
+            && let Some(idle) = self.pending.iter().position(|connection| !connection.has_message)
         {
             info_limited!("too many idle connections at the socket; the oldest one was closed");
             self.pending.remove(idle);
         }
-        self.pending.push(Pending { stream, has_data: false });
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
+        match epoll::add(&self.news, &stream, epoll::EventData::new_u64(0), flags) {
+            Ok(()) => self.pending.push(Pending { stream, has_message: false }),
+            Err(errno) => warn!("a connection was closed: it cannot be waited for: {errno}"),
+        }
         Ok(())
     }
 
@@ -190,18 +212,48 @@ impl<'a> Acceptor<'a> {
     }
 }
 
-/// The number of bytes that can be read, up to 1, without reading them; 0 at the end of the stream.
-fn peek(stream: &UnixStream) -> Result<usize, Errno> {
-    let mut byte = [0];
-    // Without a control buffer no descriptors are received.
+/// What can be read from a connection.
+enum Sent {
+    End,
+    Part,
+    Message,
+}
+
+/// Finds out without reading it.
+fn look_at(stream: &UnixStream) -> Result<Sent, Errno> {
+    let mut buffer = [0; HEADER + LONGEST_BODY];
+    // Without a control buffer no descriptors are received, and the flags say whether there are any.
     let mut none = RecvAncillaryBuffer::default();
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-    recvmsg(stream, &mut [IoSliceMut::new(&mut byte)], &mut none, flags).map(|message| message.bytes)
+    let peeked = recvmsg(stream, &mut [IoSliceMut::new(&mut buffer)], &mut none, flags)?;
+    // What was sent after descriptors cannot be seen before these are received.
+    let all = !peeked.flags.contains(ReturnFlags::CTRUNC);
+    Ok(match buffer.get(..peeked.bytes) {
+        Some([]) | None => Sent::End,
+        Some(bytes) if lacks_something(bytes, all) => Sent::Part,
+        Some(_) => Sent::Message,
+    })
+}
+
+/// Whether the first message has not come as a whole. `all` says whether these are all bytes that have come.
+fn lacks_something(bytes: &[u8], all: bool) -> bool {
+    let Some((header, body)) = bytes.split_first_chunk::<HEADER>() else { return true };
+    let [.., a, b, c, d] = *header;
+    let announced = usize::try_from(u32::from_ne_bytes([a, b, c, d])).unwrap_or(usize::MAX);
+    all && announced <= LONGEST_BODY && body.len() < announced
+}
+
+/// Whether the other side will send nothing more.
+fn is_closed(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::io::{IoSlice, Write};
+
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
     use super::*;
 
@@ -227,7 +279,7 @@ mod tests {
 
         fn connect_and_send(&self, word: u8) -> UnixStream {
             let mut stream = self.connect();
-            stream.write_all(&[word]).unwrap();
+            stream.write_all(&[word; HEADER]).unwrap();
             stream
         }
     }
@@ -241,12 +293,12 @@ mod tests {
     #[test]
     fn idle_connections_block_nobody() {
         let place = Place::new();
-        let mut acceptor = Acceptor::new(&place.listener);
+        let mut acceptor = Acceptor::new(&place.listener).unwrap();
         let _idle: Vec<_> = (0..3 * MAX_PENDING).map(|_| place.connect()).collect();
         let _first = place.connect_and_send(1);
         let _second = place.connect_and_send(2);
         drop(place.connect());
-        while acceptor.pending.iter().filter(|connection| connection.has_data).count() < 2 {
+        while acceptor.pending.iter().filter(|connection| connection.has_message).count() < 2 {
             assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
         }
         assert!(acceptor.pending.len() <= MAX_PENDING);
@@ -255,9 +307,86 @@ mod tests {
     }
 
     #[test]
+    fn a_message_counts_when_it_is_whole() {
+        let message = |size: u32, body: usize| {
+            let mut bytes = vec![1, 0, 0, 0, 1, 0, 0, 0];
+            bytes.extend(size.to_ne_bytes());
+            bytes.resize(HEADER + body, 0);
+            bytes
+        };
+        for length in 1..HEADER {
+            assert!(
+                lacks_something(&message(0, 0)[..length], true)
+                    && lacks_something(&[0xff; HEADER][..length], false)
+            );
+        }
+        for (size, body, lacks) in [(0, 0, false), (0, 9, false), (8, 0, true), (8, 7, true), (8, 8, false)] {
+            assert_eq!(lacks_something(&message(size, body), true), lacks, "{body} of {size}");
+            assert!(!lacks_something(&message(size, body), false));
+        }
+        assert!(lacks_something(&message(4096, 4095), true) && !lacks_something(&message(4096, 4096), true));
+        assert!(!lacks_something(&message(4097, 0), true) && !lacks_something(&message(u32::MAX, 0), true));
+    }
+
+    #[test]
+    fn what_follows_descriptors_is_not_waited_for() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let header = [5, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let descriptors = [theirs.as_fd()];
+        assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+        sendmsg(&theirs, &[IoSlice::new(&header)], &mut control, SendFlags::empty()).unwrap();
+        assert!(matches!(look_at(&ours), Ok(Sent::Message)));
+        (&theirs).write_all(&[0; 8]).unwrap();
+        assert!(matches!(look_at(&ours), Ok(Sent::Message)));
+    }
+
+    #[test]
+    fn part_of_a_header_makes_no_front_end() {
+        let place = Place::new();
+        let mut acceptor = Acceptor::new(&place.listener).unwrap();
+        let mut slow = place.connect();
+        slow.write_all(&[1; HEADER - 1]).unwrap();
+        let mut gone = place.connect();
+        gone.write_all(&[2; HEADER - 1]).unwrap();
+        drop(gone);
+        let _whole = place.connect_and_send(3);
+        while acceptor.pending.len() != 2 || !acceptor.pending.iter().any(|one| one.has_message) {
+            assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        }
+        assert_eq!(word(acceptor.next()), 3);
+        assert!(acceptor.next().is_none());
+        // Nobody is woken for what was there before.
+        let mut news = [PollFd::new(&acceptor.news, PollFlags::IN)];
+        assert_eq!(poll(&mut news, Some(&Timespec::default())), Ok(0));
+        slow.write_all(&[1]).unwrap();
+        assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        assert_eq!(word(acceptor.next()), 1);
+    }
+
+    #[test]
+    fn what_comes_while_a_front_end_leaves_is_not_missed() {
+        let place = Place::new();
+        let mut acceptor = Acceptor::new(&place.listener).unwrap();
+        let mut next = place.connect();
+        let (watched, other) = UnixStream::pair().unwrap();
+        let (signals, signal) = UnixStream::pair().unwrap();
+        while acceptor.pending.is_empty() {
+            acceptor.accept().unwrap();
+        }
+        next.write_all(&[5; HEADER]).unwrap();
+        drop((other, signal));
+        assert_eq!(acceptor.wait(signals.as_fd(), None).unwrap(), Event::Signal);
+        assert_eq!(acceptor.wait(place.signals.as_fd(), Some(watched.as_fd())).unwrap(), Event::Watched);
+        assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        assert_eq!(word(acceptor.next()), 5);
+    }
+
+    #[test]
     fn pending_connections_keep_their_order() {
         let place = Place::new();
-        let mut acceptor = Acceptor::new(&place.listener);
+        let mut acceptor = Acceptor::new(&place.listener).unwrap();
         let mut waiting = vec![];
         for turn in 0..MAX_PENDING {
             waiting.push(place.connect_and_send(u8::try_from(turn).unwrap()));
@@ -277,7 +406,7 @@ mod tests {
     #[test]
     fn running_out_of_descriptors_pauses_accepting() {
         let place = Place::new();
-        let mut acceptor = Acceptor::new(&place.listener);
+        let mut acceptor = Acceptor::new(&place.listener).unwrap();
         acceptor.accept_failed(Errno::MFILE.into()).unwrap();
         assert!(acceptor.paused_until.is_some());
         let _caller = place.connect_and_send(7);

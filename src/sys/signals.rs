@@ -1,4 +1,5 @@
-//! Getting a thread out of a system call that blocks, and signals that must not end the daemon.
+//! Getting a thread out of a system call that blocks, signals that must not end the daemon, and what signals
+//! are to the daemon whoever has started it.
 
 use std::sync::Once;
 
@@ -14,11 +15,37 @@ pub struct ThreadId(i32);
 impl ThreadId {
     /// The calling thread. From the first call on the process handles the signal.
     pub fn current() -> Result<ThreadId> {
-        static INSTALLED: Once = Once::new();
-        let mut result = Ok(());
-        INSTALLED.call_once(|| result = install_handler());
-        result.map(|()| ThreadId(rustix::thread::gettid().as_raw_nonzero().get()))
+        handle()?;
+        Ok(ThreadId(rustix::thread::gettid().as_raw_nonzero().get()))
     }
+}
+
+/// Brings signals to what the daemon counts on. Whoever starts it may have blocked or ignored any of them, and both
+/// survive execve(2): SIGUSR1 that is blocked wakes nobody, SIGTERM ends nothing, and a child whose SIGCHLD is
+/// ignored leaves no exit status. SIGHUP stays ignored, which is what nohup(1) does it for.
+///
+/// Must be called before the first thread and the first child are started, since they get the same mask.
+pub fn reset() -> Result<()> {
+    // One that is pending must not end the daemon as soon as it is let through.
+    handle()?;
+    ignore_file_size_limit();
+    // SAFETY: the default action of SIGCHLD runs no code. The set is initialised by sigemptyset(3) before it is
+    // read, and no handler but our own, which does nothing, can run by the change of the mask.
+    let result = unsafe {
+        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &none, std::ptr::null_mut())
+    };
+    if result == 0 { Ok(()) } else { Err(Errno::from_raw_os_error(result)) }
+}
+
+/// Makes the process handle the signal.
+fn handle() -> Result<()> {
+    static INSTALLED: Once = Once::new();
+    let mut result = Ok(());
+    INSTALLED.call_once(|| result = install_handler());
+    result
 }
 
 /// Ends the system call that `thread` is in, if any, with EINTR. The thread must be alive.
@@ -43,7 +70,7 @@ fn install_handler() -> Result<()> {
 
 /// Lets writes past a limit on the length of files (RLIMIT_FSIZE) fail with EFBIG, which the guest
 /// gets; by default SIGXFSZ would end the daemon.
-pub fn ignore_file_size_limit() {
+fn ignore_file_size_limit() {
     // SAFETY: ignoring a signal runs no code, and nobody else handles this one.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
