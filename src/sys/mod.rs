@@ -1,5 +1,6 @@
 //! What no crate wraps safely: guest memory as I/O vectors, and a few system calls.
 
+pub mod descriptors;
 pub mod file_flags;
 pub mod file_handles;
 pub mod guest_buffers;
