@@ -18,14 +18,16 @@ use lanefsd::remarks;
 use lanefsd::sandbox::{self, Needs, Sandboxed, Side};
 use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
-use lanefsd::sys::{descriptors, process, signals};
+use lanefsd::sys::{descriptors, inherited, process, signals};
 
 fn main() -> ExitCode {
     match run() {
         Ok(status) => status,
         Err(error) => {
             let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
-            logging::report_fatal(&causes.join(": "));
+            let lacks = error.chain().any(descriptors::is_lack);
+            let remedy = if lacks { format!("; {}", descriptors::TOO_FEW) } else { String::new() };
+            logging::report_fatal(&(causes.join(": ") + &remedy));
             ExitCode::FAILURE
         }
     }
@@ -41,7 +43,7 @@ fn run() -> Result<ExitCode> {
     };
     // Before anything is opened or started.
     signals::reset().context("signals cannot be set up")?;
-    descriptors::close_inherited(match config.listen {
+    inherited::close_all(match config.listen {
         Listen::Fd(fd) => Some(fd),
         Listen::Path(_) => None,
     })

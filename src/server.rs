@@ -1,6 +1,7 @@
 //! Front ends come and go: one is served at a time, until a signal or the last one has left.
 
 mod acceptor;
+mod room;
 
 use std::io;
 use std::net::Shutdown;
@@ -19,7 +20,7 @@ use crate::config::DeviceConfig;
 use crate::device::backend::Backend;
 use crate::logging::info_limited;
 use crate::service::Service;
-use crate::sys::signals;
+use crate::sys::{descriptors, signals};
 
 /// Why serving came to a bad end.
 #[derive(Debug, Error)]
@@ -72,7 +73,7 @@ enum Ending {
 
 /// The connection with one front end, served by a thread of its own.
 struct Connection {
-    stream: UnixStream,
+    stream: Arc<UnixStream>,
     /// Its other end is closed when the thread is done.
     done: UnixStream,
     thread: JoinHandle<Result<Ending, ServerError>>,
@@ -142,7 +143,11 @@ fn next_front_end(
 }
 
 fn with_cause(error: &ServerError) -> String {
-    std::error::Error::source(error).map_or(error.to_string(), |cause| format!("{error}: {cause}"))
+    match std::error::Error::source(error) {
+        Some(cause) if descriptors::is_lack(cause) => format!("{error}: {cause}; {}", descriptors::TOO_FEW),
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
+    }
 }
 
 impl Connection {
@@ -152,11 +157,12 @@ impl Connection {
         service: &Arc<Service>,
     ) -> Result<Connection, ServerError> {
         let backend = Backend::new(config, Arc::clone(service)).map_err(ServerError::SetUp)?;
-        let ours = stream.try_clone().map_err(ServerError::SetUp)?;
+        let ours = Arc::new(stream.try_clone().map_err(ServerError::SetUp)?);
+        let theirs = Arc::clone(&ours);
         let (done, guard) = UnixStream::pair().map_err(ServerError::SetUp)?;
         let run = move || {
             let _guard = guard;
-            talk(stream, backend)
+            talk(stream, theirs, backend)
         };
         let thread = thread::Builder::new().name("lanefsd-control".into()).spawn(run);
         info!("a front end is connected");
@@ -172,16 +178,24 @@ impl Connection {
 }
 
 /// Answers the front end's messages until it leaves, then stops the device.
-fn talk(stream: UnixStream, backend: Backend) -> Result<Ending, ServerError> {
+fn talk(stream: UnixStream, ours: Arc<UnixStream>, backend: Backend) -> Result<Ending, ServerError> {
     let backend = Arc::new(Mutex::new(backend));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&backend));
     let mut answered = false;
     let error = loop {
+        if !room::is_there_for_next(&ours) {
+            break ProtocolError::ReqHandlerError(io::Error::other(descriptors::TOO_FEW));
+        }
         match handler.handle_request() {
-            Ok(()) => answered = true,
+            Ok(()) => {
+                answered = true;
+                backend.lock().unwrap_or_else(PoisonError::into_inner).keep_descriptors_back();
+            }
             Err(error) => break error,
         }
     };
+    // Before the queues give theirs back. Requests that were served just then may have taken what there was.
+    let is_short = room::is_short();
     backend.lock().unwrap_or_else(PoisonError::into_inner).shut_down();
     if !answered {
         info_limited!("a connection was closed that is not from a front end: {error}");
@@ -193,6 +207,7 @@ fn talk(stream: UnixStream, backend: Backend) -> Result<Ending, ServerError> {
             Ok(Ending::Left)
         }
         ProtocolError::ReqHandlerError(error) => Err(ServerError::FrontEnd(error.to_string())),
+        _ if is_short => Err(ServerError::FrontEnd(descriptors::TOO_FEW.into())),
         ProtocolError::InvalidMessage => Err(ServerError::FrontEnd(
             "it sent a message that makes no sense; does the VM have shared memory (share=on)?".into(),
         )),

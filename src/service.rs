@@ -8,7 +8,7 @@ use log::{debug, trace};
 use rustix::io::Errno;
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
-use crate::fs::{Context, FileSystem, Opened, PUT_BACK, XattrReply};
+use crate::fs::{Context, DeviceDescriptors, FileSystem, Opened, PUT_BACK, XattrReply};
 use crate::fuse::abi;
 use crate::fuse::decode::{DecodeError, argument_bytes};
 use crate::fuse::flags::SetxattrFlags;
@@ -84,6 +84,11 @@ impl Service {
         let mut header = abi::InHeader::new_zeroed();
         let bytes = header.as_mut_bytes();
         (input.read(bytes) == bytes.len()).then_some(header)
+    }
+
+    /// The device has more descriptors than before, or fewer.
+    pub fn keep_back(&self, device: DeviceDescriptors) {
+        self.fs.keep_back(device);
     }
 
     /// Whether a request may wait for another one of the same guest, and so needs a thread of its

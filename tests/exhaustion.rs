@@ -352,3 +352,108 @@ fn a_guest_cannot_flood_the_log() {
     assert!(lines > 0, "nothing was said");
     assert!(lines < 200, "{lines} lines in the log");
 }
+
+/// Attack: a guest that takes all descriptors while as many queues run as there can be, with few descriptors.
+/// Outcome: EMFILE for the guest; memory is plugged in and queues are started anew.
+#[test]
+fn many_queues_have_descriptors_when_the_guest_has_taken_all() {
+    for (limit, queues) in [(1024, 63), (1024, 40), (1024, 1), (256, 12), (600, 30), (2048, 63), (128, 6)] {
+        for handles in ["prefer", "never"] {
+            let args = [format!("--rlimit-nofile={limit}"), format!("--inode-file-handles={handles}")];
+            let backend = Backend::of(common::program()).args(&args).start().unwrap();
+            let options = SessionOptions { queues, ring_size: 16, ..SessionOptions::default() };
+            let session = backend.connect(options).unwrap();
+            let client = session.client();
+            let (entry, _) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+            let (handles, errno) = open_all(&client, entry.nodeid);
+            assert_eq!(errno, libc::EMFILE);
+            assert!(handles.len() >= limit / 8 - 4, "{} handles of {limit}, {queues} queues", handles.len());
+            // All regions at once, and one more, as front ends without memory slots do it.
+            session.memory().add_region(1 << 40, 1 << 20).unwrap();
+            session.connection().set_memory(&session.memory().regions()).unwrap();
+            for number in 1..4 {
+                let region = session.memory().add_region((1 << 40) + (number << 24), 1 << 20).unwrap();
+                session.connection().add_memory(&region).unwrap();
+            }
+            // What a queue lets go of for a moment is not for the guest.
+            (2..=queues).map(|queue| session.stop_queue(queue)).for_each(|stopped| assert!(stopped.is_ok()));
+            assert_eq!(common::errno(client.open(entry.nodeid, libc::O_RDWR)), libc::EMFILE);
+            session.stop_queue(1).unwrap();
+            (1..=queues).for_each(|queue| session.start_queue(queue).unwrap());
+            healthy(&session);
+            assert_eq!(common::errno(client.mkdir(ROOT, "dir", 0o700, 0)), libc::EMFILE);
+            for handle in handles {
+                client.release(entry.nodeid, handle).unwrap();
+            }
+            client.mkdir(ROOT, "dir", 0o700, 0).unwrap();
+        }
+    }
+}
+
+/// Attack: a guest with one queue that takes all descriptors and starts its other queues then.
+/// Outcome: they start, with a thousand descriptors and more.
+#[test]
+fn queues_that_start_late_have_their_descriptors() {
+    let backend = common::start(&["--rlimit-nofile=1024"]);
+    let options = SessionOptions { queues: 63, started: 2, ring_size: 16, ..SessionOptions::default() };
+    let session = backend.connect(options).unwrap();
+    let client = session.client();
+    let (entry, _) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+    let (handles, errno) = open_all(&client, entry.nodeid);
+    assert_eq!(errno, libc::EMFILE);
+    assert!(handles.len() > 400, "{} handles", handles.len());
+    for queue in 2..=63 {
+        session.start_queue(queue).unwrap();
+    }
+    let region = session.memory().add_region(1 << 40, 1 << 20).unwrap();
+    session.connection().add_memory(&region).unwrap();
+    healthy(&session);
+}
+
+/// Inodes that can do without descriptors give theirs to queues.
+#[test]
+fn inodes_make_room_for_queues() {
+    let share = common::disk_directory();
+    for number in 0..500 {
+        fs::write(share.path().join(number.to_string()), "").unwrap();
+    }
+    let backend = common::starter().args(["--rlimit-nofile=400"]).share(share.path()).start().unwrap();
+    let options = SessionOptions { queues: 30, started: 2, ring_size: 16, ..SessionOptions::default() };
+    let session = backend.connect(options).unwrap();
+    let client = session.client();
+    let nodes: Vec<u64> =
+        (0..500).map(|number| client.lookup(ROOT, number.to_string()).unwrap().nodeid).collect();
+    for queue in 2..=30 {
+        session.start_queue(queue).unwrap();
+    }
+    healthy(&session);
+    let handles: Vec<u64> =
+        nodes.iter().take(50).map(|node| client.open(*node, libc::O_RDWR).unwrap().fh).collect();
+    for (node, handle) in nodes.iter().zip(handles) {
+        client.write(*node, handle, 0, b"text").unwrap();
+    }
+    for node in nodes {
+        client.getattr(node).unwrap();
+    }
+}
+
+/// Too few descriptors for the queues end the connection in words that say so.
+#[test]
+fn what_is_short_of_descriptors_names_the_option() {
+    for (limit, queues, regions) in [(128, 63, 1), (64, 20, 1), (64, 1, 32), (64, 4, 16)] {
+        let args = [format!("--rlimit-nofile={limit}")];
+        let mut backend = Backend::of(common::program()).args(&args).start().unwrap();
+        let memory = (0..regions).map(|number| (0x10_0000 + (number << 30), 16 << 20)).collect();
+        let options = SessionOptions { queues, ring_size: 16, memory, ..SessionOptions::default() };
+        let session = backend.connect(options);
+        let failed = session.and_then(|session| {
+            session.connection().set_memory(&session.memory().regions())?;
+            session.client().getattr(ROOT)
+        });
+        let failed = failed.map(drop).unwrap_err();
+        println!("{limit} descriptors, {queues} queues, {regions} regions: {failed}");
+        common::wait_for_words(&mut backend, "--rlimit-nofile");
+        let said = backend.stderr();
+        assert!(!said.contains("share=on") && said.matches("--rlimit-nofile").count() == 1, "{said}");
+    }
+}

@@ -153,6 +153,83 @@ fn a_lock_that_a_thread_waits_for_outlives_its_processs_close() {
     assert!(free_on_host(&backend));
 }
 
+/// The guest's RELEASE of a handle comes after its FLUSH, and may come much later.
+#[test]
+fn a_lock_that_was_granted_outlives_the_release_of_another_handle() {
+    let (backend, session, node, fh) = locked();
+    let client = session.client();
+    for release_early in [true, false] {
+        let [one, two] = [(), ()].map(|()| client.open(node, libc::O_RDWR).unwrap().fh);
+        client.setlk(node, fh, write(ANOTHER, 50, 60)).unwrap();
+        client.setlk(node, one, write(PROCESS, 0, 10)).unwrap();
+        let wait = write(PROCESS, 50, 60).waiting_request(node, two);
+        let waiting = client.send(wait).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        client.flush(node, one, PROCESS).unwrap();
+        if release_early {
+            client.release(node, one).unwrap();
+        }
+        client.setlk(node, fh, Lock::posix(ANOTHER, libc::F_UNLCK, 50, 60)).unwrap();
+        session.finish(waiting).unwrap();
+        if !release_early {
+            client.release(node, one).unwrap();
+        }
+        client.setlk(node, fh, write(CHILD, 0, 10)).unwrap();
+        assert_eq!(common::errno(client.setlk(node, fh, write(CHILD, 50, 60))), libc::EAGAIN);
+        client.flush(node, fh, CHILD).unwrap();
+        client.flush(node, fh, ANOTHER).unwrap();
+        assert!(!free_on_host(&backend));
+        close(&client, node, two, PROCESS);
+        assert!(free_on_host(&backend));
+    }
+}
+
+/// The guest's kernel may give a new file the number of one whose RELEASE is still under way.
+#[test]
+fn what_an_owner_locked_through_another_handle_stays() {
+    let (backend, session, node, fh) = locked();
+    let client = session.client();
+    let before = backend.descriptors().unwrap().len();
+    for first_is_released_first in [true, false] {
+        let [one, two] = [(), ()].map(|()| client.open(node, libc::O_RDWR).unwrap().fh);
+        client.setlk(node, one, write(DESCRIPTION, 0, 9)).unwrap();
+        client.setlk(node, two, write(DESCRIPTION, 20, 29)).unwrap();
+        let (first, last) = if first_is_released_first { (one, two) } else { (two, one) };
+        client.release(node, first).unwrap();
+        assert_eq!(common::errno(client.setlk(node, fh, read(CHILD, 20, 20))), libc::EAGAIN);
+        client.release(node, last).unwrap();
+        client.flush(node, fh, CHILD).unwrap();
+        assert!(free_on_host(&backend));
+    }
+    assert!(common::settled_descriptors(&backend, before) <= before);
+}
+
+/// FLUSH and RELEASE of one handle, at the same time as a lock is taken through another one.
+#[test]
+fn locks_survive_closes_that_race_with_them() {
+    let (backend, session, node, fh) = locked();
+    let client = session.client();
+    let before = backend.descriptors().unwrap().len();
+    for round in 0..300 {
+        let owner = 0x10_0000 + round;
+        let [one, two] = [(), ()].map(|()| client.open(node, libc::O_RDWR).unwrap().fh);
+        client.setlk(node, one, write(owner, 100, 109)).unwrap();
+        client.flush(node, one, owner).unwrap();
+        let locking = client.send(write(owner, 200, 209).waiting_request(node, two)).unwrap();
+        client.release(node, one).unwrap();
+        session.finish(locking).unwrap();
+        assert_eq!(common::errno(client.setlk(node, fh, read(CHILD, 200, 200))), libc::EAGAIN, "{round}");
+        // Another thread looks while the file is closed.
+        let looking = client.send(write(owner, 0, 1).waiting_request(node, two)).unwrap();
+        client.flush(node, two, owner).unwrap();
+        session.finish(looking).unwrap();
+        close(&client, node, two, owner);
+        client.flush(node, fh, CHILD).unwrap();
+        assert!(free_on_host(&backend), "{round}");
+    }
+    assert!(common::settled_descriptors(&backend, before) <= before);
+}
+
 #[test]
 fn getlk_names_the_process_that_is_in_the_way() {
     let (backend, session, node, fh) = locked();

@@ -294,3 +294,16 @@ fn a_read_only_share_keeps_its_access_times() {
         }
     }
 }
+
+/// What the wrapper does not name it refuses, or leaves out where nothing is answered: that has to be a decision.
+#[test]
+fn the_read_only_wrapper_names_every_method() {
+    let methods = |source: &'static str| {
+        source.lines().filter_map(|line| line.trim_start().strip_prefix("fn ")?.split(['(', '<']).next())
+    };
+    let (_, file_system) = include_str!("../src/fs/mod.rs").split_once("pub trait FileSystem").unwrap();
+    let named: Vec<&str> = methods(include_str!("../src/fs/read_only.rs")).collect();
+    let missing: Vec<&str> =
+        methods(file_system).filter(|name| *name != "below" && !named.contains(name)).collect();
+    assert!(methods(file_system).count() > 40 && missing.is_empty(), "{missing:?}");
+}

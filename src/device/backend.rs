@@ -27,11 +27,15 @@ use super::ring::{Layout, MAX_SIZE, Ring};
 use super::watch::Watch;
 use super::worker::Crew;
 use crate::config::DeviceConfig;
+use crate::fs::DeviceDescriptors;
 use crate::logging::info_limited;
 use crate::service::Service;
+use crate::sys::descriptors;
 
 /// Most queues that a device has: the high-priority queue and 63 request queues.
 pub const MAX_QUEUES: usize = 64;
+/// Descriptors of a queue that runs.
+const QUEUE_DESCRIPTORS: usize = 7;
 /// Regions of guest memory that a front end may share (KVM's limit less its own).
 const MAX_MEMORY_SLOTS: u64 = 509;
 /// `VIRTIO_RING_F_INDIRECT_DESC`.
@@ -93,6 +97,8 @@ pub struct Backend {
     features: u64,
     memory: MemoryTable,
     vrings: Vec<Vring>,
+    /// What the file system knows of the device's descriptors.
+    told: DeviceDescriptors,
 }
 
 impl Backend {
@@ -109,6 +115,7 @@ impl Backend {
             features: 0,
             memory: MemoryTable::new(),
             vrings: (0..=queues).map(|_| Vring::default()).collect(),
+            told: DeviceDescriptors::default(),
         })
     }
 
@@ -130,6 +137,19 @@ impl Backend {
         })
     }
 
+    /// Lets the file system know what the device needs, which the guest is not to have.
+    pub fn keep_descriptors_back(&mut self) {
+        let queues = self.vrings.iter().map(Vring::descriptors).fold(0, usize::saturating_add);
+        let device = DeviceDescriptors {
+            queues: queues.max(self.told.queues),
+            all_queues: self.vrings.len().saturating_mul(QUEUE_DESCRIPTORS),
+            memory: self.memory.regions(),
+        };
+        if std::mem::replace(&mut self.told, device) != device {
+            self.service.keep_back(device);
+        }
+    }
+
     /// Starts the queue if it has all it needs, and stops it if not.
     fn update(&mut self, index: usize) -> Result<()> {
         let memory = self.memory.shared().clone();
@@ -147,8 +167,8 @@ impl Backend {
         }
         let ring = Ring::new(&memory.memory(), vring.layout, vring.base, event_idx);
         let mut ring = ring.map_err(|e| refuse(describe(&QueueError::Ring { index, source: e })))?;
-        let kick = kick.try_clone().map_err(Error::ReqHandlerError)?;
-        let call = vring.call.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::ReqHandlerError)?;
+        let kick = copy(kick)?;
+        let call = vring.call.as_ref().map(copy).transpose()?;
         let put_back = std::mem::take(&mut vring.put_back);
         let heads = put_back.of(&mut ring);
         let crew = Queue::new(index, memory, ring, kick, call)
@@ -174,10 +194,17 @@ impl Drop for Backend {
     fn drop(&mut self) {
         self.shut_down();
         self.watch.end();
+        self.service.keep_back(DeviceDescriptors::default());
     }
 }
 
 impl Vring {
+    /// How many descriptors it has. A crew has copies of kick and call, and three of its own.
+    fn descriptors(&self) -> usize {
+        let crew = if self.crew.is_some() { 4 + usize::from(self.call.is_some()) } else { 0 };
+        crew + usize::from(self.kick.is_some()) + usize::from(self.call.is_some())
+    }
+
     /// Stops after what is in flight, and remembers where the ring stood.
     fn stop(&mut self) {
         if let Some(crew) = self.crew.take() {
@@ -193,6 +220,10 @@ impl Vring {
 /// Refuses a message; the reason ends the connection and is printed with it.
 fn refuse(why: impl Into<String>) -> Error {
     Error::ReqHandlerError(io::Error::other(why.into()))
+}
+
+fn copy(descriptor: &OwnedFd) -> Result<OwnedFd> {
+    descriptor.try_clone().map_err(|error| refuse(describe(&error)))
 }
 
 /// Makes notifications that find no room get lost: one is on its way then. A worker that waited for
@@ -322,8 +353,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
             never_wait(call).map_err(|errno| Error::ReqHandlerError(errno.into()))?;
         }
         if let Some(crew) = &vring.crew {
-            let call = vring.call.as_ref().map(OwnedFd::try_clone).transpose();
-            crew.queue().set_call(call.map_err(Error::ReqHandlerError)?);
+            crew.queue().set_call(vring.call.as_ref().map(copy).transpose()?);
         }
         Ok(())
     }
@@ -428,12 +458,14 @@ impl VhostUserBackendReqHandlerMut for Backend {
 }
 
 /// An error and its causes in one sentence.
-fn describe(error: &dyn std::error::Error) -> String {
+fn describe(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
+    let mut lacks = descriptors::is_lack(error);
     while let Some(cause) = source {
+        lacks |= descriptors::is_lack(cause);
         text = format!("{text}: {cause}");
         source = cause.source();
     }
-    text
+    if lacks { format!("{text}; {}", descriptors::TOO_FEW) } else { text }
 }

@@ -61,6 +61,11 @@ impl MemoryTable {
         MemoryTable { shared: SharedMemory::new(GuestMemoryMmap::new()), mappings: Vec::new() }
     }
 
+    /// How many regions there are; each has a descriptor.
+    pub fn regions(&self) -> usize {
+        self.mappings.len()
+    }
+
     /// The memory, for queues.
     pub fn shared(&self) -> &SharedMemory {
         &self.shared

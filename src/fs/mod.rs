@@ -69,6 +69,17 @@ pub struct Opened {
     pub flags: OpenReplyFlags,
 }
 
+/// Descriptors of the device, for queues and guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceDescriptors {
+    /// What its queues have had at once since the front end came: they may want that many again.
+    pub queues: usize,
+    /// What all queues have when they run.
+    pub all_queues: usize,
+    /// One for each region of guest memory.
+    pub memory: usize,
+}
+
 /// An answer to GETXATTR or LISTXATTR.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum XattrReply {
@@ -100,6 +111,14 @@ pub trait FileSystem: Send + Sync {
     fn init(&self, negotiated: &Negotiated) {
         if let Ok(fs) = self.below() {
             fs.init(negotiated);
+        }
+    }
+
+    /// The device has taken descriptors, or given some back: what is held for the guest is to leave it those
+    /// that it may still take.
+    fn keep_back(&self, device: DeviceDescriptors) {
+        if let Ok(fs) = self.below() {
+            fs.keep_back(device);
         }
     }
 

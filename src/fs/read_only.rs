@@ -12,7 +12,7 @@ use std::ffi::CStr;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
-use super::{Context, FileSystem, Opened, Result, XattrReply};
+use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
 use crate::fuse::abi;
 use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
 use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
@@ -70,6 +70,7 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
     pass_on! {
         fn required_flags() -> InitFlags;
         fn init(negotiated: &Negotiated);
+        fn keep_back(device: DeviceDescriptors);
         fn destroy();
         fn lookup(ctx: &Context, parent: NodeId, name: LookupName<'_>) -> Result<Entry>;
         fn forget(node: NodeId, count: u64);

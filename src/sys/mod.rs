@@ -4,6 +4,7 @@ pub mod descriptors;
 pub mod file_flags;
 pub mod file_handles;
 pub mod guest_buffers;
+pub mod inherited;
 pub mod locks;
 pub mod memory;
 pub mod process;

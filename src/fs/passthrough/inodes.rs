@@ -17,7 +17,7 @@ use super::lookup::key_on;
 use super::mounts::Mount;
 use super::pins::{Descriptors, Pin};
 use super::shards::{Apart, ByNumber, SHARDS, Shards};
-use crate::fs::Result;
+use crate::fs::{DeviceDescriptors, Result};
 use crate::fuse::ids::NodeId;
 use crate::sys::file_handles::{FileHandle, name_to_handle};
 
@@ -277,6 +277,15 @@ impl InodeTable {
         self.make_room()
     }
 
+    /// The device has taken descriptors, or given some back: inodes give up what the guest may no longer have.
+    pub fn keep_back(&self, device: DeviceDescriptors) {
+        let budget = self.descriptors.budget();
+        if budget.keep_back(device) {
+            self.descriptors.share_budget();
+            while budget.is_exceeded() && self.make_room() {}
+        }
+    }
+
     /// Asks the next inodes of the clock. No lock but the hand is held across system calls.
     fn turn(&self, hand: &mut u64) -> usize {
         let (mut given, mut refused) = (0, 0);
@@ -387,7 +396,7 @@ mod tests {
     }
 
     fn table() -> InodeTable {
-        InodeTable::new(any_fd(), key(1), Descriptors::unlimited(&Arc::new(Budget::of(1000)))).unwrap()
+        InodeTable::new(any_fd(), key(1), Descriptors::unlimited(&Arc::new(Budget::of(1000, 0)))).unwrap()
     }
 
     fn insert(table: &InodeTable, ino: u64) -> Arc<Inode> {

@@ -8,11 +8,12 @@ use std::borrow::Cow;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags, linkat, openat, removexattr, setxattr, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags, linkat, openat, removexattr, setxattr};
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use super::lookup::{PATH, PROC};
+use super::names::take_away;
 use super::xattr::{host_name, refused};
 use super::{Context, PassthroughFs, StartError};
 use crate::config::{FsConfig, Insistence};
@@ -68,22 +69,13 @@ impl PassthroughFs {
         self.session().labels && !ctx.labels.is_empty()
     }
 
-    /// Labels the entry `name`, which was just created, or takes it away.
-    pub(super) fn label_entry(
-        &self,
-        ctx: &Context,
-        parent: BorrowedFd<'_>,
-        name: &CStr,
-        removal: AtFlags,
-    ) -> Result<()> {
+    /// Labels the entry `name`, which was just created.
+    pub(super) fn label_entry(&self, ctx: &Context, parent: BorrowedFd<'_>, name: &CStr) -> Result<()> {
         if !self.is_labelled(ctx) {
             return Ok(());
         }
-        let path = openat(parent, name, PATH, Mode::empty());
-        path.and_then(|path| self.write_labels(ctx, &path)).inspect_err(|_| {
-            // The label's errno says more than that of a removal that fails too.
-            let _ = unlinkat(parent, name, removal);
-        })
+        let path = self.with_room(|| openat(parent, name, PATH, Mode::empty()))?;
+        self.write_labels(ctx, &path)
     }
 
     /// CREATE with labels, with `flags` as for openat(2): the file is made without a name,
@@ -111,9 +103,7 @@ impl PassthroughFs {
             Err(Errno::NOTSUP | Errno::ISDIR) => {
                 let make = |mode| openat(parent, name, flags, mode);
                 let file = self.create_as(ctx, mode, umask, make)?;
-                self.write_labels(ctx, &file).inspect_err(|_| {
-                    let _ = unlinkat(parent, name, AtFlags::empty());
-                })?;
+                self.write_labels(ctx, &file).inspect_err(|_| take_away(parent, name, &file))?;
                 Ok(file)
             }
             Err(errno) => Err(errno),

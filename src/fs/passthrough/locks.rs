@@ -6,14 +6,16 @@
 //!
 //! An owner is a process or an open file description (F_OFD_SETLK), and requests do not say which. A process
 //! ends its locks by FLUSH, with each descriptor of the file that it closes. For a description Linux sends
-//! RELEASE alone, without an owner: so each owner remembers the handles that it locked through, and the
-//! RELEASE of one of them ends it. A process has had its FLUSH by then.
+//! RELEASE alone, without an owner: so each owner remembers the handles that it locked through, and ends with
+//! the RELEASE of the last of them. What a process has locked before a FLUSH was unlocked by that; from then
+//! on only those handles count through which it is locking just then, or locks later. The RELEASE of the
+//! handle that was flushed may come at any time after that.
 //!
 //! A lock that has to be waited for blocks its thread in the host's kernel. [`Waits`] knows these
 //! threads and gets them out with a signal.
 
+use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -55,8 +57,10 @@ struct Owner {
     file: Held,
     pid: u32,
     ranges: Mutex<Ranges>,
-    /// Handles that it locked through, all of them open.
-    handles: Mutex<HashSet<u64>>,
+    /// Handles that it has locked through since its last FLUSH, all of them open, and how many requests are
+    /// locking through each just now. It changes only while the table of owners is locked, so that an owner
+    /// is in the table as long as it has any.
+    handles: Mutex<HashMap<u64, usize>>,
 }
 
 impl Owner {
@@ -65,15 +69,29 @@ impl Owner {
         self.ranges().set(&lock, || ofd_set(self.file.as_fd(), lock))
     }
 
-    /// Remembers a handle through which it locks.
-    fn locks_through(&self, handle: HandleId) -> Result<()> {
+    /// Remembers a handle through which a request begins to lock.
+    fn begin(&self, handle: HandleId) -> Result<()> {
         let mut handles = self.handles();
         handles.try_reserve(1).map_err(|_| Errno::NOMEM)?;
-        handles.insert(handle.0);
+        let under_way = handles.entry(handle.0).or_default();
+        *under_way = under_way.saturating_add(1);
         Ok(())
     }
 
-    fn handles(&self) -> MutexGuard<'_, HashSet<u64>> {
+    /// Forgets a handle; whether it was the last one.
+    fn ends_with(&self, handle: HandleId) -> bool {
+        let mut handles = self.handles();
+        handles.remove(&handle.0).is_some() && handles.is_empty()
+    }
+
+    /// Forgets the handles that no request is locking through; whether there are no others.
+    fn ends_with_flush(&self) -> bool {
+        let mut handles = self.handles();
+        handles.retain(|_, under_way| *under_way > 0);
+        handles.is_empty()
+    }
+
+    fn handles(&self) -> MutexGuard<'_, HashMap<u64, usize>> {
         self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -82,17 +100,44 @@ impl Owner {
     }
 }
 
+/// An owner for which a request is locking: it stays in the table whoever is flushed meanwhile.
+struct Locking {
+    owner: Arc<Owner>,
+    handle: HandleId,
+}
+
+impl Drop for Locking {
+    fn drop(&mut self) {
+        // The handle may have been closed, by a guest that does not wait for its requests.
+        if let Some(under_way) = self.owner.handles().get_mut(&self.handle.0) {
+            *under_way = under_way.saturating_sub(1);
+        }
+    }
+}
+
 impl InodeLocks {
-    /// Drops all locks of an owner.
+    /// Drops all locks of an owner, and the owner itself unless a request is about to lock for it.
     pub fn drop_owner(&self, owner: LockOwner) -> Result<()> {
-        let in_use = self.lock().as_mut().and_then(|owners| take_unused(owners, owner.0));
-        in_use.map_or(Ok(()), |owner| owner.set(EVERYTHING))
+        let dropped = {
+            let mut owners = self.lock();
+            match owners.as_mut().map(|owners| owners.entry(owner.0)) {
+                Some(Entry::Occupied(found)) if found.get().ends_with_flush() => Some(found.remove()),
+                Some(Entry::Occupied(found)) => Some(Arc::clone(found.get())),
+                _ => None,
+            }
+        };
+        match dropped {
+            // Its file is closed with all locks on it.
+            Some(owner) if Arc::strong_count(&owner) == 1 => Ok(()),
+            Some(owner) => owner.set(EVERYTHING),
+            None => Ok(()),
+        }
     }
 
-    /// Drops the locks of all owners that locked through a handle, which is closed for good.
+    /// A handle is closed for good: drops the owners that have locked through no other.
     pub fn drop_handle(&self, handle: HandleId) {
         if let Some(owners) = self.lock().as_mut() {
-            owners.retain(|_, owner| !owner.handles().contains(&handle.0));
+            owners.retain(|_, owner| !owner.ends_with(handle));
         }
     }
 
@@ -100,9 +145,12 @@ impl InodeLocks {
         self.lock().as_ref().and_then(|owners| owners.get(&owner.0).cloned())
     }
 
-    fn find_or_open(&self, lock: &Lock, open: impl FnOnce() -> Result<Owner>) -> Result<Arc<Owner>> {
-        if let Some(owner) = self.find(lock.owner) {
-            return Ok(owner);
+    /// Begins to lock for an owner.
+    fn begin(&self, lock: &Lock, open: impl FnOnce() -> Result<Owner>) -> Result<Locking> {
+        let handle = lock.handle;
+        if let Some(owner) = self.lock().as_ref().and_then(|owners| owners.get(&lock.owner.0)) {
+            owner.begin(handle)?;
+            return Ok(Locking { owner: Arc::clone(owner), handle });
         }
         let new = open()?;
         let mut owners = self.lock();
@@ -111,7 +159,9 @@ impl InodeLocks {
             return Err(Errno::NOLCK);
         }
         owners.try_reserve(1).map_err(|_| Errno::NOMEM)?;
-        Ok(Arc::clone(owners.entry(lock.owner.0).or_insert_with(|| Arc::new(new))))
+        let owner = owners.entry(lock.owner.0).or_insert_with(|| Arc::new(new));
+        owner.begin(handle)?;
+        Ok(Locking { owner: Arc::clone(owner), handle })
     }
 
     /// The process that holds `lock`, which is in the way of `owner`; 0 if it is none of this guest's.
@@ -128,17 +178,6 @@ impl InodeLocks {
 
 /// All locks of one owner.
 const EVERYTHING: ByteLock = ByteLock { kind: LockType::Unlock, start: 0, end: i64::MAX.unsigned_abs() };
-
-/// Takes an owner out, and closes its file with all locks on it, unless some thread is about to lock for it:
-/// that lock is to stay, so the owner does, too, and is returned.
-fn take_unused(owners: &mut Owners, owner: u64) -> Option<Arc<Owner>> {
-    let found = owners.get(&owner)?;
-    if Arc::strong_count(found) > 1 {
-        return Some(Arc::clone(found));
-    }
-    owners.remove(&owner);
-    None
-}
 
 /// Threads that wait for locks, by the request they serve.
 #[derive(Debug, Default)]
@@ -284,11 +323,10 @@ impl PassthroughFs {
             let ranges = Mutex::new(Ranges::new(&self.lock_ranges));
             Ok(Owner { file, pid: lock.pid, ranges, handles: Mutex::default() })
         };
-        let owner = handle.inode.locks.find_or_open(lock, open)?;
-        owner.locks_through(lock.handle)?;
+        let locking = handle.inode.locks.begin(lock, open)?;
         match wait {
-            None => owner.set(byte_lock(lock)),
-            Some(unique) => self.wait_for_lock(&owner, byte_lock(lock), unique),
+            None => locking.owner.set(byte_lock(lock)),
+            Some(unique) => self.wait_for_lock(&locking.owner, byte_lock(lock), unique),
         }
     }
 

@@ -21,7 +21,8 @@ use crate::fuse::reply::{Attributes, Entry};
 use crate::sys::file_handles::{entry_to_handle, name_to_handle};
 
 /// What is asked of the host about an inode: all that replies need, and the mount.
-const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
+pub(super) const WANTED: StatxFlags =
+    StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 /// An O_PATH descriptor of an entry itself, whatever it is: nothing is opened or followed.
 pub(super) const PATH: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
@@ -66,7 +67,7 @@ impl PassthroughFs {
     }
 
     /// What `open` opens. Where the process has no descriptor left at all, inodes give way.
-    fn with_room(&self, open: impl Fn() -> Result<OwnedFd>) -> Result<OwnedFd> {
+    pub(super) fn with_room(&self, open: impl Fn() -> Result<OwnedFd>) -> Result<OwnedFd> {
         match open() {
             Err(Errno::MFILE | Errno::NFILE) if self.inodes.process_is_full() => open(),
             result => result,
@@ -161,7 +162,7 @@ impl PassthroughFs {
         Ok(self.entry(&parent, &stat, None))
     }
 
-    fn entry(&self, inode: &Inode, stat: &Statx, parent: Option<&Inode>) -> Entry {
+    pub(super) fn entry(&self, inode: &Inode, stat: &Statx, parent: Option<&Inode>) -> Entry {
         let timeout = self.config.cache.timeout();
         let attr = self.attr_of(stat);
         let mut attr = abi::Attr { ino: self.shown_number(inode, stat.stx_ino), ..attr };

@@ -50,8 +50,8 @@ use self::io_mode::IoPolicy;
 use self::lock_ranges::RangeCount;
 use self::locks::Waits;
 pub use self::start::StartError;
-use self::start::descriptors;
-use super::{Context, FileSystem, Opened, Result, XattrReply};
+use self::start::{descriptors, open_descriptors};
+use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
 use crate::config::{FsConfig, Insistence};
 use crate::fuse::abi;
 use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
@@ -121,7 +121,7 @@ impl PassthroughFs {
         rustix::process::fchdir(&proc_self_fd)?;
         let stat = lookup::stat(&root)?;
         let offers_acls = xattr::acls_can_be_had(&root, &config)?;
-        let budget = Arc::new(Budget::of_the_process());
+        let budget = Arc::new(Budget::of_the_process(open_descriptors(&proc_self_fd)?));
         let descriptors = descriptors(config.inode_file_handles, &root, &budget)?;
         let inodes = InodeTable::new(budget.take()?.hold(root), lookup::key(&stat), descriptors)?;
         let session = Session {
@@ -219,6 +219,10 @@ impl FileSystem for PassthroughFs {
             acls: flags.contains(InitFlags::POSIX_ACL),
             labels: flags.contains(InitFlags::SECURITY_CTX),
         }));
+    }
+
+    fn keep_back(&self, device: DeviceDescriptors) {
+        self.inodes.keep_back(device);
     }
 
     fn destroy(&self) {

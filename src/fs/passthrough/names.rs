@@ -1,17 +1,18 @@
 //! Changes to directories: new names, and names that go.
 
 use std::ffi::CStr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, FileType, RenameFlags, linkat, mkdirat, mknodat, readlinkat, renameat, renameat_with, symlinkat,
-    unlinkat,
+    AtFlags, FileType, RenameFlags, Statx, linkat, mkdirat, mknodat, readlinkat, renameat, renameat_with,
+    statx, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 
+use super::budget::Slot;
 use super::inodes::Inode;
-use super::lookup::{PROC, proc_name};
+use super::lookup::{PROC, WANTED, key, kind, proc_name, stat};
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
 use crate::fuse::name::Name;
@@ -30,8 +31,7 @@ impl PassthroughFs {
         let name = name.as_c_str();
         let (slot, path) = (self.slot()?, parent.path()?);
         self.create_as(ctx, mode, umask, |mode| mkdirat(&path, name, mode))?;
-        self.label_entry(ctx, path.as_fd(), name, AtFlags::REMOVEDIR)?;
-        self.open_new(parent, name, slot)
+        self.enter_made(ctx, parent, name, FileType::Directory, slot)
     }
 
     pub(super) fn make_node(
@@ -51,8 +51,7 @@ impl PassthroughFs {
         let device = decode_device(rdev);
         let (slot, path) = (self.slot()?, parent.path()?);
         self.create_as(ctx, mode, umask, |mode| mknodat(&path, name, kind, mode, device))?;
-        self.label_entry(ctx, path.as_fd(), name, AtFlags::empty())?;
-        self.open_new(parent, name, slot)
+        self.enter_made(ctx, parent, name, kind, slot)
     }
 
     pub(super) fn make_symlink(
@@ -65,14 +64,35 @@ impl PassthroughFs {
         let name = name.as_c_str();
         let (slot, path) = (self.slot()?, parent.path()?);
         self.create_as(ctx, 0, 0, |_| symlinkat(target, &path, name))?;
-        self.label_entry(ctx, path.as_fd(), name, AtFlags::empty())?;
-        self.open_new(parent, name, slot)
+        self.enter_made(ctx, parent, name, FileType::Symlink, slot)
     }
 
+    /// Labels and looks up what was just made, or takes it away: the guest is not to find what it was
+    /// refused. No system call makes a directory, a node or a link and opens it in one step, and the host may
+    /// run out of descriptors in between, whatever is kept back.
+    fn enter_made(
+        &self,
+        ctx: &Context,
+        parent: &Inode,
+        name: &CStr,
+        kind: FileType,
+        slot: Slot,
+    ) -> Result<Entry> {
+        let path = parent.path()?;
+        let labelled = self.label_entry(ctx, path.as_fd(), name);
+        let entered = labelled.and_then(|()| self.open_new(parent, name, slot));
+        entered.inspect_err(|_| take_away_empty(path.as_fd(), name, kind))
+    }
+
+    /// LINK. What is linked is known, so nothing has to be opened, or can be refused, once it has its new name.
     pub(super) fn make_link(&self, inode: &Arc<Inode>, parent: &Inode, name: Name<'_>) -> Result<Entry> {
         let name = name.as_c_str();
-        linkat(PROC, proc_name(&*inode.path()?), parent.path()?, name, AtFlags::SYMLINK_FOLLOW)?;
-        self.look_up(parent, name)
+        let (path, directory) = (inode.path()?, parent.path()?);
+        self.inodes.look_up_again(inode)?;
+        linkat(PROC, proc_name(&*path), directory, name, AtFlags::SYMLINK_FOLLOW)
+            .and_then(|()| stat(&*path))
+            .map(|stat| self.entry(inode, &stat, Some(parent)))
+            .inspect_err(|_| self.inodes.forget(inode.node, 1))
     }
 
     pub(super) fn read_link(&self, inode: &Inode) -> Result<Vec<u8>> {
@@ -106,6 +126,33 @@ impl PassthroughFs {
         let _caller = whiteout.then(|| self.become_caller(ctx)).transpose()?;
         renameat_with(from, name, to, new_name, flags)
     }
+}
+
+/// Takes a name away that stands for `made`, which this request has made.
+pub(super) fn take_away(parent: BorrowedFd<'_>, name: &CStr, made: impl AsFd) {
+    let is_it = |made| Some(key(&made) == key(&stat_entry(parent, name)?));
+    if stat(made).ok().and_then(is_it).unwrap_or(false) {
+        // The errno that led here says more than that of a removal that fails too.
+        let _ = unlinkat(parent, name, AtFlags::empty());
+    }
+}
+
+/// The same for what could not be opened, and so cannot be told for sure from what another request has put
+/// in its place since: nothing that has a content or another name is taken away.
+fn take_away_empty(parent: BorrowedFd<'_>, name: &CStr, made: FileType) {
+    let Some(found) = stat_entry(parent, name).filter(|found| kind(found) == made) else { return };
+    let flags = match made {
+        // It has to be empty for that.
+        FileType::Directory => AtFlags::REMOVEDIR,
+        FileType::RegularFile if found.stx_size > 0 => return,
+        _ if found.stx_nlink != 1 => return,
+        _ => AtFlags::empty(),
+    };
+    let _ = unlinkat(parent, name, flags);
+}
+
+fn stat_entry(parent: BorrowedFd<'_>, name: &CStr) -> Option<Statx> {
+    statx(parent, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT, WANTED).ok()
 }
 
 /// A device number as the protocol packs it (`new_decode_dev()` of Linux), as mknod(2) takes it.

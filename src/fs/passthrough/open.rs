@@ -10,6 +10,7 @@ use super::handles::Handle;
 use super::host_file::HostFile;
 use super::inodes::Inode;
 use super::io_mode::Mode;
+use super::names::take_away;
 use super::{Context, PassthroughFs};
 use crate::config::CachePolicy;
 use crate::fs::{Opened, Result};
@@ -90,10 +91,13 @@ impl PassthroughFs {
         };
         match created {
             Ok(file) => {
-                let path = slots.0.hold(self.path_of(&file)?);
-                let (entry, inode) = self.adopt(path, Some(parent))?;
+                let new_path = self.with_room(|| self.path_of(&file));
+                let (entry, inode) = new_path
+                    .and_then(|new| self.adopt(slots.0.hold(new), Some(parent)))
+                    .inspect_err(|_| take_away(path.as_fd(), name, &file))?;
                 let file = HostFile::new(slots.1.hold(file), flags);
                 self.open_entry(entry, || self.add_file(&inode, file, create.flags))
+                    .inspect_err(|_| inode.path().map_or((), |made| take_away(path.as_fd(), name, &*made)))
             }
             Err(Errno::EXIST) if create.flags & OFlags::EXCL.bits() == 0 => {
                 drop(slots);
@@ -122,7 +126,8 @@ impl PassthroughFs {
             openat(&self.proc_self_fd, directory, flags | OFlags::CLOEXEC, mode)
         })?;
         self.write_labels(ctx, &file)?;
-        let (entry, inode) = self.adopt(slots.0.hold(self.path_of(&file)?), Some(parent))?;
+        let (entry, inode) =
+            self.adopt(slots.0.hold(self.with_room(|| self.path_of(&file))?), Some(parent))?;
         let file = HostFile::new(slots.1.hold(file), flags);
         self.open_entry(entry, || self.add_file(&inode, file, tmpfile.flags))
     }

@@ -96,7 +96,7 @@ impl Descriptors {
     /// EPERM without CAP_DAC_READ_SEARCH, EOPNOTSUPP where the file system has no handles that last.
     pub fn limited(root: &OwnedFd, budget: &Arc<Budget>) -> Result<Descriptors> {
         mounts::try_handles(root)?;
-        Ok(Descriptors::of(budget, (budget.most() / 2).max(1)))
+        Ok(Descriptors::of(budget, half_of(budget)))
     }
 
     fn of(budget: &Arc<Budget>, allowed: usize) -> Descriptors {
@@ -120,6 +120,15 @@ impl Descriptors {
     /// Whether inodes should give up descriptors.
     pub fn are_scarce(&self) -> bool {
         self.scarce.load(Ordering::Relaxed)
+    }
+
+    /// The budget has become another one: inodes may have half of it.
+    pub fn share_budget(&self) {
+        if self.limited {
+            self.allowed.store(half_of(&self.budget), Ordering::Relaxed);
+            let taken = self.taken.load(Ordering::Relaxed);
+            self.scarce.store(taken > half_of(&self.budget), Ordering::Relaxed);
+        }
     }
 
     /// What the guest's descriptors are counted by.
@@ -217,6 +226,10 @@ impl Descriptors {
             mounts.remove(&id);
         }
     }
+}
+
+fn half_of(budget: &Budget) -> usize {
+    (budget.most() / 2).max(1)
 }
 
 /// What keeps hold of one inode.
@@ -356,7 +369,7 @@ mod tests {
     /// One descriptor for inodes, before they have to give theirs up, out of `most`.
     fn one_of(root: &std::path::Path, most: usize) -> (Arc<Budget>, Arc<Mount>) {
         // One is for the mount.
-        let budget = Arc::new(Budget::of(most + 1));
+        let budget = Arc::new(Budget::of(most + 1, 0));
         mounts::try_handles(path_of(root)).unwrap();
         let all = Arc::new(Descriptors::of(&budget, 1));
         let mount = all.mount(1, path_of(root), FileType::Directory).unwrap();

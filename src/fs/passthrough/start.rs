@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use rustix::fs::Dir;
 use rustix::io::Errno;
 use thiserror::Error;
 
@@ -48,6 +49,13 @@ pub enum StartError {
     /// A system call failed.
     #[error(transparent)]
     System(#[from] Errno),
+}
+
+/// How many descriptors this process has open; `proc_self_fd` lists them.
+pub(super) fn open_descriptors(proc_self_fd: &OwnedFd) -> std::result::Result<usize, StartError> {
+    let list = Dir::read_from(proc_self_fd)?;
+    // Two entries are the directory and its parent, and one is of the list itself.
+    Ok(list.count().saturating_sub(3))
 }
 
 /// How inodes share what descriptors there are.

@@ -67,7 +67,8 @@ pub struct Queue {
 impl Queue {
     /// A queue with a fresh ring in `memory`. Waiting ends with an error after `timeout`.
     pub fn new(memory: &Arc<Memory>, index: usize, options: RingOptions, timeout: Duration) -> Result<Queue> {
-        let event = || EventFd::new(EFD_NONBLOCK).map_err(Error::system("create an eventfd"));
+        let event =
+            || EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::system("create an eventfd"));
         Ok(Queue {
             index,
             memory: memory.clone(),

@@ -25,6 +25,8 @@ use crate::ring::RingOptions;
 pub struct SessionOptions {
     /// Request queues; the high-priority queue comes on top.
     pub queues: usize,
+    /// How many of all queues are started at once; the others with [`Session::start_queue`].
+    pub started: usize,
     /// Descriptors of every ring.
     pub ring_size: u16,
     /// Virtio features to use if the back end offers them.
@@ -45,6 +47,7 @@ impl Default for SessionOptions {
     fn default() -> Self {
         SessionOptions {
             queues: 1,
+            started: usize::MAX,
             ring_size: 1024,
             features: feature::VERSION_1
                 | feature::PROTOCOL_FEATURES
@@ -139,7 +142,7 @@ impl Session {
             init: OnceLock::new(),
         };
         session.share_memory()?;
-        for queue in 0..session.queues.len() {
+        for queue in 0..session.queues.len().min(session.options.started) {
             session.start_queue(queue)?;
         }
         Ok(session)
