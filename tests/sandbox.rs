@@ -271,7 +271,7 @@ fn namespaces_work_in_a_chroot() {
     backend.expect_success().unwrap();
     rustix::mount::mount_change(root.path().join("proc"), rustix::mount::MountPropagationFlags::PRIVATE)
         .unwrap();
-    for place in places.iter().filter(|place| Path::new(place).exists()) {
+    for place in places.iter().rev().filter(|place| Path::new(place).exists()) {
         let inside = root.path().join(place.trim_start_matches('/'));
         rustix::mount::unmount(inside, rustix::mount::UnmountFlags::DETACH).unwrap();
     }
@@ -328,7 +328,7 @@ fn namespaces_work_on_an_initramfs() {
         drop(session);
         backend.expect_success().unwrap();
     }
-    copies.iter().for_each(|(place, _)| unmount(**place, UnmountFlags::DETACH).unwrap());
+    copies.iter().rev().for_each(|(place, _)| unmount(**place, UnmountFlags::DETACH).unwrap());
     made.iter().for_each(|path| drop(fs::remove_dir(path)));
 }
 
