@@ -81,5 +81,5 @@ def page(rows, pairs, rounds, seconds, against):
             cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f}){mark}")
         before, now = (median(rate(pair[column]) for pair in of_row) for column in (BEFORE, NOW))
         lines.append(f"| {row['title']} | {before:,.0f} | {now:,.0f} | {' | '.join(cells)} |")
-    lines += ["", f"{slower} figures are worse than {LEAST_RATE} of the rate or {MOST_CPU} of the CPU time."]
+    lines += ["", f"Figures worse than {LEAST_RATE} of the rate or {MOST_CPU} of the CPU time: {slower}."]
     return "\n".join(lines) + "\n"
