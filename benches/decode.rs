@@ -5,10 +5,10 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use lanefsd::fuse::abi::{BatchForgetIn, CreateIn, ForgetOne, GetattrIn, InHeader, ReadIn, WriteIn};
-use lanefsd::fuse::init::Layout;
-use lanefsd::fuse::opcode::Opcode;
-use lanefsd::fuse::request::Request;
+use fuse_protocol::abi::{BatchForgetIn, CreateIn, ForgetOne, GetattrIn, InHeader, ReadIn, WriteIn};
+use fuse_protocol::init::Layout;
+use fuse_protocol::opcode::Opcode;
+use fuse_protocol::request::Request;
 use zerocopy::IntoBytes;
 
 fn header(opcode: Opcode, arguments: usize, data: usize) -> InHeader {

@@ -14,10 +14,10 @@
 
 mod guest;
 
+use fuse_protocol::abi::{GetattrIn, ReadIn, WriteIn};
+use fuse_protocol::opcode::Opcode;
 use gungraun::{Callgrind, LibraryBenchmarkConfig, library_benchmark, library_benchmark_group, main};
 use lanefsd::config::{CachePolicy, FsConfig};
-use lanefsd::fuse::abi::{GetattrIn, ReadIn, WriteIn};
-use lanefsd::fuse::opcode::Opcode;
 use zerocopy::IntoBytes;
 
 use guest::{Guest, Request};

@@ -1,6 +1,6 @@
 //! lanefsd: a vhost-user virtio-fs daemon that lets many writers in a guest write one file at once.
 //!
-//! One request goes straight through: [`device`] takes a descriptor chain, [`fuse`] decodes it,
+//! One request goes straight through: [`device`] takes a descriptor chain, [`fuse_protocol`] decodes it,
 //! [`service`] calls the [`fs::FileSystem`], and the reply goes back into the chain.
 
 pub mod blocking;
@@ -8,7 +8,6 @@ pub mod cli;
 pub mod config;
 pub mod device;
 pub mod fs;
-pub mod fuse;
 pub mod listen;
 pub mod logging;
 pub mod mapping;

@@ -9,19 +9,19 @@ use rustix::io::Errno;
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
 use crate::fs::{Context, DeviceDescriptors, FileSystem, Opened, PUT_BACK, XattrReply};
-use crate::fuse::abi;
-use crate::fuse::decode::{DecodeError, argument_bytes};
-use crate::fuse::flags::SetxattrFlags;
-use crate::fuse::ids::{NodeId, Unique};
-use crate::fuse::init::{self, Layout, negotiate};
-use crate::fuse::ioctl::Command;
-use crate::fuse::opcode::Opcode;
-use crate::fuse::reply::{DirectoryWriter, OUT_HEADER_SIZE};
-use crate::fuse::request::{CopyFileRange, Init, Ioctl, Operation, Read, Request, Write};
 use crate::logging::{info_limited, warn_limited};
 use crate::session_lock::{SessionLock, SharedGuard, Slot};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter, Reserved};
 use crate::sys::memory;
+use fuse_protocol::abi;
+use fuse_protocol::decode::{DecodeError, argument_bytes};
+use fuse_protocol::flags::SetxattrFlags;
+use fuse_protocol::ids::{NodeId, Unique};
+use fuse_protocol::init::{self, Layout, negotiate};
+use fuse_protocol::ioctl::Command;
+use fuse_protocol::opcode::Opcode;
+use fuse_protocol::reply::{DirectoryWriter, OUT_HEADER_SIZE};
+use fuse_protocol::request::{CopyFileRange, Init, Ioctl, Operation, Read, Request, Write};
 
 /// No INIT was answered yet, or DESTROY was: everything but INIT is refused.
 const NO_SESSION: u8 = 0;

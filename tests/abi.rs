@@ -11,12 +11,12 @@ use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::Command;
 
-use lanefsd::fuse::abi;
-use lanefsd::fuse::flags::{
+use fuse_protocol::abi;
+use fuse_protocol::flags::{
     AttrFlags, FsyncFlags, GetattrFlags, InitFlags, IoctlFlags, LockFlags, OpenReplyFlags, OpenRequestFlags,
     ReleaseFlags, SetattrValid, SetxattrFlags, WriteFlags,
 };
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::opcode::Opcode;
 
 fn header() -> (PathBuf, String) {
     let path = std::env::var_os("LANEFSD_FUSE_HEADER").unwrap_or("/usr/include/linux/fuse.h".into());

@@ -16,7 +16,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use lanefsd::fuse::flags::{InitFlags, SetxattrFlags};
+use fuse_protocol::flags::{InitFlags, SetxattrFlags};
 use lanefsd_frontend::client::{Change, ROOT};
 use lanefsd_frontend::connection::Connection;
 use lanefsd_frontend::session::linux_init_flags;

@@ -20,11 +20,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use fuse_protocol::abi::{AttrOut, EntryOut, GetattrIn};
+use fuse_protocol::flags::WriteFlags;
+use fuse_protocol::opcode::Opcode;
 use lanefsd::config::{CachePolicy, DeviceConfig, FsConfig};
 use lanefsd::fs::passthrough::PassthroughFs;
-use lanefsd::fuse::abi::{AttrOut, EntryOut, GetattrIn};
-use lanefsd::fuse::flags::WriteFlags;
-use lanefsd::fuse::opcode::Opcode;
 use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
 use lanefsd_frontend::client::{ROOT, data};

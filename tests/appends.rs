@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use lanefsd::fuse::flags::{InitFlags, WriteFlags};
+use fuse_protocol::flags::{InitFlags, WriteFlags};
 use lanefsd_frontend::client::{Change, Lock, ROOT};
 use lanefsd_frontend::{Backend, Client, Cut, Session, SessionOptions};
 

@@ -15,7 +15,7 @@ mod common;
 use std::fs;
 use std::os::unix::fs::FileExt;
 
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{Change, Lock, ROOT};
 use lanefsd_frontend::{Backend, Cut, Request, Session, SessionOptions};
 

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lanefsd::fuse::flags::InitFlags;
+use fuse_protocol::flags::InitFlags;
 use lanefsd_frontend::backend::Starter;
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::{Backend, Session, SessionOptions};

@@ -15,7 +15,7 @@ mod strace;
 use std::fs;
 use std::time::Duration;
 
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{Change, Lock, ROOT};
 use lanefsd_frontend::session::Sent;
 use lanefsd_frontend::{Backend, Caller, Client, Request, SessionOptions};

@@ -15,7 +15,7 @@ mod common;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::chain::{Chain, Pieces};
 use lanefsd_frontend::client::{Lock, ROOT};
 use lanefsd_frontend::misbehave::run_away;

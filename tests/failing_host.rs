@@ -14,9 +14,9 @@ mod common;
 use std::time::{Duration, Instant};
 
 use failing_store::{Call, FILE, FailingStore};
-use lanefsd::fuse::abi::{CopyFileRangeIn, EntryOut, FallocateIn, OpenIn, OpenOut, WriteOut};
-use lanefsd::fuse::flags::WriteFlags;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::{CopyFileRangeIn, EntryOut, FallocateIn, OpenIn, OpenOut, WriteOut};
+use fuse_protocol::flags::WriteFlags;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{Change, ROOT, data};
 use lanefsd_frontend::{Backend, Request, Session, SessionOptions};
 

@@ -11,7 +11,7 @@ mod common;
 
 use std::os::fd::AsFd;
 
-use lanefsd::fuse::flags::{InitFlags, IoctlFlags};
+use fuse_protocol::flags::{InitFlags, IoctlFlags};
 use lanefsd::sys::file_flags;
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::{Backend, Client, Session, SessionOptions};

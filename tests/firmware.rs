@@ -17,9 +17,9 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use lanefsd::fuse::abi::{ForgetIn, InitIn, InitOut};
-use lanefsd::fuse::flags::InitFlags;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::{ForgetIn, InitIn, InitOut};
+use fuse_protocol::flags::InitFlags;
+use fuse_protocol::opcode::Opcode;
 use lanefsd::sys::locks::{ByteLock, LockType, ofd_get};
 use lanefsd_frontend::chain::Cut;
 use lanefsd_frontend::client::{Lock, ROOT};

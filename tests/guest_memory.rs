@@ -16,8 +16,8 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use lanefsd::fuse::abi::{AttrOut, GetattrIn, OutHeader};
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::{AttrOut, GetattrIn, OutHeader};
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::chain::{Chain, Pieces};
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::connection::{Connection, describe};

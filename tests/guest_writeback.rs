@@ -17,7 +17,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use lanefsd::fuse::flags::{InitFlags, OpenReplyFlags, WriteFlags};
+use fuse_protocol::flags::{InitFlags, OpenReplyFlags, WriteFlags};
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::{Backend, Session, SessionOptions};
 

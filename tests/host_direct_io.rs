@@ -14,7 +14,7 @@ mod common;
 
 use std::fs;
 
-use lanefsd::fuse::flags::WriteFlags;
+use fuse_protocol::flags::WriteFlags;
 use lanefsd_frontend::client::{Change, ROOT};
 use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
 

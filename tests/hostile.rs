@@ -12,8 +12,8 @@
 
 mod common;
 
-use lanefsd::fuse::abi::{InHeader, OutHeader};
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::{InHeader, OutHeader};
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::chain::Chain;
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::misbehave::{Malformed, offer_head_out_of_range, run_away};

@@ -15,8 +15,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lanefsd::fuse::abi::StatfsOut;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::StatfsOut;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::connection::{Connection, describe};
 use lanefsd_frontend::message::{NEED_REPLY, NO_FD, VERSION, VringState, code, feature, protocol};

@@ -16,8 +16,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use lanefsd::fuse::flags::WriteFlags;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::flags::WriteFlags;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::chain::{Chain, Pieces};
 use lanefsd_frontend::client::{ROOT, data};
 use lanefsd_frontend::connection::{Connection, describe};

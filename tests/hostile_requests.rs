@@ -18,7 +18,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{Change, Lock, ROOT};
 use lanefsd_frontend::connection::Connection;
 use lanefsd_frontend::{Backend, Client, Request, Session, SessionOptions};

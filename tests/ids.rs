@@ -16,7 +16,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use lanefsd::fuse::flags::InitFlags;
+use fuse_protocol::flags::InitFlags;
 use lanefsd_frontend::client::{Change, Lock, ROOT};
 use lanefsd_frontend::{Backend, Caller, Client, Session, SessionOptions};
 use tempfile::TempDir;

@@ -21,8 +21,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use fuse_host::{FuseHost, HostFile};
-use lanefsd::fuse::abi::{Attr, EntryOut};
-use lanefsd::fuse::flags::{AttrFlags, InitFlags};
+use fuse_protocol::abi::{Attr, EntryOut};
+use fuse_protocol::flags::{AttrFlags, InitFlags};
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::session::linux_init_flags;
 use lanefsd_frontend::{Backend, Client, Session, SessionOptions};

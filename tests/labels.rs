@@ -16,9 +16,9 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use lanefsd::fuse::abi::{CreateIn, EntryOut, MkdirIn, MknodIn, OpenOut};
-use lanefsd::fuse::flags::InitFlags;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::{CreateIn, EntryOut, MkdirIn, MknodIn, OpenOut};
+use fuse_protocol::flags::InitFlags;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::connection::Connection;
 use lanefsd_frontend::request::label_extension;

@@ -15,7 +15,7 @@ mod common;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use lanefsd::fuse::flags::WriteFlags;
+use fuse_protocol::flags::WriteFlags;
 use lanefsd_frontend::client::{Lock, ROOT, data};
 use lanefsd_frontend::session::Sent;
 use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
@@ -79,7 +79,7 @@ fn a_disabled_queue_rests() {
     let (_backend, session) =
         common::serve_with(&[], SessionOptions { queues: 2, ..SessionOptions::default() });
     session.connection().enable_ring(1, false).unwrap();
-    let request = lanefsd_frontend::Request::new(lanefsd::fuse::opcode::Opcode::Statfs, ROOT).reply_data(80);
+    let request = lanefsd_frontend::Request::new(fuse_protocol::opcode::Opcode::Statfs, ROOT).reply_data(80);
     let sent = session.client().send(request).unwrap();
     std::thread::sleep(Duration::from_millis(100));
     assert!(!session.queue(1).is_done(sent.token).unwrap());
@@ -300,7 +300,7 @@ fn destroy_ends_waits_for_locks() {
 /// A guest that boots another kernel, which the daemon refuses.
 #[test]
 fn an_init_that_is_refused_ends_the_old_session() {
-    use lanefsd::fuse::flags::InitFlags;
+    use fuse_protocol::flags::InitFlags;
     let (backend, session) = common::serve(&["--flock"]);
     let client = session.client();
     let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();

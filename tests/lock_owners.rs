@@ -16,7 +16,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use lanefsd::fuse::flags::ReleaseFlags;
+use fuse_protocol::flags::ReleaseFlags;
 use lanefsd::sys::locks::{ByteLock, LockType, ofd_get, ofd_set};
 use lanefsd_frontend::client::{Lock, ROOT};
 use lanefsd_frontend::{Backend, Client, Session, SessionOptions};

@@ -14,7 +14,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use lanefsd::fuse::flags::{InitFlags, ReleaseFlags};
+use fuse_protocol::flags::{InitFlags, ReleaseFlags};
 use lanefsd_frontend::client::{Lock, ROOT};
 use lanefsd_frontend::session::Sent;
 use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
@@ -111,7 +111,7 @@ fn an_interrupt_for_nobody_is_ignored() {
     let (_backend, session, node, _fh) = locked(&["--posix-lock"]);
     let client = session.client();
     let sent = client
-        .send(lanefsd_frontend::Request::new(lanefsd::fuse::opcode::Opcode::Statfs, node).reply_data(200));
+        .send(lanefsd_frontend::Request::new(fuse_protocol::opcode::Opcode::Statfs, node).reply_data(200));
     let sent = sent.unwrap();
     session.finish(sent).unwrap();
     // It may not have come yet, for all that the daemon knows; a guest that has the answer knows better.

@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 
-use lanefsd::fuse::flags::WriteFlags;
+use fuse_protocol::flags::WriteFlags;
 use lanefsd_frontend::client::{Change, ROOT};
 use lanefsd_frontend::random::Random;
 use lanefsd_frontend::{Backend, Caller, Client, Session, SessionOptions};

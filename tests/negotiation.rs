@@ -15,9 +15,9 @@ mod common;
 use std::path::Path;
 use std::time::Duration;
 
-use lanefsd::fuse::abi::{InitIn, InitOut};
-use lanefsd::fuse::flags::{AttrFlags, InitFlags, WriteFlags};
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::{InitIn, InitOut};
+use fuse_protocol::flags::{AttrFlags, InitFlags, WriteFlags};
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{self, ROOT};
 use lanefsd_frontend::connection::Connection;
 use lanefsd_frontend::message::{VringState, code, feature, protocol};
@@ -217,7 +217,7 @@ fn requests_before_init_are_refused() {
 
 #[test]
 fn the_headers_last_word_is_padding_until_extensions_are_agreed_on() {
-    use lanefsd::fuse::abi::{EntryOut, GetattrIn, LkIn, MkdirIn, ReadIn, StatfsOut};
+    use fuse_protocol::abi::{EntryOut, GetattrIn, LkIn, MkdirIn, ReadIn, StatfsOut};
     // By the guest's age and what it knows: whether the word has a meaning.
     for (minor, flags, extended) in [
         (31, InitFlags::DO_READDIRPLUS | InitFlags::MAX_PAGES, false),

@@ -15,7 +15,7 @@ mod common;
 use std::collections::HashMap;
 use std::sync::Mutex;
 
-use lanefsd::fuse::flags::{InitFlags, OpenReplyFlags};
+use fuse_protocol::flags::{InitFlags, OpenReplyFlags};
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::random::Random;
 use lanefsd_frontend::{Client, Session, SessionOptions};

@@ -15,7 +15,7 @@ mod common;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{Change, ROOT};
 use lanefsd_frontend::{Backend, Caller, Cut, Request, Session, SessionOptions};
 use tempfile::TempDir;
@@ -210,7 +210,7 @@ fn open_flags_are_honoured() {
             append,
             3,
             b"def",
-            lanefsd::fuse::flags::WriteFlags::empty(),
+            fuse_protocol::flags::WriteFlags::empty(),
             libc::O_WRONLY | libc::O_APPEND,
         )
         .unwrap();
@@ -441,7 +441,7 @@ fn set_id_bits_go_as_posix_asks() {
     let node = client.lookup(ROOT, "tool").unwrap().nodeid;
     let fh = client.open(node, libc::O_RDWR).unwrap().fh;
     // The guest knows who writes: with the flag the bits go, without it they stay.
-    let kill = lanefsd::fuse::flags::WriteFlags::KILL_SUIDGID;
+    let kill = fuse_protocol::flags::WriteFlags::KILL_SUIDGID;
     client.user(1000, 1000).write_with(node, fh, 0, b"x", kill, libc::O_RDWR).unwrap();
     assert_eq!(bits(), 0);
     reset();

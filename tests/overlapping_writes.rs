@@ -12,7 +12,7 @@
 
 mod common;
 
-use lanefsd::fuse::flags::WriteFlags;
+use fuse_protocol::flags::WriteFlags;
 use lanefsd_frontend::client::{Change, ROOT, data};
 use lanefsd_frontend::random::Random;
 use lanefsd_frontend::{Backend, Cut, Session, SessionOptions};

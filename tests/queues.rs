@@ -14,9 +14,9 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use lanefsd::fuse::abi::GetattrIn;
-use lanefsd::fuse::flags::WriteFlags;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::GetattrIn;
+use fuse_protocol::flags::WriteFlags;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{ROOT, data};
 use lanefsd_frontend::{Backend, Cut, Request, Session, SessionOptions};
 

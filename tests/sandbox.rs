@@ -402,7 +402,7 @@ fn file_systems_outside_the_share_are_not_kept() {
 /// As in a container with a filter of system calls that does not know CLONE_FS.
 #[test]
 fn acls_work_where_unshare_is_forbidden() {
-    use lanefsd::fuse::flags::InitFlags;
+    use fuse_protocol::flags::InitFlags;
     // strace makes a call fail by giving it another number, which the daemon's own filter forbids.
     let args = ["--sandbox=none", "--posix-acl", "--seccomp=none"];
     let mut backend = under_strace(&["inject=unshare:error=EPERM"], &args);

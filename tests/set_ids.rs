@@ -14,7 +14,7 @@ mod common;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 
-use lanefsd::fuse::flags::{InitFlags, OpenRequestFlags, WriteFlags};
+use fuse_protocol::flags::{InitFlags, OpenRequestFlags, WriteFlags};
 use lanefsd_frontend::client::{Change, ROOT};
 use lanefsd_frontend::session::linux_init_flags;
 use lanefsd_frontend::{Backend, Caller, Client, Session, SessionOptions};

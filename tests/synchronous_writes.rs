@@ -16,7 +16,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use lanefsd::fuse::flags::WriteFlags;
+use fuse_protocol::flags::WriteFlags;
 use lanefsd_frontend::SessionOptions;
 use lanefsd_frontend::client::ROOT;
 use rustix::mount::{UnmountFlags, unmount};

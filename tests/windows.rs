@@ -19,13 +19,13 @@ mod common;
 use std::cell::Cell;
 use std::collections::BTreeMap;
 
-use lanefsd::fuse::abi::{
+use fuse_protocol::abi::{
     AttrOut, CreateIn, Direntplus, EntryOut, FallocateIn, FlushIn, ForgetIn, GetattrIn, InHeader, InitIn,
     InitOut, MkdirIn, OpenIn, OpenOut, ReadIn, ReleaseIn, Rename2In, RenameIn, SetattrIn, StatfsOut, WriteIn,
     WriteOut,
 };
-use lanefsd::fuse::flags::{InitFlags, SetattrValid};
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::flags::{InitFlags, SetattrValid};
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::chain::Cut;
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::{Backend, Caller, Request, Result, Session, SessionOptions};

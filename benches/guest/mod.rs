@@ -4,15 +4,15 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use fuse_protocol::abi::{InHeader, InitIn, KERNEL_VERSION, OpenIn};
+use fuse_protocol::flags::InitFlags;
+use fuse_protocol::opcode::Opcode;
 use lanefsd::config::FsConfig;
 use lanefsd::device::SharedMemory;
 use lanefsd::device::by_hand::ByHand;
 use lanefsd::device::queue::Queue;
 use lanefsd::device::ring::{Layout, Ring};
 use lanefsd::fs::passthrough::PassthroughFs;
-use lanefsd::fuse::abi::{InHeader, InitIn, KERNEL_VERSION, OpenIn};
-use lanefsd::fuse::flags::InitFlags;
-use lanefsd::fuse::opcode::Opcode;
 use lanefsd::service::Service;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{CWD, Mode, OFlags, openat};

@@ -4,8 +4,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lanefsd::fuse::abi;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_fuzz::input::Input;
 use lanefsd_fuzz::requests::{Known, draft};
 use lanefsd_fuzz::{chain, control, server};

@@ -1,12 +1,12 @@
 //! The decoder: any bytes are a request or an error, and what was decoded holds what it promises.
 
-use lanefsd::fuse::abi;
-use lanefsd::fuse::decode::{IN_HEADER_SIZE, MAX_ARGUMENTS, argument_bytes};
-use lanefsd::fuse::init::{Layout, negotiate};
-use lanefsd::fuse::ioctl::Command;
-use lanefsd::fuse::name::{LookupName, NAME_MAX, Name};
-use lanefsd::fuse::opcode::Opcode;
-use lanefsd::fuse::request::{Operation, Request, SetTime};
+use fuse_protocol::abi;
+use fuse_protocol::decode::{IN_HEADER_SIZE, MAX_ARGUMENTS, argument_bytes};
+use fuse_protocol::init::{Layout, negotiate};
+use fuse_protocol::ioctl::Command;
+use fuse_protocol::name::{LookupName, NAME_MAX, Name};
+use fuse_protocol::opcode::Opcode;
+use fuse_protocol::request::{Operation, Request, SetTime};
 use zerocopy::FromBytes;
 
 /// Decodes `data`: a byte that chooses the layout, the header, the arguments.

@@ -1,8 +1,8 @@
 //! Requests that get past the decoder: arguments of every kind, about inodes and handles that are
 //! there.
 
-use lanefsd::fuse::abi;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi;
+use fuse_protocol::opcode::Opcode;
 use zerocopy::{Immutable, IntoBytes};
 
 use crate::input::Input;

@@ -11,16 +11,16 @@ use std::ffi::CStr;
 
 use rustix::io::Errno;
 
-use crate::fuse::extensions::Labels;
-use crate::fuse::flags::{FsyncFlags, InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
-use crate::fuse::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
-use crate::fuse::init::Negotiated;
-use crate::fuse::ioctl::{Command, Reply};
-use crate::fuse::name::{LookupName, Name};
-use crate::fuse::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
-use crate::fuse::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
-use crate::fuse::{abi, request};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
+use fuse_protocol::extensions::Labels;
+use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
+use fuse_protocol::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
+use fuse_protocol::init::Negotiated;
+use fuse_protocol::ioctl::{Command, Reply};
+use fuse_protocol::name::{LookupName, Name};
+use fuse_protocol::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
+use fuse_protocol::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
+use fuse_protocol::{abi, request};
 
 /// The errno that the guest gets, or a value.
 pub type Result<T> = std::result::Result<T, Errno>;

@@ -18,12 +18,12 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::{Context, FileSystem, Opened, Result};
-use crate::fuse::flags::{InitFlags, OpenRequestFlags, ReleaseFlags, WriteFlags};
-use crate::fuse::ids::{HandleId, LockOwner, NodeId};
-use crate::fuse::init::Negotiated;
-use crate::fuse::reply::{Attributes, Entry};
-use crate::fuse::request::{CopyFileRange, Create, Read, Setattr, Tmpfile, Write};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
+use fuse_protocol::flags::{InitFlags, OpenRequestFlags, ReleaseFlags, WriteFlags};
+use fuse_protocol::ids::{HandleId, LockOwner, NodeId};
+use fuse_protocol::init::Negotiated;
+use fuse_protocol::reply::{Attributes, Entry};
+use fuse_protocol::request::{CopyFileRange, Create, Read, Setattr, Tmpfile, Write};
 
 /// Tables that handles are spread over, so that writers seldom meet at one.
 const SHARDS: usize = 16;

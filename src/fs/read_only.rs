@@ -13,15 +13,15 @@ use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
-use crate::fuse::abi;
-use crate::fuse::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
-use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
-use crate::fuse::init::Negotiated;
-use crate::fuse::ioctl::{Command, Reply};
-use crate::fuse::name::{LookupName, Name};
-use crate::fuse::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
-use crate::fuse::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
+use fuse_protocol::abi;
+use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
+use fuse_protocol::ids::{HandleId, LockOwner, NodeId, Unique};
+use fuse_protocol::init::Negotiated;
+use fuse_protocol::ioctl::{Command, Reply};
+use fuse_protocol::name::{LookupName, Name};
+use fuse_protocol::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
+use fuse_protocol::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
 
 /// `W_OK` of access(2).
 const WRITE_ACCESS: u32 = 2;

@@ -6,7 +6,7 @@ use std::ffi::CStr;
 use thiserror::Error;
 
 use super::ids::{GidMap, HostGid, HostUid, Id, UidMap};
-use crate::fuse::ids::{GuestGid, GuestUid};
+use fuse_protocol::ids::{GuestGid, GuestUid};
 
 /// The access ACL of a file.
 pub const ACCESS: &CStr = c"system.posix_acl_access";

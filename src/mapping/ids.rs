@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-use crate::fuse::ids::{GuestGid, GuestUid};
+use fuse_protocol::ids::{GuestGid, GuestUid};
 
 /// A user id as the host knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

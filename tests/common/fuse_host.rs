@@ -9,8 +9,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use lanefsd::fuse::abi;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi;
+use fuse_protocol::opcode::Opcode;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use zerocopy::{FromBytes, IntoBytes};
 

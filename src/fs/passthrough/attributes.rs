@@ -16,11 +16,11 @@ use super::lookup::{PROC, proc_name, stat};
 use super::mounts::Mount;
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
-use crate::fuse::abi;
-use crate::fuse::ids::{HandleId, NodeId};
-use crate::fuse::reply::{Attributes, StatxReply};
-use crate::fuse::request::{self, SetTime, Setattr};
 use crate::mapping::ids::{HostGid, HostUid};
+use fuse_protocol::abi;
+use fuse_protocol::ids::{HandleId, NodeId};
+use fuse_protocol::reply::{Attributes, StatxReply};
+use fuse_protocol::request::{self, SetTime, Setattr};
 
 /// Bits of a mode that chmod(2) sets.
 const PERMISSIONS: u32 = 0o7777;

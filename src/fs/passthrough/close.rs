@@ -3,8 +3,8 @@
 use super::PassthroughFs;
 use super::locks::drop_flock;
 use crate::fs::Result;
-use crate::fuse::flags::ReleaseFlags;
-use crate::fuse::ids::{HandleId, LockOwner, NodeId};
+use fuse_protocol::flags::ReleaseFlags;
+use fuse_protocol::ids::{HandleId, LockOwner, NodeId};
 
 impl PassthroughFs {
     /// RELEASE.

@@ -12,10 +12,10 @@ use super::io_mode::Mode;
 use super::range_lock::{RangeGuard, lock_copy};
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
-use crate::fuse::flags::{FsyncFlags, WriteFlags};
-use crate::fuse::ids::LockOwner;
-use crate::fuse::request::{CopyFileRange, Read, Write};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
+use fuse_protocol::flags::{FsyncFlags, WriteFlags};
+use fuse_protocol::ids::LockOwner;
+use fuse_protocol::request::{CopyFileRange, Read, Write};
 
 /// Most bytes that are copied at once. Blocks that the host shares instead of copying are smaller.
 const COPY_PIECE: u64 = 64 << 20;

@@ -7,8 +7,8 @@ use rustix::io::Errno;
 use super::PassthroughFs;
 use super::handles::Handle;
 use crate::fs::Result;
-use crate::fuse::ids::NodeId;
-use crate::fuse::reply::{DirectoryEntry, DirectoryWriter, Full};
+use fuse_protocol::ids::NodeId;
+use fuse_protocol::reply::{DirectoryEntry, DirectoryWriter, Full};
 
 /// A record of READDIRPLUS is about so many times as long as the host's, with the usual names.
 const PLUS_GROWTH: usize = 5;

@@ -12,10 +12,10 @@ use rustix::thread::{CapabilitySet, capabilities};
 use super::handles::Handle;
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
-use crate::fuse::abi::INVALID_UIDGID;
-use crate::fuse::ids::GuestUid;
-use crate::fuse::ioctl::{Command, FileAttributes, PROJINHERIT_FLAG, PROJINHERIT_XFLAG, Reply};
 use crate::sys::file_flags;
+use fuse_protocol::abi::INVALID_UIDGID;
+use fuse_protocol::ids::GuestUid;
+use fuse_protocol::ioctl::{Command, FileAttributes, PROJINHERIT_FLAG, PROJINHERIT_XFLAG, Reply};
 
 impl PassthroughFs {
     /// IOCTL.

@@ -14,7 +14,7 @@ use super::listing::Listing;
 use super::shards::{ByNumber, Shards};
 use crate::blocking::block_in_place;
 use crate::fs::Result;
-use crate::fuse::ids::{HandleId, NodeId};
+use fuse_protocol::ids::{HandleId, NodeId};
 
 /// An open file or directory.
 #[derive(Debug)]

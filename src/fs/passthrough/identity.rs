@@ -8,12 +8,12 @@ use rustix::thread::CapabilitySet;
 use super::credentials::{self, Caller, CallerGuard, become_caller};
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
-use crate::fuse::abi::INVALID_UIDGID;
-use crate::fuse::flags::InitFlags;
-use crate::fuse::ids::{GuestGid, GuestUid};
-use crate::fuse::init::Negotiated;
 use crate::mapping::ids::{HostGid, HostUid};
 use crate::sys::umask::set_thread_umask;
+use fuse_protocol::abi::INVALID_UIDGID;
+use fuse_protocol::flags::InitFlags;
+use fuse_protocol::ids::{GuestGid, GuestUid};
+use fuse_protocol::init::Negotiated;
 
 /// The guest's root.
 const ROOT: GuestUid = GuestUid(0);

@@ -13,7 +13,7 @@ use super::mounts::Mount;
 use super::pins::Pin;
 use super::range_lock::RangeLock;
 use crate::fs::Result;
-use crate::fuse::ids::NodeId;
+use fuse_protocol::ids::NodeId;
 
 /// What an inode is on the host. The mount belongs to it: one directory can be mounted twice.
 ///

@@ -18,8 +18,8 @@ use super::mounts::Mount;
 use super::pins::{Descriptors, Pin};
 use super::shards::{Apart, ByNumber, SHARDS, Shards};
 use crate::fs::{DeviceDescriptors, Result};
-use crate::fuse::ids::NodeId;
 use crate::sys::file_handles::{FileHandle, name_to_handle};
+use fuse_protocol::ids::NodeId;
 
 /// An inode in a table where it is found by its node id.
 #[derive(Debug)]

@@ -16,8 +16,8 @@
 //! that caches data, one opener with O_DIRECT is not to take that from all others.
 
 use crate::config::{CachePolicy, FsConfig, ParallelDirectWrites};
-use crate::fuse::flags::{InitFlags, OpenReplyFlags};
 use crate::sync::{AtomicU32, Ordering};
+use fuse_protocol::flags::{InitFlags, OpenReplyFlags};
 
 /// What decides for the first opener, fixed for a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

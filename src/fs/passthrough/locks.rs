@@ -30,11 +30,11 @@ use super::handles::Handle;
 use super::lock_ranges::Ranges;
 use crate::blocking::block_in_place;
 use crate::fs::{PUT_BACK, Result};
-use crate::fuse::abi::FileLock;
-use crate::fuse::ids::{HandleId, LockOwner, Unique};
-use crate::fuse::request::{Lock, LockKind};
 use crate::sys::locks::{ByteLock, LockType, ofd_get, ofd_set, ofd_set_wait};
 use crate::sys::signals::{ThreadId, wake};
+use fuse_protocol::abi::FileLock;
+use fuse_protocol::ids::{HandleId, LockOwner, Unique};
+use fuse_protocol::request::{Lock, LockKind};
 
 /// Owners that may hold locks on one inode; each costs a descriptor.
 const MAX_OWNERS: usize = 1024;

@@ -14,11 +14,11 @@ use super::budget::{Held, Slot};
 use super::inodes::{Inode, InodeKey, Seen};
 use super::mounts::Mount;
 use crate::fs::Result;
-use crate::fuse::abi;
-use crate::fuse::flags::AttrFlags;
-use crate::fuse::ids::NodeId;
-use crate::fuse::reply::{Attributes, Entry};
 use crate::sys::file_handles::{entry_to_handle, name_to_handle};
+use fuse_protocol::abi;
+use fuse_protocol::flags::AttrFlags;
+use fuse_protocol::ids::NodeId;
+use fuse_protocol::reply::{Attributes, Entry};
 
 /// What is asked of the host about an inode: all that replies need, and the mount.
 pub(super) const WANTED: StatxFlags =

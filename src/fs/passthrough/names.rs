@@ -15,9 +15,9 @@ use super::inodes::Inode;
 use super::lookup::{PROC, WANTED, key, kind, proc_name, stat};
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
-use crate::fuse::name::Name;
-use crate::fuse::reply::Entry;
-use crate::fuse::request::Rename;
+use fuse_protocol::name::Name;
+use fuse_protocol::reply::Entry;
+use fuse_protocol::request::Rename;
 
 impl PassthroughFs {
     pub(super) fn make_directory(

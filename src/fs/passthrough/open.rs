@@ -14,10 +14,10 @@ use super::names::take_away;
 use super::{Context, PassthroughFs};
 use crate::config::CachePolicy;
 use crate::fs::{Opened, Result};
-use crate::fuse::flags::{OpenReplyFlags, OpenRequestFlags};
-use crate::fuse::ids::HandleId;
-use crate::fuse::reply::Entry;
-use crate::fuse::request::{Create, Tmpfile};
+use fuse_protocol::flags::{OpenReplyFlags, OpenRequestFlags};
+use fuse_protocol::ids::HandleId;
+use fuse_protocol::reply::Entry;
+use fuse_protocol::request::{Create, Tmpfile};
 
 /// Flags of the guest's open(2) that mean something on the host. O_APPEND is not among them: each write
 /// says whether it is set, since it can change after the open, and so with O_DIRECT where it is allowed.

@@ -23,8 +23,8 @@ use super::budget::{Budget, Held};
 use super::mounts::{self, Mount};
 use super::shards::{Apart, Shards};
 use crate::fs::Result;
-use crate::fuse::ids::NodeId;
 use crate::sys::file_handles::{FileHandle, name_to_handle, open_by_handle};
+use fuse_protocol::ids::NodeId;
 
 /// The clock holds numbers of inodes that were forgotten, until it has grown to this or to twice what
 /// it last had.

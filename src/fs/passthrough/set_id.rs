@@ -24,12 +24,12 @@ use super::io_mode;
 use super::lookup::{PROC, proc_name, stat};
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
-use crate::fuse::abi::INVALID_UIDGID;
-use crate::fuse::flags::WriteFlags;
-use crate::fuse::ids::GuestUid;
-use crate::fuse::request::Write;
 use crate::mapping::acl::CAPABILITY;
 use crate::mapping::ids::HostGid;
+use fuse_protocol::abi::INVALID_UIDGID;
+use fuse_protocol::flags::WriteFlags;
+use fuse_protocol::ids::GuestUid;
+use fuse_protocol::request::Write;
 
 /// Both bits of a mode.
 const BITS: Mode = Mode::SUID.union(Mode::SGID);

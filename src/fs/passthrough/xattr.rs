@@ -18,12 +18,12 @@ use super::lookup::{PROC, proc_name, stat};
 use super::{Context, PassthroughFs, StartError};
 use crate::config::{FsConfig, Insistence};
 use crate::fs::{Result, XattrReply};
-use crate::fuse::ids::GuestUid;
 use crate::mapping::acl::{
     ACCESS, CAPABILITY, DEFAULT, ValueError, holds_ids, is_acl, value_to_guest, value_to_host,
 };
 use crate::mapping::xattrs::Refusal;
 use crate::sys::memory;
+use fuse_protocol::ids::GuestUid;
 
 /// The daemon serves no extended attributes: the guest need not ask again.
 const NO_XATTR: Errno = Errno::NOSYS;

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use lanefsd::fuse::abi::{EXT_GROUPS, ExtHeader, InHeader, OutHeader, Secctx, SuppGroups};
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::{EXT_GROUPS, ExtHeader, InHeader, OutHeader, Secctx, SuppGroups};
+use fuse_protocol::opcode::Opcode;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::chain::{Chain, Cut, Pieces};

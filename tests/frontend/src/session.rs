@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use lanefsd::fuse::abi::{InitIn, InitOut, KERNEL_VERSION};
-use lanefsd::fuse::flags::InitFlags;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::{InitIn, InitOut, KERNEL_VERSION};
+use fuse_protocol::flags::InitFlags;
+use fuse_protocol::opcode::Opcode;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::chain::Cut;

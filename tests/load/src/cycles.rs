@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use lanefsd::fuse::abi::{
+use fuse_protocol::abi::{
     CreateIn, Direntplus, EntryOut, FlushIn, GetattrIn, OpenIn, OpenOut, ReadIn, ReleaseIn,
 };
-use lanefsd::fuse::flags::WriteFlags;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::flags::WriteFlags;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::chain::Cut;
 use lanefsd_frontend::client::data::{read_request, read_request_with, write_request};
 use lanefsd_frontend::random::Random;
@@ -77,7 +77,7 @@ pub fn requests<'a>(
         ),
         Op::Getattr => {
             let request = Request::new(Opcode::Getattr, 0).arg(&GetattrIn::default());
-            let request = request.reply::<lanefsd::fuse::abi::AttrOut>();
+            let request = request.reply::<fuse_protocol::abi::AttrOut>();
             (Box::new(Getattr { ground: Arc::clone(ground), random }), vec![request])
         }
         Op::Lookup => {

@@ -3,8 +3,8 @@
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use lanefsd::fuse::abi::ForgetIn;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::ForgetIn;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::chain::{Chain, Cut};
 use lanefsd_frontend::queue::{Pending, Queue};
 use lanefsd_frontend::request::Request;

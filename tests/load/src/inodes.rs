@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use lanefsd::fuse::abi::EntryOut;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::EntryOut;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::backend::Backend;
 use lanefsd_frontend::chain::Cut;
 use lanefsd_frontend::request::{Reply, Request};

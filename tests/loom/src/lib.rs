@@ -1,7 +1,7 @@
 //! The parts of lanefsd where threads meet, built with loom's locks instead of the real ones.
 //! `tests/orders.rs` runs them under every order of their steps.
 
-pub use lanefsd::{config, fuse};
+pub use lanefsd::config;
 
 #[path = "../../../src/fs/passthrough/io_mode.rs"]
 pub mod io_mode;

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use fuse_protocol::ids::NodeId;
+use fuse_protocol::name::{LookupName, Name};
+use fuse_protocol::reply::{DirectoryEntry, DirectoryWriter, Entry};
+use fuse_protocol::request::Rename;
 use lanefsd::fs::Result;
-use lanefsd::fuse::ids::NodeId;
-use lanefsd::fuse::name::{LookupName, Name};
-use lanefsd::fuse::reply::{DirectoryEntry, DirectoryWriter, Entry};
-use lanefsd::fuse::request::Rename;
 use rustix::io::Errno;
 
 use crate::node::{Content, Node};

@@ -2,9 +2,9 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use fuse_protocol::ids::{HandleId, NodeId};
+use fuse_protocol::request::{CopyFileRange, Read, SetTime, Setattr, Write};
 use lanefsd::fs::{Result, XattrReply};
-use lanefsd::fuse::ids::{HandleId, NodeId};
-use lanefsd::fuse::request::{CopyFileRange, Read, SetTime, Setattr, Write};
 use lanefsd::sys::guest_buffers::{GuestReader, GuestWriter};
 use rustix::io::Errno;
 

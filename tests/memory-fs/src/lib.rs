@@ -16,7 +16,7 @@ mod state;
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use lanefsd::fuse::ids::NodeId;
+use fuse_protocol::ids::NodeId;
 
 use crate::state::State;
 

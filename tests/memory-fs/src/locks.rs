@@ -1,7 +1,7 @@
 //! Locks on one inode: POSIX locks by owner and range, flock(2) locks by handle.
 
-use lanefsd::fuse::ids::{HandleId, LockOwner};
-use lanefsd::fuse::request::{Lock, LockKind};
+use fuse_protocol::ids::{HandleId, LockOwner};
+use fuse_protocol::request::{Lock, LockKind};
 
 /// Whose a lock is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use lanefsd::fuse::abi;
-use lanefsd::fuse::ids::NodeId;
-use lanefsd::fuse::reply::{Attributes, Entry};
+use fuse_protocol::abi;
+use fuse_protocol::ids::NodeId;
+use fuse_protocol::reply::{Attributes, Entry};
 
 use crate::locks::Locks;
 

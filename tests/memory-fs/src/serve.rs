@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 use std::ffi::CStr;
 
-use lanefsd::fs::{Context, FileSystem, Opened, Result, XattrReply};
-use lanefsd::fuse::abi;
-use lanefsd::fuse::flags::{FsyncFlags, InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
-use lanefsd::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
-use lanefsd::fuse::name::{LookupName, Name};
-use lanefsd::fuse::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
-use lanefsd::fuse::request::{
+use fuse_protocol::abi;
+use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
+use fuse_protocol::ids::{HandleId, LockOwner, NodeId, Unique};
+use fuse_protocol::name::{LookupName, Name};
+use fuse_protocol::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
+use fuse_protocol::request::{
     CopyFileRange, Create, Lock, LockKind, Read, Rename, Setattr, Statx, Tmpfile, Write,
 };
+use lanefsd::fs::{Context, FileSystem, Opened, Result, XattrReply};
 use lanefsd::sys::guest_buffers::{GuestReader, GuestWriter};
 use rustix::fs::OFlags;
 use rustix::io::Errno;

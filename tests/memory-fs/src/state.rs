@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+use fuse_protocol::ids::{HandleId, NodeId, Unique};
 use lanefsd::fs::Result;
-use lanefsd::fuse::ids::{HandleId, NodeId, Unique};
 use rustix::io::Errno;
 
 use crate::node::{Content, Node};

@@ -3,12 +3,12 @@
 use std::ffi::CStr;
 use std::time::Duration;
 
+use fuse_protocol::extensions::Labels;
+use fuse_protocol::flags::OpenRequestFlags;
+use fuse_protocol::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
+use fuse_protocol::name::{LookupName, Name};
+use fuse_protocol::request::{Lock, LockKind, Rename};
 use lanefsd::fs::{Context, FileSystem};
-use lanefsd::fuse::extensions::Labels;
-use lanefsd::fuse::flags::OpenRequestFlags;
-use lanefsd::fuse::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
-use lanefsd::fuse::name::{LookupName, Name};
-use lanefsd::fuse::request::{Lock, LockKind, Rename};
 use lanefsd_memory_fs::MemoryFs;
 use rustix::io::Errno;
 

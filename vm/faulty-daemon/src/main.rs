@@ -13,14 +13,14 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Parser;
+use fuse_protocol::flags::{OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
+use fuse_protocol::ids::{HandleId, LockOwner, NodeId};
+use fuse_protocol::reply::Entry;
+use fuse_protocol::request::{Create, Write};
 use lanefsd::cli::{self, Command};
 use lanefsd::config::Sandbox;
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::{Context, FileSystem, Opened};
-use lanefsd::fuse::flags::{OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
-use lanefsd::fuse::ids::{HandleId, LockOwner, NodeId};
-use lanefsd::fuse::reply::Entry;
-use lanefsd::fuse::request::{Create, Write};
 use lanefsd::listen::Socket;
 use lanefsd::sandbox::{self, Side};
 use lanefsd::server::{self, Signals};

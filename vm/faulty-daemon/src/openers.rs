@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use fuse_protocol::flags::OpenReplyFlags;
+use fuse_protocol::ids::{HandleId, NodeId};
 use lanefsd::fs::Opened;
-use lanefsd::fuse::flags::OpenReplyFlags;
-use lanefsd::fuse::ids::{HandleId, NodeId};
 use log::{error, warn};
 
 /// The flags that all openers of a file have to agree on.

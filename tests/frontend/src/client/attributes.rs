@@ -1,11 +1,11 @@
 //! Attributes of inodes and of the file system.
 
-use lanefsd::fuse::abi::{
+use fuse_protocol::abi::{
     AccessIn, Attr, AttrOut, GetattrIn, InterruptIn, Kstatfs, SetattrIn, StatfsOut, Statx, StatxIn, StatxOut,
     SyncfsIn,
 };
-use lanefsd::fuse::flags::{GetattrFlags, SetattrValid};
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::flags::{GetattrFlags, SetattrValid};
+use fuse_protocol::opcode::Opcode;
 
 use super::Client;
 use crate::error::Result;

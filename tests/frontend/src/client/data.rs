@@ -1,11 +1,11 @@
 //! Open files and their data.
 
-use lanefsd::fuse::abi::{
+use fuse_protocol::abi::{
     CopyFileRangeIn, CopyFileRangeOut, FallocateIn, FlushIn, FsyncIn, LseekIn, LseekOut, OpenIn, OpenOut,
     ReadIn, ReleaseIn, WriteIn, WriteOut,
 };
-use lanefsd::fuse::flags::{ReleaseFlags, WriteFlags};
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::flags::{ReleaseFlags, WriteFlags};
+use fuse_protocol::opcode::Opcode;
 
 use super::Client;
 use crate::error::{Error, Result};

@@ -1,9 +1,9 @@
 //! Directories: open, list, close.
 
-use lanefsd::fuse::abi::{
+use fuse_protocol::abi::{
     Dirent, Direntplus, EntryOut, FsyncIn, OpenIn, OpenOut, RECORD_ALIGN, ReadIn, ReleaseIn,
 };
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::opcode::Opcode;
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use super::Client;

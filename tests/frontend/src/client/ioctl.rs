@@ -1,8 +1,8 @@
 //! IOCTL.
 
-use lanefsd::fuse::abi::{IoctlIn, IoctlOut};
-use lanefsd::fuse::flags::IoctlFlags;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::{IoctlIn, IoctlOut};
+use fuse_protocol::flags::IoctlFlags;
+use fuse_protocol::opcode::Opcode;
 
 use super::Client;
 use crate::error::Result;

@@ -1,8 +1,8 @@
 //! POSIX and flock locks.
 
-use lanefsd::fuse::abi::{FileLock, LkIn, LkOut};
-use lanefsd::fuse::flags::LockFlags;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::{FileLock, LkIn, LkOut};
+use fuse_protocol::flags::LockFlags;
+use fuse_protocol::opcode::Opcode;
 
 use super::Client;
 use crate::error::Result;

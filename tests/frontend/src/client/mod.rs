@@ -24,7 +24,7 @@ use crate::request::{Caller, Reply, Request};
 use crate::session::{Sent, Session};
 
 /// The share's root.
-pub const ROOT: u64 = lanefsd::fuse::abi::ROOT_ID;
+pub const ROOT: u64 = fuse_protocol::abi::ROOT_ID;
 
 /// A view of a session that sends typed requests.
 #[derive(Clone, Copy, Debug)]

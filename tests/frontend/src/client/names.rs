@@ -1,11 +1,11 @@
 //! Operations on names: lookup, creation, removal, rename, and forgetting.
 
-use lanefsd::fuse::abi::{
+use fuse_protocol::abi::{
     BatchForgetIn, CreateIn, EntryOut, ForgetIn, ForgetOne, LinkIn, MkdirIn, MknodIn, OpenOut, Rename2In,
     RenameIn,
 };
-use lanefsd::fuse::flags::InitFlags;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::flags::InitFlags;
+use fuse_protocol::opcode::Opcode;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::Client;

@@ -1,8 +1,8 @@
 //! Extended attributes.
 
-use lanefsd::fuse::abi::{COMPAT_SETXATTR_IN_SIZE, GetxattrIn, GetxattrOut, SetxattrIn};
-use lanefsd::fuse::flags::{InitFlags, SetxattrFlags};
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::abi::{COMPAT_SETXATTR_IN_SIZE, GetxattrIn, GetxattrOut, SetxattrIn};
+use fuse_protocol::flags::{InitFlags, SetxattrFlags};
+use fuse_protocol::opcode::Opcode;
 use zerocopy::IntoBytes;
 
 use super::Client;

@@ -3,12 +3,12 @@
 
 use std::collections::VecDeque;
 
-use lanefsd::fuse::abi::{
+use fuse_protocol::abi::{
     AccessIn, Attr, AttrOut, CreateIn, Dirent, EntryOut, FsyncIn, GetattrIn, MkdirIn, OpenIn, OpenOut,
     ReadIn, ReleaseIn, RenameIn, StatfsOut, WriteOut,
 };
-use lanefsd::fuse::flags::WriteFlags;
-use lanefsd::fuse::opcode::Opcode;
+use fuse_protocol::flags::WriteFlags;
+use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{Change, Client, data};
 use lanefsd_frontend::queue::{Completion, Token};
 use lanefsd_frontend::random::Random;

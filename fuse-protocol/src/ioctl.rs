@@ -113,7 +113,7 @@ impl Reply {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fuse::ids::HandleId;
+    use crate::ids::HandleId;
     use proptest::prelude::*;
 
     fn decode(command: u32, data: &[u8], room: u32) -> Result<Command, Errno> {

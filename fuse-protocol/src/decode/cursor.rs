@@ -5,15 +5,15 @@ use std::ffi::CStr;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::{DecodeError, IN_HEADER_SIZE, Result, WRITE_IN_SIZE};
-use crate::fuse::abi;
-use crate::fuse::flags::{
+use crate::abi;
+use crate::flags::{
     FsyncFlags, IoctlFlags, LockFlags, OpenRequestFlags, ReleaseFlags, SetxattrFlags, WriteFlags,
 };
-use crate::fuse::ids::{HandleId, LockOwner, NodeId, Unique};
-use crate::fuse::init::Layout;
-use crate::fuse::name::{LookupName, Name};
-use crate::fuse::opcode::Opcode;
-use crate::fuse::request::{
+use crate::ids::{HandleId, LockOwner, NodeId, Unique};
+use crate::init::Layout;
+use crate::name::{LookupName, Name};
+use crate::opcode::Opcode;
+use crate::request::{
     CopyFileRange, Create, ForgetList, Init, Ioctl, Lock, LockKind, Operation, Read, Rename, Setattr, Statx,
     Tmpfile, Write, handle_if,
 };
