@@ -1,9 +1,9 @@
 //! The daemon's settings as plain, checked types. Nothing below this line knows a command line.
 
-use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use crate::daemon::socket::Listen;
 use crate::mapping::ids::{GidMap, UidMap};
 use crate::mapping::xattrs::XattrMap;
 use crate::remarks::Remark;
@@ -50,15 +50,6 @@ pub struct Config {
     pub syslog: bool,
     /// What whoever starts the daemon should know about these settings.
     pub remarks: Vec<Remark>,
-}
-
-/// Where front ends connect.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Listen {
-    /// A path at which the daemon makes a listening socket, and removes it at the end.
-    Path(PathBuf),
-    /// A listening socket that the daemon was started with.
-    Fd(RawFd),
 }
 
 /// Settings of the virtio device.

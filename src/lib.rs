@@ -6,12 +6,12 @@
 pub mod blocking;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod device;
-pub mod frontend;
 pub mod fs;
-pub mod listen;
 pub mod logging;
 pub mod mapping;
+pub mod process;
 pub mod remarks;
 pub mod sandbox;
 pub mod service;

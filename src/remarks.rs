@@ -6,7 +6,8 @@ use std::path::Path;
 use log::{Level, log};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 
-use crate::config::{Config, Listen};
+use crate::config::Config;
+use crate::daemon::socket::Listen;
 
 /// A log message about the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]

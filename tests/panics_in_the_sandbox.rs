@@ -21,7 +21,7 @@ use std::path::Path;
 use std::process::Command;
 
 use lanefsd::config::{IdMaps, Sandbox, Seccomp};
-use lanefsd::frontend::Signals;
+use lanefsd::process::{self, Signals};
 use lanefsd::sandbox::{self, Needs, Side};
 
 /// Set in the process that enters the sandbox: which one, and around what.
@@ -83,7 +83,7 @@ fn outside(sandbox: &str) {
 }
 
 fn inside(sandbox: Sandbox, share: &Path) {
-    lanefsd::sys::process::prepare();
+    process::prepare_libraries();
     match sandbox::enter(Some(sandbox), share, &IdMaps::default()).unwrap() {
         Side::Waiting(parent) => {
             use std::os::fd::AsFd;

@@ -31,6 +31,7 @@ use lanefsd::config::{CachePolicy, CapabilityChanges, FsConfig, InodeFileHandles
 use lanefsd::fs::FileSystem;
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::read_only::ReadOnly;
+use lanefsd::process;
 use lanefsd::sandbox::{self, Needs};
 use rustix::fs::{AtFlags, CWD, Dev, FileType, Mode, RenameFlags, mknodat, renameat_with, unlinkat};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
@@ -149,6 +150,7 @@ fn set_up(jobs: &Receiver<Job>, tell: Sender<Message>, disturbed: Receiver<()>) 
         }
     };
     thread::Builder::new().name(INSIDE.into()).spawn(serving).expect("a thread can be started");
+    process::prepare_for_requests(&sandboxed.proc_self_fd).expect("a directory can be entered");
     for job in jobs {
         let copy = |fd: &OwnedFd| fd.try_clone().expect("a descriptor is free");
         let (root, proc_self_fd) = (copy(&sandboxed.root), copy(&sandboxed.proc_self_fd));

@@ -6,7 +6,6 @@
 
 mod capabilities;
 mod id_map;
-mod limits;
 mod mounts;
 mod namespace;
 mod optional_calls;
@@ -25,7 +24,6 @@ use rustix::thread::{CapabilitySet, UnshareFlags, capabilities};
 use thiserror::Error;
 
 pub use self::capabilities::{CapabilityError, Needs, give_up as give_up_capabilities};
-pub use self::limits::{LimitError, bind_to_cpus, raise_descriptor_limit};
 use self::process::Fork;
 pub use self::process::Parent;
 pub use self::seccomp::{

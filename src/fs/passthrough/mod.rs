@@ -39,7 +39,6 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use log::debug;
-use rustix::fs::Mode;
 use rustix::io::Errno;
 
 use self::budget::Budget;
@@ -109,16 +108,14 @@ impl PassthroughFs {
     /// Serves the directory `root` (an O_PATH descriptor is enough). `proc_self_fd` is the
     /// directory `/proc/self/fd` of this process.
     ///
-    /// Two things of the process change: the umask becomes 0, since guests apply their callers',
-    /// and the working directory becomes `proc_self_fd`, which gives the system calls that know no
-    /// descriptors a way to name one.
+    /// The process must be prepared by [`prepare_for_requests`](crate::process::prepare_for_requests): its umask is 0,
+    /// and its working directory is `proc_self_fd`, which gives the system calls that take no descriptor a way to
+    /// name one. Nothing of the process is changed here, so it can have several of these.
     pub fn new(
         root: OwnedFd,
         proc_self_fd: OwnedFd,
         config: FsConfig,
     ) -> std::result::Result<PassthroughFs, StartError> {
-        rustix::process::umask(Mode::empty());
-        rustix::process::fchdir(&proc_self_fd)?;
         let stat = lookup::stat(&root)?;
         let offers_acls = xattr::acls_can_be_had(&root, &config)?;
         let budget = Arc::new(Budget::of_the_process(open_descriptors(&proc_self_fd)?));

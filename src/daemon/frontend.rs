@@ -5,26 +5,27 @@ mod room;
 
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use log::{error, info};
-use signal_hook::low_level::pipe;
 use thiserror::Error;
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
 use self::acceptor::{Acceptor, Event};
+use super::share::Share;
 use crate::config::DeviceConfig;
 use crate::device::backend::Backend;
 use crate::logging::info_limited;
+use crate::process::Signals;
 use crate::service::Service;
-use crate::sys::{descriptors, signals};
+use crate::sys::descriptors;
 
 /// Why serving came to a bad end.
 #[derive(Debug, Error)]
-pub enum ServerError {
+pub enum FrontendError {
     /// The signal handlers or the threads cannot be set up.
     #[error("the server cannot be set up")]
     SetUp(#[source] io::Error),
@@ -34,32 +35,6 @@ pub enum ServerError {
     /// The front end broke the protocol, or shares memory that cannot be used.
     #[error("the front end was disconnected: {0}")]
     FrontEnd(String),
-}
-
-/// Signals that end the daemon, ready to be waited for.
-pub struct Signals(UnixStream);
-
-impl Signals {
-    /// Catches the signals of [`endings`] from now on, and those that [`hold`] has kept back.
-    ///
-    /// [`endings`]: signals::endings
-    /// [`hold`]: signals::hold
-    pub fn catch() -> Result<Signals, ServerError> {
-        let (ours, theirs) = UnixStream::pair().map_err(ServerError::SetUp)?;
-        for signal in signals::endings() {
-            let end = theirs.try_clone().map_err(ServerError::SetUp)?;
-            pipe::register(signal, end).map_err(ServerError::SetUp)?;
-        }
-        signals::release();
-        Ok(Signals(ours))
-    }
-}
-
-/// Readable when a signal has come.
-impl AsFd for Signals {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
 }
 
 /// How a conversation came to its end.
@@ -76,23 +51,17 @@ struct Connection {
     stream: Arc<UnixStream>,
     /// Its other end is closed when the thread is done.
     done: UnixStream,
-    thread: JoinHandle<Result<Ending, ServerError>>,
+    thread: JoinHandle<Result<Ending, FrontendError>>,
 }
 
-/// Serves front ends that connect to `listener` until a signal comes or, without
-/// `keep_listening`, the first one has left. All that is in flight is finished before the return.
-pub fn serve(
-    listener: &UnixListener,
-    signals: &Signals,
-    config: &DeviceConfig,
-    keep_listening: bool,
-    service: &Arc<Service>,
-) -> Result<(), ServerError> {
-    let mut acceptor = Acceptor::new(listener).map_err(|errno| ServerError::SetUp(errno.into()))?;
+/// Serves the front ends that connect to the socket of `share`, until a signal comes or, unless the share keeps
+/// listening, the first one has disconnected. All that is in flight is finished before the return.
+pub fn serve(share: &Share, signals: &Signals) -> Result<(), FrontendError> {
+    let listener = share.socket.listener();
+    let mut acceptor = Acceptor::new(listener).map_err(|errno| FrontendError::SetUp(errno.into()))?;
     loop {
         info!("Waiting for vhost-user socket connection...");
-        let Some(connection) = next_front_end(&mut acceptor, signals, config, keep_listening, service)?
-        else {
+        let Some(connection) = next_front_end(&mut acceptor, signals, share)? else {
             return Ok(());
         };
         let signalled = loop {
@@ -109,8 +78,11 @@ pub fn serve(
         }
         match connection.end() {
             Ok(Ending::NoFrontEnd) => {}
-            Err(error) if keep_listening => error!("{error}"),
-            Ok(Ending::Left) if keep_listening => {}
+            Err(error) if share.keep_listening => {
+                share.statistics.count_failure();
+                error!("{error}");
+            }
+            Ok(Ending::Left) if share.keep_listening => {}
             ended => return ended.map(drop),
         }
     }
@@ -120,17 +92,19 @@ pub fn serve(
 fn next_front_end(
     acceptor: &mut Acceptor<'_>,
     signals: &Signals,
-    config: &DeviceConfig,
-    keep_listening: bool,
-    service: &Arc<Service>,
-) -> Result<Option<Connection>, ServerError> {
+    share: &Share,
+) -> Result<Option<Connection>, FrontendError> {
     loop {
         while let Some(stream) = acceptor.next() {
-            match Connection::begin(stream, config, service) {
-                Ok(connection) => return Ok(Some(connection)),
+            match Connection::begin(stream, &share.device, &share.service) {
+                Ok(connection) => {
+                    share.statistics.count_front_end();
+                    return Ok(Some(connection));
+                }
                 // Another time there may be a thread and a descriptor for it.
-                Err(error) if keep_listening => {
-                    error!("a front end cannot be served: {}", with_cause(&error))
+                Err(error) if share.keep_listening => {
+                    share.statistics.count_failure();
+                    error!("a front end cannot be served: {}", with_cause(&error));
                 }
                 Err(error) => return Err(error),
             }
@@ -142,7 +116,7 @@ fn next_front_end(
     }
 }
 
-fn with_cause(error: &ServerError) -> String {
+fn with_cause(error: &FrontendError) -> String {
     match std::error::Error::source(error) {
         Some(cause) if descriptors::is_lack(cause) => format!("{error}: {cause}; {}", descriptors::TOO_FEW),
         Some(cause) => format!("{error}: {cause}"),
@@ -155,30 +129,32 @@ impl Connection {
         stream: UnixStream,
         config: &DeviceConfig,
         service: &Arc<Service>,
-    ) -> Result<Connection, ServerError> {
-        let backend = Backend::new(config, Arc::clone(service)).map_err(ServerError::SetUp)?;
-        let ours = Arc::new(stream.try_clone().map_err(ServerError::SetUp)?);
+    ) -> Result<Connection, FrontendError> {
+        let backend = Backend::new(config, Arc::clone(service)).map_err(FrontendError::SetUp)?;
+        let ours = Arc::new(stream.try_clone().map_err(FrontendError::SetUp)?);
         let theirs = Arc::clone(&ours);
-        let (done, guard) = UnixStream::pair().map_err(ServerError::SetUp)?;
+        let (done, guard) = UnixStream::pair().map_err(FrontendError::SetUp)?;
         let run = move || {
             let _guard = guard;
             talk(stream, theirs, backend)
         };
         let thread = thread::Builder::new().name("lanefsd-control".into()).spawn(run);
         info!("a front end is connected");
-        Ok(Connection { stream: ours, done, thread: thread.map_err(ServerError::SetUp)? })
+        Ok(Connection { stream: ours, done, thread: thread.map_err(FrontendError::SetUp)? })
     }
 
     /// Ends the conversation, if it has not ended yet, and waits for all requests in flight.
-    fn end(self) -> Result<Ending, ServerError> {
+    fn end(self) -> Result<Ending, FrontendError> {
         // It fails only if the front end was faster.
         let _ = self.stream.shutdown(Shutdown::Both);
-        self.thread.join().unwrap_or_else(|_| Err(ServerError::FrontEnd("the control thread failed".into())))
+        self.thread
+            .join()
+            .unwrap_or_else(|_| Err(FrontendError::FrontEnd("the control thread failed".into())))
     }
 }
 
 /// Answers the front end's messages until it leaves, then stops the device.
-fn talk(stream: UnixStream, ours: Arc<UnixStream>, backend: Backend) -> Result<Ending, ServerError> {
+fn talk(stream: UnixStream, ours: Arc<UnixStream>, backend: Backend) -> Result<Ending, FrontendError> {
     let backend = Arc::new(Mutex::new(backend));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&backend));
     let mut answered = false;
@@ -206,14 +182,14 @@ fn talk(stream: UnixStream, ours: Arc<UnixStream>, backend: Backend) -> Result<E
             info!("the front end has left");
             Ok(Ending::Left)
         }
-        ProtocolError::ReqHandlerError(error) => Err(ServerError::FrontEnd(error.to_string())),
-        _ if is_short => Err(ServerError::FrontEnd(descriptors::TOO_FEW.into())),
-        ProtocolError::InvalidMessage => Err(ServerError::FrontEnd(
+        ProtocolError::ReqHandlerError(error) => Err(FrontendError::FrontEnd(error.to_string())),
+        _ if is_short => Err(FrontendError::FrontEnd(descriptors::TOO_FEW.into())),
+        ProtocolError::InvalidMessage => Err(FrontendError::FrontEnd(
             "it sent a message that makes no sense; does the VM have shared memory (share=on)?".into(),
         )),
-        ProtocolError::InvalidParam => Err(ServerError::FrontEnd(
+        ProtocolError::InvalidParam => Err(FrontendError::FrontEnd(
             "it sent a message about a queue or a memory region with a value out of range".into(),
         )),
-        error => Err(ServerError::FrontEnd(error.to_string())),
+        error => Err(FrontendError::FrontEnd(error.to_string())),
     }
 }

@@ -38,7 +38,7 @@ pub enum LimitError {
 
 /// Sets RLIMIT_NOFILE to `wanted`, or as high as the host allows. 0 leaves it as it is. What there is to
 /// be said about it is returned.
-pub fn raise_descriptor_limit(wanted: Option<u64>) -> Result<Option<Remark>, LimitError> {
+pub(super) fn raise_descriptor_limit(wanted: Option<u64>) -> Result<Option<Remark>, LimitError> {
     let remark = match wanted {
         Some(0) => None,
         Some(wanted) => {
@@ -84,7 +84,7 @@ fn most_of_the_host() -> u64 {
 }
 
 /// Lets the process, and all threads that it starts later, run on `cpus` alone.
-pub fn bind_to_cpus(cpus: &[usize]) -> Result<(), LimitError> {
+pub(super) fn bind_to_cpus(cpus: &[usize]) -> Result<(), LimitError> {
     let mut set = CpuSet::new();
     cpus.iter().filter(|cpu| **cpu < CpuSet::MAX_CPU).for_each(|cpu| set.set(*cpu));
     sched_setaffinity(None, &set).map_err(LimitError::Cpus)

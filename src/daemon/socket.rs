@@ -7,15 +7,35 @@ mod pid_file;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use rustix::fs::Mode;
+use rustix::fs::{Mode, fchmod};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use thiserror::Error;
 
 use self::group::Group;
 use self::path::{FileId, SocketPath};
 use self::pid_file::PidFile;
-use crate::config::Listen;
+
+/// Where front ends connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// A path at which the daemon makes a listening socket, and removes it at the end.
+    Path(PathBuf),
+    /// A listening socket that the daemon was started with.
+    Fd(RawFd),
+}
+
+impl Listen {
+    /// The descriptor that the daemon was started with, if it listens on one.
+    pub fn inherited(&self) -> Option<RawFd> {
+        match self {
+            Listen::Fd(fd) => Some(*fd),
+            Listen::Path(_) => None,
+        }
+    }
+}
 
 /// Why there is nothing to listen on.
 #[derive(Debug, Error)]
@@ -85,14 +105,11 @@ struct Made {
 
 impl Socket {
     /// Listens as was asked.
-    pub fn open(listen: &Listen, group: Option<&str>) -> Result<Socket, ListenError> {
-        let socket = match listen {
-            Listen::Path(path) => make(path, group)?,
-            Listen::Fd(fd) => Socket { listener: take_over(*fd)?, made: None },
-        };
-        // accept(2) must not block when another process that shares the socket was faster.
-        let _ = socket.listener.set_nonblocking(true);
-        Ok(socket)
+    pub fn open(wanted: &Listen, group: Option<&str>) -> Result<Socket, ListenError> {
+        match wanted {
+            Listen::Path(path) => make(path, group),
+            Listen::Fd(fd) => Ok(take_over(*fd)?.into()),
+        }
     }
 
     /// The socket itself.
@@ -105,6 +122,15 @@ impl Socket {
         if let Some(mut made) = self.made.take() {
             made.owned = false;
         }
+    }
+}
+
+/// A socket that somebody else has made, and removes.
+impl From<UnixListener> for Socket {
+    fn from(listener: UnixListener) -> Socket {
+        // accept(2) must not block when another process that shares the socket was faster.
+        let _ = listener.set_nonblocking(true);
+        Socket { listener, made: None }
     }
 }
 
@@ -121,7 +147,7 @@ fn make(path: &Path, group: Option<&str>) -> Result<Socket, ListenError> {
     let group = group.map(Group::find).transpose()?;
     let place = SocketPath::of(path)?;
     let pid_file = PidFile::make(&place)?;
-    let (listener, socket) = match bind(&place, path) {
+    let (listener, socket) = match make_listener(&place, path) {
         Ok(bound) => bound,
         Err(error) => {
             pid_file.remove(&place);
@@ -132,22 +158,30 @@ fn make(path: &Path, group: Option<&str>) -> Result<Socket, ListenError> {
     if let Some(group) = group {
         group.may_connect_to(&socket, &made.place)?;
     }
-    Ok(Socket { listener, made: Some(made) })
+    Ok(Socket { made: Some(made), ..Socket::from(listener) })
 }
 
 /// Makes the socket, for its owner alone.
-fn bind(place: &SocketPath, path: &Path) -> Result<(UnixListener, path::Node), ListenError> {
+fn make_listener(place: &SocketPath, path: &Path) -> Result<(UnixListener, path::Node), ListenError> {
     clear_the_way(place)?;
-    // Nobody else may connect before owner and mode are right.
-    let umask = rustix::process::umask(Mode::RWXG | Mode::RWXO);
     // By the path as it was given, which may be much shorter than the whole one.
-    let bound = UnixListener::bind(path);
-    rustix::process::umask(umask);
-    let listener = bound.map_err(|source| place.failed(source))?;
+    let listener = listen_at(path).map_err(|errno| place.failed(errno.into()))?;
     match place.lookup(place.name()).map_err(|source| place.failed(source))? {
         Some(node) if node.is_socket() => Ok((listener, node)),
         _ => Err(ListenError::Replaced(place.display())),
     }
+}
+
+/// Nobody else may connect before owner and mode are right: on Linux bind(2) gives the path the mode of the socket,
+/// less the umask, which belongs to the process and stays as it is.
+fn listen_at(path: &Path) -> Result<UnixListener, Errno> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    fchmod(&socket, Mode::RWXU)?;
+    bind(&socket, &address)?;
+    // As many as the host allows.
+    listen(&socket, -1)?;
+    Ok(socket.into())
 }
 
 /// Removes a socket that nobody listens on any more.
@@ -176,7 +210,7 @@ fn take_over(fd: RawFd) -> Result<UnixListener, ListenError> {
     match rustix::net::sockopt::socket_acceptconn(borrowed) {
         Ok(true) => {}
         Ok(false) => return Err(ListenError::DeafFd(fd)),
-        Err(rustix::io::Errno::BADF) => return Err(ListenError::ClosedFd(fd)),
+        Err(Errno::BADF) => return Err(ListenError::ClosedFd(fd)),
         Err(_) => return Err(ListenError::NoSocketFd(fd)),
     }
     // A caller may have left it open for the children of the daemon, of which there are none.

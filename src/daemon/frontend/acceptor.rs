@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
 
-use super::ServerError;
+use super::FrontendError;
 use crate::logging::info_limited;
 
 /// Pending connections at most. Further ones replace an idle one, or stay in the listen backlog.
@@ -83,7 +83,7 @@ impl<'a> Acceptor<'a> {
         &mut self,
         signals: BorrowedFd<'_>,
         watched: Option<BorrowedFd<'_>>,
-    ) -> Result<Event, ServerError> {
+    ) -> Result<Event, FrontendError> {
         loop {
             let ready = self.poll(signals, watched)?;
             if ready.signal {
@@ -107,7 +107,7 @@ impl<'a> Acceptor<'a> {
         &mut self,
         signals: BorrowedFd<'_>,
         watched: Option<BorrowedFd<'_>>,
-    ) -> Result<Ready, ServerError> {
+    ) -> Result<Ready, FrontendError> {
         let entry = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
         self.paused_until = self.paused_until.filter(|until| *until > Instant::now());
         let rest = self.paused_until.map(|until| until.saturating_duration_since(Instant::now()));
@@ -121,7 +121,7 @@ impl<'a> Acceptor<'a> {
         let timeout = rest.map(|rest| Timespec { tv_sec: 0, tv_nsec: i64::from(rest.subsec_nanos()).max(1) });
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(ServerError::SetUp(errno.into())),
+            Err(errno) => return Err(FrontendError::SetUp(errno.into())),
         }
         let ready = |fd: Option<&PollFd<'_>>| fd.is_some_and(|fd| !fd.revents().is_empty());
         Ok(Ready {
@@ -132,11 +132,11 @@ impl<'a> Acceptor<'a> {
     }
 
     /// Takes the news off the list: all pending connections are looked at next, whichever they are of.
-    fn hear_news(&self) -> Result<(), ServerError> {
+    fn hear_news(&self) -> Result<(), FrontendError> {
         let mut events = [const { MaybeUninit::uninit() }; MAX_PENDING];
         match epoll::wait(&self.news, &mut events[..], Some(&Timespec::default())) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(errno) => Err(ServerError::SetUp(errno.into())),
+            Err(errno) => Err(FrontendError::SetUp(errno.into())),
         }
     }
 
@@ -179,7 +179,7 @@ impl<'a> Acceptor<'a> {
     }
 
     /// Accepts one connection.
-    fn accept(&mut self) -> Result<(), ServerError> {
+    fn accept(&mut self) -> Result<(), FrontendError> {
         let stream = match self.listener.accept() {
             Ok((stream, _)) => stream,
             Err(error) => return self.accept_failed(error),
@@ -199,7 +199,7 @@ impl<'a> Acceptor<'a> {
     }
 
     /// Only permanent errors end the daemon.
-    fn accept_failed(&mut self, error: io::Error) -> Result<(), ServerError> {
+    fn accept_failed(&mut self, error: io::Error) -> Result<(), FrontendError> {
         match Errno::from_io_error(&error) {
             Some(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(()),
             Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
@@ -207,7 +207,7 @@ impl<'a> Acceptor<'a> {
                 self.paused_until = Some(Instant::now() + PAUSE);
                 Ok(())
             }
-            _ => Err(ServerError::Listen(error)),
+            _ => Err(FrontendError::Listen(error)),
         }
     }
 }
