@@ -1,5 +1,7 @@
-//! Messages: one line each, to standard error or the system log. What a guest can cause is limited.
+//! Log messages: one line each, to standard error or syslog, with the share and the queue that they are about.
+//! Messages that a guest can cause are rate-limited.
 
+mod scope;
 mod system_log;
 
 use std::fmt;
@@ -11,6 +13,7 @@ use std::time::{Duration, Instant};
 use log::{LevelFilter, warn};
 use time::OffsetDateTime;
 
+pub use self::scope::{Scope, ScopeGuard};
 use self::system_log::SystemLog;
 
 /// Messages of one kind that are printed at once.
@@ -46,7 +49,7 @@ pub fn start(level: Option<LevelFilter>, to_syslog: bool) {
         if with_time {
             write!(out, "{} ", Now)?;
         }
-        writeln!(out, "lanefsd {}: {}", record.level(), record.args())
+        writeln!(out, "lanefsd {}: {}{}", record.level(), Scope::current(), record.args())
     });
     builder.init();
     if let Some(error) = unreachable {

@@ -317,8 +317,11 @@ fn migration_options_are_accepted_and_pointed_out() {
         "--migration-mode=file-handles --migration-on-error=guest-error",
         "--migration-verify-handles --migration-confirm-paths",
     ] {
-        let words = words_at_start(common::starter().args(line.split_whitespace()));
-        assert!(words.contains("WARN: --migration-") && words.contains("has no effect"), "{words}");
+        let words = words_at_start(common::starter().args(["--tag=data"]).args(line.split_whitespace()));
+        assert!(
+            words.contains("WARN: share data: --migration-") && words.contains("has no effect"),
+            "{words}"
+        );
     }
     assert!(!words_at_start(common::starter()).contains("migra"));
 }

@@ -1,4 +1,7 @@
-//! Front ends come and go: one is served at a time, until a signal or the last one has left.
+//! The vhost-user connections of a share: one front end at a time, until a signal or the last disconnection.
+//!
+//! The calling thread accepts connections and waits for signals; each connection has a control thread (`talk`) that
+//! answers the front end's messages. Its end is the end of a socket pair, which the accepting thread polls.
 
 mod acceptor;
 mod room;
@@ -18,7 +21,7 @@ use self::acceptor::{Acceptor, Event};
 use super::share::Share;
 use crate::config::DeviceConfig;
 use crate::device::backend::Backend;
-use crate::logging::info_limited;
+use crate::logging::{Scope, info_limited};
 use crate::process::Signals;
 use crate::service::Service;
 use crate::sys::descriptors;
@@ -27,10 +30,10 @@ use crate::sys::descriptors;
 #[derive(Debug, Error)]
 pub enum FrontendError {
     /// The signal handlers or the threads cannot be set up.
-    #[error("the server cannot be set up")]
+    #[error("the daemon cannot be set up")]
     SetUp(#[source] io::Error),
     /// The listening socket fails.
-    #[error("the listening socket fails; check what was given with --fd or --socket-path")]
+    #[error("the listening socket fails; check --fd or --socket-path")]
     Listen(#[source] io::Error),
     /// The front end broke the protocol, or shares memory that cannot be used.
     #[error("the front end was disconnected: {0}")]
@@ -40,7 +43,7 @@ pub enum FrontendError {
 /// How a conversation came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
-    /// The front end has left.
+    /// The front end has disconnected.
     Left,
     /// Not one of its messages could be handled: this was not a front end.
     NoFrontEnd,
@@ -57,6 +60,7 @@ struct Connection {
 /// Serves the front ends that connect to the socket of `share`, until a signal comes or, unless the share keeps
 /// listening, the first one has disconnected. All that is in flight is finished before the return.
 pub fn serve(share: &Share, signals: &Signals) -> Result<(), FrontendError> {
+    let _scope = Scope::of_share(&share.name).enter();
     let listener = share.socket.listener();
     let mut acceptor = Acceptor::new(listener).map_err(|errno| FrontendError::SetUp(errno.into()))?;
     loop {
@@ -73,7 +77,7 @@ pub fn serve(share: &Share, signals: &Signals) -> Result<(), FrontendError> {
             }
         };
         if signalled {
-            info!("a signal ends the daemon");
+            info!("received a signal, exiting");
             return connection.end().map(drop);
         }
         match connection.end() {
@@ -104,13 +108,13 @@ fn next_front_end(
                 // Another time there may be a thread and a descriptor for it.
                 Err(error) if share.keep_listening => {
                     share.statistics.count_failure();
-                    error!("a front end cannot be served: {}", with_cause(&error));
+                    error!("cannot serve a front end: {}", with_cause(&error));
                 }
                 Err(error) => return Err(error),
             }
         }
         if acceptor.wait(signals.as_fd(), None)? == Event::Signal {
-            info!("a signal ends the daemon");
+            info!("received a signal, exiting");
             return Ok(None);
         }
     }
@@ -134,12 +138,13 @@ impl Connection {
         let ours = Arc::new(stream.try_clone().map_err(FrontendError::SetUp)?);
         let theirs = Arc::clone(&ours);
         let (done, guard) = UnixStream::pair().map_err(FrontendError::SetUp)?;
+        let scope = Scope::current();
         let run = move || {
-            let _guard = guard;
+            let (_guard, _scope) = (guard, scope.enter());
             talk(stream, theirs, backend)
         };
         let thread = thread::Builder::new().name("lanefsd-control".into()).spawn(run);
-        info!("a front end is connected");
+        info!("front end connected");
         Ok(Connection { stream: ours, done, thread: thread.map_err(FrontendError::SetUp)? })
     }
 
@@ -174,12 +179,12 @@ fn talk(stream: UnixStream, ours: Arc<UnixStream>, backend: Backend) -> Result<E
     let is_short = room::is_short();
     backend.lock().unwrap_or_else(PoisonError::into_inner).shut_down();
     if !answered {
-        info_limited!("a connection was closed that is not from a front end: {error}");
+        info_limited!("closed a connection that is not from a vhost-user front end: {error}");
         return Ok(Ending::NoFrontEnd);
     }
     match error {
         ProtocolError::Disconnected | ProtocolError::PartialMessage | ProtocolError::SocketBroken(_) => {
-            info!("the front end has left");
+            info!("front end disconnected");
             Ok(Ending::Left)
         }
         ProtocolError::ReqHandlerError(error) => Err(FrontendError::FrontEnd(error.to_string())),

@@ -13,7 +13,7 @@ use crate::fs::FileSystem;
 use crate::fs::null::NullStore;
 use crate::fs::passthrough::{PassthroughFs, StartError};
 use crate::fs::read_only::ReadOnly;
-use crate::logging;
+use crate::logging::{self, Scope};
 use crate::process::{self, ProcessError, Signals};
 use crate::remarks;
 use crate::sandbox::{self, CapabilityError, Needs, Parent, SandboxError, Sandboxed, SeccompError, Side};
@@ -80,6 +80,8 @@ fn serve(
     sandboxed: Sandboxed,
     wrap: impl FnOnce(Arc<dyn FileSystem>) -> Arc<dyn FileSystem>,
 ) -> Result<(), RunError> {
+    let name = Share::name_for(config.device.tag.as_deref(), &config.shared_dir);
+    let _scope = Scope::of_share(&name).enter();
     process::prepare_for_requests(&sandboxed.proc_self_fd)?;
     let fs_config = FsConfig { readonly: config.readonly, ..config.fs.clone() };
     let mut fs = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, fs_config)?;
@@ -93,7 +95,7 @@ fn serve(
     sandbox::install_seccomp(config.seccomp, file_handles)?;
     remarks::print(&config.remarks);
     let share = Share {
-        name: Share::name_for(config.device.tag.as_deref(), &config.shared_dir),
+        name,
         directory: config.shared_dir,
         socket,
         keep_listening: config.keep_listening,

@@ -158,14 +158,14 @@ impl<'a> Acceptor<'a> {
                     got_message = true;
                     if busy {
                         info_limited!(
-                            "another front end waits at the socket: one daemon serves one VM at a time; start another daemon for another VM"
+                            "another front end is waiting: a share serves one VM at a time; start another daemon for the other VM"
                         );
                     }
                     true
                 }
                 Ok(Sent::Part) if !is_closed(&connection.stream) => true,
                 Ok(_) => {
-                    debug!("a connection was closed before it sent a message");
+                    debug!("a connection was closed before its first message");
                     false
                 }
                 Err(Errno::AGAIN | Errno::INTR) => true,
@@ -187,13 +187,13 @@ impl<'a> Acceptor<'a> {
         if self.pending.len() >= MAX_PENDING
             && let Some(idle) = self.pending.iter().position(|connection| !connection.has_message)
         {
-            info_limited!("too many idle connections at the socket; the oldest one was closed");
+            info_limited!("too many idle connections; closed the oldest one");
             self.pending.remove(idle);
         }
         let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
         match epoll::add(&self.news, &stream, epoll::EventData::new_u64(0), flags) {
             Ok(()) => self.pending.push(Pending { stream, has_message: false }),
-            Err(errno) => warn!("a connection was closed: it cannot be waited for: {errno}"),
+            Err(errno) => warn!("closed a connection that cannot be polled: {errno}"),
         }
         Ok(())
     }
