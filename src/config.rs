@@ -35,7 +35,7 @@ pub struct Config {
     pub sandbox: Option<Sandbox>,
     /// The ids that exist in the namespace sandbox.
     pub id_maps: IdMaps,
-    /// What happens at a system call that serving does not take.
+    /// Action on a system call outside the allow list.
     pub seccomp: Seccomp,
     /// Changes to the capabilities that are kept.
     pub capabilities: CapabilityChanges,
@@ -84,7 +84,7 @@ pub enum Sandbox {
     Namespace,
     /// chroot(2) into the share; needs root.
     Chroot,
-    /// No walls but the checks on names.
+    /// No sandbox, only name validation.
     None,
 }
 
@@ -115,16 +115,16 @@ pub struct IdRange {
     pub count: u32,
 }
 
-/// What happens at a system call that serving does not take.
+/// Action on a system call outside the allow list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seccomp {
-    /// It is carried out: there is no filter.
+    /// Allow: no filter is installed.
     None,
-    /// The daemon ends at once.
+    /// Kill the daemon.
     Kill,
-    /// It is carried out, and the kernel's log tells of it.
+    /// Allow, and record it in the kernel's log.
     Log,
-    /// The daemon gets SIGSYS, which a debugger can catch.
+    /// Raise SIGSYS, which a debugger can catch.
     Trap,
 }
 
@@ -163,9 +163,9 @@ pub struct FsConfig {
     /// Whether inodes that are seldom used may be held by file handles instead of descriptors.
     pub inode_file_handles: InodeFileHandles,
     /// Let the guest evaluate POSIX ACLs.
-    pub posix_acl: Insistence,
+    pub posix_acl: FeatureMode,
     /// Let the guest label what it creates.
-    pub security_label: Insistence,
+    pub security_label: FeatureMode,
     /// Clear set-id bits where the guest asks for it, instead of by requests of its own.
     pub killpriv_v2: bool,
     /// Nothing of the share is to change, access times included.
@@ -200,8 +200,8 @@ impl Default for FsConfig {
             readdirplus: true,
             xattr: false,
             inode_file_handles: InodeFileHandles::Prefer,
-            posix_acl: Insistence::Never,
-            security_label: Insistence::Never,
+            posix_acl: FeatureMode::Never,
+            security_label: FeatureMode::Never,
             killpriv_v2: true,
             readonly: false,
             preserve_noatime: false,
@@ -216,14 +216,14 @@ impl Default for FsConfig {
     }
 }
 
-/// How much something is wanted that needs both the guest and the host.
+/// Whether to use a feature that both the guest and the host must support.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Insistence {
-    /// Not at all.
+pub enum FeatureMode {
+    /// Do not use it.
     Never,
-    /// If both have it.
+    /// Use it if both support it.
     Auto,
-    /// In any case: without it nothing is served.
+    /// Refuse to serve without it.
     Always,
 }
 

@@ -3,7 +3,7 @@
 use clap::{Args, ValueEnum};
 
 use super::OptionError;
-use crate::config::{FsConfig, Insistence};
+use crate::config::{FeatureMode, FsConfig};
 use crate::mapping::ids::{Id, IdMap, IdMapError};
 
 /// Options about owners and extended attributes.
@@ -62,12 +62,12 @@ pub(super) enum Mode {
     Always,
 }
 
-impl From<Mode> for Insistence {
-    fn from(mode: Mode) -> Insistence {
+impl From<Mode> for FeatureMode {
+    fn from(mode: Mode) -> FeatureMode {
         match mode {
-            Mode::Never => Insistence::Never,
-            Mode::Auto => Insistence::Auto,
-            Mode::Always => Insistence::Always,
+            Mode::Never => FeatureMode::Never,
+            Mode::Auto => FeatureMode::Auto,
+            Mode::Always => FeatureMode::Always,
         }
     }
 }
@@ -120,11 +120,11 @@ mod tests {
     #[test]
     fn modes_are_understood() {
         for (option, mode) in [
-            ("=never", Insistence::Never),
-            ("=auto", Insistence::Auto),
-            ("=always", Insistence::Always),
+            ("=never", FeatureMode::Never),
+            ("=auto", FeatureMode::Auto),
+            ("=always", FeatureMode::Always),
             // Without a mode; the word after it is not taken for one.
-            (" --readonly", Insistence::Always),
+            (" --readonly", FeatureMode::Always),
         ] {
             assert_eq!(fs(&format!("--posix-acl{option}")).posix_acl, mode, "{option}");
             assert_eq!(fs(&format!("--security-label{option}")).security_label, mode, "{option}");

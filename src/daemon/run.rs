@@ -16,7 +16,9 @@ use crate::fs::read_only::ReadOnly;
 use crate::logging::{self, Scope};
 use crate::process::{self, ProcessError, Signals};
 use crate::remarks;
-use crate::sandbox::{self, CapabilityError, Needs, Parent, SandboxError, Sandboxed, SeccompError, Side};
+use crate::sandbox::{
+    self, CapabilityError, Parent, RequiredCaps, Role, SandboxError, Sandboxed, SeccompError,
+};
 use crate::service::Service;
 
 /// Why the daemon did not start, or came to a bad end.
@@ -54,8 +56,8 @@ pub fn run(
     config.remarks.extend(remarks::about(&config));
     let mut socket = Socket::open(&config.listen, config.socket_group.as_deref())?;
     match sandbox::enter(config.sandbox, &config.shared_dir, &config.id_maps)? {
-        Side::Waiting(parent) => supervise(parent),
-        Side::Serving(sandboxed) => {
+        Role::Supervisor(parent) => supervise(parent),
+        Role::Server(sandboxed) => {
             if sandboxed.forked {
                 socket.keep_path();
             }
@@ -87,8 +89,8 @@ fn serve(
     let mut fs = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, fs_config)?;
     let file_handles = fs.uses_file_handles();
     // Before the first thread is started: capabilities belong to threads.
-    let needs = Needs { readonly: config.readonly, xattr: config.fs.xattr, file_handles };
-    sandbox::give_up_capabilities(needs, config.capabilities)?;
+    let required = RequiredCaps { readonly: config.readonly, xattr: config.fs.xattr, file_handles };
+    sandbox::give_up_capabilities(required, config.capabilities)?;
     fs.try_labels()?;
     let signals = Signals::catch()?;
     let service = Arc::new(Service::new(wrap(stack(fs, config.store, config.readonly))));

@@ -158,7 +158,7 @@ pub(super) fn empty_directory() -> Option<OwnedFd> {
 
 /// Makes `empty` the process's root and working directory. Where there is none, `proc_self_fd` takes
 /// its place: no name in it but numbers, which no library opens.
-pub(super) fn live_in(empty: Option<&OwnedFd>, proc_self_fd: &OwnedFd) -> Result<(), SandboxError> {
+pub(super) fn change_root(empty: Option<&OwnedFd>, proc_self_fd: &OwnedFd) -> Result<(), SandboxError> {
     fchdir(empty.unwrap_or(proc_self_fd)).map_err(step("changing to an empty directory"))?;
     chroot(".").map_err(step("chroot(2)"))
 }

@@ -1,4 +1,4 @@
-//! Words about a share that cannot be opened.
+//! Advice for a share that cannot be opened.
 
 use std::path::Path;
 

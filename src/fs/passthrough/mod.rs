@@ -51,7 +51,7 @@ use self::locks::Waits;
 pub use self::start::StartError;
 use self::start::{descriptors, open_descriptors};
 use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
-use crate::config::{FsConfig, Insistence};
+use crate::config::{FeatureMode, FsConfig};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
 use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
@@ -199,8 +199,8 @@ impl FileSystem for PassthroughFs {
 
     fn required_flags(&self) -> InitFlags {
         let mut flags = InitFlags::empty();
-        flags.set(InitFlags::POSIX_ACL, self.config.posix_acl == Insistence::Always);
-        flags.set(InitFlags::SECURITY_CTX, self.config.security_label == Insistence::Always);
+        flags.set(InitFlags::POSIX_ACL, self.config.posix_acl == FeatureMode::Always);
+        flags.set(InitFlags::SECURITY_CTX, self.config.security_label == FeatureMode::Always);
         flags
     }
 
