@@ -53,7 +53,7 @@ pub fn start(level: Option<LevelFilter>, to_syslog: bool) {
     });
     builder.init();
     if let Some(error) = unreachable {
-        warn!("the system log cannot be reached ({error}), so messages go to standard error");
+        warn!("cannot connect to syslog ({error}): logging to standard error");
     }
 }
 
@@ -129,7 +129,7 @@ macro_rules! log_limited {
         match LIMIT.allow(std::time::Instant::now()) {
             Some(0) => log::log!($level, $($arg)*),
             Some(suppressed) => {
-                log::log!($level, "{} ({suppressed} messages like this were left out)", format_args!($($arg)*))
+                log::log!($level, "{} ({suppressed} messages like this were suppressed)", format_args!($($arg)*))
             }
             None => {}
         }
@@ -143,7 +143,7 @@ macro_rules! warn_limited {
 }
 pub(crate) use warn_limited;
 
-/// Tells of what a guest caused.
+/// Reports what a guest caused.
 macro_rules! info_limited {
     ($($arg:tt)*) => { $crate::logging::log_limited!(log::Level::Info, $($arg)*) };
 }

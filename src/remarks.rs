@@ -1,4 +1,4 @@
-//! Warnings about likely mistakes, for a daemon that can serve nevertheless.
+//! Warnings about likely mistakes in a configuration that works.
 
 use std::fmt;
 use std::path::Path;
@@ -48,7 +48,7 @@ pub fn about(config: &Config) -> Vec<Remark> {
         && is_inside(socket, &config.shared_dir)
     {
         remarks.push(Remark::warning(format!(
-            "the socket {} is inside the share, where the guest can remove it and change its pid file; choose a --socket-path elsewhere",
+            "the socket {} is inside the share, where the guest can remove it and change its pid file; choose another --socket-path",
             socket.display()
         )));
     }
@@ -56,11 +56,11 @@ pub fn about(config: &Config) -> Vec<Remark> {
     let may = |access| accessat(CWD, &config.shared_dir, access, AtFlags::EACCESS).is_ok();
     if !may(Access::READ_OK | Access::EXEC_OK) {
         remarks.push(Remark::warning(format!(
-            "this user may not list {share}, and neither may the guest; give it the right to (chmod, setfacl)"
+            "this user may not list {share}, so the guest cannot list it either; give the user the permission (chmod, setfacl)"
         )));
     } else if !config.readonly && !may(Access::WRITE_OK) {
         remarks.push(Remark::information(format!(
-            "this user may not write to {share}, so the guest cannot create anything at the top of the share"
+            "this user may not write to {share}, so the guest cannot create files in the root directory of the share"
         )));
     }
     remarks
@@ -69,7 +69,7 @@ pub fn about(config: &Config) -> Vec<Remark> {
 fn is_inside(socket: &Path, share: &Path) -> bool {
     let parent = socket.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
     match (parent.canonicalize(), share.canonicalize()) {
-        // Who shares all of the host knows that its sockets are there, too.
+        // With the whole host as the share it is intended.
         (Ok(_), Ok(share)) if share == Path::new("/") => false,
         (Ok(parent), Ok(share)) => parent.starts_with(share),
         _ => false,

@@ -21,7 +21,7 @@ use self::pid_file::PidFile;
 /// Where front ends connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
-    /// A path at which the daemon makes a listening socket, and removes it at the end.
+    /// The daemon creates a listening socket at this path, and removes it at the end.
     Path(PathBuf),
     /// A listening socket that the daemon was started with.
     Fd(RawFd),
@@ -37,7 +37,7 @@ impl Listen {
     }
 }
 
-/// Why there is nothing to listen on.
+/// Why the daemon cannot listen.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum ListenError {
@@ -45,16 +45,16 @@ pub enum ListenError {
         "the socket {path} is in use by another daemon{holder}; end that one, or choose another --socket-path"
     )]
     InUse { path: String, holder: String },
-    #[error("{0} is there and is no socket; remove it, or choose another --socket-path")]
+    #[error("{0} exists and is not a socket; remove it, or choose another --socket-path")]
     NoSocket(String),
-    #[error("{0} is there and holds no process id; remove it, or choose another --socket-path")]
+    #[error("{0} exists and holds no process id; remove it, or choose another --socket-path")]
     NoPidFile(String),
-    #[error("the directory of the socket {0} is not there; make it, or choose another --socket-path")]
+    #[error("the directory of the socket {0} does not exist; create it, or choose another --socket-path")]
     NoDirectory(String),
-    #[error("the directory of the socket {0} is no directory; choose another --socket-path")]
+    #[error("the directory of the socket {0} is not a directory; choose another --socket-path")]
     NotADirectory(String),
     #[error(
-        "this user may not make the socket {0}; choose a --socket-path in a directory of its own, such as the one that XDG_RUNTIME_DIR names"
+        "this user may not create the socket {0}; choose a --socket-path in a directory of the user, such as $XDG_RUNTIME_DIR"
     )]
     NotAllowed(String),
     #[error("--socket-path {0} does not end with the name of a socket; add one")]
@@ -64,29 +64,27 @@ pub enum ListenError {
         path::MAX_LENGTH
     )]
     TooLong { path: String, length: usize },
-    #[error("{path} cannot be made")]
+    #[error("cannot create {path}")]
     Make { path: String, source: io::Error },
     #[error(
-        "the socket {0} was replaced while it was made; choose a --socket-path in a directory that nobody else writes to"
+        "the socket {0} was replaced while it was created; choose a --socket-path in a directory that no other user can write to"
     )]
     Replaced(String),
     #[error("--socket-group: there is no group {0}")]
     NoGroup(String),
-    #[error("--socket-group {0} takes root, or a user who is a member of that group")]
+    #[error("--socket-group {0} needs root, or a user who is a member of that group")]
     ForeignGroup(String),
-    #[error(
-        "--fd {0} is not open; whoever starts the daemon has to pass a listening socket as that descriptor"
-    )]
+    #[error("--fd {0} is not open; the launcher must pass a listening socket as that descriptor")]
     ClosedFd(RawFd),
-    #[error("--fd {0} is no socket; whoever starts the daemon has to pass a listening one")]
+    #[error("--fd {0} is not a socket; the launcher must pass a listening socket")]
     NoSocketFd(RawFd),
     #[error(
-        "--fd {0} is a socket that does not listen; call listen(2) before the start, and do not pass a connection"
+        "--fd {0} is a socket that does not listen; the launcher must call listen(2), and must not pass a connection"
     )]
-    DeafFd(RawFd),
+    NotListening(RawFd),
 }
 
-/// A listening socket. If the daemon made it, its path is removed when this is dropped.
+/// A listening socket. If the daemon created it, its path is removed when this is dropped.
 #[derive(Debug)]
 pub struct Socket {
     listener: UnixListener,
@@ -104,7 +102,7 @@ struct Made {
 }
 
 impl Socket {
-    /// Listens as was asked.
+    /// Creates or takes over the socket `wanted`.
     pub fn open(wanted: &Listen, group: Option<&str>) -> Result<Socket, ListenError> {
         match wanted {
             Listen::Path(path) => make(path, group),
@@ -125,7 +123,7 @@ impl Socket {
     }
 }
 
-/// A socket that somebody else has made, and removes.
+/// A socket that another process has created and removes.
 impl From<UnixListener> for Socket {
     fn from(listener: UnixListener) -> Socket {
         // accept(2) must not block when another process that shares the socket was faster.
@@ -209,7 +207,7 @@ fn take_over(fd: RawFd) -> Result<UnixListener, ListenError> {
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
     match rustix::net::sockopt::socket_acceptconn(borrowed) {
         Ok(true) => {}
-        Ok(false) => return Err(ListenError::DeafFd(fd)),
+        Ok(false) => return Err(ListenError::NotListening(fd)),
         Err(Errno::BADF) => return Err(ListenError::ClosedFd(fd)),
         Err(_) => return Err(ListenError::NoSocketFd(fd)),
     }
@@ -316,7 +314,7 @@ mod tests {
     #[test]
     fn a_descriptor_that_does_not_listen_is_refused() {
         let (one, _other) = UnixStream::pair().unwrap();
-        assert!(matches!(take_over(one.as_raw_fd()), Err(ListenError::DeafFd(_))));
+        assert!(matches!(take_over(one.as_raw_fd()), Err(ListenError::NotListening(_))));
         let file = std::fs::File::open("/").unwrap();
         assert!(matches!(take_over(file.as_raw_fd()), Err(ListenError::NoSocketFd(_))));
         assert!(matches!(take_over(9999), Err(ListenError::ClosedFd(9999))));

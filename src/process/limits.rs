@@ -1,4 +1,4 @@
-//! Descriptors and CPUs.
+//! The limit of open files, and the CPUs.
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -26,18 +26,18 @@ pub enum LimitError {
         /// What the system call said.
         source: Errno,
     },
-    /// The limit that is there does not do.
+    /// The inherited limit is too low.
     #[error(
-        "the daemon may open {0} files at once, which does not do; give --rlimit-nofile, or raise the limit where it is started (LimitNOFILE= of systemd, ulimit -n)"
+        "the daemon may open {0} files at once, which is too few; give --rlimit-nofile, or raise the limit of the launcher (LimitNOFILE= of systemd, ulimit -n)"
     )]
     TooFew(u64),
     /// sched_setaffinity(2) failed.
-    #[error("--cpus names no CPU that the host has")]
+    #[error("--cpus names no CPU of the host")]
     Cpus(#[source] Errno),
 }
 
-/// Sets RLIMIT_NOFILE to `wanted`, or as high as the host allows. 0 leaves it as it is. What there is to
-/// be said about it is returned.
+/// Sets RLIMIT_NOFILE to `wanted`, or as high as the host allows. 0 keeps the inherited limit. Returns a remark if the
+/// host allows less than a million.
 pub(super) fn raise_descriptor_limit(wanted: Option<u64>) -> Result<Option<Remark>, LimitError> {
     let remark = match wanted {
         Some(0) => None,
@@ -62,7 +62,7 @@ fn raise(wanted: u64) -> Option<Remark> {
     }
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let text = format!(
-        "the daemon may open {limit} files at once and not {wanted}, since the hard limit of descriptors is lower; raise that where it is started (LimitNOFILE= of systemd, ulimit -Hn) if the guest uses many files"
+        "the daemon may open {limit} files at once and not {wanted}, since the hard limit of descriptors is lower; raise that limit in the launcher (LimitNOFILE= of systemd, ulimit -Hn) if the guest uses many files"
     );
     Some(if limit < FEW { Remark::warning(text) } else { Remark::information(text) })
 }

@@ -35,7 +35,7 @@ use crate::config::{IdMaps, Sandbox};
 #[derive(Debug, Error)]
 pub enum SandboxError {
     /// The share is missing, no directory, or may not be looked at.
-    #[error("the shared directory {path} cannot be opened; {advice}", path = path.display(), advice = share::advice(path, *source))]
+    #[error("cannot open the shared directory {path}; {advice}", path = path.display(), advice = share::advice(path, *source))]
     Share {
         /// The directory.
         path: PathBuf,
