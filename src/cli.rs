@@ -19,7 +19,7 @@ use self::migration::MigrationOptions;
 use self::values::{parse_cpus, parse_id_range, parse_modcaps, parse_store};
 use crate::config::{
     CapabilityChanges, Config, DeviceConfig, FsConfig, IdMaps, LEAST_DESCRIPTORS, Listen,
-    ParallelDirectWrites,
+    ParallelDirectWrites, ProcessConfig,
 };
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
@@ -287,7 +287,10 @@ impl Options {
         }
         Ok(Config {
             store: parse_store(&self.store)?,
-            cpus: self.cpus.as_deref().map(parse_cpus).transpose()?,
+            process: ProcessConfig {
+                rlimit_nofile: self.rlimit_nofile,
+                cpus: self.cpus.as_deref().map(parse_cpus).transpose()?,
+            },
             shared_dir: self.shared_dir.ok_or(OptionError::NoSharedDir)?,
             listen,
             socket_group: self.socket_group,
@@ -304,7 +307,6 @@ impl Options {
             id_maps,
             seccomp: self.seccomp.into(),
             capabilities: self.modcaps.as_deref().map_or(Ok(CapabilityChanges::NONE), parse_modcaps)?,
-            rlimit_nofile: self.rlimit_nofile,
             log_level: if self.debug { self.log_level.max(Some(LevelFilter::Debug)) } else { self.log_level },
             syslog: self.syslog,
             remarks: self.migration.remarks()?,
@@ -393,7 +395,10 @@ mod tests {
         assert!(config.fs.readdirplus && config.fs.announce_submounts);
         assert!(!config.fs.xattr && !config.fs.writeback && !config.readonly && !config.keep_listening);
         assert_eq!((config.seccomp, config.capabilities), (Seccomp::Kill, CapabilityChanges::NONE));
-        assert_eq!((config.sandbox, config.log_level, config.rlimit_nofile), (None, None, None));
+        assert_eq!(
+            (config.sandbox, config.log_level, config.process),
+            (None, None, ProcessConfig::default())
+        );
     }
 
     #[test]
@@ -434,7 +439,7 @@ mod tests {
         assert_eq!(config("--store null").store, Store::Null { latency: Duration::ZERO });
         assert_eq!(config("--store null:50us").store, Store::Null { latency: Duration::from_micros(50) });
         assert_eq!(config("--store null:2ms").store, Store::Null { latency: Duration::from_millis(2) });
-        assert_eq!(config("--cpus 0-2,5").cpus, Some(vec![0, 1, 2, 5]));
+        assert_eq!(config("--cpus 0-2,5").process.cpus, Some(vec![0, 1, 2, 5]));
         assert_eq!(config("--cache none").fs.cache, CachePolicy::Never);
         assert_eq!(config("--sandbox chroot").sandbox, Some(Sandbox::Chroot));
         assert_eq!(config("--seccomp=none").seccomp, Seccomp::None);

@@ -12,7 +12,6 @@ pub mod fs;
 pub mod logging;
 pub mod mapping;
 pub mod process;
-pub mod remarks;
 pub mod sandbox;
 pub mod service;
 mod session_lock;

@@ -1,6 +1,7 @@
 //! Log messages: one line each, to standard error or syslog, with the share and the queue that they are about.
 //! Messages that a guest can cause are rate-limited.
 
+mod remark;
 mod scope;
 mod system_log;
 
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use log::{LevelFilter, warn};
 use time::OffsetDateTime;
 
+pub use self::remark::Remark;
 pub use self::scope::{Scope, ScopeGuard};
 use self::system_log::SystemLog;
 

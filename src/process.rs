@@ -20,12 +20,21 @@ use rustix::io::Errno;
 use signal_hook::low_level::pipe;
 use thiserror::Error;
 
-pub use self::limits::LimitError;
-use crate::remarks::Remark;
+pub use self::limits::{LEAST_DESCRIPTORS, LimitError};
+use crate::logging::Remark;
 use crate::sys::{allocator, inherited, signals};
 
 /// CPUs that the process may use.
 static CPUS: OnceLock<usize> = OnceLock::new();
+
+/// Options of the process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProcessConfig {
+    /// RLIMIT_NOFILE; `None` for what the host allows, up to a million, and 0 for the inherited limit.
+    pub rlimit_nofile: Option<u64>,
+    /// CPUs to run on; `None` for all.
+    pub cpus: Option<Vec<usize>>,
+}
 
 /// Why the process cannot be prepared.
 #[derive(Debug, Error)]
@@ -57,9 +66,9 @@ pub fn reset(kept: Option<RawFd>) -> Result<(), ProcessError> {
 /// [`Signals::catch`]: one that comes during the start is not lost, and leaves nothing behind.
 ///
 /// Returns warnings about the limit. Must be called before the sandbox is entered and the first thread is started.
-pub fn prepare(rlimit_nofile: Option<u64>, cpus: Option<&[usize]>) -> Result<Option<Remark>, ProcessError> {
-    let remark = limits::raise_descriptor_limit(rlimit_nofile)?;
-    if let Some(cpus) = cpus {
+pub fn prepare(config: &ProcessConfig) -> Result<Option<Remark>, ProcessError> {
+    let remark = limits::raise_descriptor_limit(config.rlimit_nofile)?;
+    if let Some(cpus) = &config.cpus {
         limits::bind_to_cpus(cpus)?;
     }
     prepare_libraries();

@@ -4,7 +4,7 @@
 use clap::{Args, ValueEnum};
 
 use super::OptionError;
-use crate::remarks::Remark;
+use crate::logging::Remark;
 
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Migration (not supported yet: checked and ignored)")]

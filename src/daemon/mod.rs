@@ -4,6 +4,7 @@
 //! and serves the [`frontend`]s that connect to the share's [`socket`], one at a time.
 
 pub mod frontend;
+mod remarks;
 mod run;
 mod share;
 pub mod socket;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use super::frontend::{self, FrontendError};
+use super::remarks;
 use super::share::{Share, Statistics};
 use super::socket::{ListenError, Socket};
 use crate::config::{Config, FsConfig, Store};
@@ -13,9 +14,8 @@ use crate::fs::FileSystem;
 use crate::fs::null::NullStore;
 use crate::fs::passthrough::{PassthroughFs, StartError};
 use crate::fs::read_only::ReadOnly;
-use crate::logging::{self, Scope};
+use crate::logging::{self, Remark, Scope};
 use crate::process::{self, ProcessError, Signals};
-use crate::remarks;
 use crate::sandbox::{
     self, CapabilityError, Parent, RequiredCaps, Role, SandboxError, Sandboxed, SeccompError,
 };
@@ -52,7 +52,7 @@ pub fn run(
 ) -> Result<u8, RunError> {
     process::reset(config.listen.inherited())?;
     logging::start(config.log_level, config.syslog);
-    config.remarks.extend(process::prepare(config.rlimit_nofile, config.cpus.as_deref())?);
+    config.remarks.extend(process::prepare(&config.process)?);
     config.remarks.extend(remarks::about(&config));
     let mut socket = Socket::open(&config.listen, config.socket_group.as_deref())?;
     match sandbox::enter(config.sandbox, &config.shared_dir, &config.id_maps)? {
@@ -95,7 +95,7 @@ fn serve(
     let signals = Signals::catch()?;
     let service = Arc::new(Service::new(wrap(stack(fs, config.store, config.readonly))));
     sandbox::install_seccomp(config.seccomp, file_handles)?;
-    remarks::print(&config.remarks);
+    config.remarks.iter().for_each(Remark::log);
     let share = Share {
         name,
         directory: config.shared_dir,

@@ -7,7 +7,7 @@ mod pid_file;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
@@ -17,25 +17,7 @@ use thiserror::Error;
 use self::group::Group;
 use self::path::{FileId, SocketPath};
 use self::pid_file::PidFile;
-
-/// Where front ends connect.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Listen {
-    /// The daemon creates a listening socket at this path, and removes it at the end.
-    Path(PathBuf),
-    /// A listening socket that the daemon was started with.
-    Fd(RawFd),
-}
-
-impl Listen {
-    /// The descriptor that the daemon was started with, if it listens on one.
-    pub fn inherited(&self) -> Option<RawFd> {
-        match self {
-            Listen::Fd(fd) => Some(*fd),
-            Listen::Path(_) => None,
-        }
-    }
-}
+use crate::config::Listen;
 
 /// Why the daemon cannot listen.
 #[derive(Debug, Error)]

@@ -5,8 +5,10 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use thiserror::Error;
 
-use crate::config::LEAST_DESCRIPTORS;
-use crate::remarks::Remark;
+use crate::logging::Remark;
+
+/// With fewer descriptors there is no point in serving.
+pub const LEAST_DESCRIPTORS: u64 = 64;
 
 /// Descriptors that are asked for when nothing else was said: a million inodes.
 const WANTED: u64 = 1_000_000;

@@ -8,7 +8,7 @@ use rustix::thread::{
 };
 use thiserror::Error;
 
-use crate::config::CapabilityChanges;
+use super::config::CapabilityChanges;
 
 /// To read any file: permissions are checked by the guest's kernel. FOWNER allows O_NOATIME.
 const TO_READ: CapabilitySet = CapabilitySet::DAC_READ_SEARCH.union(CapabilitySet::FOWNER);

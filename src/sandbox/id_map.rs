@@ -14,9 +14,9 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Gid, Pid, Uid, WaitOptions, getegid, geteuid, getpid, waitpid};
 use rustix::thread::{UnshareFlags, set_thread_res_gid, set_thread_res_uid};
 
+use super::config::{IdMaps, IdRange};
 use super::process::{exit, fork};
 use super::{SandboxError, namespace, step};
-use crate::config::{IdMaps, IdRange};
 
 /// One of the two maps of a namespace.
 struct Map<'a> {

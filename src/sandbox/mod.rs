@@ -5,6 +5,7 @@
 //! either. The sandbox limits the damage of a bug in it.
 
 mod capabilities;
+pub mod config;
 mod id_map;
 mod mounts;
 mod namespace;
@@ -24,12 +25,12 @@ use rustix::thread::{CapabilitySet, UnshareFlags, capabilities};
 use thiserror::Error;
 
 pub use self::capabilities::{CapabilityError, RequiredCaps, give_up as give_up_capabilities};
+use self::config::{IdMaps, Sandbox};
 use self::process::Fork;
 pub use self::process::Parent;
 pub use self::seccomp::{
     SeccompError, install as install_seccomp, install_on_thread as install_seccomp_on_thread,
 };
-use crate::config::{IdMaps, Sandbox};
 
 /// Why the sandbox cannot be set up.
 #[derive(Debug, Error)]

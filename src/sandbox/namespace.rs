@@ -8,9 +8,9 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::process::{WaitOptions, waitpid};
 use rustix::thread::UnshareFlags;
 
+use super::config::IdMaps;
 use super::process::{Fork, exit, fork, fork_server};
 use super::{Role, SandboxError, Sandboxed, Share, detach_proc_self_fd, drop_groups, id_map, mounts, step};
-use crate::config::IdMaps;
 
 /// Moves into new namespaces. The process forks: the first process of a PID namespace is a child
 /// of the one that made it.

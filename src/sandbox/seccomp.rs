@@ -12,8 +12,8 @@ use seccompiler::{
 };
 use thiserror::Error;
 
+use super::config::Seccomp;
 use super::optional_calls::{INFORMATION, answer_unknown, optional_besides};
-use crate::config::Seccomp;
 use crate::sys::file_flags;
 
 /// Why the filter cannot be installed.

@@ -12,11 +12,11 @@ use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags, linkat, openat, removexattr,
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
+use super::config::{FeatureMode, FsConfig};
 use super::lookup::{PATH, PROC};
 use super::names::take_away;
 use super::xattr::{host_name, refused};
 use super::{Context, PassthroughFs, StartError};
-use crate::config::{FeatureMode, FsConfig};
 use crate::fs::Result;
 
 /// What is tried at start. Which label it is does not matter: an unknown one is refused otherwise

@@ -8,6 +8,7 @@
 mod attributes;
 mod budget;
 mod close;
+pub mod config;
 mod credentials;
 mod data;
 mod directories;
@@ -42,6 +43,7 @@ use log::debug;
 use rustix::io::Errno;
 
 use self::budget::Budget;
+use self::config::{FeatureMode, FsConfig};
 use self::credentials::OwnIds;
 use self::handles::HandleTable;
 use self::inodes::{Inode, InodeTable};
@@ -51,7 +53,6 @@ use self::locks::Waits;
 pub use self::start::StartError;
 use self::start::{descriptors, open_descriptors};
 use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
-use crate::config::{FeatureMode, FsConfig};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
 use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};

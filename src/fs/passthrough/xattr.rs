@@ -12,11 +12,11 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 use rustix::thread::CapabilitySet;
 
+use super::config::{FeatureMode, FsConfig};
 use super::credentials::{self, SetIdBits, set_id_bits};
 use super::inodes::Inode;
 use super::lookup::{PROC, proc_name, stat};
 use super::{Context, PassthroughFs, StartError};
-use crate::config::{FeatureMode, FsConfig};
 use crate::fs::{Result, XattrReply};
 use crate::mapping::acl::{
     ACCESS, CAPABILITY, DEFAULT, ValueError, holds_ids, is_acl, value_to_guest, value_to_host,

@@ -1,48 +1,14 @@
 //! Warnings about likely mistakes in a configuration that works.
 
-use std::fmt;
 use std::path::Path;
 
-use log::{Level, log};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 
-use crate::config::Config;
-use crate::daemon::socket::Listen;
-
-/// A log message about the configuration.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Remark {
-    level: Level,
-    text: String,
-}
-
-impl Remark {
-    /// A likely mistake.
-    pub fn warning(text: impl Into<String>) -> Remark {
-        Remark { level: Level::Warn, text: text.into() }
-    }
-
-    /// A limitation that may be intended.
-    pub fn information(text: impl Into<String>) -> Remark {
-        Remark { level: Level::Info, text: text.into() }
-    }
-}
-
-impl fmt::Display for Remark {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str(&self.text)
-    }
-}
-
-/// Logs the remarks. Called when the start has succeeded: a failing one prints a single sentence.
-pub fn print(remarks: &[Remark]) {
-    for Remark { level, text } in remarks {
-        log!(*level, "{text}");
-    }
-}
+use crate::config::{Config, Listen};
+use crate::logging::Remark;
 
 /// Checks `config` for likely mistakes. Called before the sandbox is entered, since it resolves paths.
-pub fn about(config: &Config) -> Vec<Remark> {
+pub(super) fn about(config: &Config) -> Vec<Remark> {
     let mut remarks = Vec::new();
     if let Listen::Path(socket) = &config.listen
         && is_inside(socket, &config.shared_dir)
