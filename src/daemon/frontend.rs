@@ -26,7 +26,7 @@ use crate::process::Signals;
 use crate::service::Service;
 use crate::sys::descriptors;
 
-/// Why serving came to a bad end.
+/// Why serving front ends failed.
 #[derive(Debug, Error)]
 pub enum FrontendError {
     /// The signal handlers or the threads cannot be set up.
@@ -40,12 +40,12 @@ pub enum FrontendError {
     FrontEnd(String),
 }
 
-/// How a conversation came to its end.
+/// How a connection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
     /// The front end has disconnected.
-    Left,
-    /// Not one of its messages could be handled: this was not a front end.
+    Disconnected,
+    /// Not one message was valid: this was not a front end.
     NoFrontEnd,
 }
 
@@ -80,19 +80,20 @@ pub fn serve(share: &Share, signals: &Signals) -> Result<(), FrontendError> {
             info!("received a signal, exiting");
             return connection.end().map(drop);
         }
-        match connection.end() {
+        let ended = connection.end();
+        if ended.is_err() {
+            share.statistics.count_failure();
+        }
+        match ended {
             Ok(Ending::NoFrontEnd) => {}
-            Err(error) if share.keep_listening => {
-                share.statistics.count_failure();
-                error!("{error}");
-            }
-            Ok(Ending::Left) if share.keep_listening => {}
+            Err(error) if share.keep_listening => error!("{error}"),
+            Ok(Ending::Disconnected) if share.keep_listening => {}
             ended => return ended.map(drop),
         }
     }
 }
 
-/// Waits for a front end and begins to serve it; `None` when a signal has come instead.
+/// Waits for a front end and begins to serve it; `None` on a signal.
 fn next_front_end(
     acceptor: &mut Acceptor<'_>,
     signals: &Signals,
@@ -105,7 +106,7 @@ fn next_front_end(
                     share.statistics.count_front_end();
                     return Ok(Some(connection));
                 }
-                // Another time there may be a thread and a descriptor for it.
+                // The next attempt may find a free thread and descriptor.
                 Err(error) if share.keep_listening => {
                     share.statistics.count_failure();
                     error!("cannot serve a front end: {}", with_cause(&error));
@@ -148,9 +149,9 @@ impl Connection {
         Ok(Connection { stream: ours, done, thread: thread.map_err(FrontendError::SetUp)? })
     }
 
-    /// Ends the conversation, if it has not ended yet, and waits for all requests in flight.
+    /// Closes the connection, if the front end has not, and waits for all requests in flight.
     fn end(self) -> Result<Ending, FrontendError> {
-        // It fails only if the front end was faster.
+        // It fails only if the front end has disconnected.
         let _ = self.stream.shutdown(Shutdown::Both);
         self.thread
             .join()
@@ -158,7 +159,7 @@ impl Connection {
     }
 }
 
-/// Answers the front end's messages until it leaves, then stops the device.
+/// Answers the front end's messages until it disconnects, then stops the device.
 fn talk(stream: UnixStream, ours: Arc<UnixStream>, backend: Backend) -> Result<Ending, FrontendError> {
     let backend = Arc::new(Mutex::new(backend));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&backend));
@@ -185,7 +186,7 @@ fn talk(stream: UnixStream, ours: Arc<UnixStream>, backend: Backend) -> Result<E
     match error {
         ProtocolError::Disconnected | ProtocolError::PartialMessage | ProtocolError::SocketBroken(_) => {
             info!("front end disconnected");
-            Ok(Ending::Left)
+            Ok(Ending::Disconnected)
         }
         ProtocolError::ReqHandlerError(error) => Err(FrontendError::FrontEnd(error.to_string())),
         _ if is_short => Err(FrontendError::FrontEnd(descriptors::TOO_FEW.into())),

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use log::debug;
 use thiserror::Error;
 
 use super::frontend::{self, FrontendError};
@@ -21,7 +22,7 @@ use crate::sandbox::{
 };
 use crate::service::Service;
 
-/// Why the daemon did not start, or came to a bad end.
+/// Why the daemon did not start, or failed.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "each is the error of the step that it is named after")]
 pub enum RunError {
@@ -67,7 +68,7 @@ pub fn run(
     }
 }
 
-/// Waits for the process that serves. This one stays outside the sandbox, and removes the socket when it ends.
+/// The supervisor's part: waits for the server, outside the sandbox, and removes the socket at the end.
 fn supervise(parent: Parent) -> Result<u8, RunError> {
     process::leave_directory();
     let signals = Signals::catch()?;
@@ -75,7 +76,7 @@ fn supervise(parent: Parent) -> Result<u8, RunError> {
     Ok(u8::try_from(status).unwrap_or(1))
 }
 
-/// Serves the share from inside the sandbox. Rights are given up on the way, each when nothing needs it any more.
+/// Serves the share inside the sandbox. Privileges are dropped on the way, each as soon as it is not needed any more.
 fn serve(
     config: Config,
     socket: Socket,
@@ -105,7 +106,10 @@ fn serve(
         service,
         statistics: Statistics::default(),
     };
-    Ok(frontend::serve(&share, &signals)?)
+    let served = frontend::serve(&share, &signals);
+    let counted = &share.statistics;
+    debug!("{} front ends connected, {} failed", counted.front_ends(), counted.failures());
+    Ok(served?)
 }
 
 /// The file system of a share: what its options put around the host's directory.

@@ -22,11 +22,11 @@ pub struct Share {
     pub device: DeviceConfig,
     /// Answers the requests.
     pub service: Arc<Service>,
-    /// What was counted so far.
+    /// Counters.
     pub statistics: Statistics,
 }
 
-/// What was counted since the share is served.
+/// Counters since the share is served.
 #[derive(Debug, Default)]
 pub struct Statistics {
     front_ends: AtomicU64,

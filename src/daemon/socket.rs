@@ -47,7 +47,7 @@ pub enum ListenError {
     )]
     TooLong { path: String, length: usize },
     #[error("cannot create {path}")]
-    Make { path: String, source: io::Error },
+    Create { path: String, source: io::Error },
     #[error(
         "the socket {0} was replaced while it was created; choose a --socket-path in a directory that no other user can write to"
     )]
@@ -70,12 +70,12 @@ pub enum ListenError {
 #[derive(Debug)]
 pub struct Socket {
     listener: UnixListener,
-    made: Option<Made>,
+    created: Option<Created>,
 }
 
-/// Files of this daemon, which are removed with it.
+/// Files that the daemon has created and removes at its end.
 #[derive(Debug)]
-struct Made {
+struct Created {
     place: SocketPath,
     socket: FileId,
     pid_file: PidFile,
@@ -87,7 +87,7 @@ impl Socket {
     /// Creates or takes over the socket `wanted`.
     pub fn open(wanted: &Listen, group: Option<&str>) -> Result<Socket, ListenError> {
         match wanted {
-            Listen::Path(path) => make(path, group),
+            Listen::Path(path) => create(path, group),
             Listen::Fd(fd) => Ok(take_over(*fd)?.into()),
         }
     }
@@ -97,10 +97,10 @@ impl Socket {
         &self.listener
     }
 
-    /// Leaves the removal of the paths to another process, and keeps nothing open of their directory.
+    /// Leaves the removal of the paths to the supervisor, and closes their directory.
     pub fn keep_path(&mut self) {
-        if let Some(mut made) = self.made.take() {
-            made.owned = false;
+        if let Some(mut created) = self.created.take() {
+            created.owned = false;
         }
     }
 }
@@ -110,11 +110,11 @@ impl From<UnixListener> for Socket {
     fn from(listener: UnixListener) -> Socket {
         // accept(2) must not block when another process that shares the socket was faster.
         let _ = listener.set_nonblocking(true);
-        Socket { listener, made: None }
+        Socket { listener, created: None }
     }
 }
 
-impl Drop for Made {
+impl Drop for Created {
     fn drop(&mut self) {
         if self.owned {
             self.place.remove_if(self.place.name(), self.socket);
@@ -123,27 +123,27 @@ impl Drop for Made {
     }
 }
 
-fn make(path: &Path, group: Option<&str>) -> Result<Socket, ListenError> {
+fn create(path: &Path, group: Option<&str>) -> Result<Socket, ListenError> {
     let group = group.map(Group::find).transpose()?;
     let place = SocketPath::of(path)?;
-    let pid_file = PidFile::make(&place)?;
-    let (listener, socket) = match make_listener(&place, path) {
+    let pid_file = PidFile::create(&place)?;
+    let (listener, socket) = match bind_and_check(&place, path) {
         Ok(bound) => bound,
         Err(error) => {
             pid_file.remove(&place);
             return Err(error);
         }
     };
-    let made = Made { socket: socket.id(), place, pid_file, owned: true };
+    let created = Created { socket: socket.id(), place, pid_file, owned: true };
     if let Some(group) = group {
-        group.may_connect_to(&socket, &made.place)?;
+        group.may_connect_to(&socket, &created.place)?;
     }
-    Ok(Socket { made: Some(made), ..Socket::from(listener) })
+    Ok(Socket { created: Some(created), ..Socket::from(listener) })
 }
 
-/// Makes the socket, for its owner alone.
-fn make_listener(place: &SocketPath, path: &Path) -> Result<(UnixListener, path::Node), ListenError> {
-    clear_the_way(place)?;
+/// Creates the socket, accessible to its owner only.
+fn bind_and_check(place: &SocketPath, path: &Path) -> Result<(UnixListener, path::Node), ListenError> {
+    remove_stale_socket(place)?;
     // By the path as it was given, which may be much shorter than the whole one.
     let listener = listen_at(path).map_err(|errno| place.failed(errno.into()))?;
     match place.lookup(place.name()).map_err(|source| place.failed(source))? {
@@ -164,8 +164,8 @@ fn listen_at(path: &Path) -> Result<UnixListener, Errno> {
     Ok(socket.into())
 }
 
-/// Removes a socket that nobody listens on any more.
-fn clear_the_way(place: &SocketPath) -> Result<(), ListenError> {
+/// Removes a socket without a listener.
+fn remove_stale_socket(place: &SocketPath) -> Result<(), ListenError> {
     let Some(node) = place.lookup(place.name()).map_err(|source| place.failed(source))? else {
         return Ok(());
     };
@@ -185,7 +185,7 @@ fn clear_the_way(place: &SocketPath) -> Result<(), ListenError> {
 }
 
 fn take_over(fd: RawFd) -> Result<UnixListener, ListenError> {
-    // SAFETY: borrowed for some questions only; a descriptor that is not open answers EBADF.
+    // SAFETY: borrowed for two system calls only; a descriptor that is not open answers EBADF.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
     match rustix::net::sockopt::socket_acceptconn(borrowed) {
         Ok(true) => {}
@@ -193,7 +193,7 @@ fn take_over(fd: RawFd) -> Result<UnixListener, ListenError> {
         Err(Errno::BADF) => return Err(ListenError::ClosedFd(fd)),
         Err(_) => return Err(ListenError::NoSocketFd(fd)),
     }
-    // A caller may have left it open for the children of the daemon, of which there are none.
+    // The daemon starts no program that needs it.
     let _ = rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC);
     // SAFETY: the caller passed the descriptor to this process for this use, and the command line
     // names it once.

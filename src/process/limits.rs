@@ -10,9 +10,9 @@ use crate::logging::Remark;
 /// With fewer descriptors there is no point in serving.
 pub const LEAST_DESCRIPTORS: u64 = 64;
 
-/// Descriptors that are asked for when nothing else was said: a million inodes.
+/// The default: descriptors for a million inodes.
 const WANTED: u64 = 1_000_000;
-/// A limit that a guest meets in ordinary use, such as a search through a source tree.
+/// A guest reaches a lower limit in ordinary use, such as a search through a source tree.
 const FEW: u64 = 100_000;
 
 /// Why a limit cannot be set.
@@ -48,7 +48,7 @@ pub(super) fn raise_descriptor_limit(wanted: Option<u64>) -> Result<Option<Remar
             set(wanted).map_err(refused)?;
             None
         }
-        None => raise(most_of_the_host().min(WANTED)),
+        None => raise(host_maximum().min(WANTED)),
     };
     match getrlimit(Resource::Nofile).current {
         Some(limit) if limit < LEAST_DESCRIPTORS => Err(LimitError::TooFew(limit)),
@@ -56,9 +56,9 @@ pub(super) fn raise_descriptor_limit(wanted: Option<u64>) -> Result<Option<Remar
     }
 }
 
-/// Raises the limit to `wanted` if that can be had, or else as far as it goes.
+/// Raises the limit to `wanted`, or as far as possible.
 fn raise(wanted: u64) -> Option<Remark> {
-    // Without the privilege to pass the hard limit, that is the best.
+    // Raising the hard limit takes a privilege.
     if set(wanted).is_ok() || (set(hard_limit().min(wanted)).is_ok() && hard_limit() >= wanted) {
         return None;
     }
@@ -79,8 +79,8 @@ fn hard_limit() -> u64 {
     getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX)
 }
 
-/// What nobody can raise the limit above.
-fn most_of_the_host() -> u64 {
+/// The limit of the kernel (fs.nr_open), which no process can exceed.
+fn host_maximum() -> u64 {
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok();
     most.and_then(|most| most.trim().parse().ok()).unwrap_or(WANTED)
 }
