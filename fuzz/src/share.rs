@@ -27,7 +27,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
-use lanefsd::config::{CachePolicy, CapabilityChanges, FsConfig, InodeFileHandles, FeatureMode, Seccomp};
+use lanefsd::config::{CachePolicy, CapabilityChanges, FeatureMode, FsConfig, InodeFileHandles, Seccomp};
 use lanefsd::fs::FileSystem;
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::read_only::ReadOnly;

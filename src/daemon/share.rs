@@ -61,7 +61,11 @@ impl Share {
     pub fn name_for(tag: Option<&str>, directory: &Path) -> Arc<str> {
         let directory = directory.to_string_lossy();
         // One line of the log stays one line.
-        tag.unwrap_or(&directory).escape_debug().to_string().into()
+        let escape = |c: char| match c.is_control() {
+            true => c.escape_default().collect(),
+            false => String::from(c),
+        };
+        tag.unwrap_or(&directory).chars().map(escape).collect::<String>().into()
     }
 }
 
@@ -71,8 +75,8 @@ mod tests {
 
     #[test]
     fn a_share_is_called_by_its_tag_or_its_directory() {
-        let directory = Path::new("/srv/a\nb");
+        let directory = Path::new("/srv/it's\nmüller");
         assert_eq!(&*Share::name_for(Some("data"), directory), "data");
-        assert_eq!(&*Share::name_for(None, directory), "/srv/a\\nb");
+        assert_eq!(&*Share::name_for(None, directory), "/srv/it's\\nmüller");
     }
 }
