@@ -228,10 +228,16 @@ fn a_front_end_for_which_there_is_no_descriptor_ends_nothing() {
         let text = backend.stderr();
         [PAUSED, REFUSED, "front end connected"].map(|words| text.matches(words).count())
     };
+    let ends = |backend: &mut Backend| {
+        let text = backend.stderr();
+        let ends = [REFUSED, "front end disconnected", "was disconnected", "closed a connection"];
+        ends.map(|words| text.matches(words).count())
+    };
     // Too few to accept the connection, and then too few to serve it.
     let mut seen = words(&mut backend);
     while open < 40 && !(seen[0] > 0 && seen[1] > 0) {
         limit_descriptors(&backend, open);
+        let ended = ends(&mut backend);
         let connection = Connection::connect(backend.socket()).unwrap();
         let asked = std::thread::spawn(move || drop(connection.features()));
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -242,6 +248,11 @@ fn a_front_end_for_which_there_is_no_descriptor_ends_nothing() {
         }
         limit_descriptors(&backend, 10_000);
         asked.join().unwrap();
+        // What is written about this connection does not count for the next one.
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while ends(&mut backend) == ended && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         seen = words(&mut backend);
         open += 1;
     }
