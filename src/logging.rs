@@ -97,7 +97,7 @@ struct Budget {
 }
 
 impl RateLimit {
-    /// A limit of [`BURST`] messages in [`PERIOD`].
+    /// A limit of ten messages in five seconds.
     pub const fn new() -> RateLimit {
         RateLimit(Mutex::new(Budget { begun: None, printed: 0, suppressed: 0 }))
     }
