@@ -24,8 +24,8 @@ use fuse_protocol::abi::{AttrOut, EntryOut, GetattrIn};
 use fuse_protocol::flags::WriteFlags;
 use fuse_protocol::opcode::Opcode;
 use lanefsd::config::{CachePolicy, DeviceConfig, FsConfig};
+use lanefsd::frontend::{self, Signals};
 use lanefsd::fs::passthrough::PassthroughFs;
-use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
 use lanefsd_frontend::client::{ROOT, data};
 use lanefsd_frontend::{Cut, Request, Session, SessionOptions};
@@ -102,7 +102,7 @@ fn serve(share: &Path, listener: &UnixListener, workers: usize, cache: CachePoli
         poll_time: Duration::from_micros(20),
     };
     let service = Arc::new(Service::new(Arc::new(fs)));
-    server::serve(listener, &Signals::catch().unwrap(), &device, false, &service).unwrap();
+    frontend::serve(listener, &Signals::catch().unwrap(), &device, false, &service).unwrap();
 }
 
 /// Sends requests like `request`, [`DEPTH`] at once, until [`STEADY`] windows went by in which the

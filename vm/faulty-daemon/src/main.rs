@@ -19,11 +19,11 @@ use fuse_protocol::reply::Entry;
 use fuse_protocol::request::{Create, Write};
 use lanefsd::cli::{self, Command};
 use lanefsd::config::Sandbox;
+use lanefsd::frontend::{self, Signals};
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::{Context, FileSystem, Opened};
 use lanefsd::listen::Socket;
 use lanefsd::sandbox::{self, Side};
-use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
 use lanefsd::sys::guest_buffers::GuestReader;
 use lanefsd::sys::signals;
@@ -137,6 +137,6 @@ fn main() -> Result<()> {
     let signals = Signals::catch()?;
     let inner = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, config.fs.clone())?;
     let service = Arc::new(Service::new(Arc::new(Faulty { inner, faults, openers: Openers::default() })));
-    server::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
+    frontend::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
     Ok(())
 }
