@@ -62,8 +62,8 @@ struct Buffers {
     listing: Vec<u8>,
 }
 
-/// Serves requests out of a file system.
-pub struct Service {
+/// Serves FUSE requests out of a file system.
+pub struct Server {
     fs: Arc<dyn FileSystem>,
     session: AtomicU8,
     /// What begins or ends a session excludes all other requests: none of these is left behind in the
@@ -71,12 +71,15 @@ pub struct Service {
     session_lock: Arc<SessionLock>,
 }
 
+/// The name of [`Server`] until its users have the new one.
+pub use Server as Service;
+
 type Result<T> = std::result::Result<T, Errno>;
 
-impl Service {
-    /// A service without a session; it begins with INIT.
-    pub fn new(fs: Arc<dyn FileSystem>) -> Service {
-        Service { fs, session: AtomicU8::new(NO_SESSION), session_lock: Arc::default() }
+impl Server {
+    /// A server without a session; it begins with INIT.
+    pub fn new(fs: Arc<dyn FileSystem>) -> Server {
+        Server { fs, session: AtomicU8::new(NO_SESSION), session_lock: Arc::default() }
     }
 
     /// The header of the request in `input`, or `None` if it is shorter than that.
@@ -97,7 +100,7 @@ impl Service {
         Opcode::from_number(header.opcode) == Some(Opcode::Setlkw)
     }
 
-    /// Ends the wait of request `unique`, if it waits: [`Service::serve_and_wait`] returns `None`.
+    /// Ends the wait of request `unique`, if it waits: [`Server::serve_and_wait`] returns `None`.
     pub fn put_back(&self, unique: u64) {
         self.fs.put_back(Unique(unique));
     }
