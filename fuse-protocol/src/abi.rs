@@ -6,7 +6,7 @@
 #[macro_use]
 mod wire;
 
-use std::mem::offset_of;
+use core::mem::offset_of;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -28,6 +28,12 @@ pub const EXT_GROUPS: u32 = 32;
 pub const COMPAT_INIT_IN_SIZE: usize = 16;
 /// Bytes of `fuse_setxattr_in` without SETXATTR_EXT.
 pub const COMPAT_SETXATTR_IN_SIZE: usize = 8;
+/// `typ` of a shared lock in [`FileLock`].
+pub const F_RDLCK: u32 = 0;
+/// `typ` of an exclusive lock.
+pub const F_WRLCK: u32 = 1;
+/// `typ` of no lock.
+pub const F_UNLCK: u32 = 2;
 /// Records of variable length are padded to this many bytes.
 pub const RECORD_ALIGN: usize = 8;
 

@@ -1,14 +1,14 @@
 //! What creating requests carry behind their arguments: the supplementary group that matters, and
 //! security labels for what is created.
 
-use std::ffi::CStr;
+use core::ffi::CStr;
 
 use zerocopy::FromBytes;
 
-use super::abi;
-use super::decode::DecodeError;
-use super::ids::GuestGid;
-use super::opcode::Opcode;
+use crate::abi;
+use crate::decode::DecodeError;
+use crate::ids::GuestGid;
+use crate::opcode::Opcode;
 
 /// Extension types below this are the number of labels in it.
 const LABEL_TYPES: u32 = abi::EXT_GROUPS;
@@ -48,14 +48,14 @@ impl<'a> Labels<'a> {
 
 /// What the extensions of a request say.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Extensions<'a> {
+pub(crate) struct Extensions<'a> {
     pub group: Option<GuestGid>,
     pub labels: Labels<'a>,
 }
 
 impl<'a> Extensions<'a> {
     /// Reads the extensions in `bytes`. Those of unknown types are passed over.
-    pub(super) fn parse(opcode: Opcode, bytes: &'a [u8]) -> Result<Extensions<'a>, DecodeError> {
+    pub(crate) fn parse(opcode: Opcode, bytes: &'a [u8]) -> Result<Extensions<'a>, DecodeError> {
         Extensions::read(bytes).ok_or(DecodeError::Extensions(opcode))
     }
 
@@ -107,6 +107,10 @@ fn take_label(bytes: &[u8]) -> Option<(Label<'_>, &[u8])> {
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
+    use std::vec::Vec;
+
     use super::*;
     use proptest::prelude::*;
     use zerocopy::IntoBytes;

@@ -1,6 +1,6 @@
 //! Numbers that a guest hands us, each a type of its own so that none is taken for another.
 
-use super::abi;
+use crate::abi;
 
 /// Names an inode in the session between one guest and the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -2,9 +2,9 @@
 
 use thiserror::Error;
 
-use super::abi;
-use super::flags::InitFlags;
-use super::request::Init;
+use crate::abi;
+use crate::flags::InitFlags;
+use crate::request::Init;
 
 /// Pages of the longest request that is served, in pages of [`PAGE_SIZE`] bytes: for Linux, which cuts it
 /// down to what its ring and its `fs.fuse.max_pages_limit` allow.
@@ -55,6 +55,20 @@ pub struct Layout {
     pub extensions: bool,
     /// OPEN and CREATE say how to open (HANDLE_KILLPRIV_V2).
     pub open_flags: bool,
+}
+
+impl Layout {
+    /// The layout that goes with a minor version and the flags that were agreed on.
+    pub fn new(minor: u32, flags: InitFlags) -> Layout {
+        let labels = flags.contains(InitFlags::SECURITY_CTX);
+        let announces = minor >= MINOR_EXTENSIONS;
+        Layout {
+            long_setxattr: flags.contains(InitFlags::SETXATTR_EXT),
+            trailing_labels: labels && !announces,
+            extensions: flags.contains(InitFlags::CREATE_SUPP_GROUP) || (labels && announces),
+            open_flags: flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
+        }
+    }
 }
 
 /// What both sides agreed on.
@@ -117,14 +131,7 @@ pub fn major_mismatch() -> abi::InitOut {
 impl Negotiated {
     /// How requests are laid out.
     pub fn layout(&self) -> Layout {
-        let labels = self.flags.contains(InitFlags::SECURITY_CTX);
-        let announces = self.minor >= MINOR_EXTENSIONS;
-        Layout {
-            long_setxattr: self.flags.contains(InitFlags::SETXATTR_EXT),
-            trailing_labels: labels && !announces,
-            extensions: self.flags.contains(InitFlags::CREATE_SUPP_GROUP) || (labels && announces),
-            open_flags: self.flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
-        }
+        Layout::new(self.minor, self.flags)
     }
 
     /// The reply's body.
