@@ -34,10 +34,10 @@ impl Session {
 
     /// Lets a request of the calling thread in, among others.
     pub(super) fn enter<'a>(&self, slot: &'a mut Option<Slot>) -> SharedGuard<'a> {
-        if slot.as_ref().is_none_or(|slot| !slot.is_of(&self.lock)) {
+        if slot.as_ref().is_none_or(|slot| !slot.belongs_to(&self.lock)) {
             *slot = None;
         }
-        slot.get_or_insert_with(|| Slot::of(&self.lock)).lock_shared()
+        slot.get_or_insert_with(|| Slot::register(&self.lock)).lock_shared()
     }
 
     /// Runs `act` while no request is served. Those that wait for locks are interrupted.
