@@ -204,11 +204,11 @@ impl<'a> Operation<'a> {
             Opcode::Syncfs => Operation::Syncfs,
             Opcode::Tmpfile => Operation::Tmpfile(cursor.arguments()?),
             Opcode::Statx => Operation::Statx(cursor.arguments()?),
-            Opcode::Poll
-            | Opcode::Bmap
-            | Opcode::NotifyReply
-            | Opcode::SetupMapping
-            | Opcode::RemoveMapping => Operation::Unsupported,
+            Opcode::Bmap => Operation::Bmap(cursor.arguments()?),
+            Opcode::Poll => Operation::Poll(cursor.arguments()?),
+            Opcode::NotifyReply => Operation::NotifyReply(cursor.arguments()?),
+            Opcode::SetupMapping => Operation::SetupMapping(cursor.arguments()?),
+            Opcode::RemoveMapping => Operation::RemoveMapping(cursor.arguments()?),
         })
     }
 }
@@ -245,7 +245,7 @@ mod tests {
         abi::InHeader { len, opcode, unique: 1, nodeid: 1, ..Default::default() }.into()
     }
 
-    /// As a worker does it: the header's length is the chain's.
+    /// As a server does it: the declared length is the message's.
     fn decode(opcode: Opcode, arguments: &[u8]) -> Result<String> {
         let header = header(opcode as u32, IN_HEADER_SIZE + arguments.len());
         let count = header.argument_bytes(IN_HEADER_SIZE + arguments.len())?;
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn two_names_are_told_apart() {
+    fn a_rename_has_two_names() {
         let mut bytes = 7u64.to_le_bytes().to_vec();
         bytes.extend(b"old\0new\0");
         let text = decode(Opcode::Rename, &bytes).unwrap();
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_write_has_as_much_data_as_it_says() {
+    fn a_write_has_as_much_data_as_it_declares() {
         let write = abi::WriteIn { size: 100, ..Default::default() };
         for (len, good) in [(180, true), (179, false), (181, false), (80, false), (60, false)] {
             let header = header(Opcode::Write as u32, len);
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn the_length_of_the_header_counts() {
+    fn the_declared_length_counts() {
         assert!(header(3, 56).argument_bytes(56).is_ok());
         assert_eq!(header(3, 56).argument_bytes(60), Ok(16));
         assert!(header(3, 57).argument_bytes(56).is_err());
@@ -337,16 +337,16 @@ mod tests {
             let mut header = header(*opcode as u32, IN_HEADER_SIZE + bytes.len());
             let plain = Request::decode(&header, &bytes, EXTENDED).map(|request| format!("{request:?}"));
             header.wire.total_extlen = 0x1234;
-            let rubbish = Request::decode(&header, &bytes, EXTENDED).map(|request| format!("{request:?}"));
+            let uncleared = Request::decode(&header, &bytes, EXTENDED).map(|request| format!("{request:?}"));
             match opcode.creates() {
-                true => assert_eq!(rubbish, Err(DecodeError::Extensions(*opcode))),
-                false => assert_eq!(rubbish, plain, "{opcode:?}"),
+                true => assert_eq!(uncleared, Err(DecodeError::Extensions(*opcode))),
+                false => assert_eq!(uncleared, plain, "{opcode:?}"),
             }
         }
     }
 
     #[test]
-    fn a_read_is_as_long_as_its_chain() {
+    fn a_read_is_as_long_as_its_message() {
         let read = abi::ReadIn { fh: 3, offset: 4096, size: 10, ..Default::default() };
         for declared in [80, 40, 50, 1 << 24, 0] {
             let header = header(Opcode::Read as u32, declared);
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn how_to_open_is_said_by_those_who_agreed_on_it() {
+    fn open_flags_count_where_they_were_negotiated() {
         let open = abi::OpenIn { flags: 0, open_flags: 1 };
         let header = header(Opcode::Open as u32, IN_HEADER_SIZE + 8);
         for (layout, kill) in
@@ -370,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ioctl_brings_as_many_bytes_as_it_says() {
+    fn an_ioctl_has_as_many_bytes_as_it_declares() {
         let ioctl = abi::IoctlIn { in_size: 4, ..Default::default() };
         let bytes = [ioctl.as_bytes(), &[1, 2, 3, 4]].concat();
         assert!(decode(Opcode::Ioctl, &bytes).unwrap().contains("data: [1, 2, 3, 4]"));
@@ -388,7 +388,7 @@ mod tests {
     }
 
     proptest! {
-        /// Total: no bytes make it panic, and what it takes lies within what it was given.
+        /// Total: no bytes make it panic, and the arguments lie within the message.
         #[test]
         fn any_bytes_decode(
             opcode in 0u32..60, bytes in proptest::collection::vec(any::<u8>(), 0..300),

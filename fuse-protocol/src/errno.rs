@@ -7,6 +7,8 @@ use core::fmt;
 pub struct Errno(u16);
 
 impl Errno {
+    /// ENOENT: no such entry.
+    pub const NOENT: Errno = Errno(2);
     /// EIO: the server failed.
     pub const IO: Errno = Errno(5);
     /// EINVAL: a request that no kernel sends.

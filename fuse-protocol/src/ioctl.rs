@@ -42,7 +42,7 @@ pub struct FileAttributes {
     pub projid: u32,
     /// Bytes by which copies grow.
     pub cowextsize: u32,
-    /// Nothing so far.
+    /// Zero.
     pub padding: [u8; 8],
 }
 
@@ -59,7 +59,7 @@ pub enum Command {
     SetAttributes(FileAttributes),
 }
 
-/// What a command gives back.
+/// The result of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reply {
     /// Nothing.
@@ -73,7 +73,7 @@ pub enum Reply {
 /// Why an IOCTL is no [`Command`].
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum IoctlError {
-    /// Its number is that of no command here.
+    /// No command here has its number.
     #[error("ioctl {0:#x} is unknown")]
     Unknown(u32),
     /// The caller hands in, or has room for, another number of bytes than the command takes.
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn the_callers_memory_is_left_alone() {
+    fn unrestricted_ioctls_are_refused() {
         let flags = IoctlFlags::UNRESTRICTED;
         let ioctl = Ioctl { handle: HandleId(1), flags, command: GETFLAGS, data: &[], room: 8 };
         assert_eq!(ioctl.command(), Err(IoctlError::Unrestricted(GETFLAGS)));
@@ -184,7 +184,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn all_others_are_no_typewriter(command: u32, data in proptest::collection::vec(any::<u8>(), 0..40), room: u32) {
+        fn other_commands_are_unknown(command: u32, data in proptest::collection::vec(any::<u8>(), 0..40), room: u32) {
             let known = [GETFLAGS, SETFLAGS, GETFLAGS_32, SETFLAGS_32, FSGETXATTR, FSSETXATTR];
             let answer = decode(command, &data, room);
             prop_assert_eq!(answer == Err(Errno::NOTTY), !known.contains(&command));

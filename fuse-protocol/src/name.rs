@@ -1,4 +1,4 @@
-//! Names in requests. Past this module a name is known to be one safe path component.
+//! Names in requests. A [`Name`] is one safe path component.
 
 use core::ffi::CStr;
 
@@ -93,7 +93,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn refuses_what_is_no_component() {
+    fn other_than_one_component_is_refused() {
         let long = CString::new(vec![b'a'; 1025]).unwrap();
         for (name, error) in [
             (c"", NameError::Empty),

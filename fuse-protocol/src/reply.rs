@@ -10,7 +10,7 @@ use core::time::Duration;
 
 use zerocopy::IntoBytes;
 
-pub use self::body::{Copied, Offset, ReplyBody, Written};
+pub use self::body::{Block, Copied, Events, Offset, ReplyBody, Written};
 pub use self::directory::{DirectoryEntry, DirectoryWriter, Full};
 use crate::abi;
 use crate::errno::Errno;

@@ -7,6 +7,7 @@ mod attributes;
 mod files;
 mod locks;
 mod namespace;
+mod rare;
 mod session;
 
 pub use self::attributes::{
@@ -18,6 +19,7 @@ pub use self::files::{
 };
 pub use self::locks::{Lock, LockKind};
 pub use self::namespace::{Create, Link, Lookup, Mkdir, Mknod, Rename, Rmdir, Symlink, Tmpfile, Unlink};
+pub use self::rare::{Bmap, NotifyReply, Poll, RemoveMapping, SetupMapping};
 pub use self::session::{BatchForget, Forget, Init, Interrupt};
 
 use crate::extensions::Labels;
@@ -104,6 +106,9 @@ pub enum Operation<'a> {
     Setlk(Lock),
     Setlkw(Lock),
     Ioctl(Ioctl<'a>),
-    /// POLL, BMAP, NOTIFY_REPLY, SETUPMAPPING or REMOVEMAPPING, whose arguments are not decoded.
-    Unsupported,
+    Bmap(Bmap),
+    Poll(Poll),
+    NotifyReply(NotifyReply<'a>),
+    SetupMapping(SetupMapping),
+    RemoveMapping(RemoveMapping<'a>),
 }

@@ -68,7 +68,9 @@ impl Server {
             Operation::Setlk(op) => body.respond(|| fs.setlk(ctx, node, op)),
             Operation::Setlkw(op) => body.respond(|| fs.setlkw(ctx, node, op)),
             Operation::Ioctl(op) => body.respond(|| fs.ioctl(ctx, node, op).map_err(ioctl_error)),
-            Operation::Unsupported => Err(Errno::NOSYS),
+            // Of /dev/fuse and DAX windows, which this device has not.
+            Operation::Bmap(_) | Operation::Poll(_) | Operation::NotifyReply(_) => Err(Errno::NOSYS),
+            Operation::SetupMapping(_) | Operation::RemoveMapping(_) => Err(Errno::NOSYS),
         }
     }
 

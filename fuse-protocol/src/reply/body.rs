@@ -52,6 +52,14 @@ pub enum Copied {
     Wide(u64),
 }
 
+/// The block of the device that BMAP has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block(pub u64);
+
+/// `POLL*` of poll(2) that hold for a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Events(pub u32);
+
 one_struct! {
     /// INIT.
     abi::InitOut: abi::InitOut, |init| *init;
@@ -69,6 +77,10 @@ one_struct! {
     abi::Kstatfs: abi::StatfsOut, |figures| abi::StatfsOut { st: *figures };
     /// LSEEK.
     Offset: abi::LseekOut, |offset| abi::LseekOut { offset: offset.0 };
+    /// BMAP.
+    Block: abi::BmapOut, |block| abi::BmapOut { block: block.0 };
+    /// POLL.
+    Events: abi::PollOut, |events| abi::PollOut { revents: events.0, padding: 0 };
     /// GETLK.
     abi::FileLock: abi::LkOut, |lock| abi::LkOut { lk: *lock };
 }

@@ -55,14 +55,14 @@ impl<'a> DirectoryWriter<'a> {
         self.limit.saturating_sub(self.buffer.len())
     }
 
-    /// Whether a record for a name of `name_len` bytes still fits. To be asked before a lookup
-    /// that [`DirectoryWriter::push`] would otherwise waste.
+    /// Whether a record for a name of `name_len` bytes still fits. A caller checks this before a lookup
+    /// that a full [`DirectoryWriter::push`] would waste.
     pub fn fits(&self, name_len: usize) -> bool {
         self.buffer.len() + self.record_size(name_len) <= self.limit
     }
 
-    /// Adds a record. `found` is what READDIRPLUS tells about the inode; without it (and always
-    /// for `.` and `..`) the guest looks the name up when it needs it. READDIR ignores it.
+    /// Adds a record. `found` is the inode, for READDIRPLUS; without it (and always for `.` and `..`) the
+    /// guest sends a LOOKUP when it needs one. READDIR ignores it.
     pub fn push(&mut self, entry: &DirectoryEntry<'_>, found: Option<&Entry>) -> Result<(), Full> {
         if !self.fits(entry.name.len()) {
             return Err(Full);
