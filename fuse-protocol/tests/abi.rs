@@ -196,7 +196,7 @@ fn no_struct_of_the_header_is_missing() {
 fn no_notification_of_the_header_is_missing() {
     let (_, text) = header();
     let body = text.split("enum fuse_notify_code {").nth(1).unwrap().split("};").next().unwrap();
-    let names = body.lines().filter_map(|line| line.trim().split([' ', '=']).next());
+    let names = body.lines().filter_map(|line| line.trim().split([' ', '=', ',']).next());
     for name in names.filter(|name| name.starts_with("FUSE_") && *name != "FUSE_NOTIFY_CODE_MAX") {
         assert!(Notification::CODES.iter().any(|(ours, _)| *ours == name), "{name}");
     }
