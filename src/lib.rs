@@ -1,7 +1,7 @@
 //! lanefsd: a vhost-user virtio-fs daemon that lets many writers in a guest write one file at once.
 //!
 //! One request goes straight through: [`device`] takes a descriptor chain, [`fuse_protocol`] decodes it,
-//! [`service`] calls the [`fs::FileSystem`], and the reply goes back into the chain.
+//! [`server`] calls the [`fs::FileSystem`], and the reply goes back into the chain.
 
 pub mod blocking;
 pub mod cli;
@@ -13,7 +13,8 @@ pub mod logging;
 pub mod mapping;
 pub mod process;
 pub mod sandbox;
-pub mod service;
+pub mod server;
+pub use server as service;
 mod session_lock;
 mod sync;
 pub mod sys;

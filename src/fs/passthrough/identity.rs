@@ -13,7 +13,6 @@ use crate::sys::umask::set_thread_umask;
 use fuse_protocol::abi::INVALID_UIDGID;
 use fuse_protocol::flags::InitFlags;
 use fuse_protocol::ids::{GuestGid, GuestUid};
-use fuse_protocol::init::Negotiated;
 
 /// The guest's root.
 const ROOT: GuestUid = GuestUid(0);
@@ -24,8 +23,8 @@ const MODE_BITS: u32 = 0o7777;
 /// it takes the bit off by itself where the caller is not in the directory's group. The host does
 /// so as well, but not as well if it is not told of the caller's groups: it takes the bit from
 /// members, too.
-pub(super) fn guest_strips_group_bit(negotiated: &Negotiated) -> bool {
-    negotiated.minor >= 37 && !negotiated.flags.contains(InitFlags::CREATE_SUPP_GROUP)
+pub(super) fn guest_strips_group_bit(minor: u32, flags: InitFlags) -> bool {
+    minor >= 37 && !flags.contains(InitFlags::CREATE_SUPP_GROUP)
 }
 
 /// User and group that the guest sees as an inode's owners.

@@ -34,11 +34,10 @@ mod shards;
 mod start;
 mod xattr;
 
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use arc_swap::ArcSwap;
 use log::debug;
 use rustix::io::Errno;
 
@@ -52,18 +51,21 @@ use self::lock_ranges::RangeCount;
 use self::locks::Waits;
 pub use self::start::StartError;
 use self::start::{descriptors, open_descriptors};
-use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
+use super::{Agreement, Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply, errno};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
-use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
-use fuse_protocol::ids::{HandleId, LockOwner, NodeId, Unique};
-use fuse_protocol::init::Negotiated;
-use fuse_protocol::ioctl::{Command, Reply};
-use fuse_protocol::name::{LookupName, Name};
+use fuse_protocol::flags::{InitFlags, SetxattrFlags};
+use fuse_protocol::ids::{NodeId, Unique};
+use fuse_protocol::ioctl;
+use fuse_protocol::name::LookupName;
 use fuse_protocol::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
-use fuse_protocol::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
+use fuse_protocol::request::{
+    Access, CopyFileRange, Create, Fallocate, Flush, Fsync, Getattr, Getxattr, Ioctl, Link, Listxattr, Lock,
+    Lookup, Lseek, Mkdir, Mknod, Open, Opendir, Read, Readdir, Release, Releasedir, Removexattr, Rename,
+    Rmdir, Setattr, Setxattr, Statx, Symlink, Tmpfile, Unlink, Write,
+};
 
-/// What guest and daemon agreed on, as far as it matters here.
+/// What follows here from the [`Agreement`] with the guest.
 #[derive(Clone, Copy, Debug)]
 struct Session {
     policy: IoPolicy,
@@ -102,7 +104,7 @@ pub struct PassthroughFs {
     offers_labels: bool,
     /// See [`xattr::mapped_capability`].
     mapped_capability: Option<CString>,
-    session: ArcSwap<Session>,
+    agreement: Arc<Agreement>,
 }
 
 impl PassthroughFs {
@@ -122,16 +124,6 @@ impl PassthroughFs {
         let budget = Arc::new(Budget::of_the_process(open_descriptors(&proc_self_fd)?));
         let descriptors = descriptors(config.inode_file_handles, &root, &budget)?;
         let inodes = InodeTable::new(budget.take()?.hold(root), lookup::key(&stat), descriptors)?;
-        let session = Session {
-            policy: IoPolicy::new(&config, InitFlags::empty()),
-            submounts: false,
-            says_who_clears: false,
-            long_setxattr: false,
-            keeps_group_bit: false,
-            leaves_umask: false,
-            acls: false,
-            labels: false,
-        };
         Ok(PassthroughFs {
             offers_acls,
             offers_labels: false,
@@ -144,7 +136,7 @@ impl PassthroughFs {
             handles: HandleTable::default(),
             waits: Waits::default(),
             lock_ranges: Arc::default(),
-            session: ArcSwap::from_pointee(session),
+            agreement: Arc::default(),
         })
     }
 
@@ -162,7 +154,17 @@ impl PassthroughFs {
     }
 
     fn session(&self) -> Session {
-        **self.session.load()
+        let flags = self.agreement.flags();
+        Session {
+            policy: IoPolicy::new(&self.config, flags),
+            submounts: flags.contains(InitFlags::SUBMOUNTS),
+            says_who_clears: flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
+            long_setxattr: flags.contains(InitFlags::SETXATTR_EXT),
+            keeps_group_bit: identity::guest_strips_group_bit(self.agreement.minor(), flags),
+            leaves_umask: flags.contains(InitFlags::DONT_MASK),
+            acls: flags.contains(InitFlags::POSIX_ACL),
+            labels: flags.contains(InitFlags::SECURITY_CTX),
+        }
     }
 
     fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
@@ -205,18 +207,8 @@ impl FileSystem for PassthroughFs {
         flags
     }
 
-    fn init(&self, negotiated: &Negotiated) {
-        let flags = negotiated.flags;
-        self.session.store(Arc::new(Session {
-            policy: IoPolicy::new(&self.config, flags),
-            submounts: flags.contains(InitFlags::SUBMOUNTS),
-            says_who_clears: flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
-            long_setxattr: flags.contains(InitFlags::SETXATTR_EXT),
-            keeps_group_bit: identity::guest_strips_group_bit(negotiated),
-            leaves_umask: flags.contains(InitFlags::DONT_MASK),
-            acls: flags.contains(InitFlags::POSIX_ACL),
-            labels: flags.contains(InitFlags::SECURITY_CTX),
-        }));
+    fn agreement(&self) -> Result<&Arc<Agreement>> {
+        Ok(&self.agreement)
     }
 
     fn keep_back(&self, device: DeviceDescriptors) {
@@ -229,9 +221,9 @@ impl FileSystem for PassthroughFs {
         self.inodes.clear();
     }
 
-    fn lookup(&self, _ctx: &Context, parent: NodeId, name: LookupName<'_>) -> Result<Entry> {
+    fn lookup(&self, _ctx: &Context, parent: NodeId, lookup: &Lookup<'_>) -> Result<Entry> {
         let parent = self.inode(parent)?;
-        match name {
+        match lookup.name {
             LookupName::Entry(name) => self.look_up(&parent, name.as_c_str()),
             LookupName::This => self.look_up_self(&parent),
             LookupName::Parent => self.look_up_parent(&parent),
@@ -242,12 +234,12 @@ impl FileSystem for PassthroughFs {
         self.inodes.forget(node, count);
     }
 
-    fn getattr(&self, _ctx: &Context, node: NodeId, _handle: Option<HandleId>) -> Result<Attributes> {
+    fn getattr(&self, _ctx: &Context, node: NodeId, _getattr: &Getattr) -> Result<Attributes> {
         self.attributes(&*self.inode(node)?)
     }
 
-    fn setattr(&self, ctx: &Context, node: NodeId, set: &Setattr) -> Result<Attributes> {
-        self.set_attributes(ctx, node, set)
+    fn setattr(&self, ctx: &Context, node: NodeId, setattr: &Setattr) -> Result<Attributes> {
+        self.set_attributes(ctx, node, setattr)
     }
 
     fn statx(&self, _ctx: &Context, node: NodeId, statx: &Statx) -> Result<StatxReply> {
@@ -258,44 +250,36 @@ impl FileSystem for PassthroughFs {
         self.read_link(&*self.inode(node)?)
     }
 
-    fn symlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>, target: &CStr) -> Result<Entry> {
-        self.make_symlink(ctx, &*self.inode(parent)?, name, target)
+    fn symlink(&self, ctx: &Context, parent: NodeId, symlink: &Symlink<'_>) -> Result<Entry> {
+        self.make_symlink(ctx, &*self.inode(parent)?, symlink.name, symlink.target)
     }
 
-    fn mknod(
-        &self,
-        ctx: &Context,
-        parent: NodeId,
-        name: Name<'_>,
-        mode: u32,
-        rdev: u32,
-        umask: u32,
-    ) -> Result<Entry> {
-        self.make_node(ctx, &*self.inode(parent)?, name, (mode, umask), rdev)
+    fn mknod(&self, ctx: &Context, parent: NodeId, mknod: &Mknod<'_>) -> Result<Entry> {
+        self.make_node(ctx, &*self.inode(parent)?, mknod.name, (mknod.mode, mknod.umask), mknod.rdev)
     }
 
-    fn mkdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>, mode: u32, umask: u32) -> Result<Entry> {
-        self.make_directory(ctx, &*self.inode(parent)?, name, mode, umask)
+    fn mkdir(&self, ctx: &Context, parent: NodeId, mkdir: &Mkdir<'_>) -> Result<Entry> {
+        self.make_directory(ctx, &*self.inode(parent)?, mkdir.name, mkdir.mode, mkdir.umask)
     }
 
-    fn unlink(&self, _ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
-        self.remove_name(&*self.inode(parent)?, name, false)
+    fn unlink(&self, _ctx: &Context, parent: NodeId, unlink: &Unlink<'_>) -> Result<()> {
+        self.remove_name(&*self.inode(parent)?, unlink.name, false)
     }
 
-    fn rmdir(&self, _ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
-        self.remove_name(&*self.inode(parent)?, name, true)
+    fn rmdir(&self, _ctx: &Context, parent: NodeId, rmdir: &Rmdir<'_>) -> Result<()> {
+        self.remove_name(&*self.inode(parent)?, rmdir.name, true)
     }
 
     fn rename(&self, ctx: &Context, parent: NodeId, rename: &Rename<'_>) -> Result<()> {
         self.rename_entry(ctx, &*self.inode(parent)?, &*self.inode(rename.new_parent)?, rename)
     }
 
-    fn link(&self, _ctx: &Context, node: NodeId, new_parent: NodeId, name: Name<'_>) -> Result<Entry> {
-        self.make_link(&self.inode(node)?, &*self.inode(new_parent)?, name)
+    fn link(&self, _ctx: &Context, parent: NodeId, link: &Link<'_>) -> Result<Entry> {
+        self.make_link(&self.inode(link.target)?, &*self.inode(parent)?, link.name)
     }
 
-    fn open(&self, ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
-        self.open_file(ctx, self.inode(node)?, flags, open_flags)
+    fn open(&self, ctx: &Context, node: NodeId, open: &Open) -> Result<Opened> {
+        self.open_file(ctx, self.inode(node)?, open.flags, open.open_flags)
     }
 
     fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened)> {
@@ -321,26 +305,19 @@ impl FileSystem for PassthroughFs {
         attributes::file_system(&*self.inode(node)?)
     }
 
-    fn release(
-        &self,
-        _ctx: &Context,
-        node: NodeId,
-        handle: HandleId,
-        flags: ReleaseFlags,
-        owner: LockOwner,
-    ) -> Result<()> {
-        self.close_file(node, handle, flags, owner)
+    fn release(&self, _ctx: &Context, node: NodeId, release: &Release) -> Result<()> {
+        self.close_file(node, release.handle, release.flags, release.lock_owner)
     }
 
-    fn fsync(&self, _ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
-        data::sync(&*self.handles.get(node, handle)?, flags)
+    fn fsync(&self, _ctx: &Context, node: NodeId, fsync: &Fsync) -> Result<()> {
+        data::sync(&*self.handles.get(node, fsync.handle)?, fsync.flags)
     }
 
-    fn flush(&self, _ctx: &Context, node: NodeId, handle: HandleId, owner: LockOwner) -> Result<()> {
-        self.flush_handle(&*self.handles.get(node, handle)?, owner)
+    fn flush(&self, _ctx: &Context, node: NodeId, flush: &Flush) -> Result<()> {
+        self.flush_handle(&*self.handles.get(node, flush.handle)?, flush.lock_owner)
     }
 
-    fn opendir(&self, _ctx: &Context, node: NodeId, _flags: u32) -> Result<Opened> {
+    fn opendir(&self, _ctx: &Context, node: NodeId, _opendir: &Opendir) -> Result<Opened> {
         self.open_directory(self.inode(node)?)
     }
 
@@ -348,40 +325,32 @@ impl FileSystem for PassthroughFs {
         &self,
         _ctx: &Context,
         node: NodeId,
-        handle: HandleId,
-        offset: u64,
+        readdir: &Readdir,
         out: &mut DirectoryWriter<'_>,
     ) -> Result<()> {
-        self.list(&*self.handles.get(node, handle)?, offset, out)
+        self.list(&*self.handles.get(node, readdir.handle)?, readdir.offset, out)
     }
 
-    fn releasedir(&self, _ctx: &Context, node: NodeId, handle: HandleId) -> Result<()> {
-        self.handles.remove(node, handle).map(drop)
+    fn releasedir(&self, _ctx: &Context, node: NodeId, releasedir: &Releasedir) -> Result<()> {
+        self.handles.remove(node, releasedir.handle).map(drop)
     }
 
-    fn fsyncdir(&self, _ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
-        data::sync(&*self.handles.get(node, handle)?, flags)
+    fn fsyncdir(&self, _ctx: &Context, node: NodeId, fsyncdir: &Fsync) -> Result<()> {
+        data::sync(&*self.handles.get(node, fsyncdir.handle)?, fsyncdir.flags)
     }
 
-    fn access(&self, ctx: &Context, node: NodeId, mask: u32) -> Result<()> {
-        self.check_access(ctx, &*self.inode(node)?, mask)
+    fn access(&self, ctx: &Context, node: NodeId, access: &Access) -> Result<()> {
+        self.check_access(ctx, &*self.inode(node)?, access.mask)
     }
 
-    fn fallocate(
-        &self,
-        ctx: &Context,
-        node: NodeId,
-        handle: HandleId,
-        mode: u32,
-        offset: u64,
-        length: u64,
-    ) -> Result<()> {
+    fn fallocate(&self, ctx: &Context, node: NodeId, fallocate: &Fallocate) -> Result<()> {
+        let Fallocate { handle, offset, length, mode } = *fallocate;
         let handle = self.handles.get(node, handle)?;
         self.change(ctx, &handle.inode, || data::allocate(&handle, mode, offset, length))
     }
 
-    fn lseek(&self, _ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {
-        self.seek(&*self.handles.get(node, handle)?, offset, whence)
+    fn lseek(&self, _ctx: &Context, node: NodeId, lseek: &Lseek) -> Result<u64> {
+        self.seek(&*self.handles.get(node, lseek.handle)?, lseek.offset, lseek.whence)
     }
 
     fn copy_file_range(&self, ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
@@ -394,28 +363,22 @@ impl FileSystem for PassthroughFs {
         self.sync_file_system(&*self.inode(node)?)
     }
 
-    fn setxattr(
-        &self,
-        ctx: &Context,
-        node: NodeId,
-        name: &CStr,
-        value: &[u8],
-        flags: u32,
-        acl_kill_sgid: bool,
-    ) -> Result<()> {
-        self.set_xattr(ctx, &*self.inode(node)?, (name, value), flags, acl_kill_sgid)
+    fn setxattr(&self, ctx: &Context, node: NodeId, setxattr: &Setxattr<'_>) -> Result<()> {
+        let Setxattr { name, value, flags, setxattr_flags } = *setxattr;
+        let kill_sgid = setxattr_flags.contains(SetxattrFlags::ACL_KILL_SGID);
+        self.set_xattr(ctx, &*self.inode(node)?, (name, value), flags, kill_sgid)
     }
 
-    fn getxattr(&self, _ctx: &Context, node: NodeId, name: &CStr, size: u32) -> Result<XattrReply> {
-        self.get_xattr(&*self.inode(node)?, name, size)
+    fn getxattr(&self, _ctx: &Context, node: NodeId, getxattr: &Getxattr<'_>) -> Result<XattrReply> {
+        self.get_xattr(&*self.inode(node)?, getxattr.name, getxattr.size)
     }
 
-    fn listxattr(&self, _ctx: &Context, node: NodeId, size: u32) -> Result<XattrReply> {
-        self.list_xattr(&*self.inode(node)?, size)
+    fn listxattr(&self, _ctx: &Context, node: NodeId, listxattr: &Listxattr) -> Result<XattrReply> {
+        self.list_xattr(&*self.inode(node)?, listxattr.size)
     }
 
-    fn removexattr(&self, _ctx: &Context, node: NodeId, name: &CStr) -> Result<()> {
-        self.remove_xattr(&*self.inode(node)?, name)
+    fn removexattr(&self, _ctx: &Context, node: NodeId, removexattr: &Removexattr<'_>) -> Result<()> {
+        self.remove_xattr(&*self.inode(node)?, removexattr.name)
     }
 
     fn getlk(&self, _ctx: &Context, node: NodeId, lock: &Lock) -> Result<abi::FileLock> {
@@ -430,8 +393,9 @@ impl FileSystem for PassthroughFs {
         self.take_lock(&*self.handles.get(node, lock.handle)?, lock, Some(ctx.unique))
     }
 
-    fn ioctl(&self, ctx: &Context, node: NodeId, handle: HandleId, command: Command) -> Result<Reply> {
-        self.file_flags(ctx, &*self.handles.get(node, handle)?, command)
+    fn ioctl(&self, ctx: &Context, node: NodeId, ioctl: &Ioctl<'_>) -> Result<ioctl::Reply> {
+        let command = ioctl.command().map_err(|error| errno(error.errno()))?;
+        self.file_flags(ctx, &*self.handles.get(node, ioctl.handle)?, command)
     }
 
     fn interrupt(&self, unique: Unique) -> Result<()> {

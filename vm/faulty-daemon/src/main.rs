@@ -14,10 +14,10 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Parser;
-use fuse_protocol::flags::{OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
-use fuse_protocol::ids::{HandleId, LockOwner, NodeId};
+use fuse_protocol::flags::OpenReplyFlags;
+use fuse_protocol::ids::NodeId;
 use fuse_protocol::reply::Entry;
-use fuse_protocol::request::{Create, Write};
+use fuse_protocol::request::{Create, Open, Release, Write};
 use lanefsd::cli::{self, Command};
 use lanefsd::config::{Config, Sandbox, Seccomp};
 use lanefsd::daemon;
@@ -72,8 +72,8 @@ impl FileSystem for Faulty {
         Ok(&*self.inner)
     }
 
-    fn open(&self, ctx: &Context, node: NodeId, flags: u32, more: OpenRequestFlags) -> Result<Opened, Errno> {
-        self.inner.open(ctx, node, flags, more).map(|opened| self.opened(node, opened, flags))
+    fn open(&self, ctx: &Context, node: NodeId, open: &Open) -> Result<Opened, Errno> {
+        self.inner.open(ctx, node, open).map(|opened| self.opened(node, opened, open.flags))
     }
 
     fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened), Errno> {
@@ -81,16 +81,9 @@ impl FileSystem for Faulty {
         Ok((entry, self.opened(entry.node, opened, create.flags)))
     }
 
-    fn release(
-        &self,
-        ctx: &Context,
-        node: NodeId,
-        handle: HandleId,
-        flags: ReleaseFlags,
-        owner: LockOwner,
-    ) -> Result<(), Errno> {
-        self.openers.released(node, handle);
-        self.inner.release(ctx, node, handle, flags, owner)
+    fn release(&self, ctx: &Context, node: NodeId, release: &Release) -> Result<(), Errno> {
+        self.openers.released(node, release.handle);
+        self.inner.release(ctx, node, release)
     }
 
     fn destroy(&self) {
