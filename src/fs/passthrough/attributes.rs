@@ -11,9 +11,9 @@ use rustix::process::{Gid, Uid};
 
 use super::credentials::{SetIdBits, explain_unmapped, gid_of, set_id_bits, uid_of};
 use super::identity::Owner;
-use super::inodes::Inode;
+use super::inode::Inode;
+use super::inode::mount::Mount;
 use super::lookup::{PROC, proc_name, stat};
-use super::mounts::Mount;
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
 use crate::mapping::ids::{HostGid, HostUid};

@@ -8,8 +8,8 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use super::handles::Handle;
 use super::host_file::Opener;
-use super::io_mode::Mode;
-use super::range_lock::{RangeGuard, lock_copy};
+use super::inode::io_mode::Mode;
+use super::inode::range_lock::{RangeGuard, lock_copy};
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};

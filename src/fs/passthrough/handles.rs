@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 use rustix::io::Errno;
 
 use super::host_file::HostFile;
-use super::inodes::Inode;
-use super::io_mode::Mode;
+use super::inode::Inode;
+use super::inode::io_mode::Mode;
+use super::inode::shards::{ByNumber, Shards};
 use super::listing::Listing;
-use super::shards::{ByNumber, Shards};
 use crate::blocking::block_in_place;
 use crate::fs::Result;
 use fuse_protocol::ids::{HandleId, NodeId};

@@ -27,7 +27,7 @@ use rustix::io::Errno;
 use super::PassthroughFs;
 use super::budget::Held;
 use super::handles::Handle;
-use super::lock_ranges::Ranges;
+use super::inode::locked_ranges::Ranges;
 use crate::blocking::block_in_place;
 use crate::fs::{PUT_BACK, Result};
 use crate::sys::locks::{ByteLock, LockType, ofd_get, ofd_set, ofd_set_wait};

@@ -11,8 +11,8 @@ use rustix::path::DecInt;
 
 use super::PassthroughFs;
 use super::budget::{Held, Slot};
-use super::inodes::{Inode, InodeKey, Seen};
-use super::mounts::Mount;
+use super::inode::mount::Mount;
+use super::inode::{Inode, InodeKey, Seen};
 use crate::fs::Result;
 use crate::sys::file_handles::{entry_to_handle, name_to_handle};
 use fuse_protocol::abi;

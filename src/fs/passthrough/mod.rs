@@ -1,6 +1,6 @@
 //! A host directory as a guest's file system.
 //!
-//! [`inodes`] holds every inode that the guest knows, by an O_PATH descriptor or a file handle;
+//! [x holds every inode that the guest knows, by an O_PATH descriptor or a file handle;
 //! [`handles`] what it has open. No file is ever reached by a path: a name is one component, looked up in the
 //! descriptor of its directory without following links, and only regular files and directories
 //! are opened.
@@ -16,20 +16,13 @@ mod handles;
 mod host_file;
 mod identity;
 mod inode;
-mod inodes;
-pub mod io_mode;
 mod labels;
 mod listing;
-mod lock_ranges;
 pub mod locks;
 mod lookup;
-mod mounts;
 mod names;
 mod open;
-mod pins;
-pub mod range_lock;
 mod set_id;
-mod shards;
 mod start;
 mod xattr;
 
@@ -45,9 +38,11 @@ use rustix::io::Errno;
 use self::budget::Budget;
 use self::credentials::OwnIds;
 use self::handles::HandleTable;
-use self::inodes::{Inode, InodeTable};
-use self::io_mode::IoPolicy;
-use self::lock_ranges::RangeCount;
+use self::inode::Inode;
+use self::inode::io_mode::IoPolicy;
+use self::inode::locked_ranges::RangeCount;
+pub use self::inode::range_lock;
+use self::inode::table::InodeTable;
 use self::locks::Waits;
 pub use self::start::StartError;
 use self::start::{descriptors, open_descriptors};

@@ -11,7 +11,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::budget::Slot;
-use super::inodes::Inode;
+use super::inode::Inode;
 use super::lookup::{PROC, WANTED, key, kind, proc_name, stat};
 use super::{Context, PassthroughFs};
 use crate::fs::Result;

@@ -8,8 +8,8 @@ use rustix::io::Errno;
 
 use super::handles::Handle;
 use super::host_file::HostFile;
-use super::inodes::Inode;
-use super::io_mode::Mode;
+use super::inode::Inode;
+use super::inode::io_mode::Mode;
 use super::names::take_away;
 use super::{Context, PassthroughFs};
 use crate::config::CachePolicy;

@@ -19,8 +19,8 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, FileType, Mode, Statx, chmodat, getxattr_query, removexattr};
 
 use super::credentials::{GroupGuard, SetIdBits, become_member, set_id_bits};
-use super::inodes::Inode;
-use super::io_mode;
+use super::inode::Inode;
+use super::inode::io_mode;
 use super::lookup::{PROC, proc_name, stat};
 use super::{Context, PassthroughFs};
 use crate::fs::Result;

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use super::budget::Budget;
-use super::pins::Descriptors;
+use super::inode::fd_cache::Descriptors;
 use crate::config::InodeFileHandles;
 
 /// Why a directory cannot be served as it was asked for.

@@ -13,7 +13,7 @@ use rustix::path::DecInt;
 use rustix::thread::CapabilitySet;
 
 use super::credentials::{self, SetIdBits, set_id_bits};
-use super::inodes::Inode;
+use super::inode::Inode;
 use super::lookup::{PROC, proc_name, stat};
 use super::{Context, PassthroughFs, StartError};
 use crate::config::{FsConfig, Insistence};

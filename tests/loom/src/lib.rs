@@ -3,9 +3,9 @@
 
 pub use lanefsd::config;
 
-#[path = "../../../src/fs/passthrough/io_mode.rs"]
+#[path = "../../../src/fs/passthrough/inode/io_mode.rs"]
 pub mod io_mode;
-#[path = "../../../src/fs/passthrough/range_lock.rs"]
+#[path = "../../../src/fs/passthrough/inode/range_lock.rs"]
 pub mod range_lock;
 #[path = "../../../src/session_lock.rs"]
 pub mod session_lock;

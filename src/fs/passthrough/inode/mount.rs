@@ -26,10 +26,10 @@ use std::sync::{Arc, OnceLock, Weak};
 use rustix::fs::{FileType, Mode, OFlags, fstatfs, openat};
 use rustix::io::Errno;
 
-use super::budget::Held;
-use super::inodes::Inode;
-use super::pins::Descriptors;
+use super::Inode;
+use super::fd_cache::Descriptors;
 use crate::fs::Result;
+use crate::fs::passthrough::budget::Held;
 use crate::sys::file_handles::{name_to_handle, open_by_handle};
 
 /// `FUSE_SUPER_MAGIC` of linux/magic.h.
@@ -42,7 +42,7 @@ const VFAT: u32 = 0x4d44;
 #[derive(Debug)]
 #[repr(align(128))]
 pub struct Mount {
-    /// See [`super::inodes::InodeKey::mount`].
+    /// See [`super::InodeKey::mount`].
     pub id: u32,
     /// Different inodes may have the same number: the kernel's own number, which stands in the handle,
     /// tells them apart.

@@ -19,10 +19,10 @@ use log::{debug, info};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
-use super::budget::{Budget, Held};
-use super::mounts::{self, Mount};
+use super::mount::{self, Mount};
 use super::shards::{Apart, Shards};
 use crate::fs::Result;
+use crate::fs::passthrough::budget::{Budget, Held};
 use crate::sys::file_handles::{FileHandle, name_to_handle, open_by_handle};
 use fuse_protocol::ids::NodeId;
 
@@ -95,7 +95,7 @@ impl Descriptors {
     ///
     /// EPERM without CAP_DAC_READ_SEARCH, EOPNOTSUPP where the file system has no handles that last.
     pub fn limited(root: &OwnedFd, budget: &Arc<Budget>) -> Result<Descriptors> {
-        mounts::try_handles(root)?;
+        mount::try_handles(root)?;
         Ok(Descriptors::of(budget, half_of(budget)))
     }
 
@@ -371,7 +371,7 @@ mod tests {
     fn one_of(root: &std::path::Path, most: usize) -> (Arc<Budget>, Arc<Mount>) {
         // One is for the mount.
         let budget = Arc::new(Budget::of(most + 1, 0));
-        mounts::try_handles(path_of(root)).unwrap();
+        mount::try_handles(path_of(root)).unwrap();
         let all = Arc::new(Descriptors::of(&budget, 1));
         let mount = all.mount(1, path_of(root), FileType::Directory).unwrap();
         (budget, mount)

@@ -1,18 +1,26 @@
 //! An inode that the guest knows, and what identifies it on the host.
 
+pub mod fd_cache;
+pub mod io_mode;
+pub mod locked_ranges;
+pub mod mount;
+pub mod range_lock;
+pub mod shards;
+pub mod table;
+
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use rustix::fs::FileType;
 
-use super::budget::Held;
-use super::io_mode::IoMode;
-use super::locks::InodeLocks;
-use super::mounts::Mount;
-use super::pins::Pin;
-use super::range_lock::RangeLock;
+use self::fd_cache::Pin;
+use self::io_mode::IoMode;
+use self::mount::Mount;
+use self::range_lock::RangeLock;
 use crate::fs::Result;
+use crate::fs::passthrough::budget::Held;
+use crate::fs::passthrough::locks::InodeLocks;
 use fuse_protocol::ids::NodeId;
 
 /// What an inode is on the host. The mount belongs to it: one directory can be mounted twice.

@@ -11,12 +11,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
-use super::budget::Held;
-pub use super::inode::{Inode, InodeKey, Seen};
-use super::lookup::key_on;
-use super::mounts::Mount;
-use super::pins::{Descriptors, Pin};
+use super::fd_cache::{Descriptors, Pin};
+use super::mount::Mount;
 use super::shards::{Apart, ByNumber, SHARDS, Shards};
+use super::{Inode, InodeKey, Seen};
+use crate::fs::passthrough::budget::Held;
+use crate::fs::passthrough::lookup::key_on;
 use crate::fs::{DeviceDescriptors, Result};
 use crate::sys::file_handles::{FileHandle, name_to_handle};
 use fuse_protocol::ids::NodeId;
@@ -384,8 +384,8 @@ fn compare(shard: &HashSet<ByKey>, seen: &Seen, handle: Option<&FileHandle>) -> 
 
 #[cfg(test)]
 mod tests {
-    use super::super::budget::Budget;
     use super::*;
+    use crate::fs::passthrough::budget::Budget;
 
     fn any_fd() -> Held {
         Held::for_a_request(std::fs::File::open("/").unwrap().into())
