@@ -9,8 +9,8 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
-use super::credentials::{SetIdBits, explain_unmapped, gid_of, set_id_bits, uid_of};
-use super::identity::Owner;
+use super::caller::credentials::{SetIdBits, explain_unmapped, gid_of, set_id_bits, uid_of};
+use super::caller::identity::Owner;
 use super::inode::Inode;
 use super::inode::mount::Mount;
 use super::lookup::{PROC, proc_name, stat};

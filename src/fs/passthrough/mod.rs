@@ -1,20 +1,19 @@
 //! A host directory as a guest's file system.
 //!
-//! [x holds every inode that the guest knows, by an O_PATH descriptor or a file handle;
+//! [`inode`] holds every inode that the guest knows, by an O_PATH descriptor or a file handle;
 //! [`handles`] what it has open. No file is ever reached by a path: a name is one component, looked up in the
 //! descriptor of its directory without following links, and only regular files and directories
 //! are opened.
 
 mod attributes;
 mod budget;
+mod caller;
 mod close;
-mod credentials;
 mod data;
 mod directories;
 mod file_flags;
 mod handles;
 mod host_file;
-mod identity;
 mod inode;
 mod labels;
 mod listing;
@@ -22,7 +21,6 @@ pub mod locks;
 mod lookup;
 mod names;
 mod open;
-mod set_id;
 mod start;
 mod xattr;
 
@@ -36,7 +34,7 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 
 use self::budget::Budget;
-use self::credentials::OwnIds;
+use self::caller::credentials::OwnIds;
 use self::handles::HandleTable;
 use self::inode::Inode;
 use self::inode::io_mode::IoPolicy;
@@ -209,7 +207,7 @@ impl FileSystem for PassthroughFs {
             submounts: flags.contains(InitFlags::SUBMOUNTS),
             says_who_clears: flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
             long_setxattr: flags.contains(InitFlags::SETXATTR_EXT),
-            keeps_group_bit: identity::guest_strips_group_bit(negotiated),
+            keeps_group_bit: self::caller::identity::guest_strips_group_bit(negotiated),
             leaves_umask: flags.contains(InitFlags::DONT_MASK),
             acls: flags.contains(InitFlags::POSIX_ACL),
             labels: flags.contains(InitFlags::SECURITY_CTX),

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 use rustix::thread::CapabilitySet;
 
-use super::credentials::{self, SetIdBits, set_id_bits};
+use super::caller::credentials::{self, SetIdBits, set_id_bits};
 use super::inode::Inode;
 use super::lookup::{PROC, proc_name, stat};
 use super::{Context, PassthroughFs, StartError};

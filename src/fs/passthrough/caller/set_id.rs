@@ -19,11 +19,11 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, FileType, Mode, Statx, chmodat, getxattr_query, removexattr};
 
 use super::credentials::{GroupGuard, SetIdBits, become_member, set_id_bits};
-use super::inode::Inode;
-use super::inode::io_mode;
-use super::lookup::{PROC, proc_name, stat};
-use super::{Context, PassthroughFs};
 use crate::fs::Result;
+use crate::fs::passthrough::inode::Inode;
+use crate::fs::passthrough::inode::io_mode;
+use crate::fs::passthrough::lookup::{PROC, proc_name, stat};
+use crate::fs::passthrough::{Context, PassthroughFs};
 use crate::mapping::acl::CAPABILITY;
 use crate::mapping::ids::HostGid;
 use fuse_protocol::abi::INVALID_UIDGID;
@@ -49,7 +49,7 @@ fn has_lone_group_bit(mode: Mode) -> bool {
 impl PassthroughFs {
     /// How long the guest may believe attributes. Not at all, if they have set-id bits: when these
     /// are cleared by a write, no reply says so.
-    pub(super) fn attributes_valid(&self, inode: &Inode, stat: &Statx) -> Duration {
+    pub(in crate::fs::passthrough) fn attributes_valid(&self, inode: &Inode, stat: &Statx) -> Duration {
         let mode = permissions(stat);
         if !mode.intersects(BITS) || inode.kind != FileType::RegularFile {
             if inode.lone_group_bit.load(Ordering::Relaxed) {
@@ -62,7 +62,12 @@ impl PassthroughFs {
     }
 
     /// What a WRITE does to set-id bits.
-    pub(super) fn bits_after_write(&self, ctx: &Context, mode: io_mode::Mode, write: &Write) -> SetIdBits {
+    pub(in crate::fs::passthrough) fn bits_after_write(
+        &self,
+        ctx: &Context,
+        mode: io_mode::Mode,
+        write: &Write,
+    ) -> SetIdBits {
         let flagged = write.write_flags.contains(WriteFlags::KILL_SUIDGID);
         if write.write_flags.contains(WriteFlags::CACHE) && !flagged {
             // Whoever wrote to the guest's cache had them cleared then.
@@ -73,7 +78,12 @@ impl PassthroughFs {
 
     /// What a change with the guest's flag does to set-id bits. Guests that did not agree on the
     /// flag clear them by SETATTR before a change, but not everywhere: `by_guest` says where.
-    pub(super) fn bits_after(&self, ctx: &Context, flagged: bool, by_guest: bool) -> SetIdBits {
+    pub(in crate::fs::passthrough) fn bits_after(
+        &self,
+        ctx: &Context,
+        flagged: bool,
+        by_guest: bool,
+    ) -> SetIdBits {
         let go = if self.session().says_who_clears {
             flagged
         } else {
@@ -84,7 +94,7 @@ impl PassthroughFs {
     }
 
     /// Prepares the thread for a change of a file's data or size, for as long as the guard lives.
-    pub(super) fn begin_change(
+    pub(in crate::fs::passthrough) fn begin_change(
         &self,
         ctx: &Context,
         inode: &Inode,
@@ -108,7 +118,7 @@ impl PassthroughFs {
     }
 
     /// Makes a change that the guest has no flag for.
-    pub(super) fn change<T>(
+    pub(in crate::fs::passthrough) fn change<T>(
         &self,
         ctx: &Context,
         inode: &Inode,

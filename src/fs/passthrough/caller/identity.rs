@@ -6,8 +6,8 @@ use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 
 use super::credentials::{self, Caller, CallerGuard, become_caller};
-use super::{Context, PassthroughFs};
 use crate::fs::Result;
+use crate::fs::passthrough::{Context, PassthroughFs};
 use crate::mapping::ids::{HostGid, HostUid};
 use crate::sys::umask::set_thread_umask;
 use fuse_protocol::abi::INVALID_UIDGID;
@@ -24,20 +24,20 @@ const MODE_BITS: u32 = 0o7777;
 /// it takes the bit off by itself where the caller is not in the directory's group. The host does
 /// so as well, but not as well if it is not told of the caller's groups: it takes the bit from
 /// members, too.
-pub(super) fn guest_strips_group_bit(negotiated: &Negotiated) -> bool {
+pub(in crate::fs::passthrough) fn guest_strips_group_bit(negotiated: &Negotiated) -> bool {
     negotiated.minor >= 37 && !negotiated.flags.contains(InitFlags::CREATE_SUPP_GROUP)
 }
 
 /// User and group that the guest sees as an inode's owners.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Owner {
+pub(in crate::fs::passthrough) struct Owner {
     pub uid: GuestUid,
     pub gid: GuestGid,
 }
 
 impl PassthroughFs {
     /// The owners of an inode, for the guest.
-    pub(super) fn owner(&self, stat: &Statx) -> Owner {
+    pub(in crate::fs::passthrough) fn owner(&self, stat: &Statx) -> Owner {
         Owner {
             uid: self.config.uid_map.to_guest(HostUid(stat.stx_uid)),
             gid: self.config.gid_map.to_guest(HostGid(stat.stx_gid)),
@@ -47,7 +47,7 @@ impl PassthroughFs {
     /// The host's number of a user; EPERM for one that the guest must not use,
     /// and EINVAL for none: guests with idmapped mounts (ALLOW_IDMAP) name callers only in requests that
     /// create something.
-    pub(super) fn host_uid(&self, uid: GuestUid) -> Result<HostUid> {
+    pub(in crate::fs::passthrough) fn host_uid(&self, uid: GuestUid) -> Result<HostUid> {
         if uid.0 == INVALID_UIDGID {
             return Err(Errno::INVAL);
         }
@@ -55,7 +55,7 @@ impl PassthroughFs {
     }
 
     /// The same for a group.
-    pub(super) fn host_gid(&self, gid: GuestGid) -> Result<HostGid> {
+    pub(in crate::fs::passthrough) fn host_gid(&self, gid: GuestGid) -> Result<HostGid> {
         if gid.0 == INVALID_UIDGID {
             return Err(Errno::INVAL);
         }
@@ -116,7 +116,7 @@ impl PassthroughFs {
     ///
     /// A guest that applies umasks by itself has done so. One that leaves them to us wants them to
     /// count only where the directory has no default ACL, which the host alone can tell in time.
-    pub(super) fn create_as<T>(
+    pub(in crate::fs::passthrough) fn create_as<T>(
         &self,
         ctx: &Context,
         mode: u32,
@@ -135,12 +135,12 @@ impl PassthroughFs {
 
     /// Acts as the caller without any capability until the guard is dropped: where the host's kernel
     /// decides what only an owner may do.
-    pub(super) fn become_user(&self, ctx: &Context) -> Result<CallerGuard> {
+    pub(in crate::fs::passthrough) fn become_user(&self, ctx: &Context) -> Result<CallerGuard> {
         become_caller(self.own, Caller { effective: CapabilitySet::empty(), ..self.host_caller(ctx)? })
     }
 
     /// Acts as the caller until the guard is dropped.
-    pub(super) fn become_caller(&self, ctx: &Context) -> Result<CallerGuard> {
+    pub(in crate::fs::passthrough) fn become_caller(&self, ctx: &Context) -> Result<CallerGuard> {
         become_caller(self.own, self.host_caller(ctx)?)
     }
 }
