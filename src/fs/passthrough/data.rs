@@ -6,8 +6,8 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, statx};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
-use super::handles::Handle;
-use super::host_file::Opener;
+use super::handle_table::Handle;
+use super::host::file::Opener;
 use super::inode::io_mode::Mode;
 use super::inode::range_lock::{RangeGuard, lock_copy};
 use super::{Context, PassthroughFs};

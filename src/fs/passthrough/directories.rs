@@ -5,7 +5,7 @@ use std::ffi::CStr;
 use rustix::io::Errno;
 
 use super::PassthroughFs;
-use super::handles::Handle;
+use super::handle_table::Handle;
 use crate::fs::Result;
 use fuse_protocol::ids::NodeId;
 use fuse_protocol::reply::{DirectoryEntry, DirectoryWriter, Full};

@@ -9,7 +9,7 @@
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, capabilities};
 
-use super::handles::Handle;
+use super::handle_table::Handle;
 use super::{Context, PassthroughFs};
 use crate::fs::Result;
 use crate::sys::file_flags;

@@ -26,7 +26,7 @@ use rustix::io::Errno;
 
 use super::PassthroughFs;
 use super::budget::Held;
-use super::handles::Handle;
+use super::handle_table::Handle;
 use super::inode::locked_ranges::Ranges;
 use crate::blocking::block_in_place;
 use crate::fs::{PUT_BACK, Result};

@@ -1,7 +1,7 @@
 //! A host directory as a guest's file system.
 //!
 //! [`inode`] holds every inode that the guest knows, by an O_PATH descriptor or a file handle;
-//! [`handles`] what it has open. No file is ever reached by a path: a name is one component, looked up in the
+//! [`handle_table`] what it has open. No file is ever reached by a path: a name is one component, looked up in the
 //! descriptor of its directory without following links, and only regular files and directories
 //! are opened.
 
@@ -12,11 +12,10 @@ mod close;
 mod data;
 mod directories;
 mod file_flags;
-mod handles;
-mod host_file;
+mod handle_table;
+mod host;
 mod inode;
 mod labels;
-mod listing;
 pub mod locks;
 mod lookup;
 mod names;
@@ -35,7 +34,7 @@ use rustix::io::Errno;
 
 use self::budget::Budget;
 use self::caller::credentials::OwnIds;
-use self::handles::HandleTable;
+use self::handle_table::HandleTable;
 use self::inode::Inode;
 use self::inode::io_mode::IoPolicy;
 use self::inode::locked_ranges::RangeCount;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use rustix::fs::{FileType, OFlags, openat};
 use rustix::io::Errno;
 
-use super::handles::Handle;
-use super::host_file::HostFile;
+use super::handle_table::Handle;
+use super::host::file::HostFile;
 use super::inode::Inode;
 use super::inode::io_mode::Mode;
 use super::names::take_away;

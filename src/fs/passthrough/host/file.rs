@@ -13,8 +13,8 @@ use rustix::fs::{Mode, OFlags, fcntl_setfl, openat};
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
-use super::budget::{Budget, Held};
 use crate::fs::Result;
+use crate::fs::passthrough::budget::{Budget, Held};
 
 /// Flags that the second descriptor shares with the first.
 const SHARED: OFlags =

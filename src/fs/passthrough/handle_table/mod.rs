@@ -1,5 +1,7 @@
 //! Open files and directories.
 
+pub mod listing;
+
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -7,13 +9,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 
 use rustix::io::Errno;
 
-use super::host_file::HostFile;
-use super::inode::Inode;
-use super::inode::io_mode::Mode;
-use super::inode::shards::{ByNumber, Shards};
-use super::listing::Listing;
+use self::listing::Listing;
 use crate::blocking::block_in_place;
 use crate::fs::Result;
+use crate::fs::passthrough::host::file::HostFile;
+use crate::fs::passthrough::inode::Inode;
+use crate::fs::passthrough::inode::io_mode::Mode;
+use crate::fs::passthrough::inode::shards::{ByNumber, Shards};
 use fuse_protocol::ids::{HandleId, NodeId};
 
 /// An open file or directory.

@@ -1,0 +1,3 @@
+//! The host's files.
+
+pub mod file;
