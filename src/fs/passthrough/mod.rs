@@ -5,23 +5,13 @@
 //! descriptor of its directory without following links, and only regular files and directories
 //! are opened.
 
-mod attributes;
 mod budget;
 mod caller;
-mod close;
-mod data;
-mod directories;
-mod file_flags;
 mod handle_table;
 mod host;
 mod inode;
-mod labels;
-pub mod locks;
-mod lookup;
-mod names;
-mod open;
+mod ops;
 mod start;
-mod xattr;
 
 use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
@@ -40,7 +30,7 @@ use self::inode::io_mode::IoPolicy;
 use self::inode::locked_ranges::RangeCount;
 pub use self::inode::range_lock;
 use self::inode::table::InodeTable;
-use self::locks::Waits;
+use self::ops::locks::Waits;
 pub use self::start::StartError;
 use self::start::{descriptors, open_descriptors};
 use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
@@ -92,7 +82,7 @@ pub struct PassthroughFs {
     offers_acls: bool,
     /// The same with security labels.
     offers_labels: bool,
-    /// See [`xattr::mapped_capability`].
+    /// See [`ops::xattr::mapped_capability`].
     mapped_capability: Option<CString>,
     session: ArcSwap<Session>,
 }
@@ -111,11 +101,11 @@ impl PassthroughFs {
     ) -> std::result::Result<PassthroughFs, StartError> {
         rustix::process::umask(Mode::empty());
         rustix::process::fchdir(&proc_self_fd)?;
-        let stat = lookup::stat(&root)?;
-        let offers_acls = xattr::acls_can_be_had(&root, &config)?;
+        let stat = ops::lookup::stat(&root)?;
+        let offers_acls = ops::xattr::acls_can_be_had(&root, &config)?;
         let budget = Arc::new(Budget::of_the_process(open_descriptors(&proc_self_fd)?));
         let descriptors = descriptors(config.inode_file_handles, &root, &budget)?;
-        let inodes = InodeTable::new(budget.take()?.hold(root), lookup::key(&stat), descriptors)?;
+        let inodes = InodeTable::new(budget.take()?.hold(root), ops::lookup::key(&stat), descriptors)?;
         let session = Session {
             policy: IoPolicy::new(&config, InitFlags::empty()),
             submounts: false,
@@ -129,7 +119,7 @@ impl PassthroughFs {
         Ok(PassthroughFs {
             offers_acls,
             offers_labels: false,
-            mapped_capability: xattr::mapped_capability(&config),
+            mapped_capability: ops::xattr::mapped_capability(&config),
             config,
             own: OwnIds::current(),
             proc_self_fd,
@@ -151,7 +141,7 @@ impl PassthroughFs {
     /// by now. Without this they are not offered to guests.
     pub fn try_labels(&mut self) -> std::result::Result<(), StartError> {
         let root = self.inode(NodeId::ROOT)?.path()?;
-        self.offers_labels = labels::can_be_had(&*root, &self.config)?;
+        self.offers_labels = ops::labels::can_be_had(&*root, &self.config)?;
         Ok(())
     }
 
@@ -312,7 +302,7 @@ impl FileSystem for PassthroughFs {
     }
 
     fn statfs(&self, _ctx: &Context, node: NodeId) -> Result<abi::Kstatfs> {
-        attributes::file_system(&*self.inode(node)?)
+        ops::attributes::file_system(&*self.inode(node)?)
     }
 
     fn release(
@@ -327,7 +317,7 @@ impl FileSystem for PassthroughFs {
     }
 
     fn fsync(&self, _ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
-        data::sync(&*self.handles.get(node, handle)?, flags)
+        ops::data::sync(&*self.handles.get(node, handle)?, flags)
     }
 
     fn flush(&self, _ctx: &Context, node: NodeId, handle: HandleId, owner: LockOwner) -> Result<()> {
@@ -354,7 +344,7 @@ impl FileSystem for PassthroughFs {
     }
 
     fn fsyncdir(&self, _ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
-        data::sync(&*self.handles.get(node, handle)?, flags)
+        ops::data::sync(&*self.handles.get(node, handle)?, flags)
     }
 
     fn access(&self, ctx: &Context, node: NodeId, mask: u32) -> Result<()> {
@@ -371,7 +361,7 @@ impl FileSystem for PassthroughFs {
         length: u64,
     ) -> Result<()> {
         let handle = self.handles.get(node, handle)?;
-        self.change(ctx, &handle.inode, || data::allocate(&handle, mode, offset, length))
+        self.change(ctx, &handle.inode, || ops::data::allocate(&handle, mode, offset, length))
     }
 
     fn lseek(&self, _ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {

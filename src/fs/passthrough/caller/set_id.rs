@@ -22,7 +22,7 @@ use super::credentials::{GroupGuard, SetIdBits, become_member, set_id_bits};
 use crate::fs::Result;
 use crate::fs::passthrough::inode::Inode;
 use crate::fs::passthrough::inode::io_mode;
-use crate::fs::passthrough::lookup::{PROC, proc_name, stat};
+use crate::fs::passthrough::ops::lookup::{PROC, proc_name, stat};
 use crate::fs::passthrough::{Context, PassthroughFs};
 use crate::mapping::acl::CAPABILITY;
 use crate::mapping::ids::HostGid;

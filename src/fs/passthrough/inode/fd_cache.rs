@@ -356,7 +356,7 @@ mod tests {
     use rustix::fs::{Mode, OFlags, openat};
 
     use super::*;
-    use crate::fs::passthrough::lookup;
+    use crate::fs::passthrough::ops::lookup;
 
     fn path_of(path: &std::path::Path) -> OwnedFd {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;

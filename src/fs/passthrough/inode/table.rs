@@ -16,7 +16,7 @@ use super::mount::Mount;
 use super::shards::{Apart, ByNumber, SHARDS, Shards};
 use super::{Inode, InodeKey, Seen};
 use crate::fs::passthrough::budget::Held;
-use crate::fs::passthrough::lookup::key_on;
+use crate::fs::passthrough::ops::lookup::key_on;
 use crate::fs::{DeviceDescriptors, Result};
 use crate::sys::file_handles::{FileHandle, name_to_handle};
 use fuse_protocol::ids::NodeId;

@@ -4,9 +4,9 @@ use std::ffi::CStr;
 
 use rustix::io::Errno;
 
-use super::PassthroughFs;
-use super::handle_table::Handle;
 use crate::fs::Result;
+use crate::fs::passthrough::PassthroughFs;
+use crate::fs::passthrough::handle_table::Handle;
 use fuse_protocol::ids::NodeId;
 use fuse_protocol::reply::{DirectoryEntry, DirectoryWriter, Full};
 
@@ -15,7 +15,12 @@ const PLUS_GROWTH: usize = 5;
 
 impl PassthroughFs {
     /// Lists from `offset` on, which is 0 or what an earlier entry gave as its next offset.
-    pub(super) fn list(&self, handle: &Handle, offset: u64, out: &mut DirectoryWriter<'_>) -> Result<()> {
+    pub(in crate::fs::passthrough) fn list(
+        &self,
+        handle: &Handle,
+        offset: u64,
+        out: &mut DirectoryWriter<'_>,
+    ) -> Result<()> {
         let mut listing = handle.listing()?;
         listing.go_to(handle.fd(), offset)?;
         loop {

@@ -9,11 +9,11 @@ use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::path::DecInt;
 
-use super::PassthroughFs;
-use super::budget::{Held, Slot};
-use super::inode::mount::Mount;
-use super::inode::{Inode, InodeKey, Seen};
 use crate::fs::Result;
+use crate::fs::passthrough::PassthroughFs;
+use crate::fs::passthrough::budget::{Held, Slot};
+use crate::fs::passthrough::inode::mount::Mount;
+use crate::fs::passthrough::inode::{Inode, InodeKey, Seen};
 use crate::sys::file_handles::{entry_to_handle, name_to_handle};
 use fuse_protocol::abi;
 use fuse_protocol::flags::AttrFlags;
@@ -21,18 +21,19 @@ use fuse_protocol::ids::NodeId;
 use fuse_protocol::reply::{Attributes, Entry};
 
 /// What is asked of the host about an inode: all that replies need, and the mount.
-pub(super) const WANTED: StatxFlags =
+pub(in crate::fs::passthrough) const WANTED: StatxFlags =
     StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 /// An O_PATH descriptor of an entry itself, whatever it is: nothing is opened or followed.
-pub(super) const PATH: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+pub(in crate::fs::passthrough) const PATH: OFlags =
+    OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// Attributes of what `fd` refers to.
-pub(super) fn stat(fd: impl AsFd) -> Result<Statx> {
+pub(in crate::fs::passthrough) fn stat(fd: impl AsFd) -> Result<Statx> {
     statx(fd, c"", AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT, WANTED)
 }
 
 /// What identifies an inode on the host, by its number.
-pub(super) fn key(stat: &Statx) -> InodeKey {
+pub(in crate::fs::passthrough) fn key(stat: &Statx) -> InodeKey {
     let (major, minor) = (stat.stx_dev_major, stat.stx_dev_minor);
     // Ids of mounts are ints; of a device Linux keeps 12 and 20 bits.
     let mount = match stat.stx_mask & StatxFlags::MNT_ID.bits() {
@@ -44,7 +45,7 @@ pub(super) fn key(stat: &Statx) -> InodeKey {
 
 /// The same where numbers may stand for several files: by the number of the host's kernel, as long as it
 /// says that one.
-pub(super) fn key_on(mount: &Mount, key: InodeKey, path: impl AsFd) -> InodeKey {
+pub(in crate::fs::passthrough) fn key_on(mount: &Mount, key: InodeKey, path: impl AsFd) -> InodeKey {
     let handle = mount.numbers_alias.then(|| name_to_handle(path.as_fd()).ok()).flatten();
     match handle.and_then(|handle| handle.number_and_generation()) {
         Some((ino, generation)) => InodeKey { ino, generation, ..key },
@@ -53,13 +54,13 @@ pub(super) fn key_on(mount: &Mount, key: InodeKey, path: impl AsFd) -> InodeKey 
 }
 
 /// The type of an inode.
-pub(super) fn kind(stat: &Statx) -> FileType {
+pub(in crate::fs::passthrough) fn kind(stat: &Statx) -> FileType {
     FileType::from_raw_mode(u32::from(stat.stx_mode))
 }
 
 impl PassthroughFs {
     /// The right to hold one more descriptor for the guest. Inodes that can do without theirs give way.
-    pub(super) fn slot(&self) -> Result<Slot> {
+    pub(in crate::fs::passthrough) fn slot(&self) -> Result<Slot> {
         match self.budget.take() {
             Err(Errno::MFILE) if self.inodes.make_room() => self.budget.take(),
             result => result,
@@ -67,7 +68,10 @@ impl PassthroughFs {
     }
 
     /// What `open` opens. Where the process has no descriptor left at all, inodes give way.
-    pub(super) fn with_room(&self, open: impl Fn() -> Result<OwnedFd>) -> Result<OwnedFd> {
+    pub(in crate::fs::passthrough) fn with_room(
+        &self,
+        open: impl Fn() -> Result<OwnedFd>,
+    ) -> Result<OwnedFd> {
         match open() {
             Err(Errno::MFILE | Errno::NFILE) if self.inodes.process_is_full() => open(),
             result => result,
@@ -76,7 +80,7 @@ impl PassthroughFs {
 
     /// Looks up an entry: one system call for an inode that the guest knows (two if it has no descriptor),
     /// three for a new one.
-    pub(super) fn look_up(&self, parent: &Inode, name: &CStr) -> Result<Entry> {
+    pub(in crate::fs::passthrough) fn look_up(&self, parent: &Inode, name: &CStr) -> Result<Entry> {
         let directory = parent.path()?;
         let before = self.inodes.ids_given();
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
@@ -108,14 +112,23 @@ impl PassthroughFs {
     }
 
     /// Looks up an entry that the guest cannot know yet, as it was just made.
-    pub(super) fn open_new(&self, parent: &Inode, name: &CStr, slot: Slot) -> Result<Entry> {
+    pub(in crate::fs::passthrough) fn open_new(
+        &self,
+        parent: &Inode,
+        name: &CStr,
+        slot: Slot,
+    ) -> Result<Entry> {
         let parent_path = parent.path()?;
         let path = slot.hold(self.with_room(|| openat(&*parent_path, name, PATH, Mode::empty()))?);
         self.adopt(path, Some(parent)).map(|(entry, _)| entry)
     }
 
     /// The entry of what `path` refers to, which counts as looked up.
-    pub(super) fn adopt(&self, path: Held, parent: Option<&Inode>) -> Result<(Entry, Arc<Inode>)> {
+    pub(in crate::fs::passthrough) fn adopt(
+        &self,
+        path: Held,
+        parent: Option<&Inode>,
+    ) -> Result<(Entry, Arc<Inode>)> {
         let stat = stat(&path)?;
         let mount = self.mount_of(&path, &stat, parent)?;
         let key = key_on(&mount, key(&stat), &path);
@@ -142,7 +155,7 @@ impl PassthroughFs {
     }
 
     /// LOOKUP of `.`.
-    pub(super) fn look_up_self(&self, inode: &Inode) -> Result<Entry> {
+    pub(in crate::fs::passthrough) fn look_up_self(&self, inode: &Inode) -> Result<Entry> {
         let stat = stat(inode.path()?)?;
         self.inodes.look_up_again(inode)?;
         Ok(self.entry(inode, &stat, None))
@@ -150,7 +163,7 @@ impl PassthroughFs {
 
     /// LOOKUP of `..`: only a directory that the guest knows is given, so that nothing outside the
     /// share is found, also when the directory was moved out of it. The root is its own parent.
-    pub(super) fn look_up_parent(&self, inode: &Inode) -> Result<Entry> {
+    pub(in crate::fs::passthrough) fn look_up_parent(&self, inode: &Inode) -> Result<Entry> {
         if inode.node == NodeId::ROOT {
             return self.look_up_self(inode);
         }
@@ -162,7 +175,12 @@ impl PassthroughFs {
         Ok(self.entry(&parent, &stat, None))
     }
 
-    pub(super) fn entry(&self, inode: &Inode, stat: &Statx, parent: Option<&Inode>) -> Entry {
+    pub(in crate::fs::passthrough) fn entry(
+        &self,
+        inode: &Inode,
+        stat: &Statx,
+        parent: Option<&Inode>,
+    ) -> Entry {
         let timeout = self.config.cache.timeout();
         let attr = self.attr_of(stat);
         let mut attr = abi::Attr { ino: self.shown_number(inode, stat.stx_ino), ..attr };
@@ -181,7 +199,7 @@ impl PassthroughFs {
     ///
     /// Where the guest does not know that an inode is on another device than the share's root, numbers of
     /// both would be taken for one: the difference of the devices goes to the upper bits.
-    pub(super) fn shown_number(&self, inode: &Inode, number: u64) -> u64 {
+    pub(in crate::fs::passthrough) fn shown_number(&self, inode: &Inode, number: u64) -> u64 {
         let root = self.inodes.root().key.device;
         if inode.key.device == root || (self.session().submounts && !inode.mount().is_of_a_file) {
             return number;
@@ -192,7 +210,7 @@ impl PassthroughFs {
 
     /// Opens an inode anew with `flags`: regular files and directories only. Devices, FIFOs and
     /// sockets belong to the guest's kernel and are never opened on the host.
-    pub(super) fn reopen(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
+    pub(in crate::fs::passthrough) fn reopen(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
         match inode.kind {
             FileType::RegularFile | FileType::Directory => {}
             FileType::Symlink => return Err(Errno::LOOP),
@@ -215,7 +233,7 @@ impl PassthroughFs {
     }
 
     /// An O_PATH descriptor of what `file` has open.
-    pub(super) fn path_of(&self, file: &OwnedFd) -> Result<OwnedFd> {
+    pub(in crate::fs::passthrough) fn path_of(&self, file: &OwnedFd) -> Result<OwnedFd> {
         path_by_tree(file).or_else(|_| {
             openat(&self.proc_self_fd, DecInt::from_fd(file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         })
@@ -234,12 +252,12 @@ fn path_by_tree(file: &OwnedFd) -> Result<OwnedFd> {
 /// symbolic link.
 ///
 /// `path` has to stay open for as long as the name is used.
-pub(super) fn proc_name(path: impl AsFd) -> DecInt {
+pub(in crate::fs::passthrough) fn proc_name(path: impl AsFd) -> DecInt {
     DecInt::from_fd(path)
 }
 
 /// Where [`proc_name`] is looked up.
-pub(super) const PROC: rustix::fd::BorrowedFd<'static> = CWD;
+pub(in crate::fs::passthrough) const PROC: rustix::fd::BorrowedFd<'static> = CWD;
 
 #[cfg(test)]
 mod tests {

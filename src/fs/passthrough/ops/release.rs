@@ -1,14 +1,14 @@
 //! Closing files.
 
-use super::PassthroughFs;
 use super::locks::drop_flock;
 use crate::fs::Result;
+use crate::fs::passthrough::PassthroughFs;
 use fuse_protocol::flags::ReleaseFlags;
 use fuse_protocol::ids::{HandleId, LockOwner, NodeId};
 
 impl PassthroughFs {
     /// RELEASE.
-    pub(super) fn close_file(
+    pub(in crate::fs::passthrough) fn close_file(
         &self,
         node: NodeId,
         id: HandleId,

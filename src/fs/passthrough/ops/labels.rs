@@ -13,11 +13,11 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use super::lookup::{PATH, PROC};
-use super::names::take_away;
+use super::namespace_ops::take_away;
 use super::xattr::{host_name, refused};
-use super::{Context, PassthroughFs, StartError};
 use crate::config::{FsConfig, Insistence};
 use crate::fs::Result;
+use crate::fs::passthrough::{Context, PassthroughFs, StartError};
 
 /// What is tried at start. Which label it is does not matter: an unknown one is refused otherwise
 /// than one that must not be written.
@@ -25,7 +25,10 @@ const PROBED: &CStr = c"security.selinux";
 const PROBE: &[u8] = b"system_u:object_r:unlabeled_t:s0\0";
 
 /// Whether labels are to be offered to guests: if they were asked for and can be written.
-pub(super) fn can_be_had(root: impl AsFd, config: &FsConfig) -> std::result::Result<bool, StartError> {
+pub(in crate::fs::passthrough) fn can_be_had(
+    root: impl AsFd,
+    config: &FsConfig,
+) -> std::result::Result<bool, StartError> {
     if config.security_label == Insistence::Never {
         return Ok(false);
     }
@@ -65,12 +68,17 @@ fn probe(root: BorrowedFd<'_>, name: &CStr) -> Result<()> {
 
 impl PassthroughFs {
     /// Whether what this request creates is to be labelled.
-    pub(super) fn is_labelled(&self, ctx: &Context) -> bool {
+    pub(in crate::fs::passthrough) fn is_labelled(&self, ctx: &Context) -> bool {
         self.session().labels && !ctx.labels.is_empty()
     }
 
     /// Labels the entry `name`, which was just created.
-    pub(super) fn label_entry(&self, ctx: &Context, parent: BorrowedFd<'_>, name: &CStr) -> Result<()> {
+    pub(in crate::fs::passthrough) fn label_entry(
+        &self,
+        ctx: &Context,
+        parent: BorrowedFd<'_>,
+        name: &CStr,
+    ) -> Result<()> {
         if !self.is_labelled(ctx) {
             return Ok(());
         }
@@ -80,7 +88,7 @@ impl PassthroughFs {
 
     /// CREATE with labels, with `flags` as for openat(2): the file is made without a name,
     /// labelled, and linked. The descriptor is open for reading and writing.
-    pub(super) fn create_labelled(
+    pub(in crate::fs::passthrough) fn create_labelled(
         &self,
         ctx: &Context,
         parent: BorrowedFd<'_>,
@@ -112,7 +120,7 @@ impl PassthroughFs {
 
     /// Writes the request's labels to what `file` refers to, with the daemon's own privileges: the
     /// guest's kernel has decided on them.
-    pub(super) fn write_labels(&self, ctx: &Context, file: impl AsFd) -> Result<()> {
+    pub(in crate::fs::passthrough) fn write_labels(&self, ctx: &Context, file: impl AsFd) -> Result<()> {
         for label in ctx.labels.iter().filter(|_| self.session().labels) {
             let name: Cow<'_, CStr> = host_name(&self.config, label.name).map_err(refused)?;
             setxattr(DecInt::from_fd(file.as_fd()), &*name, label.value, XattrFlags::empty())?;

@@ -10,17 +10,17 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::budget::Slot;
-use super::inode::Inode;
 use super::lookup::{PROC, WANTED, key, kind, proc_name, stat};
-use super::{Context, PassthroughFs};
 use crate::fs::Result;
+use crate::fs::passthrough::budget::Slot;
+use crate::fs::passthrough::inode::Inode;
+use crate::fs::passthrough::{Context, PassthroughFs};
 use fuse_protocol::name::Name;
 use fuse_protocol::reply::Entry;
 use fuse_protocol::request::Rename;
 
 impl PassthroughFs {
-    pub(super) fn make_directory(
+    pub(in crate::fs::passthrough) fn make_directory(
         &self,
         ctx: &Context,
         parent: &Inode,
@@ -34,7 +34,7 @@ impl PassthroughFs {
         self.enter_made(ctx, parent, name, FileType::Directory, slot)
     }
 
-    pub(super) fn make_node(
+    pub(in crate::fs::passthrough) fn make_node(
         &self,
         ctx: &Context,
         parent: &Inode,
@@ -54,7 +54,7 @@ impl PassthroughFs {
         self.enter_made(ctx, parent, name, kind, slot)
     }
 
-    pub(super) fn make_symlink(
+    pub(in crate::fs::passthrough) fn make_symlink(
         &self,
         ctx: &Context,
         parent: &Inode,
@@ -85,7 +85,12 @@ impl PassthroughFs {
     }
 
     /// LINK. What is linked is known, so nothing has to be opened, or can be refused, once it has its new name.
-    pub(super) fn make_link(&self, inode: &Arc<Inode>, parent: &Inode, name: Name<'_>) -> Result<Entry> {
+    pub(in crate::fs::passthrough) fn make_link(
+        &self,
+        inode: &Arc<Inode>,
+        parent: &Inode,
+        name: Name<'_>,
+    ) -> Result<Entry> {
         let name = name.as_c_str();
         let (path, directory) = (inode.path()?, parent.path()?);
         self.inodes.look_up_again(inode)?;
@@ -95,20 +100,25 @@ impl PassthroughFs {
             .inspect_err(|_| self.inodes.forget(inode.node, 1))
     }
 
-    pub(super) fn read_link(&self, inode: &Inode) -> Result<Vec<u8>> {
+    pub(in crate::fs::passthrough) fn read_link(&self, inode: &Inode) -> Result<Vec<u8>> {
         if inode.kind != FileType::Symlink {
             return Err(Errno::INVAL);
         }
         readlinkat(inode.path()?, c"", Vec::new()).map(|target| target.into_bytes())
     }
 
-    pub(super) fn remove_name(&self, parent: &Inode, name: Name<'_>, directory: bool) -> Result<()> {
+    pub(in crate::fs::passthrough) fn remove_name(
+        &self,
+        parent: &Inode,
+        name: Name<'_>,
+        directory: bool,
+    ) -> Result<()> {
         let flags = if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
         unlinkat(parent.path()?, name.as_c_str(), flags)
     }
 
     /// RENAME and RENAME2. A whiteout that is left behind belongs to the caller.
-    pub(super) fn rename_entry(
+    pub(in crate::fs::passthrough) fn rename_entry(
         &self,
         ctx: &Context,
         from: &Inode,
@@ -129,7 +139,7 @@ impl PassthroughFs {
 }
 
 /// Takes a name away that stands for `made`, which this request has made.
-pub(super) fn take_away(parent: BorrowedFd<'_>, name: &CStr, made: impl AsFd) {
+pub(in crate::fs::passthrough) fn take_away(parent: BorrowedFd<'_>, name: &CStr, made: impl AsFd) {
     let is_it = |made| Some(key(&made) == key(&stat_entry(parent, name)?));
     if stat(made).ok().and_then(is_it).unwrap_or(false) {
         // The errno that led here says more than that of a removal that fails too.

@@ -9,9 +9,9 @@
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, capabilities};
 
-use super::handle_table::Handle;
-use super::{Context, PassthroughFs};
 use crate::fs::Result;
+use crate::fs::passthrough::handle_table::Handle;
+use crate::fs::passthrough::{Context, PassthroughFs};
 use crate::sys::file_flags;
 use fuse_protocol::abi::INVALID_UIDGID;
 use fuse_protocol::ids::GuestUid;
@@ -19,7 +19,12 @@ use fuse_protocol::ioctl::{Command, FileAttributes, PROJINHERIT_FLAG, PROJINHERI
 
 impl PassthroughFs {
     /// IOCTL.
-    pub(super) fn file_flags(&self, ctx: &Context, handle: &Handle, command: Command) -> Result<Reply> {
+    pub(in crate::fs::passthrough) fn file_flags(
+        &self,
+        ctx: &Context,
+        handle: &Handle,
+        command: Command,
+    ) -> Result<Reply> {
         let file = handle.fd();
         match command {
             Command::GetFlags => return file_flags::flags(file).map(Reply::Flags),

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use rustix::fs::{FileType, OFlags, openat};
 use rustix::io::Errno;
 
-use super::handle_table::Handle;
-use super::host::file::HostFile;
-use super::inode::Inode;
-use super::inode::io_mode::Mode;
-use super::names::take_away;
-use super::{Context, PassthroughFs};
+use super::namespace_ops::take_away;
 use crate::config::CachePolicy;
+use crate::fs::passthrough::handle_table::Handle;
+use crate::fs::passthrough::host::file::HostFile;
+use crate::fs::passthrough::inode::Inode;
+use crate::fs::passthrough::inode::io_mode::Mode;
+use crate::fs::passthrough::{Context, PassthroughFs};
 use crate::fs::{Opened, Result};
 use fuse_protocol::flags::{OpenReplyFlags, OpenRequestFlags};
 use fuse_protocol::ids::HandleId;
@@ -25,7 +25,7 @@ const PASSED_ON: OFlags = OFlags::RWMODE.union(OFlags::TRUNC).union(OFlags::SYNC
 
 impl PassthroughFs {
     /// OPEN.
-    pub(super) fn open_file(
+    pub(in crate::fs::passthrough) fn open_file(
         &self,
         ctx: &Context,
         inode: Arc<Inode>,
@@ -67,7 +67,7 @@ impl PassthroughFs {
 
     /// CREATE. A new file belongs to the caller; one that is there already is opened, as open(2)
     /// does it, unless O_EXCL is set.
-    pub(super) fn create_file(
+    pub(in crate::fs::passthrough) fn create_file(
         &self,
         ctx: &Context,
         parent: &Inode,
@@ -111,7 +111,7 @@ impl PassthroughFs {
     }
 
     /// TMPFILE.
-    pub(super) fn create_unnamed(
+    pub(in crate::fs::passthrough) fn create_unnamed(
         &self,
         ctx: &Context,
         parent: &Inode,
@@ -133,7 +133,7 @@ impl PassthroughFs {
     }
 
     /// OPENDIR.
-    pub(super) fn open_directory(&self, inode: Arc<Inode>) -> Result<Opened> {
+    pub(in crate::fs::passthrough) fn open_directory(&self, inode: Arc<Inode>) -> Result<Opened> {
         if inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }

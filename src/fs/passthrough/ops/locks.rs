@@ -24,11 +24,11 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
-use super::PassthroughFs;
-use super::budget::Held;
-use super::handle_table::Handle;
-use super::inode::locked_ranges::Ranges;
 use crate::blocking::block_in_place;
+use crate::fs::passthrough::PassthroughFs;
+use crate::fs::passthrough::budget::Held;
+use crate::fs::passthrough::handle_table::Handle;
+use crate::fs::passthrough::inode::locked_ranges::Ranges;
 use crate::fs::{PUT_BACK, Result};
 use crate::sys::locks::{ByteLock, LockType, ofd_get, ofd_set, ofd_set_wait};
 use crate::sys::signals::{ThreadId, wake};
@@ -282,7 +282,7 @@ impl Waits {
 
 impl PassthroughFs {
     /// GETLK.
-    pub(super) fn test_lock(&self, handle: &Handle, lock: &Lock) -> Result<FileLock> {
+    pub(in crate::fs::passthrough) fn test_lock(&self, handle: &Handle, lock: &Lock) -> Result<FileLock> {
         self.check_locks(lock)?;
         let free = FileLock { typ: libc::F_UNLCK.cast_unsigned(), ..Default::default() };
         if lock.flock || lock.kind == LockKind::Unlock {
@@ -304,7 +304,12 @@ impl PassthroughFs {
     }
 
     /// SETLK, and SETLKW with the number of the request that waits.
-    pub(super) fn take_lock(&self, handle: &Handle, lock: &Lock, wait: Option<Unique>) -> Result<()> {
+    pub(in crate::fs::passthrough) fn take_lock(
+        &self,
+        handle: &Handle,
+        lock: &Lock,
+        wait: Option<Unique>,
+    ) -> Result<()> {
         self.check_locks(lock)?;
         if lock.flock {
             return self.take_flock(handle, lock.kind, wait);
@@ -374,7 +379,7 @@ impl PassthroughFs {
 }
 
 /// Drops the flock(2) lock of a handle.
-pub(super) fn drop_flock(handle: &Handle) -> Result<()> {
+pub(in crate::fs::passthrough) fn drop_flock(handle: &Handle) -> Result<()> {
     flock(handle.fd(), FlockOperation::Unlock)
 }
 

@@ -12,11 +12,11 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 use rustix::thread::CapabilitySet;
 
-use super::caller::credentials::{self, SetIdBits, set_id_bits};
-use super::inode::Inode;
 use super::lookup::{PROC, proc_name, stat};
-use super::{Context, PassthroughFs, StartError};
 use crate::config::{FsConfig, Insistence};
+use crate::fs::passthrough::caller::credentials::{self, SetIdBits, set_id_bits};
+use crate::fs::passthrough::inode::Inode;
+use crate::fs::passthrough::{Context, PassthroughFs, StartError};
 use crate::fs::{Result, XattrReply};
 use crate::mapping::acl::{
     ACCESS, CAPABILITY, DEFAULT, ValueError, holds_ids, is_acl, value_to_guest, value_to_host,
@@ -34,13 +34,16 @@ const USUAL_LIST: usize = 1 << 10;
 
 /// What `security.capability` is called on the host, if that is another name: the host's kernel
 /// does not know such capabilities then, and they are ours to take away.
-pub(super) fn mapped_capability(config: &FsConfig) -> Option<CString> {
+pub(in crate::fs::passthrough) fn mapped_capability(config: &FsConfig) -> Option<CString> {
     let host = config.xattr_map.as_ref()?.to_host(CAPABILITY).ok()?;
     (*host != *CAPABILITY).then(|| host.into_owned())
 }
 
 /// Whether ACLs are to be offered to guests: if they were asked for and the host has them.
-pub(super) fn acls_can_be_had(root: &OwnedFd, config: &FsConfig) -> std::result::Result<bool, StartError> {
+pub(in crate::fs::passthrough) fn acls_can_be_had(
+    root: &OwnedFd,
+    config: &FsConfig,
+) -> std::result::Result<bool, StartError> {
     let as_they_are = |name: &CStr| {
         config.xattr_map.as_ref().is_none_or(|map| {
             map.to_host(name).is_ok_and(|host| *host == *name)
@@ -64,7 +67,7 @@ pub(super) fn acls_can_be_had(root: &OwnedFd, config: &FsConfig) -> std::result:
 }
 
 impl PassthroughFs {
-    pub(super) fn set_xattr(
+    pub(in crate::fs::passthrough) fn set_xattr(
         &self,
         ctx: &Context,
         inode: &Inode,
@@ -106,7 +109,12 @@ impl PassthroughFs {
         Ok(self.owner(&stat(inode.path()?)?).gid != ctx.gid)
     }
 
-    pub(super) fn get_xattr(&self, inode: &Inode, name: &CStr, size: u32) -> Result<XattrReply> {
+    pub(in crate::fs::passthrough) fn get_xattr(
+        &self,
+        inode: &Inode,
+        name: &CStr,
+        size: u32,
+    ) -> Result<XattrReply> {
         self.check_xattr()?;
         let name = self.host_name(name).map_err(|refusal| match refusal {
             Refusal::Unsupported => Errno::NOTSUP,
@@ -127,7 +135,7 @@ impl PassthroughFs {
         Ok(reply)
     }
 
-    pub(super) fn list_xattr(&self, inode: &Inode, size: u32) -> Result<XattrReply> {
+    pub(in crate::fs::passthrough) fn list_xattr(&self, inode: &Inode, size: u32) -> Result<XattrReply> {
         self.check_xattr()?;
         let host = host_names(inode)?;
         let mut names = Vec::new();
@@ -145,7 +153,7 @@ impl PassthroughFs {
         }
     }
 
-    pub(super) fn remove_xattr(&self, inode: &Inode, name: &CStr) -> Result<()> {
+    pub(in crate::fs::passthrough) fn remove_xattr(&self, inode: &Inode, name: &CStr) -> Result<()> {
         self.check_xattr()?;
         let name = self.host_name(name).map_err(refused)?;
         removexattr(proc_name(&*inode.path()?), &*name).map_err(|errno| unsupported(errno, &name))
@@ -153,7 +161,7 @@ impl PassthroughFs {
 
     /// Takes capabilities off a file whose data or owner is about to change, where the host's
     /// kernel does not do it.
-    pub(super) fn drop_mapped_capability(&self, inode: &Inode) -> Result<()> {
+    pub(in crate::fs::passthrough) fn drop_mapped_capability(&self, inode: &Inode) -> Result<()> {
         let Some(name) = &self.mapped_capability else { return Ok(()) };
         match removexattr(proc_name(&*inode.path()?), name) {
             // Most files have none; on some inodes and file systems there is no such attribute.
@@ -185,7 +193,7 @@ impl PassthroughFs {
 }
 
 /// What an attribute of the guest is called on the host, by the rules alone.
-pub(super) fn host_name<'a>(
+pub(in crate::fs::passthrough) fn host_name<'a>(
     config: &FsConfig,
     name: &'a CStr,
 ) -> std::result::Result<Cow<'a, CStr>, Refusal> {
@@ -196,7 +204,7 @@ pub(super) fn host_name<'a>(
 }
 
 /// What a change of a refused attribute is answered with.
-pub(super) fn refused(refusal: Refusal) -> Errno {
+pub(in crate::fs::passthrough) fn refused(refusal: Refusal) -> Errno {
     match refusal {
         Refusal::Bad => Errno::PERM,
         Refusal::Unsupported => Errno::NOTSUP,

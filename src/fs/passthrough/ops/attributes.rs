@@ -9,13 +9,13 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
-use super::caller::credentials::{SetIdBits, explain_unmapped, gid_of, set_id_bits, uid_of};
-use super::caller::identity::Owner;
-use super::inode::Inode;
-use super::inode::mount::Mount;
 use super::lookup::{PROC, proc_name, stat};
-use super::{Context, PassthroughFs};
 use crate::fs::Result;
+use crate::fs::passthrough::caller::credentials::{SetIdBits, explain_unmapped, gid_of, set_id_bits, uid_of};
+use crate::fs::passthrough::caller::identity::Owner;
+use crate::fs::passthrough::inode::Inode;
+use crate::fs::passthrough::inode::mount::Mount;
+use crate::fs::passthrough::{Context, PassthroughFs};
 use crate::mapping::ids::{HostGid, HostUid};
 use fuse_protocol::abi;
 use fuse_protocol::ids::{HandleId, NodeId};
@@ -54,7 +54,7 @@ fn encode_device(major: u32, minor: u32) -> u32 {
 }
 
 /// Figures of the file system that an inode is on.
-pub(super) fn file_system(inode: &Inode) -> Result<abi::Kstatfs> {
+pub(in crate::fs::passthrough) fn file_system(inode: &Inode) -> Result<abi::Kstatfs> {
     let vfs = fstatvfs(inode.path()?)?;
     let narrow = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
     Ok(abi::Kstatfs {
@@ -72,7 +72,7 @@ pub(super) fn file_system(inode: &Inode) -> Result<abi::Kstatfs> {
 
 impl PassthroughFs {
     /// Attributes in the protocol's form and the guest's ids.
-    pub(super) fn attr_of(&self, stat: &Statx) -> abi::Attr {
+    pub(in crate::fs::passthrough) fn attr_of(&self, stat: &Statx) -> abi::Attr {
         abi::Attr { blocks: self.blocks(stat), ..attr(stat, self.owner(stat)) }
     }
 
@@ -84,14 +84,18 @@ impl PassthroughFs {
         if unsent { 1 } else { stat.stx_blocks }
     }
 
-    pub(super) fn attributes(&self, inode: &Inode) -> Result<Attributes> {
+    pub(in crate::fs::passthrough) fn attributes(&self, inode: &Inode) -> Result<Attributes> {
         let stat = stat(inode.path()?)?;
         let attr = abi::Attr { ino: self.shown_number(inode, stat.stx_ino), ..self.attr_of(&stat) };
         Ok(Attributes { attr, valid: self.attributes_valid(inode, &stat) })
     }
 
     /// STATX. The host is asked for what the guest wants, but never to synchronize with a server.
-    pub(super) fn extended_attributes(&self, inode: &Inode, _wanted: &request::Statx) -> Result<StatxReply> {
+    pub(in crate::fs::passthrough) fn extended_attributes(
+        &self,
+        inode: &Inode,
+        _wanted: &request::Statx,
+    ) -> Result<StatxReply> {
         let stat = stat(inode.path()?)?;
         let owner = self.owner(&stat);
         let time = |time: rustix::fs::StatxTimestamp| abi::SxTime {
@@ -127,7 +131,12 @@ impl PassthroughFs {
 
     /// SETATTR, in the order mode, owner, size, times: a later step never undoes an earlier one but
     /// as POSIX asks for it (a new owner clears set-id bits).
-    pub(super) fn set_attributes(&self, ctx: &Context, node: NodeId, set: &Setattr) -> Result<Attributes> {
+    pub(in crate::fs::passthrough) fn set_attributes(
+        &self,
+        ctx: &Context,
+        node: NodeId,
+        set: &Setattr,
+    ) -> Result<Attributes> {
         let inode = self.inode(node)?;
         // Owners that the guest must not give are refused before anything is changed.
         let uid: Option<Uid> = set.uid.map(|uid| uid_of(self.host_uid(uid)?)).transpose()?;
@@ -192,7 +201,12 @@ impl PassthroughFs {
 
     /// ACCESS, which guests send when they do not check permissions themselves: by owner, group
     /// and mode, as the caller's other groups are not known here.
-    pub(super) fn check_access(&self, ctx: &Context, inode: &Inode, mask: u32) -> Result<()> {
+    pub(in crate::fs::passthrough) fn check_access(
+        &self,
+        ctx: &Context,
+        inode: &Inode,
+        mask: u32,
+    ) -> Result<()> {
         let stat = stat(inode.path()?)?;
         let (mode, owner) = (u32::from(stat.stx_mode), self.owner(&stat));
         let wanted = mask & 0o7;
@@ -211,7 +225,7 @@ impl PassthroughFs {
         if wanted & !granted == 0 { Ok(()) } else { Err(Errno::ACCESS) }
     }
 
-    pub(super) fn sync_file_system(&self, inode: &Inode) -> Result<()> {
+    pub(in crate::fs::passthrough) fn sync_file_system(&self, inode: &Inode) -> Result<()> {
         let result = self.sync_mount(inode.mount(), inode);
         if self.session().submounts {
             return result;
@@ -263,7 +277,7 @@ fn timespec(time: Option<SetTime>) -> Result<Timespec> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fs::passthrough::lookup::PATH;
+    use crate::fs::passthrough::ops::lookup::PATH;
     use rustix::fs::openat;
 
     #[test]

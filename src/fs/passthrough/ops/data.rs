@@ -6,12 +6,12 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, statx};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
-use super::handle_table::Handle;
-use super::host::file::Opener;
-use super::inode::io_mode::Mode;
-use super::inode::range_lock::{RangeGuard, lock_copy};
-use super::{Context, PassthroughFs};
 use crate::fs::Result;
+use crate::fs::passthrough::handle_table::Handle;
+use crate::fs::passthrough::host::file::Opener;
+use crate::fs::passthrough::inode::io_mode::Mode;
+use crate::fs::passthrough::inode::range_lock::{RangeGuard, lock_copy};
+use crate::fs::passthrough::{Context, PassthroughFs};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::flags::{FsyncFlags, WriteFlags};
 use fuse_protocol::ids::LockOwner;
@@ -27,7 +27,7 @@ impl PassthroughFs {
     }
 
     /// READ. In direct mode it waits for writes to the same bytes, so that it sees no half of one.
-    pub(super) fn read_data(
+    pub(in crate::fs::passthrough) fn read_data(
         &self,
         handle: &Handle,
         read: &Read,
@@ -60,7 +60,7 @@ impl PassthroughFs {
     }
 
     /// WRITE. Of two writes that overlap, one is whole before the other begins.
-    pub(super) fn write_data(
+    pub(in crate::fs::passthrough) fn write_data(
         &self,
         ctx: &Context,
         handle: &Handle,
@@ -107,7 +107,7 @@ impl PassthroughFs {
     }
 
     /// FLUSH: one of the guest's descriptors of this open file was closed.
-    pub(super) fn flush_handle(&self, handle: &Handle, owner: LockOwner) -> Result<()> {
+    pub(in crate::fs::passthrough) fn flush_handle(&self, handle: &Handle, owner: LockOwner) -> Result<()> {
         handle.inode.locks.drop_owner(owner)?;
         if !handle.file.is_writable() {
             return Ok(());
@@ -125,7 +125,7 @@ impl PassthroughFs {
     ///
     /// Where the guest writes its cache back, the host does not know what data there is, nor where the
     /// file ends. ENOSYS makes the guest take all of a file for data, up to its own idea of the end.
-    pub(super) fn seek(&self, handle: &Handle, offset: u64, whence: u32) -> Result<u64> {
+    pub(in crate::fs::passthrough) fn seek(&self, handle: &Handle, offset: u64, whence: u32) -> Result<u64> {
         if self.session().policy.writeback {
             return Err(Errno::NOSYS);
         }
@@ -144,7 +144,12 @@ impl PassthroughFs {
     }
 
     /// COPY_FILE_RANGE. It does not say whether O_DIRECT is still set, and may have any length.
-    pub(super) fn copy_data(&self, source: &Handle, target: &Handle, range: &CopyFileRange) -> Result<u64> {
+    pub(in crate::fs::passthrough) fn copy_data(
+        &self,
+        source: &Handle,
+        target: &Handle,
+        range: &CopyFileRange,
+    ) -> Result<u64> {
         self.drop_mapped_capability(&target.inode)?;
         let files = (source.file.buffered(self.opener())?, target.file.buffered(self.opener())?);
         copy(source, target, files, range)
@@ -239,7 +244,7 @@ fn write_all(file: BorrowedFd<'_>, offset: u64, flags: i32, data: &mut GuestRead
 }
 
 /// FSYNC and FSYNCDIR.
-pub(super) fn sync(handle: &Handle, flags: FsyncFlags) -> Result<()> {
+pub(in crate::fs::passthrough) fn sync(handle: &Handle, flags: FsyncFlags) -> Result<()> {
     if flags.contains(FsyncFlags::FDATASYNC) {
         rustix::fs::fdatasync(handle.fd())
     } else {
@@ -248,7 +253,12 @@ pub(super) fn sync(handle: &Handle, flags: FsyncFlags) -> Result<()> {
 }
 
 /// FALLOCATE. Modes that move data exclude all writes behind the range.
-pub(super) fn allocate(handle: &Handle, mode: u32, offset: u64, length: u64) -> Result<()> {
+pub(in crate::fs::passthrough) fn allocate(
+    handle: &Handle,
+    mode: u32,
+    offset: u64,
+    length: u64,
+) -> Result<()> {
     let mode = FallocateFlags::from_bits(mode).ok_or(Errno::OPNOTSUPP)?;
     let ranges = &handle.inode.ranges;
     let moves = FallocateFlags::COLLAPSE_RANGE | FallocateFlags::INSERT_RANGE;
