@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod device;
 pub mod fs;
+pub mod limits;
 pub mod listen;
 pub mod logging;
 pub mod mapping;

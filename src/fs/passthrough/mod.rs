@@ -5,7 +5,6 @@
 //! descriptor of its directory without following links, and only regular files and directories
 //! are opened.
 
-mod budget;
 mod caller;
 mod handle_table;
 mod host;
@@ -22,7 +21,6 @@ use log::debug;
 use rustix::fs::Mode;
 use rustix::io::Errno;
 
-use self::budget::Budget;
 use self::caller::credentials::OwnIds;
 use self::handle_table::HandleTable;
 use self::inode::Inode;
@@ -35,6 +33,7 @@ pub use self::start::StartError;
 use self::start::{descriptors, open_descriptors};
 use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
 use crate::config::{FsConfig, Insistence};
+use crate::limits::fd_quota::Budget;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
 use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};

@@ -7,9 +7,9 @@ use rustix::fs::Dir;
 use rustix::io::Errno;
 use thiserror::Error;
 
-use super::budget::Budget;
 use super::inode::fd_cache::Descriptors;
 use crate::config::InodeFileHandles;
+use crate::limits::fd_quota::Budget;
 
 /// Why a directory cannot be served as it was asked for.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]

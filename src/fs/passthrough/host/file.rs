@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use crate::fs::Result;
-use crate::fs::passthrough::budget::{Budget, Held};
+use crate::limits::fd_quota::{Budget, Held};
 
 /// Flags that the second descriptor shares with the first.
 const SHARED: OFlags =

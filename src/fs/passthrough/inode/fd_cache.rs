@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use super::mount::{self, Mount};
 use super::shards::{Apart, Shards};
 use crate::fs::Result;
-use crate::fs::passthrough::budget::{Budget, Held};
+use crate::limits::fd_quota::{Budget, Held};
 use crate::sys::file_handles::{FileHandle, name_to_handle, open_by_handle};
 use fuse_protocol::ids::NodeId;
 

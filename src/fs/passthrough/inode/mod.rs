@@ -19,8 +19,8 @@ use self::io_mode::IoMode;
 use self::mount::Mount;
 use self::range_lock::RangeLock;
 use crate::fs::Result;
-use crate::fs::passthrough::budget::Held;
 use crate::fs::passthrough::ops::locks::InodeLocks;
+use crate::limits::fd_quota::Held;
 use fuse_protocol::ids::NodeId;
 
 /// What an inode is on the host. The mount belongs to it: one directory can be mounted twice.

@@ -15,9 +15,9 @@ use super::fd_cache::{Descriptors, Pin};
 use super::mount::Mount;
 use super::shards::{Apart, ByNumber, SHARDS, Shards};
 use super::{Inode, InodeKey, Seen};
-use crate::fs::passthrough::budget::Held;
 use crate::fs::passthrough::ops::lookup::key_on;
 use crate::fs::{DeviceDescriptors, Result};
+use crate::limits::fd_quota::Held;
 use crate::sys::file_handles::{FileHandle, name_to_handle};
 use fuse_protocol::ids::NodeId;
 
@@ -385,7 +385,7 @@ fn compare(shard: &HashSet<ByKey>, seen: &Seen, handle: Option<&FileHandle>) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fs::passthrough::budget::Budget;
+    use crate::limits::fd_quota::Budget;
 
     fn any_fd() -> Held {
         Held::for_a_request(std::fs::File::open("/").unwrap().into())

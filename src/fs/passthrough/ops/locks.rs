@@ -26,10 +26,10 @@ use rustix::io::Errno;
 
 use crate::blocking::block_in_place;
 use crate::fs::passthrough::PassthroughFs;
-use crate::fs::passthrough::budget::Held;
 use crate::fs::passthrough::handle_table::Handle;
 use crate::fs::passthrough::inode::locked_ranges::Ranges;
 use crate::fs::{PUT_BACK, Result};
+use crate::limits::fd_quota::Held;
 use crate::sys::locks::{ByteLock, LockType, ofd_get, ofd_set, ofd_set_wait};
 use crate::sys::signals::{ThreadId, wake};
 use fuse_protocol::abi::FileLock;

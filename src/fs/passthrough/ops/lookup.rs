@@ -11,9 +11,9 @@ use rustix::path::DecInt;
 
 use crate::fs::Result;
 use crate::fs::passthrough::PassthroughFs;
-use crate::fs::passthrough::budget::{Held, Slot};
 use crate::fs::passthrough::inode::mount::Mount;
 use crate::fs::passthrough::inode::{Inode, InodeKey, Seen};
+use crate::limits::fd_quota::{Held, Slot};
 use crate::sys::file_handles::{entry_to_handle, name_to_handle};
 use fuse_protocol::abi;
 use fuse_protocol::flags::AttrFlags;
