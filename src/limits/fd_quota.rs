@@ -5,7 +5,7 @@
 //! connect take descriptors as well, and without any the daemon could not go on. So some are kept back: more
 //! than what the process and its device have already. The device says how many these are whenever that
 //! changes; if the guest has more than it may have from then on, it gets no other until it has let go of some.
-//! Who wants to hold a descriptor takes a [`Slot`] before it opens anything, so that a request that is
+//! Who wants to hold a descriptor takes a [`FdPermit`] before it opens anything, so that a request that is
 //! refused has done nothing.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -36,7 +36,7 @@ const CONNECTIONS: usize = 12;
 
 /// Counts the descriptors that are held for the guest.
 #[derive(Debug)]
-pub struct Budget {
+pub struct FdQuota {
     held: AtomicUsize,
     most: AtomicUsize,
     /// What the process may have.
@@ -45,18 +45,18 @@ pub struct Budget {
     own: usize,
 }
 
-impl Budget {
+impl FdQuota {
     /// All that RLIMIT_NOFILE allows but the reserve, for a process that has `own` descriptors open.
-    pub fn of_the_process(own: usize) -> Budget {
+    pub fn of_the_process(own: usize) -> FdQuota {
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        let budget = Budget::of(usize::try_from(limit).unwrap_or(usize::MAX), own);
-        budget.keep_back(DeviceDescriptors::default());
-        budget
+        let quota = FdQuota::of(usize::try_from(limit).unwrap_or(usize::MAX), own);
+        quota.keep_back(DeviceDescriptors::default());
+        quota
     }
 
     /// A limit of `most` descriptors, with nothing kept back.
-    pub fn of(most: usize, own: usize) -> Budget {
-        Budget { held: AtomicUsize::new(0), most: AtomicUsize::new(most), limit: most, own }
+    pub fn of(most: usize, own: usize) -> FdQuota {
+        FdQuota { held: AtomicUsize::new(0), most: AtomicUsize::new(most), limit: most, own }
     }
 
     /// How many there are altogether.
@@ -90,13 +90,13 @@ impl Budget {
 
     /// The right to hold one more descriptor, and memory for what belongs to it; EMFILE if there is no
     /// descriptor left for guests, ENOMEM if there is no memory.
-    pub fn take(self: &Arc<Self>) -> Result<Slot> {
+    pub fn acquire(self: &Arc<Self>) -> Result<FdPermit> {
         memory::ask_for_some()?;
         if self.held.fetch_add(1, Ordering::Relaxed) >= self.most() {
             self.held.fetch_sub(1, Ordering::Relaxed);
             return Err(Errno::MFILE);
         }
-        Ok(Slot(Arc::clone(self)))
+        Ok(FdPermit(Arc::clone(self)))
     }
 
     /// How many are held.
@@ -120,16 +120,16 @@ fn most_for_guests(limit: usize, own: usize, device: DeviceDescriptors) -> usize
 /// The right to hold a descriptor, until it is dropped.
 #[derive(Debug)]
 #[must_use = "the right ends when this is dropped"]
-pub struct Slot(Arc<Budget>);
+pub struct FdPermit(Arc<FdQuota>);
 
-impl Slot {
+impl FdPermit {
     /// The descriptor that the right was taken for.
-    pub fn hold(self, fd: OwnedFd) -> Held {
-        Held { fd, _slot: Some(self) }
+    pub fn wrap(self, fd: OwnedFd) -> GuestFd {
+        GuestFd { fd, _permit: Some(self) }
     }
 }
 
-impl Drop for Slot {
+impl Drop for FdPermit {
     fn drop(&mut self) {
         self.0.held.fetch_sub(1, Ordering::Relaxed);
     }
@@ -137,20 +137,20 @@ impl Drop for Slot {
 
 /// A descriptor that is held for the guest.
 #[derive(Debug)]
-pub struct Held {
-    // Closed before the slot is free.
+pub struct GuestFd {
+    // Closed before the permit is free.
     fd: OwnedFd,
-    _slot: Option<Slot>,
+    _permit: Option<FdPermit>,
 }
 
-impl Held {
+impl GuestFd {
     /// A descriptor that is closed at the end of the request, and so is not counted.
-    pub fn for_a_request(fd: OwnedFd) -> Held {
-        Held { fd, _slot: None }
+    pub fn for_a_request(fd: OwnedFd) -> GuestFd {
+        GuestFd { fd, _permit: None }
     }
 }
 
-impl AsFd for Held {
+impl AsFd for GuestFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -162,21 +162,21 @@ mod tests {
 
     #[test]
     fn a_slot_that_is_let_go_of_can_be_taken_again() {
-        let budget = Arc::new(Budget::of(2, 0));
-        let first = budget.take().unwrap();
-        let held = first.hold(std::fs::File::open("/").unwrap().into());
-        let second = budget.take().unwrap();
-        assert_eq!(budget.take().unwrap_err(), Errno::MFILE);
-        assert_eq!(budget.held(), 2);
+        let quota = Arc::new(FdQuota::of(2, 0));
+        let first = quota.acquire().unwrap();
+        let held = first.wrap(std::fs::File::open("/").unwrap().into());
+        let second = quota.acquire().unwrap();
+        assert_eq!(quota.acquire().unwrap_err(), Errno::MFILE);
+        assert_eq!(quota.held(), 2);
         drop(held);
-        let third = budget.take().unwrap();
+        let third = quota.acquire().unwrap();
         drop((second, third));
-        assert_eq!(budget.held(), 0);
+        assert_eq!(quota.held(), 0);
     }
 
     #[test]
     fn some_descriptors_are_always_kept_back() {
-        let most = Budget::of_the_process(20).most();
+        let most = FdQuota::of_the_process(20).most();
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
         assert!(most > 0 && u64::try_from(most).unwrap() < limit);
     }

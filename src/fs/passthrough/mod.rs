@@ -25,15 +25,15 @@ use self::caller::credentials::OwnIds;
 use self::handle_table::HandleTable;
 use self::inode::Inode;
 use self::inode::io_mode::IoPolicy;
-use self::inode::locked_ranges::RangeCount;
+use self::inode::locked_ranges::LockedRangeQuota;
 pub use self::inode::range_lock;
 use self::inode::table::InodeTable;
-use self::ops::locks::Waits;
+use self::ops::locks::LockWaiters;
 pub use self::start::StartError;
 use self::start::{descriptors, open_descriptors};
 use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
 use crate::config::{FsConfig, Insistence};
-use crate::limits::fd_quota::Budget;
+use crate::limits::fd_quota::FdQuota;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
 use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
@@ -71,12 +71,12 @@ pub struct PassthroughFs {
     /// `/proc/self/fd`: opens an inode anew by the number of its O_PATH descriptor.
     proc_self_fd: OwnedFd,
     /// Descriptors that are held for the guest.
-    budget: Arc<Budget>,
+    quota: Arc<FdQuota>,
     inodes: InodeTable,
     handles: HandleTable,
-    waits: Waits,
+    lock_waiters: LockWaiters,
     /// Byte ranges that are locked.
-    lock_ranges: Arc<RangeCount>,
+    locked_ranges: Arc<LockedRangeQuota>,
     /// ACLs can be had on the host, and were asked for.
     offers_acls: bool,
     /// The same with security labels.
@@ -102,9 +102,9 @@ impl PassthroughFs {
         rustix::process::fchdir(&proc_self_fd)?;
         let stat = ops::lookup::stat(&root)?;
         let offers_acls = ops::xattr::acls_can_be_had(&root, &config)?;
-        let budget = Arc::new(Budget::of_the_process(open_descriptors(&proc_self_fd)?));
-        let descriptors = descriptors(config.inode_file_handles, &root, &budget)?;
-        let inodes = InodeTable::new(budget.take()?.hold(root), ops::lookup::key(&stat), descriptors)?;
+        let quota = Arc::new(FdQuota::of_the_process(open_descriptors(&proc_self_fd)?));
+        let descriptors = descriptors(config.inode_file_handles, &root, &quota)?;
+        let inodes = InodeTable::new(quota.acquire()?.wrap(root), ops::lookup::key(&stat), descriptors)?;
         let session = Session {
             policy: IoPolicy::new(&config, InitFlags::empty()),
             submounts: false,
@@ -122,11 +122,11 @@ impl PassthroughFs {
             config,
             own: OwnIds::current(),
             proc_self_fd,
-            budget,
+            quota,
             inodes,
             handles: HandleTable::default(),
-            waits: Waits::default(),
-            lock_ranges: Arc::default(),
+            lock_waiters: LockWaiters::default(),
+            locked_ranges: Arc::default(),
             session: ArcSwap::from_pointee(session),
         })
     }
@@ -418,14 +418,14 @@ impl FileSystem for PassthroughFs {
     }
 
     fn interrupt(&self, unique: Unique) -> Result<()> {
-        self.waits.interrupt(unique)
+        self.lock_waiters.interrupt(unique)
     }
 
     fn put_back(&self, unique: Unique) {
-        self.waits.put_back(unique);
+        self.lock_waiters.put_back(unique);
     }
 
     fn interrupt_all(&self) {
-        self.waits.interrupt_all();
+        self.lock_waiters.interrupt_all();
     }
 }

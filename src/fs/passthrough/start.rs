@@ -7,9 +7,9 @@ use rustix::fs::Dir;
 use rustix::io::Errno;
 use thiserror::Error;
 
-use super::inode::fd_cache::Descriptors;
+use super::inode::fd_cache::FdCache;
 use crate::config::InodeFileHandles;
-use crate::limits::fd_quota::Budget;
+use crate::limits::fd_quota::FdQuota;
 
 /// Why a directory cannot be served as it was asked for.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -62,15 +62,15 @@ pub(super) fn open_descriptors(proc_self_fd: &OwnedFd) -> std::result::Result<us
 pub(super) fn descriptors(
     wanted: InodeFileHandles,
     root: &OwnedFd,
-    budget: &Arc<Budget>,
-) -> std::result::Result<Descriptors, StartError> {
-    match (wanted, Descriptors::limited(root, budget)) {
-        (InodeFileHandles::Never, _) => Ok(Descriptors::unlimited(budget)),
+    quota: &Arc<FdQuota>,
+) -> std::result::Result<FdCache, StartError> {
+    match (wanted, FdCache::limited(root, quota)) {
+        (InodeFileHandles::Never, _) => Ok(FdCache::unlimited(quota)),
         (_, Ok(descriptors)) => Ok(descriptors),
         (InodeFileHandles::Mandatory, Err(_)) => Err(StartError::NoFileHandles),
         (InodeFileHandles::Prefer, Err(errno)) => {
-            budget.warn_without_handles(errno);
-            Ok(Descriptors::unlimited(budget))
+            quota.warn_without_handles(errno);
+            Ok(FdCache::unlimited(quota))
         }
     }
 }

@@ -143,9 +143,9 @@ impl PassthroughFs {
             chmodat(PROC, proc_name(&*inode.path()?), left, AtFlags::empty())?;
         }
         // Without extended attributes the guest knows no capabilities.
-        let pin = inode.path()?;
-        if self.config.xattr && getxattr_query(proc_name(&*pin).as_c_str(), CAPABILITY).is_ok() {
-            return removexattr(proc_name(&*pin), CAPABILITY);
+        let fd = inode.path()?;
+        if self.config.xattr && getxattr_query(proc_name(&*fd).as_c_str(), CAPABILITY).is_ok() {
+            return removexattr(proc_name(&*fd), CAPABILITY);
         }
         Ok(())
     }

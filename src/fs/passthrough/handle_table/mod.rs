@@ -15,7 +15,7 @@ use crate::fs::Result;
 use crate::fs::passthrough::host::file::HostFile;
 use crate::fs::passthrough::inode::Inode;
 use crate::fs::passthrough::inode::io_mode::Mode;
-use crate::fs::passthrough::inode::shards::{ByNumber, Shards};
+use crate::fs::passthrough::inode::shards::{BuildIdHasher, Shards};
 use fuse_protocol::ids::{HandleId, NodeId};
 
 /// An open file or directory.
@@ -88,7 +88,7 @@ impl Drop for Handle {
 /// All handles of a session.
 #[derive(Debug)]
 pub struct HandleTable {
-    shards: Shards<RwLock<HashMap<u64, Arc<Handle>, ByNumber>>>,
+    shards: Shards<RwLock<HashMap<u64, Arc<Handle>, BuildIdHasher>>>,
     next: AtomicU64,
     /// Bytes that listings of all handles keep.
     kept: Arc<AtomicUsize>,
@@ -139,7 +139,7 @@ impl HandleTable {
         }
     }
 
-    fn shard(&self, id: u64) -> &RwLock<HashMap<u64, Arc<Handle>, ByNumber>> {
+    fn shard(&self, id: u64) -> &RwLock<HashMap<u64, Arc<Handle>, BuildIdHasher>> {
         self.shards.of(id)
     }
 }

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use crate::fs::Result;
-use crate::limits::fd_quota::{Budget, Held};
+use crate::limits::fd_quota::{FdQuota, GuestFd};
 
 /// Flags that the second descriptor shares with the first.
 const SHARED: OFlags =
@@ -23,18 +23,18 @@ const SHARED: OFlags =
 /// An open file of the host: one descriptor, or two.
 #[derive(Debug)]
 pub struct HostFile {
-    file: Held,
+    file: GuestFd,
     /// What it was opened with.
     flags: OFlags,
     /// `file` bypasses the host's page cache.
     direct: AtomicBool,
     /// The same file through the host's page cache.
-    buffered: OnceLock<Held>,
+    buffered: OnceLock<GuestFd>,
 }
 
 impl HostFile {
     /// A file, or a directory, that was opened with `flags`.
-    pub fn new(file: Held, flags: OFlags) -> HostFile {
+    pub fn new(file: GuestFd, flags: OFlags) -> HostFile {
         let direct = AtomicBool::new(flags.contains(OFlags::DIRECT));
         HostFile { file, flags, direct, buffered: OnceLock::new() }
     }
@@ -112,14 +112,14 @@ pub struct Opener<'a> {
     /// `/proc/self/fd`.
     pub proc_self_fd: &'a OwnedFd,
     /// Descriptors that may be held for the guest.
-    pub budget: &'a Arc<Budget>,
+    pub quota: &'a Arc<FdQuota>,
 }
 
 impl Opener<'_> {
     /// Opens what `file` has open, whatever has become of its name.
-    fn again(self, file: BorrowedFd<'_>, flags: OFlags) -> Result<Held> {
-        let slot = self.budget.take()?;
+    fn again(self, file: BorrowedFd<'_>, flags: OFlags) -> Result<GuestFd> {
+        let permit = self.quota.acquire()?;
         let file = openat(self.proc_self_fd, DecInt::from_fd(file), flags | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(slot.hold(file))
+        Ok(permit.wrap(file))
     }
 }

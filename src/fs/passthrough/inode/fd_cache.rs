@@ -7,7 +7,7 @@
 //! the same inode or not at all.
 //!
 //! Only a descriptor keeps the host from using an inode's number again. Without one, an inode is known
-//! by its handle alone, which has a generation in it: see [`Pin::is`].
+//! by its handle alone, which has a generation in it: see [`InodeFd::is`].
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use super::mount::{self, Mount};
 use super::shards::{Apart, Shards};
 use crate::fs::Result;
-use crate::limits::fd_quota::{Budget, Held};
+use crate::limits::fd_quota::{FdQuota, GuestFd};
 use crate::sys::file_handles::{FileHandle, name_to_handle, open_by_handle};
 use fuse_protocol::ids::NodeId;
 
@@ -32,7 +32,7 @@ const SMALLEST_CLOCK: usize = 64;
 
 /// The descriptors of all inodes together, and the mounts that these are on.
 #[derive(Debug)]
-pub struct Descriptors {
+pub struct FdCache {
     /// Set while inodes should give up descriptors. Each request looks at it; it stands apart from what
     /// each new inode changes.
     scarce: Apart<AtomicBool>,
@@ -45,9 +45,9 @@ pub struct Descriptors {
     /// These inodes, in the order in which they are to be asked for it.
     clock: Shards<Mutex<Clock>>,
     mounts: Apart<RwLock<HashMap<u32, Weak<Mount>>>>,
-    told_of_mount: AtomicBool,
+    reported_mount: AtomicBool,
     /// What inodes share with whatever else the guest holds.
-    budget: Arc<Budget>,
+    quota: Arc<FdQuota>,
 }
 
 /// A part of the clock.
@@ -85,55 +85,55 @@ impl Clock {
     }
 }
 
-impl Descriptors {
-    /// No limit but the budget's: each inode keeps its descriptor.
-    pub fn unlimited(budget: &Arc<Budget>) -> Descriptors {
-        Descriptors::of(budget, usize::MAX)
+impl FdCache {
+    /// No limit but the quota's: each inode keeps its descriptor.
+    pub fn unlimited(quota: &Arc<FdQuota>) -> FdCache {
+        FdCache::of(quota, usize::MAX)
     }
 
-    /// Half of the budget, if inodes can be opened by handle at the share's `root`.
+    /// Half of the quota, if inodes can be opened by handle at the share's `root`.
     ///
     /// EPERM without CAP_DAC_READ_SEARCH, EOPNOTSUPP where the file system has no handles that last.
-    pub fn limited(root: &OwnedFd, budget: &Arc<Budget>) -> Result<Descriptors> {
+    pub fn limited(root: &OwnedFd, quota: &Arc<FdQuota>) -> Result<FdCache> {
         mount::try_handles(root)?;
-        Ok(Descriptors::of(budget, half_of(budget)))
+        Ok(FdCache::of(quota, half_of(quota)))
     }
 
-    fn of(budget: &Arc<Budget>, allowed: usize) -> Descriptors {
-        Descriptors {
+    fn of(quota: &Arc<FdQuota>, allowed: usize) -> FdCache {
+        FdCache {
             scarce: Apart::default(),
             allowed: AtomicUsize::new(allowed),
             limited: allowed != usize::MAX,
             taken: Apart::default(),
             clock: Shards::default(),
             mounts: Apart::default(),
-            told_of_mount: AtomicBool::new(false),
-            budget: Arc::clone(budget),
+            reported_mount: AtomicBool::new(false),
+            quota: Arc::clone(quota),
         }
     }
 
     /// Whether inodes may have to give up descriptors.
-    pub fn are_limited(&self) -> bool {
+    pub fn is_limited(&self) -> bool {
         self.limited
     }
 
     /// Whether inodes should give up descriptors.
-    pub fn are_scarce(&self) -> bool {
+    pub fn over_limit(&self) -> bool {
         self.scarce.load(Ordering::Relaxed)
     }
 
-    /// The budget has become another one: inodes may have half of it.
-    pub fn share_budget(&self) {
+    /// The quota has become another one: inodes may have half of it.
+    pub fn on_quota_change(&self) {
         if self.limited {
-            self.allowed.store(half_of(&self.budget), Ordering::Relaxed);
+            self.allowed.store(half_of(&self.quota), Ordering::Relaxed);
             let taken = self.taken.load(Ordering::Relaxed);
-            self.scarce.store(taken > half_of(&self.budget), Ordering::Relaxed);
+            self.scarce.store(taken > half_of(&self.quota), Ordering::Relaxed);
         }
     }
 
     /// What the guest's descriptors are counted by.
-    pub fn budget(&self) -> &Arc<Budget> {
-        &self.budget
+    pub fn quota(&self) -> &Arc<FdQuota> {
+        &self.quota
     }
 
     /// The part of the clock that `number` belongs to.
@@ -142,15 +142,15 @@ impl Descriptors {
     }
 
     /// The inodes cannot give up what they have; asking them again and again would be of no use.
-    pub fn allow_more(&self) {
+    pub fn raise_limit(&self) {
         let taken = self.taken.load(Ordering::Relaxed);
         debug!("inodes need {taken} descriptors");
         self.allowed.fetch_max(taken.saturating_add(taken / 4), Ordering::Relaxed);
-        self.look_whether_plenty(taken);
+        self.clear_below_low_watermark(taken);
     }
 
     /// The process has none left, though inodes may have more: they keep three quarters of what they have.
-    pub fn allow_less(&self) {
+    pub fn lower_limit(&self) {
         let taken = self.taken.load(Ordering::Relaxed);
         self.allowed.fetch_min((taken - taken / 4).max(1), Ordering::Relaxed);
         self.scarce.store(true, Ordering::Relaxed);
@@ -170,13 +170,13 @@ impl Descriptors {
 
     fn free_one(&self) {
         let before = self.taken.fetch_sub(1, Ordering::Relaxed);
-        if self.are_scarce() {
-            self.look_whether_plenty(before.saturating_sub(1));
+        if self.over_limit() {
+            self.clear_below_low_watermark(before.saturating_sub(1));
         }
     }
 
     /// So many are free that it will be a while until the next time.
-    fn look_whether_plenty(&self, taken: usize) {
+    fn clear_below_low_watermark(&self, taken: usize) {
         let allowed = self.allowed.load(Ordering::Relaxed);
         if taken <= allowed - allowed / 8 {
             self.scarce.store(false, Ordering::Relaxed);
@@ -184,8 +184,8 @@ impl Descriptors {
     }
 
     /// Says once that there is a mount where inodes keep their descriptors.
-    pub fn tell_of_mount(&self, errno: Errno) {
-        if !self.told_of_mount.swap(true, Ordering::Relaxed) {
+    pub fn report_mount(&self, errno: Errno) {
+        if !self.reported_mount.swap(true, Ordering::Relaxed) {
             info!(
                 "a file system below the share has no file handles that last ({errno}): each of its inodes that the guest knows takes a descriptor (see --rlimit-nofile)"
             );
@@ -228,14 +228,14 @@ impl Descriptors {
     }
 }
 
-fn half_of(budget: &Budget) -> usize {
-    (budget.most() / 2).max(1)
+fn half_of(quota: &FdQuota) -> usize {
+    (quota.most() / 2).max(1)
 }
 
 /// What keeps hold of one inode.
 #[derive(Debug)]
-pub struct Pin {
-    path: ArcSwapOption<Held>,
+pub struct InodeFd {
+    path: ArcSwapOption<GuestFd>,
     /// Known once the inode has given up a descriptor for the first time.
     handle: OnceLock<FileHandle>,
     /// Used since it was last asked to give up its descriptor.
@@ -243,13 +243,13 @@ pub struct Pin {
     mount: Arc<Mount>,
 }
 
-impl Pin {
+impl InodeFd {
     /// Keeps hold of the inode by its O_PATH descriptor.
-    pub fn new(path: Held, mount: Arc<Mount>) -> Pin {
+    pub fn new(path: GuestFd, mount: Arc<Mount>) -> InodeFd {
         if mount.directory().is_some() {
             mount.all.take_one();
         }
-        Pin {
+        InodeFd {
             path: ArcSwapOption::from_pointee(path),
             handle: OnceLock::new(),
             used: AtomicBool::new(false),
@@ -264,7 +264,7 @@ impl Pin {
 
     /// An O_PATH descriptor, which stays open for as long as the caller holds it; ESTALE if the
     /// inode had none and has been deleted on the host. `node` is the inode's.
-    pub fn path(&self, node: NodeId) -> Result<Arc<Held>> {
+    pub fn path(&self, node: NodeId) -> Result<Arc<GuestFd>> {
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::Relaxed);
         }
@@ -274,13 +274,13 @@ impl Pin {
         }
     }
 
-    fn open_again(&self, node: NodeId) -> Result<Arc<Held>> {
+    fn open_again(&self, node: NodeId) -> Result<Arc<GuestFd>> {
         let (handle, directory) = self.handle.get().zip(self.mount.directory()).ok_or(Errno::STALE)?;
-        let slot = self.mount.all.budget.take();
+        let permit = self.mount.all.quota.acquire();
         let path = open_by_handle(directory.as_fd(), handle)?;
         // Where the guest holds all that it may hold, the inode is found again by each request.
-        let Ok(slot) = slot else { return Ok(Arc::new(Held::for_a_request(path))) };
-        let path = Arc::new(slot.hold(path));
+        let Ok(permit) = permit else { return Ok(Arc::new(GuestFd::for_a_request(path))) };
+        let path = Arc::new(permit.wrap(path));
         if self.path.swap(Some(Arc::clone(&path))).is_none() {
             self.mount.all.take_one();
             self.enter_clock(node);
@@ -320,12 +320,12 @@ impl Pin {
     }
 
     /// Whether the inode was used since this was last asked.
-    pub fn was_used(&self) -> bool {
+    pub fn take_reference(&self) -> bool {
         self.used.swap(false, Ordering::Relaxed)
     }
 
     /// Gives up the descriptor; false if the inode has to keep it.
-    pub fn give_up(&self) -> bool {
+    pub fn evict(&self) -> bool {
         let Some(path) = self.path.load_full() else { return true };
         if self.mount.directory().is_none() {
             return false;
@@ -341,7 +341,7 @@ impl Pin {
     }
 }
 
-impl Drop for Pin {
+impl Drop for InodeFd {
     fn drop(&mut self) {
         if self.mount.directory().is_some() && self.path.load().is_some() {
             self.mount.all.free_one();
@@ -363,105 +363,105 @@ mod tests {
         openat(rustix::fs::CWD, path, flags, Mode::empty()).unwrap()
     }
 
-    fn ino(pin: &Pin) -> Result<u64> {
-        Ok(lookup::stat(pin.path(NodeId(2))?)?.stx_ino)
+    fn ino(fd: &InodeFd) -> Result<u64> {
+        Ok(lookup::stat(fd.path(NodeId(2))?)?.stx_ino)
     }
 
     /// One descriptor for inodes, before they have to give theirs up, out of `most`.
-    fn one_of(root: &std::path::Path, most: usize) -> (Arc<Budget>, Arc<Mount>) {
+    fn one_of(root: &std::path::Path, most: usize) -> (Arc<FdQuota>, Arc<Mount>) {
         // One is for the mount.
-        let budget = Arc::new(Budget::of(most + 1, 0));
+        let quota = Arc::new(FdQuota::of(most + 1, 0));
         mount::try_handles(path_of(root)).unwrap();
-        let all = Arc::new(Descriptors::of(&budget, 1));
+        let all = Arc::new(FdCache::of(&quota, 1));
         let mount = all.mount(1, path_of(root), FileType::Directory).unwrap();
-        (budget, mount)
+        (quota, mount)
     }
 
-    fn pin(path: &std::path::Path, budget: &Arc<Budget>, mount: &Arc<Mount>) -> Pin {
-        Pin::new(budget.take().unwrap().hold(path_of(path)), Arc::clone(mount))
+    fn fd(path: &std::path::Path, quota: &Arc<FdQuota>, mount: &Arc<Mount>) -> InodeFd {
+        InodeFd::new(quota.acquire().unwrap().wrap(path_of(path)), Arc::clone(mount))
     }
 
     /// Asked as the clock asks.
-    fn ask(pin: &Pin) {
-        if !pin.was_used() {
-            assert!(pin.give_up());
+    fn ask(fd: &InodeFd) {
+        if !fd.take_reference() {
+            assert!(fd.evict());
         }
     }
 
     #[test]
     fn an_inode_is_found_again_when_nothing_more_may_be_held() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let (budget, mount) = one_of(folder.path(), 1);
-        let pin = pin(folder.path(), &budget, &mount);
-        let wanted = ino(&pin).unwrap();
-        ask(&pin);
-        ask(&pin);
-        assert_eq!(budget.held() - 1, 0);
-        let slot = budget.take().unwrap();
+        let (quota, mount) = one_of(folder.path(), 1);
+        let fd = fd(folder.path(), &quota, &mount);
+        let wanted = ino(&fd).unwrap();
+        ask(&fd);
+        ask(&fd);
+        assert_eq!(quota.held() - 1, 0);
+        let permit = quota.acquire().unwrap();
         for _ in 0..3 {
-            assert_eq!(ino(&pin).unwrap(), wanted);
-            assert_eq!((mount.all.taken(), budget.held() - 1), (0, 1), "nothing was kept");
+            assert_eq!(ino(&fd).unwrap(), wanted);
+            assert_eq!((mount.all.taken(), quota.held() - 1), (0, 1), "nothing was kept");
         }
-        drop(slot);
-        assert_eq!(ino(&pin).unwrap(), wanted);
-        assert_eq!((mount.all.taken(), budget.held() - 1), (1, 1));
-        drop(pin);
-        assert_eq!((mount.all.taken(), budget.held() - 1), (0, 0));
+        drop(permit);
+        assert_eq!(ino(&fd).unwrap(), wanted);
+        assert_eq!((mount.all.taken(), quota.held() - 1), (1, 1));
+        drop(fd);
+        assert_eq!((mount.all.taken(), quota.held() - 1), (0, 0));
     }
 
     #[test]
     fn an_inode_without_descriptor_is_found_again_under_any_name() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let (budget, mount) = one_of(folder.path(), 10);
+        let (quota, mount) = one_of(folder.path(), 10);
         let (file, link) = (folder.path().join("file"), folder.path().join("link"));
         File::create(&file).unwrap();
         std::os::unix::fs::symlink("nowhere", &link).unwrap();
         for path in [&file, &link] {
-            let pin = pin(path, &budget, &mount);
-            let before = ino(&pin).unwrap();
-            ask(&pin);
+            let fd = fd(path, &quota, &mount);
+            let before = ino(&fd).unwrap();
+            ask(&fd);
             assert_eq!(mount.all.taken(), 1, "it was used just now");
-            ask(&pin);
+            ask(&fd);
             assert_eq!(mount.all.taken(), 0);
             let renamed = path.with_extension("renamed");
             fs::rename(path, &renamed).unwrap();
-            assert_eq!(ino(&pin).unwrap(), before);
+            assert_eq!(ino(&fd).unwrap(), before);
             assert_eq!(mount.all.taken(), 1);
             // A descriptor in use survives.
-            let held = pin.path(NodeId(2)).unwrap();
-            ask(&pin);
-            ask(&pin);
+            let held = fd.path(NodeId(2)).unwrap();
+            ask(&fd);
+            ask(&fd);
             assert_eq!(lookup::stat(&held).unwrap().stx_ino, before);
             drop(held);
             fs::remove_file(&renamed).unwrap();
-            assert_eq!(ino(&pin).unwrap_err(), Errno::STALE);
-            drop(pin);
-            assert_eq!((mount.all.taken(), budget.held() - 1), (0, 0));
+            assert_eq!(ino(&fd).unwrap_err(), Errno::STALE);
+            drop(fd);
+            assert_eq!((mount.all.taken(), quota.held() - 1), (0, 0));
         }
     }
 
     #[test]
     fn threads_that_use_and_give_up_lose_nothing() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let (budget, mount) = one_of(folder.path(), 10);
-        let pin = pin(folder.path(), &budget, &mount);
-        let wanted = ino(&pin).unwrap();
+        let (quota, mount) = one_of(folder.path(), 10);
+        let fd = fd(folder.path(), &quota, &mount);
+        let wanted = ino(&fd).unwrap();
         std::thread::scope(|scope| {
             for turn in 0..4 {
-                let pin = &pin;
+                let fd = &fd;
                 scope.spawn(move || {
                     for _ in 0..5000 {
                         match turn {
-                            0 | 1 => ask(pin),
-                            _ => assert_eq!(ino(pin).unwrap(), wanted),
+                            0 | 1 => ask(fd),
+                            _ => assert_eq!(ino(fd).unwrap(), wanted),
                         }
                     }
                 });
             }
         });
-        pin.path(NodeId(2)).unwrap();
+        fd.path(NodeId(2)).unwrap();
         assert_eq!(mount.all.taken(), 1);
-        drop(pin);
+        drop(fd);
         assert_eq!(mount.all.taken(), 0);
     }
 }

@@ -20,9 +20,9 @@ const MOST_GROWTH: usize = 2;
 
 /// All ranges of all owners.
 #[derive(Debug, Default)]
-pub struct RangeCount(AtomicUsize);
+pub struct LockedRangeQuota(AtomicUsize);
 
-impl RangeCount {
+impl LockedRangeQuota {
     fn take(&self, ranges: usize) -> Result<()> {
         if self.0.fetch_add(ranges, Ordering::Relaxed).saturating_add(ranges) > MOST {
             self.give_back(ranges);
@@ -38,9 +38,9 @@ impl RangeCount {
 
 /// The ranges that one owner has locked: by their first byte the last one, and the kind.
 #[derive(Debug)]
-pub struct Ranges {
+pub struct LockedRanges {
     locked: BTreeMap<u64, (u64, LockType)>,
-    all: Arc<RangeCount>,
+    all: Arc<LockedRangeQuota>,
 }
 
 /// What a lock or unlock does to the ranges of its owner.
@@ -50,10 +50,10 @@ struct Change {
     added: Vec<(u64, u64, LockType)>,
 }
 
-impl Ranges {
+impl LockedRanges {
     /// None yet, of those that `all` counts.
-    pub fn new(all: &Arc<RangeCount>) -> Ranges {
-        Ranges { locked: BTreeMap::new(), all: Arc::clone(all) }
+    pub fn new(all: &Arc<LockedRangeQuota>) -> LockedRanges {
+        LockedRanges { locked: BTreeMap::new(), all: Arc::clone(all) }
     }
 
     /// Locks or unlocks with `set`, which does not wait; ENOLCK if that would make too many ranges.
@@ -68,8 +68,8 @@ impl Ranges {
     }
 
     /// To be asked before a wait for a lock: ENOLCK if there may be too many ranges afterwards.
-    /// [`Ranges::waited`] has to follow, whatever came of the wait.
-    pub fn before_wait(all: &RangeCount) -> Result<()> {
+    /// [`LockedRanges::waited`] has to follow, whatever came of the wait.
+    pub fn before_wait(all: &LockedRangeQuota) -> Result<()> {
         all.take(MOST_GROWTH)
     }
 
@@ -128,7 +128,7 @@ impl Ranges {
     }
 }
 
-impl Drop for Ranges {
+impl Drop for LockedRanges {
     fn drop(&mut self) {
         self.all.give_back(self.locked.len());
     }
@@ -161,8 +161,8 @@ mod tests {
         fn ranges_are_the_runs_of_bytes_that_are_locked(
             steps in prop::collection::vec((0usize..3, 0usize..40, 0usize..12, any::<bool>()), 0..60)
         ) {
-            let all = Arc::new(RangeCount::default());
-            let mut ranges = Ranges::new(&all);
+            let all = Arc::new(LockedRangeQuota::default());
+            let mut ranges = LockedRanges::new(&all);
             let mut bytes = [LockType::Unlock; 52];
             for (kind, start, len, works) in steps {
                 let kind = [LockType::Read, LockType::Write, LockType::Unlock][kind];
@@ -187,8 +187,8 @@ mod tests {
 
     #[test]
     fn there_is_an_end_and_a_way_back() {
-        let all = Arc::new(RangeCount::default());
-        let mut ranges = Ranges::new(&all);
+        let all = Arc::new(LockedRangeQuota::default());
+        let mut ranges = LockedRanges::new(&all);
         let whole = lock(LockType::Write, 0, u64::MAX);
         ranges.set(&whole, done).unwrap();
         // By locks, and by holes in a lock.
@@ -200,17 +200,17 @@ mod tests {
             ranges.set(&hole(number), done).unwrap();
         }
         assert_eq!(ranges.set(&hole(MOST), done), Err(Errno::NOLCK));
-        let mut other = Ranges::new(&all);
+        let mut other = LockedRanges::new(&all);
         assert_eq!(other.set(&whole, done), Err(Errno::NOLCK));
-        assert_eq!(Ranges::before_wait(&all), Err(Errno::NOLCK));
+        assert_eq!(LockedRanges::before_wait(&all), Err(Errno::NOLCK));
         // What makes no more ranges is done.
         ranges.set(&lock(LockType::Write, 1, 9), done).unwrap();
         other.set(&whole, done).unwrap();
         ranges.set(&lock(LockType::Unlock, 0, u64::MAX), done).unwrap();
         assert_eq!(all.0.load(Ordering::Relaxed), 1);
-        Ranges::before_wait(&all).unwrap();
+        LockedRanges::before_wait(&all).unwrap();
         ranges.waited(&whole, true);
-        Ranges::before_wait(&all).unwrap();
+        LockedRanges::before_wait(&all).unwrap();
         ranges.waited(&hole(1), false);
         assert_eq!(all.0.load(Ordering::Relaxed), 2);
         drop((ranges, other));

@@ -14,13 +14,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use rustix::fs::FileType;
 
-use self::fd_cache::Pin;
+use self::fd_cache::InodeFd;
 use self::io_mode::IoMode;
 use self::mount::Mount;
 use self::range_lock::RangeLock;
 use crate::fs::Result;
 use crate::fs::passthrough::ops::locks::InodeLocks;
-use crate::limits::fd_quota::Held;
+use crate::limits::fd_quota::GuestFd;
 use fuse_protocol::ids::NodeId;
 
 /// What an inode is on the host. The mount belongs to it: one directory can be mounted twice.
@@ -67,7 +67,7 @@ pub struct Inode {
     /// It had a set-group-ID bit without execution by the group when it was last looked at.
     pub lone_group_bit: AtomicBool,
     /// What keeps hold of it.
-    pub pin: Pin,
+    pub fd: InodeFd,
     /// How often the guest has looked it up and not forgotten it. Goes up only under the lock of
     /// the inode's key, so that a count of 0 seen there is final.
     pub lookups: AtomicU64,
@@ -75,7 +75,7 @@ pub struct Inode {
 
 impl Inode {
     /// An inode that was not looked up yet.
-    pub fn new(node: NodeId, key: InodeKey, kind: FileType, pin: Pin) -> Inode {
+    pub fn new(node: NodeId, key: InodeKey, kind: FileType, fd: InodeFd) -> Inode {
         Inode {
             node,
             key,
@@ -84,20 +84,20 @@ impl Inode {
             ranges: RangeLock::default(),
             locks: InodeLocks::default(),
             lone_group_bit: AtomicBool::new(false),
-            pin,
+            fd,
             lookups: AtomicU64::new(0),
         }
     }
 
     /// An O_PATH descriptor for system calls that take AT_EMPTY_PATH, or names relative to a
     /// directory. It stays open for as long as the caller holds it.
-    pub fn path(&self) -> Result<Arc<Held>> {
-        self.pin.path(self.node)
+    pub fn path(&self) -> Result<Arc<GuestFd>> {
+        self.fd.path(self.node)
     }
 
     /// The mount it is on.
     pub fn mount(&self) -> &Arc<Mount> {
-        self.pin.mount()
+        self.fd.mount()
     }
 }
 

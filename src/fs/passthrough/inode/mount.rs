@@ -27,9 +27,9 @@ use rustix::fs::{FileType, Mode, OFlags, fstatfs, openat};
 use rustix::io::Errno;
 
 use super::Inode;
-use super::fd_cache::Descriptors;
+use super::fd_cache::FdCache;
 use crate::fs::Result;
-use crate::limits::fd_quota::Held;
+use crate::limits::fd_quota::GuestFd;
 use crate::sys::file_handles::{name_to_handle, open_by_handle};
 
 /// `FUSE_SUPER_MAGIC` of linux/magic.h.
@@ -50,21 +50,21 @@ pub struct Mount {
     /// What was met first is not a directory: a single file that is mounted somewhere.
     pub is_of_a_file: bool,
     /// A directory on it that is open, not only as O_PATH, if its inodes may be opened by handle.
-    directory: Option<Held>,
+    directory: Option<GuestFd>,
     /// A directory on it that the guest knows, the first one that was met.
     top: OnceLock<Weak<Inode>>,
     /// All descriptors of inodes.
-    pub all: Arc<Descriptors>,
+    pub all: Arc<FdCache>,
 }
 
 impl Mount {
     /// The mount that `inode` (an O_PATH descriptor is enough) is on.
-    pub fn new(id: u32, inode: impl AsFd, kind: FileType, all: &Arc<Descriptors>) -> Mount {
+    pub fn new(id: u32, inode: impl AsFd, kind: FileType, all: &Arc<FdCache>) -> Mount {
         let file_system = file_system(&inode);
-        let limited = all.are_limited() && kind == FileType::Directory;
+        let limited = all.is_limited() && kind == FileType::Directory;
         let directory = limited.then(|| open_for_handles(&inode, file_system, all));
         if let Some(Err(errno)) = &directory {
-            all.tell_of_mount(*errno);
+            all.report_mount(*errno);
         }
         Mount {
             id,
@@ -78,7 +78,7 @@ impl Mount {
     }
 
     /// Where its inodes are opened by handle; `None` if they must keep their descriptors.
-    pub fn directory(&self) -> Option<&Held> {
+    pub fn directory(&self) -> Option<&GuestFd> {
         self.directory.as_ref()
     }
 
@@ -109,9 +109,9 @@ pub fn try_handles(root: impl AsFd) -> Result<()> {
     open_directory(&root, file_system(&root)).map(drop)
 }
 
-fn open_for_handles(inode: impl AsFd, file_system: Option<u32>, all: &Descriptors) -> Result<Held> {
-    let slot = all.budget().take()?;
-    Ok(slot.hold(open_directory(inode, file_system)?))
+fn open_for_handles(inode: impl AsFd, file_system: Option<u32>, all: &FdCache) -> Result<GuestFd> {
+    let permit = all.quota().acquire()?;
+    Ok(permit.wrap(open_directory(inode, file_system)?))
 }
 
 /// The directory itself, after an inode was opened there by its handle.

@@ -49,13 +49,13 @@ impl<T> Shards<T> {
 
 /// The hasher of tables by numbers that we give out ourselves, one after the other. A guest can at
 /// worst make its own look-ups slower, by keeping numbers that collide and forgetting the others.
-pub type ByNumber = BuildHasherDefault<NumberHasher>;
+pub type BuildIdHasher = BuildHasherDefault<IdHasher>;
 
 /// Hashes one number by a multiplication.
 #[derive(Debug, Default)]
-pub struct NumberHasher(u64);
+pub struct IdHasher(u64);
 
-impl Hasher for NumberHasher {
+impl Hasher for IdHasher {
     fn write_u64(&mut self, number: u64) {
         // The golden ratio; the upper half of the product depends on all bits of the number, and
         // tables look at both ends.
@@ -83,7 +83,7 @@ mod tests {
     #[test]
     fn numbers_of_one_part_spread_over_its_table() {
         // As a table of 1024 places sees them: place by the low bits, tag by the high ones.
-        let hash = |number: u64| ByNumber::default().hash_one(number);
+        let hash = |number: u64| BuildIdHasher::default().hash_one(number);
         let numbers = || (0..1000).map(|i| 7 + i * SHARDS as u64);
         let places: HashSet<u64> = numbers().map(|number| hash(number) % 1024).collect();
         let tags: HashSet<u64> = numbers().map(|number| hash(number) >> 57).collect();

@@ -11,13 +11,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
-use super::fd_cache::{Descriptors, Pin};
+use super::fd_cache::{FdCache, InodeFd};
 use super::mount::Mount;
-use super::shards::{Apart, ByNumber, SHARDS, Shards};
+use super::shards::{Apart, BuildIdHasher, SHARDS, Shards};
 use super::{Inode, InodeKey, Seen};
 use crate::fs::passthrough::ops::lookup::key_on;
 use crate::fs::{DeviceDescriptors, Result};
-use crate::limits::fd_quota::Held;
+use crate::limits::fd_quota::GuestFd;
 use crate::sys::file_handles::{FileHandle, name_to_handle};
 use fuse_protocol::ids::NodeId;
 
@@ -60,13 +60,13 @@ found_by!(ByKey, key, InodeKey);
 /// All inodes of a session.
 #[derive(Debug)]
 pub struct InodeTable {
-    by_node: Shards<RwLock<HashSet<ByNode, ByNumber>>>,
+    by_node: Shards<RwLock<HashSet<ByNode, BuildIdHasher>>>,
     /// Those that may be found by what they are on the host. An inode that is gone there, and whose
     /// number has another one now, is not among them any more.
     by_key: Shards<Mutex<HashSet<ByKey>>>,
     next_node: Apart<AtomicU64>,
     root: Arc<Inode>,
-    descriptors: Arc<Descriptors>,
+    fd_cache: Arc<FdCache>,
     /// The part of the clock that is next; held by who makes inodes give up descriptors.
     hand: Mutex<u64>,
 }
@@ -80,11 +80,11 @@ const ROUNDS: usize = 32;
 
 impl InodeTable {
     /// A table that knows the root alone.
-    pub fn new(root: Held, key: InodeKey, descriptors: Descriptors) -> Result<InodeTable> {
-        let descriptors = Arc::new(descriptors);
-        let mount = descriptors.mount(key.mount, &root, FileType::Directory)?;
+    pub fn new(root: GuestFd, key: InodeKey, fd_cache: FdCache) -> Result<InodeTable> {
+        let fd_cache = Arc::new(fd_cache);
+        let mount = fd_cache.mount(key.mount, &root, FileType::Directory)?;
         let key = key_on(&mount, key, &root);
-        let root = Arc::new(Inode::new(NodeId::ROOT, key, FileType::Directory, Pin::new(root, mount)));
+        let root = Arc::new(Inode::new(NodeId::ROOT, key, FileType::Directory, InodeFd::new(root, mount)));
         root.mount().add_top(&root);
         let next_node = Apart::<AtomicU64>::default();
         next_node.store(NodeId::ROOT.0 + 1, Ordering::Relaxed);
@@ -93,7 +93,7 @@ impl InodeTable {
             by_key: Shards::default(),
             next_node,
             root,
-            descriptors,
+            fd_cache,
             hand: Mutex::new(0),
         };
         table.insert_root();
@@ -102,14 +102,14 @@ impl InodeTable {
 
     /// The inode with this id; ESTALE if the guest has forgotten it or never knew it.
     pub fn get(&self, node: NodeId) -> Result<Arc<Inode>> {
-        if self.descriptors.are_scarce() {
-            self.give_up_some();
+        if self.fd_cache.over_limit() {
+            self.evict_some();
         }
         if node == NodeId::ROOT {
             return Ok(Arc::clone(&self.root));
         }
         let inode = self.known(node).ok_or(Errno::STALE)?;
-        if inode.pin.lacks_descriptor() && matches!(inode.path(), Err(Errno::MFILE | Errno::NFILE)) {
+        if inode.fd.lacks_descriptor() && matches!(inode.path(), Err(Errno::MFILE | Errno::NFILE)) {
             self.process_is_full();
         }
         Ok(inode)
@@ -126,8 +126,8 @@ impl InodeTable {
     }
 
     /// All descriptors of inodes.
-    pub fn descriptors(&self) -> &Arc<Descriptors> {
-        &self.descriptors
+    pub fn fd_cache(&self) -> &Arc<FdCache> {
+        &self.fd_cache
     }
 
     /// Node ids up to this one, exclusively, have been given. An inode with one of them had its
@@ -166,11 +166,11 @@ impl InodeTable {
         &self,
         key: InodeKey,
         kind: FileType,
-        path: Held,
+        path: GuestFd,
         mount: Arc<Mount>,
     ) -> Result<Arc<Inode>> {
-        if self.descriptors.are_scarce() {
-            self.give_up_some();
+        if self.fd_cache.over_limit() {
+            self.evict_some();
         }
         // While we have a descriptor, any known inode with a descriptor and the same number is this one.
         let seen = Seen { key, kind, before: NodeId(u64::MAX) };
@@ -191,11 +191,11 @@ impl InodeTable {
         shard.try_reserve(1).map_err(|_| Errno::NOMEM)?;
         // Pairs with `ids_given`: who sees the id counted sees a number that has been held since before.
         let node = NodeId(self.next_node.fetch_add(1, Ordering::Release));
-        let pin = Pin::new(path, mount);
+        let fd = InodeFd::new(path, mount);
         if let Some(handle) = handle {
-            pin.set_handle(handle);
+            fd.set_handle(handle);
         }
-        let inode = Arc::new(Inode::new(node, key, kind, pin));
+        let inode = Arc::new(Inode::new(node, key, kind, fd));
         inode.lookups.store(1, Ordering::Relaxed);
         {
             let mut by_node = self.node_shard(node).write().unwrap_or_else(PoisonError::into_inner);
@@ -245,15 +245,15 @@ impl InodeTable {
 
     fn enter_clock(&self, inode: &Arc<Inode>) {
         if inode.mount().directory().is_some() {
-            inode.pin.enter_clock(inode.node);
-            self.descriptors.clock(inode.node.0).clear_of_forgotten(|node| self.known(node).is_some());
+            inode.fd.enter_clock(inode.node);
+            self.fd_cache.clock(inode.node.0).clear_of_forgotten(|node| self.known(node).is_some());
         }
         inode.mount().add_top(inode);
     }
 
     /// Lets a few inodes that were not used lately give up their descriptors. One thread does that at a
     /// time.
-    fn give_up_some(&self) {
+    fn evict_some(&self) {
         if let Ok(mut hand) = self.hand.try_lock() {
             self.turn(&mut hand);
         }
@@ -261,7 +261,7 @@ impl InodeTable {
 
     /// Lets inodes give up descriptors until one is free; false if none can be had so.
     pub fn make_room(&self) -> bool {
-        if !self.descriptors.are_limited() {
+        if !self.fd_cache.is_limited() {
             return false;
         }
         let mut hand = self.hand.lock().unwrap_or_else(PoisonError::into_inner);
@@ -271,18 +271,18 @@ impl InodeTable {
     /// The process got no descriptor, as the device took more than is kept back for it: from now on
     /// inodes make do with fewer. False if they have none to give.
     pub fn process_is_full(&self) -> bool {
-        if self.descriptors.are_limited() {
-            self.descriptors.allow_less();
+        if self.fd_cache.is_limited() {
+            self.fd_cache.lower_limit();
         }
         self.make_room()
     }
 
     /// The device has taken descriptors, or given some back: inodes give up what the guest may no longer have.
     pub fn keep_back(&self, device: DeviceDescriptors) {
-        let budget = self.descriptors.budget();
-        if budget.keep_back(device) {
-            self.descriptors.share_budget();
-            while budget.is_exceeded() && self.make_room() {}
+        let quota = self.fd_cache.quota();
+        if quota.keep_back(device) {
+            self.fd_cache.on_quota_change();
+            while quota.is_exceeded() && self.make_room() {}
         }
     }
 
@@ -292,23 +292,23 @@ impl InodeTable {
         for _ in 0..ASK {
             let part = *hand;
             *hand = hand.wrapping_add(1);
-            let Some(node) = self.descriptors.clock(part).next() else { continue };
+            let Some(node) = self.fd_cache.clock(part).next() else { continue };
             let Some(inode) = self.known(node) else { continue };
             // An inode that was used is asked in one round and gives up in the next.
-            if inode.pin.was_used() {
-                self.descriptors.clock(part).push(node);
-            } else if inode.pin.give_up() {
+            if inode.fd.take_reference() {
+                self.fd_cache.clock(part).push(node);
+            } else if inode.fd.evict() {
                 given += 1;
             } else {
                 refused += 1;
-                self.descriptors.clock(part).push(node);
+                self.fd_cache.clock(part).push(node);
             }
             if given + refused == GIVE_UP {
                 break;
             }
         }
         if given == 0 && refused > 0 {
-            self.descriptors.allow_more();
+            self.fd_cache.raise_limit();
         }
         given
     }
@@ -326,14 +326,14 @@ impl InodeTable {
             drop(known);
         }
         for part in 0..SHARDS {
-            self.descriptors.clock(part as u64).clear();
+            self.fd_cache.clock(part as u64).clear();
         }
         self.insert_root();
     }
 
     /// Whether inodes may be held by file handles.
     pub fn uses_file_handles(&self) -> bool {
-        self.descriptors.are_limited()
+        self.fd_cache.is_limited()
     }
 
     /// Inodes beside the root.
@@ -346,7 +346,7 @@ impl InodeTable {
         self.key_shard(&self.root.key).insert(ByKey(Arc::clone(&self.root)));
     }
 
-    fn node_shard(&self, node: NodeId) -> &RwLock<HashSet<ByNode, ByNumber>> {
+    fn node_shard(&self, node: NodeId) -> &RwLock<HashSet<ByNode, BuildIdHasher>> {
         self.by_node.of(node.0)
     }
 
@@ -372,7 +372,7 @@ fn compare(shard: &HashSet<ByKey>, seen: &Seen, handle: Option<&FileHandle>) -> 
     if inode.kind != seen.kind || inode.node.0 >= seen.before.0 {
         return Known::Not;
     }
-    match inode.pin.is(handle) {
+    match inode.fd.is(handle) {
         None => Known::ByHandle,
         Some(false) => Known::Not,
         Some(true) => {
@@ -385,10 +385,10 @@ fn compare(shard: &HashSet<ByKey>, seen: &Seen, handle: Option<&FileHandle>) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::fd_quota::Budget;
+    use crate::limits::fd_quota::FdQuota;
 
-    fn any_fd() -> Held {
-        Held::for_a_request(std::fs::File::open("/").unwrap().into())
+    fn any_fd() -> GuestFd {
+        GuestFd::for_a_request(std::fs::File::open("/").unwrap().into())
     }
 
     fn key(ino: u64) -> InodeKey {
@@ -396,7 +396,7 @@ mod tests {
     }
 
     fn table() -> InodeTable {
-        InodeTable::new(any_fd(), key(1), Descriptors::unlimited(&Arc::new(Budget::of(1000, 0)))).unwrap()
+        InodeTable::new(any_fd(), key(1), FdCache::unlimited(&Arc::new(FdQuota::of(1000, 0)))).unwrap()
     }
 
     fn insert(table: &InodeTable, ino: u64) -> Arc<Inode> {

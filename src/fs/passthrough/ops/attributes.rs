@@ -231,7 +231,7 @@ impl PassthroughFs {
             return result;
         }
         // The guest has one file system, and we have those of all mounts that it knows.
-        let others = self.inodes.descriptors().known_mounts();
+        let others = self.inodes.fd_cache().known_mounts();
         let others = others.iter().filter(|mount| mount.id != inode.mount().id);
         others.fold(result, |result, mount| result.and(self.sync_mount(mount, self.inodes.root())))
     }

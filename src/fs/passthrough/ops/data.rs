@@ -23,7 +23,7 @@ const COPY_PIECE: u64 = 64 << 20;
 impl PassthroughFs {
     /// What it takes to open a file once more.
     fn opener(&self) -> Opener<'_> {
-        Opener { proc_self_fd: &self.proc_self_fd, budget: &self.budget }
+        Opener { proc_self_fd: &self.proc_self_fd, quota: &self.quota }
     }
 
     /// READ. In direct mode it waits for writes to the same bytes, so that it sees no half of one.

@@ -11,7 +11,7 @@
 //! on only those handles count through which it is locking just then, or locks later. The RELEASE of the
 //! handle that was flushed may come at any time after that.
 //!
-//! A lock that has to be waited for blocks its thread in the host's kernel. [`Waits`] knows these
+//! A lock that has to be waited for blocks its thread in the host's kernel. [`LockWaiters`] knows these
 //! threads and gets them out with a signal.
 
 use std::collections::HashMap;
@@ -27,9 +27,9 @@ use rustix::io::Errno;
 use crate::blocking::block_in_place;
 use crate::fs::passthrough::PassthroughFs;
 use crate::fs::passthrough::handle_table::Handle;
-use crate::fs::passthrough::inode::locked_ranges::Ranges;
+use crate::fs::passthrough::inode::locked_ranges::LockedRanges;
 use crate::fs::{PUT_BACK, Result};
-use crate::limits::fd_quota::Held;
+use crate::limits::fd_quota::GuestFd;
 use crate::sys::locks::{ByteLock, LockType, ofd_get, ofd_set, ofd_set_wait};
 use crate::sys::signals::{ThreadId, wake};
 use fuse_protocol::abi::FileLock;
@@ -39,7 +39,7 @@ use fuse_protocol::request::{Lock, LockKind};
 /// Owners that may hold locks on one inode; each costs a descriptor.
 const MAX_OWNERS: usize = 1024;
 /// Requests of all queues that may wait for locks at once: each is a thread, and the host has only so many.
-const MAX_WAITS: usize = 1024;
+const MAX_WAITERS: usize = 1024;
 /// How long to wait for an interrupted thread before it is signalled again: the first signal may
 /// have come just before its system call.
 const SIGNAL_AGAIN: Duration = Duration::from_millis(1);
@@ -54,9 +54,9 @@ type Owners = HashMap<u64, Arc<Owner>>;
 
 #[derive(Debug)]
 struct Owner {
-    file: Held,
+    file: GuestFd,
     pid: u32,
-    ranges: Mutex<Ranges>,
+    ranges: Mutex<LockedRanges>,
     /// Handles that it has locked through since its last FLUSH, all of them open, and how many requests are
     /// locking through each just now. It changes only while the table of owners is locked, so that an owner
     /// is in the table as long as it has any.
@@ -95,7 +95,7 @@ impl Owner {
         self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn ranges(&self) -> MutexGuard<'_, Ranges> {
+    fn ranges(&self) -> MutexGuard<'_, LockedRanges> {
         self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -181,28 +181,28 @@ const EVERYTHING: ByteLock = ByteLock { kind: LockType::Unlock, start: 0, end: i
 
 /// Threads that wait for locks, by the request they serve.
 #[derive(Debug, Default)]
-pub struct Waits(Mutex<HashMap<Unique, Waiting>>);
+pub struct LockWaiters(Mutex<HashMap<Unique, Waiter>>);
 
 #[derive(Debug)]
-struct Waiting {
+struct Waiter {
     thread: ThreadId,
     /// What the wait is to end with.
     end: Option<Errno>,
 }
 
 /// Takes the thread off the table when it is dropped.
-struct TableEntry<'a> {
-    waits: &'a Waits,
+struct WaiterGuard<'a> {
+    waiters: &'a LockWaiters,
     unique: Unique,
 }
 
-impl Drop for TableEntry<'_> {
+impl Drop for WaiterGuard<'_> {
     fn drop(&mut self) {
-        self.waits.lock().remove(&self.unique);
+        self.waiters.lock().remove(&self.unique);
     }
 }
 
-impl Waits {
+impl LockWaiters {
     /// Ends the wait of request `unique`; returns when it has ended. EAGAIN if there is none, which is
     /// told after a while: a request that was sent before may not have begun to wait yet.
     pub fn interrupt(&self, unique: Unique) -> Result<()> {
@@ -235,9 +235,9 @@ impl Waits {
     /// as it takes itself off before it ends. A signal may come just before the system call that it
     /// is to end, so it may take another one.
     fn end(&self, with: Errno, meant: impl Fn(&Unique) -> bool) -> bool {
-        let mut waits = self.lock();
+        let mut waiters = self.lock();
         let mut any = false;
-        for (_, waiting) in waits.iter_mut().filter(|(unique, _)| meant(unique)) {
+        for (_, waiting) in waiters.iter_mut().filter(|(unique, _)| meant(unique)) {
             waiting.end.get_or_insert(with);
             wake(waiting.thread);
             any = true;
@@ -261,21 +261,21 @@ impl Waits {
 
     /// Puts the calling thread into the table; EINVAL if the guest uses the number twice at once,
     /// as the thread that is there already must stay reachable, and ENOLCK if too many wait.
-    fn enter(&self, unique: Unique) -> Result<TableEntry<'_>> {
+    fn enter(&self, unique: Unique) -> Result<WaiterGuard<'_>> {
         let thread = ThreadId::current()?;
-        let mut waits = self.lock();
-        let full = waits.len() >= MAX_WAITS;
-        match waits.entry(unique) {
+        let mut waiters = self.lock();
+        let full = waiters.len() >= MAX_WAITERS;
+        match waiters.entry(unique) {
             Entry::Vacant(_) if full => Err(Errno::NOLCK),
             Entry::Occupied(_) => Err(Errno::INVAL),
             Entry::Vacant(place) => {
-                place.insert(Waiting { thread, end: None });
-                Ok(TableEntry { waits: self, unique })
+                place.insert(Waiter { thread, end: None });
+                Ok(WaiterGuard { waiters: self, unique })
             }
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Unique, Waiting>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Unique, Waiter>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -320,12 +320,12 @@ impl PassthroughFs {
             return owner.map_or(Ok(()), |owner| owner.set(byte_lock(lock)));
         }
         let open = || {
-            let slot = self.slot().map_err(|errno| match errno {
+            let permit = self.fd_permit().map_err(|errno| match errno {
                 Errno::MFILE => Errno::NOLCK,
                 errno => errno,
             })?;
-            let file = slot.hold(self.open_for_locks(handle)?);
-            let ranges = Mutex::new(Ranges::new(&self.lock_ranges));
+            let file = permit.wrap(self.open_for_locks(handle)?);
+            let ranges = Mutex::new(LockedRanges::new(&self.locked_ranges));
             Ok(Owner { file, pid: lock.pid, ranges, handles: Mutex::default() })
         };
         let locking = handle.inode.locks.begin(lock, open)?;
@@ -336,8 +336,8 @@ impl PassthroughFs {
     }
 
     fn wait_for_lock(&self, owner: &Owner, lock: ByteLock, unique: Unique) -> Result<()> {
-        Ranges::before_wait(&self.lock_ranges)?;
-        let result = self.waits.run(unique, || ofd_set_wait(owner.file.as_fd(), lock));
+        LockedRanges::before_wait(&self.locked_ranges)?;
+        let result = self.lock_waiters.run(unique, || ofd_set_wait(owner.file.as_fd(), lock));
         owner.ranges().waited(&lock, result.is_ok());
         result
     }
@@ -350,7 +350,7 @@ impl PassthroughFs {
         };
         match wait {
             None => flock(handle.fd(), at_once),
-            Some(unique) => self.waits.run(unique, || flock(handle.fd(), waiting)),
+            Some(unique) => self.lock_waiters.run(unique, || flock(handle.fd(), waiting)),
         }
     }
 
@@ -399,22 +399,22 @@ mod tests {
 
     #[test]
     fn a_number_that_is_used_twice_leaves_the_first_wait_reachable() {
-        let waits = Waits::default();
-        let first = waits.enter(Unique(3)).unwrap();
-        assert_eq!(waits.run(Unique(3), || Ok(())), Err(Errno::INVAL));
-        assert!(waits.lock().contains_key(&Unique(3)));
+        let waiters = LockWaiters::default();
+        let first = waiters.enter(Unique(3)).unwrap();
+        assert_eq!(waiters.run(Unique(3), || Ok(())), Err(Errno::INVAL));
+        assert!(waiters.lock().contains_key(&Unique(3)));
         drop(first);
-        assert_eq!(waits.run(Unique(3), || Ok(())), Ok(()));
-        assert!(waits.lock().is_empty());
+        assert_eq!(waiters.run(Unique(3), || Ok(())), Ok(()));
+        assert!(waiters.lock().is_empty());
     }
 
     #[test]
     fn so_many_may_wait_and_no_more() {
-        let waits = Waits::default();
-        let mut all: Vec<_> = (0..1024).map(|number| waits.enter(Unique(number)).unwrap()).collect();
-        assert_eq!(waits.run(Unique(5000), || Ok(())), Err(Errno::NOLCK));
+        let waiters = LockWaiters::default();
+        let mut all: Vec<_> = (0..1024).map(|number| waiters.enter(Unique(number)).unwrap()).collect();
+        assert_eq!(waiters.run(Unique(5000), || Ok(())), Err(Errno::NOLCK));
         all.pop();
-        assert_eq!(waits.run(Unique(5000), || Ok(())), Ok(()));
+        assert_eq!(waiters.run(Unique(5000), || Ok(())), Ok(()));
     }
 
     #[test]
@@ -426,31 +426,31 @@ mod tests {
         let all = ByteLock { kind: LockType::Write, start: 0, end: i64::MAX.unsigned_abs() };
         ofd_set(first.as_fd(), all).unwrap();
         assert_eq!(ofd_set(second.as_fd(), all), Err(Errno::AGAIN));
-        let waits = Waits::default();
+        let waiters = LockWaiters::default();
         for round in 0..50 {
             let done = AtomicBool::new(false);
             thread::scope(|scope| {
                 scope.spawn(|| {
-                    let result = waits.run(Unique(round), || ofd_set_wait(second.as_fd(), all));
+                    let result = waiters.run(Unique(round), || ofd_set_wait(second.as_fd(), all));
                     assert_eq!(result, Err(Errno::INTR));
                     done.store(true, Ordering::SeqCst);
                 });
-                while waits.lock().is_empty() {
+                while waiters.lock().is_empty() {
                     thread::yield_now();
                 }
                 if round % 2 == 0 {
-                    waits.interrupt(Unique(round)).unwrap();
+                    waiters.interrupt(Unique(round)).unwrap();
                 }
                 while !done.load(Ordering::SeqCst) {
-                    waits.interrupt_all();
+                    waiters.interrupt_all();
                     thread::sleep(SIGNAL_AGAIN);
                 }
             });
             assert!(done.load(Ordering::SeqCst));
         }
         // Nobody is left in the table, and others are not meant.
-        assert_eq!(waits.interrupt(Unique(7)), Err(Errno::AGAIN));
+        assert_eq!(waiters.interrupt(Unique(7)), Err(Errno::AGAIN));
         drop(first);
-        assert_eq!(waits.run(Unique(1), || ofd_set_wait(second.as_fd(), all)), Ok(()));
+        assert_eq!(waiters.run(Unique(1), || ofd_set_wait(second.as_fd(), all)), Ok(()));
     }
 }

@@ -13,7 +13,7 @@ use crate::fs::Result;
 use crate::fs::passthrough::PassthroughFs;
 use crate::fs::passthrough::inode::mount::Mount;
 use crate::fs::passthrough::inode::{Inode, InodeKey, Seen};
-use crate::limits::fd_quota::{Held, Slot};
+use crate::limits::fd_quota::{FdPermit, GuestFd};
 use crate::sys::file_handles::{entry_to_handle, name_to_handle};
 use fuse_protocol::abi;
 use fuse_protocol::flags::AttrFlags;
@@ -60,9 +60,9 @@ pub(in crate::fs::passthrough) fn kind(stat: &Statx) -> FileType {
 
 impl PassthroughFs {
     /// The right to hold one more descriptor for the guest. Inodes that can do without theirs give way.
-    pub(in crate::fs::passthrough) fn slot(&self) -> Result<Slot> {
-        match self.budget.take() {
-            Err(Errno::MFILE) if self.inodes.make_room() => self.budget.take(),
+    pub(in crate::fs::passthrough) fn fd_permit(&self) -> Result<FdPermit> {
+        match self.quota.acquire() {
+            Err(Errno::MFILE) if self.inodes.make_room() => self.quota.acquire(),
             result => result,
         }
     }
@@ -91,8 +91,8 @@ impl PassthroughFs {
         {
             return Ok(self.entry(&inode, &stat, Some(parent)));
         }
-        match self.slot() {
-            Ok(slot) => self.open_new(parent, name, slot),
+        match self.fd_permit() {
+            Ok(permit) => self.open_new(parent, name, permit),
             // What the guest knows already it may look up when it has all descriptors that it may have.
             Err(Errno::MFILE) => {
                 let path = openat(&*directory, name, PATH, Mode::empty())?;
@@ -108,7 +108,7 @@ impl PassthroughFs {
         if mount == parent.key.mount {
             return !parent.mount().numbers_alias;
         }
-        self.inodes.descriptors().known_mount(mount).is_some_and(|mount| !mount.numbers_alias)
+        self.inodes.fd_cache().known_mount(mount).is_some_and(|mount| !mount.numbers_alias)
     }
 
     /// Looks up an entry that the guest cannot know yet, as it was just made.
@@ -116,17 +116,17 @@ impl PassthroughFs {
         &self,
         parent: &Inode,
         name: &CStr,
-        slot: Slot,
+        permit: FdPermit,
     ) -> Result<Entry> {
         let parent_path = parent.path()?;
-        let path = slot.hold(self.with_room(|| openat(&*parent_path, name, PATH, Mode::empty()))?);
+        let path = permit.wrap(self.with_room(|| openat(&*parent_path, name, PATH, Mode::empty()))?);
         self.adopt(path, Some(parent)).map(|(entry, _)| entry)
     }
 
     /// The entry of what `path` refers to, which counts as looked up.
     pub(in crate::fs::passthrough) fn adopt(
         &self,
-        path: Held,
+        path: GuestFd,
         parent: Option<&Inode>,
     ) -> Result<(Entry, Arc<Inode>)> {
         let stat = stat(&path)?;
@@ -150,7 +150,7 @@ impl PassthroughFs {
         let id = key(stat).mount;
         match parent.map(Inode::mount) {
             Some(mount) if mount.id == id => Ok(Arc::clone(mount)),
-            _ => self.inodes.descriptors().mount(id, path, kind(stat)),
+            _ => self.inodes.fd_cache().mount(id, path, kind(stat)),
         }
     }
 

@@ -14,7 +14,7 @@ use super::lookup::{PROC, WANTED, key, kind, proc_name, stat};
 use crate::fs::Result;
 use crate::fs::passthrough::inode::Inode;
 use crate::fs::passthrough::{Context, PassthroughFs};
-use crate::limits::fd_quota::Slot;
+use crate::limits::fd_quota::FdPermit;
 use fuse_protocol::name::Name;
 use fuse_protocol::reply::Entry;
 use fuse_protocol::request::Rename;
@@ -29,9 +29,9 @@ impl PassthroughFs {
         umask: u32,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        let (slot, path) = (self.slot()?, parent.path()?);
+        let (permit, path) = (self.fd_permit()?, parent.path()?);
         self.create_as(ctx, mode, umask, |mode| mkdirat(&path, name, mode))?;
-        self.enter_made(ctx, parent, name, FileType::Directory, slot)
+        self.enter_made(ctx, parent, name, FileType::Directory, permit)
     }
 
     pub(in crate::fs::passthrough) fn make_node(
@@ -49,9 +49,9 @@ impl PassthroughFs {
             _ => FileType::from_raw_mode(mode),
         };
         let device = decode_device(rdev);
-        let (slot, path) = (self.slot()?, parent.path()?);
+        let (permit, path) = (self.fd_permit()?, parent.path()?);
         self.create_as(ctx, mode, umask, |mode| mknodat(&path, name, kind, mode, device))?;
-        self.enter_made(ctx, parent, name, kind, slot)
+        self.enter_made(ctx, parent, name, kind, permit)
     }
 
     pub(in crate::fs::passthrough) fn make_symlink(
@@ -62,9 +62,9 @@ impl PassthroughFs {
         target: &CStr,
     ) -> Result<Entry> {
         let name = name.as_c_str();
-        let (slot, path) = (self.slot()?, parent.path()?);
+        let (permit, path) = (self.fd_permit()?, parent.path()?);
         self.create_as(ctx, 0, 0, |_| symlinkat(target, &path, name))?;
-        self.enter_made(ctx, parent, name, FileType::Symlink, slot)
+        self.enter_made(ctx, parent, name, FileType::Symlink, permit)
     }
 
     /// Labels and looks up what was just made, or takes it away: the guest is not to find what it was
@@ -76,11 +76,11 @@ impl PassthroughFs {
         parent: &Inode,
         name: &CStr,
         kind: FileType,
-        slot: Slot,
+        permit: FdPermit,
     ) -> Result<Entry> {
         let path = parent.path()?;
         let labelled = self.label_entry(ctx, path.as_fd(), name);
-        let entered = labelled.and_then(|()| self.open_new(parent, name, slot));
+        let entered = labelled.and_then(|()| self.open_new(parent, name, permit));
         entered.inspect_err(|_| take_away_empty(path.as_fd(), name, kind))
     }
 

@@ -40,9 +40,9 @@ impl PassthroughFs {
         let _guard = truncates.then(|| inode.ranges.write_from(0));
         let bits = self.bits_after(ctx, open_flags.contains(OpenRequestFlags::KILL_SUIDGID), false);
         let _member = truncates.then(|| self.begin_change(ctx, &inode, bits)).transpose()?;
-        let slot = self.slot()?;
+        let permit = self.fd_permit()?;
         let (file, host_flags) = self.open_for_guest(&inode, host_flags, flags)?;
-        self.add_file(&inode, HostFile::new(slot.hold(file), host_flags), flags)
+        self.add_file(&inode, HostFile::new(permit.wrap(file), host_flags), flags)
     }
 
     /// Opens a file with `wanted`, or with what the host allows instead; returns the flags that it
@@ -81,7 +81,7 @@ impl PassthroughFs {
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
         // One for the handle and one for the inode, before there is a file.
-        let slots = (self.slot()?, self.slot()?);
+        let permits = (self.fd_permit()?, self.fd_permit()?);
         let path = parent.path()?;
         let created = if self.is_labelled(ctx) {
             self.create_labelled(ctx, path.as_fd(), name, (create.mode, create.umask), flags)
@@ -93,14 +93,14 @@ impl PassthroughFs {
             Ok(file) => {
                 let new_path = self.with_room(|| self.path_of(&file));
                 let (entry, inode) = new_path
-                    .and_then(|new| self.adopt(slots.0.hold(new), Some(parent)))
+                    .and_then(|new| self.adopt(permits.0.wrap(new), Some(parent)))
                     .inspect_err(|_| take_away(path.as_fd(), name, &file))?;
-                let file = HostFile::new(slots.1.hold(file), flags);
+                let file = HostFile::new(permits.1.wrap(file), flags);
                 self.open_entry(entry, || self.add_file(&inode, file, create.flags))
                     .inspect_err(|_| inode.path().map_or((), |made| take_away(path.as_fd(), name, &*made)))
             }
             Err(Errno::EXIST) if create.flags & OFlags::EXCL.bits() == 0 => {
-                drop(slots);
+                drop(permits);
                 let entry = self.look_up(parent, name)?;
                 self.open_entry(entry, || {
                     self.open_file(ctx, self.inode(entry.node)?, create.flags, create.open_flags)
@@ -119,7 +119,7 @@ impl PassthroughFs {
     ) -> Result<(Entry, Opened)> {
         let keep_unnamed = OFlags::from_bits_retain(tmpfile.flags) & OFlags::EXCL;
         let flags = (self.host_flags(tmpfile.flags) - OFlags::TRUNC) | OFlags::TMPFILE | keep_unnamed;
-        let slots = (self.slot()?, self.slot()?);
+        let permits = (self.fd_permit()?, self.fd_permit()?);
         let path = parent.path()?;
         let directory = rustix::path::DecInt::from_fd(&*path);
         let file = self.create_as(ctx, tmpfile.mode, tmpfile.umask, |mode| {
@@ -127,8 +127,8 @@ impl PassthroughFs {
         })?;
         self.write_labels(ctx, &file)?;
         let (entry, inode) =
-            self.adopt(slots.0.hold(self.with_room(|| self.path_of(&file))?), Some(parent))?;
-        let file = HostFile::new(slots.1.hold(file), flags);
+            self.adopt(permits.0.wrap(self.with_room(|| self.path_of(&file))?), Some(parent))?;
+        let file = HostFile::new(permits.1.wrap(file), flags);
         self.open_entry(entry, || self.add_file(&inode, file, tmpfile.flags))
     }
 
@@ -137,9 +137,9 @@ impl PassthroughFs {
         if inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
-        let slot = self.slot()?;
+        let permit = self.fd_permit()?;
         let host_flags = OFlags::RDONLY | OFlags::DIRECTORY;
-        let file = HostFile::new(slot.hold(self.reopen(&inode, host_flags)?), host_flags);
+        let file = HostFile::new(permit.wrap(self.reopen(&inode, host_flags)?), host_flags);
         let flags = match self.config.cache {
             CachePolicy::Never | CachePolicy::Auto => OpenReplyFlags::empty(),
             CachePolicy::Metadata | CachePolicy::Always => {

@@ -121,8 +121,8 @@ impl PassthroughFs {
             // What the guest must not have is not there.
             Refusal::Bad | Refusal::TooLong => Errno::NODATA,
         })?;
-        let pin = inode.path()?;
-        let path = proc_name(&pin);
+        let fd = inode.path()?;
+        let path = proc_name(&fd);
         let mut reply = answer(
             size,
             || getxattr_query(path.as_c_str(), &*name),
@@ -236,8 +236,8 @@ fn set_acl_and_clear_sgid(inode: &Inode, value: &[u8], flags: XattrFlags) -> Res
 
 /// All names that the host has, each with its NUL.
 fn host_names(inode: &Inode) -> Result<Vec<u8>> {
-    let pin = inode.path()?;
-    let path = proc_name(&pin);
+    let fd = inode.path()?;
+    let path = proc_name(&fd);
     for size in [USUAL_LIST, SIZE_MAX] {
         let mut names = Vec::new();
         memory::resize(&mut names, size)?;
