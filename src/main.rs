@@ -12,6 +12,7 @@ use lanefsd::fs::FileSystem;
 use lanefsd::fs::null::NullStore;
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::read_only::ReadOnly;
+use lanefsd::limits::Limits;
 use lanefsd::listen::Socket;
 use lanefsd::logging;
 use lanefsd::remarks;
@@ -78,7 +79,10 @@ fn run() -> Result<ExitCode> {
 
 fn serve(config: &Config, socket: &Socket, sandboxed: Sandboxed) -> Result<()> {
     let fs_config = FsConfig { readonly: config.readonly, ..config.fs.clone() };
-    let mut fs = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, fs_config)
+    process::prepare_for_requests(&sandboxed.proc_self_fd)
+        .context("the working directory cannot be changed")?;
+    let limits = Limits::of_the_process(&sandboxed.proc_self_fd).context("the share cannot be served")?;
+    let mut fs = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, limits, fs_config)
         .context("the share cannot be served")?;
     let file_handles = fs.uses_file_handles();
     // Before the first thread is started: capabilities belong to threads.

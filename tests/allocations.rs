@@ -25,8 +25,10 @@ use fuse_protocol::flags::WriteFlags;
 use fuse_protocol::opcode::Opcode;
 use lanefsd::config::{CachePolicy, DeviceConfig, FsConfig};
 use lanefsd::fs::passthrough::PassthroughFs;
+use lanefsd::limits::Limits;
 use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
+use lanefsd::sys::process;
 use lanefsd_frontend::client::{ROOT, data};
 use lanefsd_frontend::{Cut, Request, Session, SessionOptions};
 
@@ -94,7 +96,10 @@ fn serve(share: &Path, listener: &UnixListener, workers: usize, cache: CachePoli
         openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap()
     };
     let config = FsConfig { cache, ..FsConfig::default() };
-    let fs = PassthroughFs::new(open(share), open(Path::new("/proc/self/fd")), config).unwrap();
+    let proc_self_fd = open(Path::new("/proc/self/fd"));
+    process::prepare_for_requests(&proc_self_fd).unwrap();
+    let limits = Limits::of_the_process(&proc_self_fd).unwrap();
+    let fs = PassthroughFs::new(open(share), proc_self_fd, limits, config).unwrap();
     let device = DeviceConfig {
         tag: None,
         request_queues: 1,

@@ -13,7 +13,9 @@ use lanefsd::device::by_hand::ByHand;
 use lanefsd::device::queue::Queue;
 use lanefsd::device::ring::{Layout, Ring};
 use lanefsd::fs::passthrough::PassthroughFs;
+use lanefsd::limits::Limits;
 use lanefsd::service::Service;
+use lanefsd::sys::process;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -104,7 +106,10 @@ impl Guest {
         let open = |path: &std::path::Path| {
             openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap()
         };
-        let fs = PassthroughFs::new(open(share.path()), open("/proc/self/fd".as_ref()), config).unwrap();
+        let proc_self_fd = open("/proc/self/fd".as_ref());
+        process::prepare_for_requests(&proc_self_fd).unwrap();
+        let limits = Limits::of_the_process(&proc_self_fd).unwrap();
+        let fs = PassthroughFs::new(open(share.path()), proc_self_fd, limits, config).unwrap();
         let memory = SharedMemory::new(memory());
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
         let (kick, call) = (event(), event());

@@ -30,6 +30,8 @@ use std::thread;
 use lanefsd::config::{CachePolicy, CapabilityChanges, FsConfig, InodeFileHandles, Insistence, Seccomp};
 use lanefsd::fs::FileSystem;
 use lanefsd::fs::passthrough::PassthroughFs;
+use lanefsd::limits::Limits;
+use lanefsd::sys::process;
 use lanefsd::fs::read_only::ReadOnly;
 use lanefsd::sandbox::{self, Needs};
 use rustix::fs::{AtFlags, CWD, Dev, FileType, Mode, RenameFlags, mknodat, renameat_with, unlinkat};
@@ -149,10 +151,12 @@ fn set_up(jobs: &Receiver<Job>, tell: Sender<Message>, disturbed: Receiver<()>) 
         }
     };
     thread::Builder::new().name(INSIDE.into()).spawn(serving).expect("a thread can be started");
+    process::prepare_for_requests(&sandboxed.proc_self_fd).expect("the working directory can be changed");
     for job in jobs {
         let copy = |fd: &OwnedFd| fd.try_clone().expect("a descriptor is free");
         let (root, proc_self_fd) = (copy(&sandboxed.root), copy(&sandboxed.proc_self_fd));
-        let fs = PassthroughFs::new(root, proc_self_fd, config(job.choice)).expect("the share can be served");
+        let limits = Limits::of_the_process(&proc_self_fd).expect("descriptors can be counted");
+        let fs = PassthroughFs::new(root, proc_self_fd, limits, config(job.choice)).expect("the share can be served");
         serve.send((job, fs)).expect("the serving thread runs");
     }
 }

@@ -11,6 +11,7 @@ use std::ffi::CStr;
 
 use rustix::io::Errno;
 
+pub use crate::limits::DeviceDescriptors;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::extensions::Labels;
 use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
@@ -67,17 +68,6 @@ pub struct Opened {
     pub handle: HandleId,
     /// Flags of the reply.
     pub flags: OpenReplyFlags,
-}
-
-/// Descriptors of the device, for queues and guest memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct DeviceDescriptors {
-    /// What its queues have had at once since the front end came: they may want that many again.
-    pub queues: usize,
-    /// What all queues have when they run.
-    pub all_queues: usize,
-    /// One for each region of guest memory.
-    pub memory: usize,
 }
 
 /// An answer to GETXATTR or LISTXATTR.

@@ -1,8 +1,12 @@
 //! What libraries look up about the machine by absolute paths when they need it first. It is found out
 //! at the start instead: afterwards the root directory is empty, and before that it was the share.
 
+use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 use std::thread;
+
+use rustix::fs::Mode;
+use rustix::io::Result;
 
 static CPUS: OnceLock<usize> = OnceLock::new();
 
@@ -12,6 +16,15 @@ pub fn prepare() {
     // A quota of the control group counts as well, which takes a look into /proc and /sys.
     CPUS.get_or_init(|| thread::available_parallelism().map_or(1, usize::from));
     limit_arenas();
+}
+
+/// Makes the umask 0, since guests apply their callers', and `proc_self_fd` the working directory: system calls
+/// that take a path and no descriptor reach an inode by the number of its descriptor there.
+///
+/// Every file system that passes requests on to the host needs it, and it serves all of them.
+pub fn prepare_for_requests(proc_self_fd: &OwnedFd) -> Result<()> {
+    rustix::process::umask(Mode::empty());
+    rustix::process::fchdir(proc_self_fd)
 }
 
 /// CPUs that the process may use, as [`prepare`] has counted them.

@@ -18,22 +18,20 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use log::debug;
-use rustix::fs::Mode;
 use rustix::io::Errno;
 
 use self::caller::credentials::OwnIds;
 use self::handle_table::HandleTable;
 use self::inode::Inode;
 use self::inode::io_mode::IoPolicy;
-use self::inode::locked_ranges::LockedRangeQuota;
 pub use self::inode::range_lock;
 use self::inode::table::InodeTable;
 use self::ops::locks::LockWaiters;
 pub use self::start::StartError;
-use self::start::{descriptors, open_descriptors};
+use self::start::descriptors;
 use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
 use crate::config::{FsConfig, Insistence};
-use crate::limits::fd_quota::FdQuota;
+use crate::limits::{FdQuota, Limits, LockedRangeQuota};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
 use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
@@ -87,22 +85,21 @@ pub struct PassthroughFs {
 }
 
 impl PassthroughFs {
-    /// Serves the directory `root` (an O_PATH descriptor is enough). `proc_self_fd` is the
+    /// Serves the directory `root` (an O_PATH descriptor is enough) within `limits`. `proc_self_fd` is the
     /// directory `/proc/self/fd` of this process.
     ///
-    /// Two things of the process change: the umask becomes 0, since guests apply their callers',
-    /// and the working directory becomes `proc_self_fd`, which gives the system calls that know no
-    /// descriptors a way to name one.
+    /// Nothing of the process changes, and it may have any number of these. Before the first request its umask
+    /// has to be 0 and its working directory `/proc/self/fd`: see
+    /// [`prepare_for_requests`](crate::sys::process::prepare_for_requests).
     pub fn new(
         root: OwnedFd,
         proc_self_fd: OwnedFd,
+        limits: Limits,
         config: FsConfig,
     ) -> std::result::Result<PassthroughFs, StartError> {
-        rustix::process::umask(Mode::empty());
-        rustix::process::fchdir(&proc_self_fd)?;
         let stat = ops::lookup::stat(&root)?;
         let offers_acls = ops::xattr::acls_can_be_had(&root, &config)?;
-        let quota = Arc::new(FdQuota::of_the_process(open_descriptors(&proc_self_fd)?));
+        let Limits { fds: quota, locked_ranges, memory } = limits;
         let descriptors = descriptors(config.inode_file_handles, &root, &quota)?;
         let inodes = InodeTable::new(quota.acquire()?.wrap(root), ops::lookup::key(&stat), descriptors)?;
         let session = Session {
@@ -124,9 +121,9 @@ impl PassthroughFs {
             proc_self_fd,
             quota,
             inodes,
-            handles: HandleTable::default(),
+            handles: HandleTable::new(memory),
             lock_waiters: LockWaiters::default(),
-            locked_ranges: Arc::default(),
+            locked_ranges,
             session: ArcSwap::from_pointee(session),
         })
     }

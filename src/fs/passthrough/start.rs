@@ -3,13 +3,13 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::Dir;
+use log::warn;
 use rustix::io::Errno;
 use thiserror::Error;
 
 use super::inode::fd_cache::FdCache;
 use crate::config::InodeFileHandles;
-use crate::limits::fd_quota::FdQuota;
+use crate::limits::FdQuota;
 
 /// Why a directory cannot be served as it was asked for.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -51,13 +51,6 @@ pub enum StartError {
     System(#[from] Errno),
 }
 
-/// How many descriptors this process has open; `proc_self_fd` lists them.
-pub(super) fn open_descriptors(proc_self_fd: &OwnedFd) -> std::result::Result<usize, StartError> {
-    let list = Dir::read_from(proc_self_fd)?;
-    // Two entries are the directory and its parent, and one is of the list itself.
-    Ok(list.count().saturating_sub(3))
-}
-
 /// How inodes share what descriptors there are.
 pub(super) fn descriptors(
     wanted: InodeFileHandles,
@@ -69,8 +62,21 @@ pub(super) fn descriptors(
         (_, Ok(descriptors)) => Ok(descriptors),
         (InodeFileHandles::Mandatory, Err(_)) => Err(StartError::NoFileHandles),
         (InodeFileHandles::Prefer, Err(errno)) => {
-            quota.warn_without_handles(errno);
+            warn_without_handles(errno, quota);
             Ok(FdCache::unlimited(quota))
         }
     }
+}
+
+/// Says at the start what is hard to guess from an EMFILE later: inodes have to keep their descriptors, for which
+/// `errno` is the reason.
+fn warn_without_handles(errno: Errno, quota: &FdQuota) {
+    let remedy = match errno {
+        Errno::PERM => "raise --rlimit-nofile, or start the daemon with CAP_DAC_READ_SEARCH",
+        _ => "raise --rlimit-nofile",
+    };
+    warn!(
+        "inodes cannot be held by file handles here ({errno}), so the guest can know and open {} files at once, and gets EMFILE (too many open files) for more; {remedy} if it needs more",
+        quota.max()
+    );
 }

@@ -21,12 +21,13 @@ use lanefsd::cli::{self, Command};
 use lanefsd::config::Sandbox;
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::{Context, FileSystem, Opened};
+use lanefsd::limits::Limits;
 use lanefsd::listen::Socket;
 use lanefsd::sandbox::{self, Side};
 use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
 use lanefsd::sys::guest_buffers::GuestReader;
-use lanefsd::sys::signals;
+use lanefsd::sys::{process, signals};
 use lanefsd::{logging, sandbox::raise_descriptor_limit};
 use openers::Openers;
 use rustix::fs::OFlags;
@@ -135,7 +136,9 @@ fn main() -> Result<()> {
         bail!("without a sandbox there is nobody who waits");
     };
     let signals = Signals::catch()?;
-    let inner = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, config.fs.clone())?;
+    process::prepare_for_requests(&sandboxed.proc_self_fd)?;
+    let limits = Limits::of_the_process(&sandboxed.proc_self_fd)?;
+    let inner = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, limits, config.fs.clone())?;
     let service = Arc::new(Service::new(Arc::new(Faulty { inner, faults, openers: Openers::default() })));
     server::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
     Ok(())

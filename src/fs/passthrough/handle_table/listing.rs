@@ -10,19 +10,17 @@ use std::ffi::CStr;
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::fs::{RawDir, SeekFrom, seek};
 use rustix::io::Errno;
 
 use crate::fs::Result;
+use crate::limits::MemoryQuota;
 
 /// Most bytes of directory that are read from the host at once.
 const BUFFER_SIZE: usize = 16 << 10;
 /// Fewest: one entry with the longest name that any file system has takes half of it.
 const SMALLEST_READ: usize = 2 << 10;
-/// Bytes that all listings together may keep. Beyond, a listing goes on by the host's offsets.
-const MOST_KEPT: usize = 64 << 20;
 
 /// Inode number, offset and length of the name, and its type.
 const HEADER: usize = 8 + 8 + 2 + 1;
@@ -56,13 +54,14 @@ pub struct Listing {
     /// Some offsets are too large for lseek(2).
     has_large_offsets: bool,
     /// Bytes that all listings keep, and how many of them are counted for this one.
-    kept: Arc<AtomicUsize>,
+    quota: Arc<MemoryQuota>,
     counted: usize,
 }
 
 impl Listing {
-    /// At the beginning. `kept` counts the bytes of all listings.
-    pub fn new(kept: Arc<AtomicUsize>) -> Listing {
+    /// At the beginning. `quota` counts the bytes of all listings: beyond it, a listing goes on by the host's
+    /// offsets.
+    pub fn new(quota: Arc<MemoryQuota>) -> Listing {
         Listing {
             records: Vec::new(),
             next: 0,
@@ -70,7 +69,7 @@ impl Listing {
             is_in_place: true,
             is_new: true,
             has_large_offsets: false,
-            kept,
+            quota,
             counted: 0,
         }
     }
@@ -184,7 +183,7 @@ impl Listing {
     pub fn rest(&mut self) {
         let now = self.records.capacity();
         self.count(now);
-        if self.kept.load(Ordering::Relaxed) > MOST_KEPT {
+        if self.quota.is_exceeded() {
             self.is_in_place &= self.next == self.records.len();
             self.free();
         }
@@ -202,8 +201,7 @@ impl Listing {
 
     fn count(&mut self, now: usize) {
         if now != self.counted {
-            self.kept.fetch_add(now, Ordering::Relaxed);
-            self.kept.fetch_sub(self.counted, Ordering::Relaxed);
+            self.quota.replace(self.counted, now);
             self.counted = now;
         }
     }
@@ -271,11 +269,11 @@ mod tests {
             File::create(folder.path().join(format!("file{number}"))).unwrap();
         }
         let directory = File::open(folder.path()).unwrap();
-        let kept = Arc::new(AtomicUsize::new(0));
-        let mut listing = Listing::new(Arc::clone(&kept));
+        let quota = Arc::new(MemoryQuota::default());
+        let mut listing = Listing::new(Arc::clone(&quota));
         let all = names(&mut listing, &directory, usize::MAX);
         assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 502);
-        assert!(kept.load(Ordering::Relaxed) > 0);
+        assert!(quota.in_use() > 0);
         for (index, (offset, _)) in all.iter().enumerate().step_by(37) {
             listing.go_to(directory.as_fd(), *offset).unwrap();
             assert_eq!(
@@ -287,7 +285,7 @@ mod tests {
         assert_eq!(names(&mut listing, &directory, usize::MAX), all);
         assert_eq!(listing.go_to(directory.as_fd(), u64::MAX), Err(Errno::INVAL));
         listing.end();
-        assert_eq!(kept.load(Ordering::Relaxed), 0);
+        assert_eq!(quota.in_use(), 0);
     }
 
     #[test]
@@ -297,8 +295,8 @@ mod tests {
             File::create(folder.path().join(format!("file{number}"))).unwrap();
         }
         let directory = File::open(folder.path()).unwrap();
-        let kept = Arc::new(AtomicUsize::new(MOST_KEPT));
-        let mut listing = Listing::new(Arc::clone(&kept));
+        let quota = Arc::new(MemoryQuota::new(0));
+        let mut listing = Listing::new(Arc::clone(&quota));
         let mut seen = BTreeSet::new();
         loop {
             let some = names(&mut listing, &directory, 7);
@@ -308,6 +306,6 @@ mod tests {
         }
         assert_eq!(seen.len(), 102);
         drop(listing);
-        assert_eq!(kept.load(Ordering::Relaxed), MOST_KEPT);
+        assert_eq!(quota.in_use(), 0);
     }
 }

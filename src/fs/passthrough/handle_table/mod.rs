@@ -4,7 +4,7 @@ pub mod listing;
 
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 
 use rustix::io::Errno;
@@ -16,6 +16,7 @@ use crate::fs::passthrough::host::file::HostFile;
 use crate::fs::passthrough::inode::Inode;
 use crate::fs::passthrough::inode::io_mode::Mode;
 use crate::fs::passthrough::inode::shards::{BuildIdHasher, Shards};
+use crate::limits::MemoryQuota;
 use fuse_protocol::ids::{HandleId, NodeId};
 
 /// An open file or directory.
@@ -90,20 +91,19 @@ impl Drop for Handle {
 pub struct HandleTable {
     shards: Shards<RwLock<HashMap<u64, Arc<Handle>, BuildIdHasher>>>,
     next: AtomicU64,
-    /// Bytes that listings of all handles keep.
-    kept: Arc<AtomicUsize>,
-}
-
-impl Default for HandleTable {
-    fn default() -> HandleTable {
-        HandleTable { shards: Shards::default(), next: AtomicU64::new(1), kept: Arc::default() }
-    }
+    /// Memory that listings of all handles keep.
+    memory: Arc<MemoryQuota>,
 }
 
 impl HandleTable {
+    /// A table without handles, whose directories share `memory`.
+    pub fn new(memory: Arc<MemoryQuota>) -> HandleTable {
+        HandleTable { shards: Shards::default(), next: AtomicU64::new(1), memory }
+    }
+
     /// A listing that was not begun.
     pub fn new_listing(&self) -> Listing {
-        Listing::new(Arc::clone(&self.kept))
+        Listing::new(Arc::clone(&self.memory))
     }
 
     /// Adds a handle under a new id; ENOMEM if there is no memory for it.

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use crate::fs::Result;
-use crate::limits::fd_quota::{FdQuota, GuestFd};
+use crate::limits::{FdQuota, GuestFd};
 
 /// Flags that the second descriptor shares with the first.
 const SHARED: OFlags =

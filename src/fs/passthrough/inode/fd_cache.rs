@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use super::mount::{self, Mount};
 use super::shards::{Apart, Shards};
 use crate::fs::Result;
-use crate::limits::fd_quota::{FdQuota, GuestFd};
+use crate::limits::{FdQuota, GuestFd};
 use crate::sys::file_handles::{FileHandle, name_to_handle, open_by_handle};
 use fuse_protocol::ids::NodeId;
 
@@ -229,7 +229,7 @@ impl FdCache {
 }
 
 fn half_of(quota: &FdQuota) -> usize {
-    (quota.most() / 2).max(1)
+    (quota.max() / 2).max(1)
 }
 
 /// What keeps hold of one inode.
@@ -279,7 +279,7 @@ impl InodeFd {
         let permit = self.mount.all.quota.acquire();
         let path = open_by_handle(directory.as_fd(), handle)?;
         // Where the guest holds all that it may hold, the inode is found again by each request.
-        let Ok(permit) = permit else { return Ok(Arc::new(GuestFd::for_a_request(path))) };
+        let Ok(permit) = permit else { return Ok(Arc::new(GuestFd::uncounted(path))) };
         let path = Arc::new(permit.wrap(path));
         if self.path.swap(Some(Arc::clone(&path))).is_none() {
             self.mount.all.take_one();
@@ -370,7 +370,7 @@ mod tests {
     /// One descriptor for inodes, before they have to give theirs up, out of `most`.
     fn one_of(root: &std::path::Path, most: usize) -> (Arc<FdQuota>, Arc<Mount>) {
         // One is for the mount.
-        let quota = Arc::new(FdQuota::of(most + 1, 0));
+        let quota = Arc::new(FdQuota::new(most + 1, 0));
         mount::try_handles(path_of(root)).unwrap();
         let all = Arc::new(FdCache::of(&quota, 1));
         let mount = all.mount(1, path_of(root), FileType::Directory).unwrap();
@@ -396,17 +396,17 @@ mod tests {
         let wanted = ino(&fd).unwrap();
         ask(&fd);
         ask(&fd);
-        assert_eq!(quota.held() - 1, 0);
+        assert_eq!(quota.in_use() - 1, 0);
         let permit = quota.acquire().unwrap();
         for _ in 0..3 {
             assert_eq!(ino(&fd).unwrap(), wanted);
-            assert_eq!((mount.all.taken(), quota.held() - 1), (0, 1), "nothing was kept");
+            assert_eq!((mount.all.taken(), quota.in_use() - 1), (0, 1), "nothing was kept");
         }
         drop(permit);
         assert_eq!(ino(&fd).unwrap(), wanted);
-        assert_eq!((mount.all.taken(), quota.held() - 1), (1, 1));
+        assert_eq!((mount.all.taken(), quota.in_use() - 1), (1, 1));
         drop(fd);
-        assert_eq!((mount.all.taken(), quota.held() - 1), (0, 0));
+        assert_eq!((mount.all.taken(), quota.in_use() - 1), (0, 0));
     }
 
     #[test]
@@ -436,7 +436,7 @@ mod tests {
             fs::remove_file(&renamed).unwrap();
             assert_eq!(ino(&fd).unwrap_err(), Errno::STALE);
             drop(fd);
-            assert_eq!((mount.all.taken(), quota.held() - 1), (0, 0));
+            assert_eq!((mount.all.taken(), quota.in_use() - 1), (0, 0));
         }
     }
 

@@ -1,46 +1,21 @@
-//! How many byte ranges the guest's programs have locked.
-//!
-//! The host's kernel remembers every range of every owner, in memory of its own that no limit of a process
-//! counts. So we count, by doing with the ranges what the kernel does: neighbours of one kind become one
-//! range, and a change in the middle of a range cuts it.
+//! The byte ranges that one lock owner has locked, counted as the host's kernel keeps them: neighbours of one kind
+//! become one range, and a change in the middle of a range cuts it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use rustix::io::Errno;
 
 use crate::fs::Result;
+use crate::limits::LockedRangeQuota;
 use crate::sys::locks::{ByteLock, LockType};
 
-/// Ranges that one daemon's guest may have locked. The kernel takes some 200 bytes for each.
-const MOST: usize = 1 << 16;
 /// A lock in the middle of a range of the other kind makes three of one.
-const MOST_GROWTH: usize = 2;
-
-/// All ranges of all owners.
-#[derive(Debug, Default)]
-pub struct LockedRangeQuota(AtomicUsize);
-
-impl LockedRangeQuota {
-    fn take(&self, ranges: usize) -> Result<()> {
-        if self.0.fetch_add(ranges, Ordering::Relaxed).saturating_add(ranges) > MOST {
-            self.give_back(ranges);
-            return Err(Errno::NOLCK);
-        }
-        Ok(())
-    }
-
-    fn give_back(&self, ranges: usize) {
-        self.0.fetch_sub(ranges, Ordering::Relaxed);
-    }
-}
+const MAX_GROWTH: usize = 2;
 
 /// The ranges that one owner has locked: by their first byte the last one, and the kind.
 #[derive(Debug)]
 pub struct LockedRanges {
     locked: BTreeMap<u64, (u64, LockType)>,
-    all: Arc<LockedRangeQuota>,
+    quota: Arc<LockedRangeQuota>,
 }
 
 /// What a lock or unlock does to the ranges of its owner.
@@ -51,26 +26,26 @@ struct Change {
 }
 
 impl LockedRanges {
-    /// None yet, of those that `all` counts.
-    pub fn new(all: &Arc<LockedRangeQuota>) -> LockedRanges {
-        LockedRanges { locked: BTreeMap::new(), all: Arc::clone(all) }
+    /// None yet; `quota` counts them.
+    pub fn new(quota: &Arc<LockedRangeQuota>) -> LockedRanges {
+        LockedRanges { locked: BTreeMap::new(), quota: Arc::clone(quota) }
     }
 
     /// Locks or unlocks with `set`, which does not wait; ENOLCK if that would make too many ranges.
     pub fn set(&mut self, lock: &ByteLock, set: impl FnOnce() -> Result<()>) -> Result<()> {
         let change = self.change(lock);
         let growth = change.added.len().saturating_sub(change.removed.len());
-        self.all.take(growth)?;
-        set().inspect_err(|_| self.all.give_back(growth))?;
-        self.all.give_back(change.removed.len().saturating_sub(change.added.len()));
+        self.quota.acquire(growth)?;
+        set().inspect_err(|_| self.quota.release(growth))?;
+        self.quota.release(change.removed.len().saturating_sub(change.added.len()));
         self.apply(change);
         Ok(())
     }
 
     /// To be asked before a wait for a lock: ENOLCK if there may be too many ranges afterwards.
     /// [`LockedRanges::waited`] has to follow, whatever came of the wait.
-    pub fn before_wait(all: &LockedRangeQuota) -> Result<()> {
-        all.take(MOST_GROWTH)
+    pub fn before_wait(quota: &LockedRangeQuota) -> Result<()> {
+        quota.acquire(MAX_GROWTH)
     }
 
     /// The wait is over, and `lock` was granted or not.
@@ -81,11 +56,11 @@ impl LockedRanges {
     pub fn waited(&mut self, lock: &ByteLock, granted: bool) {
         if granted {
             let change = self.change(lock);
-            self.all.0.fetch_add(change.added.len(), Ordering::Relaxed);
-            self.all.give_back(change.removed.len());
+            self.quota.add(change.added.len());
+            self.quota.release(change.removed.len());
             self.apply(change);
         }
-        self.all.give_back(MOST_GROWTH);
+        self.quota.release(MAX_GROWTH);
     }
 
     /// Whether `lock`, as the host tells of it, is one of these ranges.
@@ -130,7 +105,7 @@ impl LockedRanges {
 
 impl Drop for LockedRanges {
     fn drop(&mut self) {
-        self.all.give_back(self.locked.len());
+        self.quota.release(self.locked.len());
     }
 }
 
@@ -138,6 +113,9 @@ impl Drop for LockedRanges {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use rustix::io::Errno;
+
+    const MAX: usize = 1000;
 
     fn done() -> Result<()> {
         Ok(())
@@ -174,20 +152,20 @@ mod tests {
                     prop_assert_eq!(ranges.set(&step, || Err(Errno::AGAIN)), Err(Errno::AGAIN));
                 }
                 prop_assert_eq!(ranges.locked.len(), runs(&bytes));
-                prop_assert_eq!(all.0.load(Ordering::Relaxed), runs(&bytes));
+                prop_assert_eq!(all.in_use(), runs(&bytes));
                 for (&from, &(to, kind)) in &ranges.locked {
                     let part = usize::try_from(from).unwrap()..=usize::try_from(to).unwrap();
                     prop_assert!(bytes[part].iter().all(|byte| *byte == kind));
                 }
             }
             drop(ranges);
-            prop_assert_eq!(all.0.load(Ordering::Relaxed), 0);
+            prop_assert_eq!(all.in_use(), 0);
         }
     }
 
     #[test]
-    fn there_is_an_end_and_a_way_back() {
-        let all = Arc::new(LockedRangeQuota::default());
+    fn a_full_quota_refuses_new_ranges_until_some_are_unlocked() {
+        let all = Arc::new(LockedRangeQuota::new(MAX));
         let mut ranges = LockedRanges::new(&all);
         let whole = lock(LockType::Write, 0, u64::MAX);
         ranges.set(&whole, done).unwrap();
@@ -196,10 +174,10 @@ mod tests {
             let at = u64::try_from(number).unwrap() * 2 + 1;
             lock(LockType::Unlock, at, at)
         };
-        for number in 0..MOST - 1 {
+        for number in 0..MAX - 1 {
             ranges.set(&hole(number), done).unwrap();
         }
-        assert_eq!(ranges.set(&hole(MOST), done), Err(Errno::NOLCK));
+        assert_eq!(ranges.set(&hole(MAX), done), Err(Errno::NOLCK));
         let mut other = LockedRanges::new(&all);
         assert_eq!(other.set(&whole, done), Err(Errno::NOLCK));
         assert_eq!(LockedRanges::before_wait(&all), Err(Errno::NOLCK));
@@ -207,13 +185,13 @@ mod tests {
         ranges.set(&lock(LockType::Write, 1, 9), done).unwrap();
         other.set(&whole, done).unwrap();
         ranges.set(&lock(LockType::Unlock, 0, u64::MAX), done).unwrap();
-        assert_eq!(all.0.load(Ordering::Relaxed), 1);
+        assert_eq!(all.in_use(), 1);
         LockedRanges::before_wait(&all).unwrap();
         ranges.waited(&whole, true);
         LockedRanges::before_wait(&all).unwrap();
         ranges.waited(&hole(1), false);
-        assert_eq!(all.0.load(Ordering::Relaxed), 2);
+        assert_eq!(all.in_use(), 2);
         drop((ranges, other));
-        assert_eq!(all.0.load(Ordering::Relaxed), 0);
+        assert_eq!(all.in_use(), 0);
     }
 }

@@ -20,7 +20,7 @@ use self::mount::Mount;
 use self::range_lock::RangeLock;
 use crate::fs::Result;
 use crate::fs::passthrough::ops::locks::InodeLocks;
-use crate::limits::fd_quota::GuestFd;
+use crate::limits::GuestFd;
 use fuse_protocol::ids::NodeId;
 
 /// What an inode is on the host. The mount belongs to it: one directory can be mounted twice.

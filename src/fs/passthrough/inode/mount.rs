@@ -29,7 +29,7 @@ use rustix::io::Errno;
 use super::Inode;
 use super::fd_cache::FdCache;
 use crate::fs::Result;
-use crate::limits::fd_quota::GuestFd;
+use crate::limits::GuestFd;
 use crate::sys::file_handles::{name_to_handle, open_by_handle};
 
 /// `FUSE_SUPER_MAGIC` of linux/magic.h.

@@ -17,7 +17,7 @@ use super::shards::{Apart, BuildIdHasher, SHARDS, Shards};
 use super::{Inode, InodeKey, Seen};
 use crate::fs::passthrough::ops::lookup::key_on;
 use crate::fs::{DeviceDescriptors, Result};
-use crate::limits::fd_quota::GuestFd;
+use crate::limits::GuestFd;
 use crate::sys::file_handles::{FileHandle, name_to_handle};
 use fuse_protocol::ids::NodeId;
 
@@ -280,7 +280,7 @@ impl InodeTable {
     /// The device has taken descriptors, or given some back: inodes give up what the guest may no longer have.
     pub fn keep_back(&self, device: DeviceDescriptors) {
         let quota = self.fd_cache.quota();
-        if quota.keep_back(device) {
+        if quota.reserve_for(device) {
             self.fd_cache.on_quota_change();
             while quota.is_exceeded() && self.make_room() {}
         }
@@ -385,10 +385,10 @@ fn compare(shard: &HashSet<ByKey>, seen: &Seen, handle: Option<&FileHandle>) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::fd_quota::FdQuota;
+    use crate::limits::FdQuota;
 
     fn any_fd() -> GuestFd {
-        GuestFd::for_a_request(std::fs::File::open("/").unwrap().into())
+        GuestFd::uncounted(std::fs::File::open("/").unwrap().into())
     }
 
     fn key(ino: u64) -> InodeKey {
@@ -396,7 +396,7 @@ mod tests {
     }
 
     fn table() -> InodeTable {
-        InodeTable::new(any_fd(), key(1), FdCache::unlimited(&Arc::new(FdQuota::of(1000, 0)))).unwrap()
+        InodeTable::new(any_fd(), key(1), FdCache::unlimited(&Arc::new(FdQuota::new(1000, 0)))).unwrap()
     }
 
     fn insert(table: &InodeTable, ino: u64) -> Arc<Inode> {

@@ -29,7 +29,7 @@ use crate::fs::passthrough::PassthroughFs;
 use crate::fs::passthrough::handle_table::Handle;
 use crate::fs::passthrough::inode::locked_ranges::LockedRanges;
 use crate::fs::{PUT_BACK, Result};
-use crate::limits::fd_quota::GuestFd;
+use crate::limits::GuestFd;
 use crate::sys::locks::{ByteLock, LockType, ofd_get, ofd_set, ofd_set_wait};
 use crate::sys::signals::{ThreadId, wake};
 use fuse_protocol::abi::FileLock;

@@ -13,7 +13,7 @@ use crate::fs::Result;
 use crate::fs::passthrough::PassthroughFs;
 use crate::fs::passthrough::inode::mount::Mount;
 use crate::fs::passthrough::inode::{Inode, InodeKey, Seen};
-use crate::limits::fd_quota::{FdPermit, GuestFd};
+use crate::limits::{FdPermit, GuestFd};
 use crate::sys::file_handles::{entry_to_handle, name_to_handle};
 use fuse_protocol::abi;
 use fuse_protocol::flags::AttrFlags;

@@ -14,7 +14,7 @@ use super::lookup::{PROC, WANTED, key, kind, proc_name, stat};
 use crate::fs::Result;
 use crate::fs::passthrough::inode::Inode;
 use crate::fs::passthrough::{Context, PassthroughFs};
-use crate::limits::fd_quota::FdPermit;
+use crate::limits::FdPermit;
 use fuse_protocol::name::Name;
 use fuse_protocol::reply::Entry;
 use fuse_protocol::request::Rename;
