@@ -1,37 +1,47 @@
 //! A host directory as a guest's file system.
 //!
-//! [`inode`] holds every inode that the guest knows, by an O_PATH descriptor or a file handle;
-//! [`handle_table`] what it has open. No file is ever reached by a path: a name is one component, looked up in the
-//! descriptor of its directory without following links, and only regular files and directories
-//! are opened.
+//! This file is the table of contents: each operation of [`FileSystem`] in one line, which names what the operation
+//! needs. The rooms, from the lowest up; each names only those before it:
+//!
+//! | room | what it owns |
+//! |---|---|
+//! | [`host`] | system calls that reach an inode; open files of the host |
+//! | [`inode`] | inodes, their descriptors, locks and modes |
+//! | [`session`] | what INIT negotiated |
+//! | [`caller`] | users, groups, capabilities, set-id bits |
+//! | [`lock_waiters`] | requests that wait for a lock |
+//! | [`handle_table`] | open files and directories of the guest |
+//! | [`state`] | all of these together: one share |
+//! | [`ops`] | the operations |
+//! | [`start`] | the constructor |
+//!
+//! No file is ever reached by a path: a name is one component, looked up in the descriptor of its directory without
+//! following links, and only regular files and directories are opened.
 
 mod caller;
 mod handle_table;
 mod host;
 mod inode;
+mod lock_waiters;
 mod ops;
+mod session;
 mod start;
+mod start_error;
+mod state;
 
-use std::ffi::{CStr, CString};
-use std::os::fd::OwnedFd;
+use std::ffi::CStr;
 use std::sync::Arc;
 
-use arc_swap::ArcSwap;
 use log::debug;
-use rustix::io::Errno;
 
-use self::caller::credentials::OwnIds;
-use self::handle_table::HandleTable;
-use self::inode::Inode;
-use self::inode::io_mode::IoPolicy;
 pub use self::inode::range_lock;
-use self::inode::table::InodeTable;
-use self::ops::locks::LockWaiters;
-pub use self::start::StartError;
-use self::start::descriptors;
+use self::ops::xattr::Xattrs;
+use self::ops::{attributes, data, file_flags, locks, lookup, namespace_ops, open, readdir};
+use self::session::Session;
+pub use self::start_error::StartError;
+pub use self::state::PassthroughFs;
 use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
-use crate::config::{FsConfig, Insistence};
-use crate::limits::{FdQuota, Limits, LockedRangeQuota};
+use crate::config::Insistence;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
 use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
@@ -42,111 +52,9 @@ use fuse_protocol::name::{LookupName, Name};
 use fuse_protocol::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
 use fuse_protocol::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
 
-/// What guest and daemon agreed on, as far as it matters here.
-#[derive(Clone, Copy, Debug)]
-struct Session {
-    policy: IoPolicy,
-    /// Directories that are roots of other mounts are marked.
-    submounts: bool,
-    /// The guest says whether a change is to clear set-id bits (HANDLE_KILLPRIV_V2).
-    says_who_clears: bool,
-    /// The guest says whether an ACL is to clear the set-group-ID bit (SETXATTR_EXT).
-    long_setxattr: bool,
-    /// New files keep the set-group-ID bit that they are asked for: the guest's kernel has decided.
-    keeps_group_bit: bool,
-    /// The guest leaves umasks to us.
-    leaves_umask: bool,
-    /// The guest evaluates ACLs, and so may see and set them.
-    acls: bool,
-    /// What is created gets the guest's security labels.
-    labels: bool,
-}
-
-/// The file system below one directory of the host.
-pub struct PassthroughFs {
-    config: FsConfig,
-    own: OwnIds,
-    /// `/proc/self/fd`: opens an inode anew by the number of its O_PATH descriptor.
-    proc_self_fd: OwnedFd,
-    /// Descriptors that are held for the guest.
-    quota: Arc<FdQuota>,
-    inodes: InodeTable,
-    handles: HandleTable,
-    lock_waiters: LockWaiters,
-    /// Byte ranges that are locked.
-    locked_ranges: Arc<LockedRangeQuota>,
-    /// ACLs can be had on the host, and were asked for.
-    offers_acls: bool,
-    /// The same with security labels.
-    offers_labels: bool,
-    /// See [`ops::xattr::mapped_capability`].
-    mapped_capability: Option<CString>,
-    session: ArcSwap<Session>,
-}
-
 impl PassthroughFs {
-    /// Serves the directory `root` (an O_PATH descriptor is enough) within `limits`. `proc_self_fd` is the
-    /// directory `/proc/self/fd` of this process.
-    ///
-    /// Nothing of the process changes, and it may have any number of these. Before the first request its umask
-    /// has to be 0 and its working directory `/proc/self/fd`: see
-    /// [`prepare_for_requests`](crate::sys::process::prepare_for_requests).
-    pub fn new(
-        root: OwnedFd,
-        proc_self_fd: OwnedFd,
-        limits: Limits,
-        config: FsConfig,
-    ) -> std::result::Result<PassthroughFs, StartError> {
-        let stat = ops::lookup::stat(&root)?;
-        let offers_acls = ops::xattr::acls_can_be_had(&root, &config)?;
-        let Limits { fds: quota, locked_ranges, memory } = limits;
-        let descriptors = descriptors(config.inode_file_handles, &root, &quota)?;
-        let inodes = InodeTable::new(quota.acquire()?.wrap(root), ops::lookup::key(&stat), descriptors)?;
-        let session = Session {
-            policy: IoPolicy::new(&config, InitFlags::empty()),
-            submounts: false,
-            says_who_clears: false,
-            long_setxattr: false,
-            keeps_group_bit: false,
-            leaves_umask: false,
-            acls: false,
-            labels: false,
-        };
-        Ok(PassthroughFs {
-            offers_acls,
-            offers_labels: false,
-            mapped_capability: ops::xattr::mapped_capability(&config),
-            config,
-            own: OwnIds::current(),
-            proc_self_fd,
-            quota,
-            inodes,
-            handles: HandleTable::new(memory),
-            lock_waiters: LockWaiters::default(),
-            locked_ranges,
-            session: ArcSwap::from_pointee(session),
-        })
-    }
-
-    /// Whether inodes may be held by file handles, which takes a capability and two system calls.
-    pub fn uses_file_handles(&self) -> bool {
-        self.inodes.uses_file_handles()
-    }
-
-    /// Finds out whether security labels can be written, with the capabilities that the process has
-    /// by now. Without this they are not offered to guests.
-    pub fn try_labels(&mut self) -> std::result::Result<(), StartError> {
-        let root = self.inode(NodeId::ROOT)?.path()?;
-        self.offers_labels = ops::labels::can_be_had(&*root, &self.config)?;
-        Ok(())
-    }
-
-    fn session(&self) -> Session {
-        **self.session.load()
-    }
-
-    fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
-        self.inodes.get(node)
+    fn xattrs(&self) -> Xattrs<'_> {
+        Xattrs::new(&self.config, &self.identity, self.session())
     }
 }
 
@@ -186,21 +94,11 @@ impl FileSystem for PassthroughFs {
     }
 
     fn init(&self, negotiated: &Negotiated) {
-        let flags = negotiated.flags;
-        self.session.store(Arc::new(Session {
-            policy: IoPolicy::new(&self.config, flags),
-            submounts: flags.contains(InitFlags::SUBMOUNTS),
-            says_who_clears: flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
-            long_setxattr: flags.contains(InitFlags::SETXATTR_EXT),
-            keeps_group_bit: self::caller::identity::guest_strips_group_bit(negotiated),
-            leaves_umask: flags.contains(InitFlags::DONT_MASK),
-            acls: flags.contains(InitFlags::POSIX_ACL),
-            labels: flags.contains(InitFlags::SECURITY_CTX),
-        }));
+        self.session.store(Arc::new(Session::new(&self.config, negotiated)));
     }
 
     fn keep_back(&self, device: DeviceDescriptors) {
-        self.inodes.keep_back(device);
+        self.inodes.reserve_for(device);
     }
 
     fn destroy(&self) {
@@ -210,12 +108,7 @@ impl FileSystem for PassthroughFs {
     }
 
     fn lookup(&self, _ctx: &Context, parent: NodeId, name: LookupName<'_>) -> Result<Entry> {
-        let parent = self.inode(parent)?;
-        match name {
-            LookupName::Entry(name) => self.look_up(&parent, name.as_c_str()),
-            LookupName::This => self.look_up_self(&parent),
-            LookupName::Parent => self.look_up_parent(&parent),
-        }
+        lookup::lookup(&self.inodes, &self.view(), &*self.inode(parent)?, name)
     }
 
     fn forget(&self, node: NodeId, count: u64) {
@@ -223,23 +116,23 @@ impl FileSystem for PassthroughFs {
     }
 
     fn getattr(&self, _ctx: &Context, node: NodeId, _handle: Option<HandleId>) -> Result<Attributes> {
-        self.attributes(&*self.inode(node)?)
+        attributes::getattr(&self.view(), &*self.inode(node)?)
     }
 
     fn setattr(&self, ctx: &Context, node: NodeId, set: &Setattr) -> Result<Attributes> {
-        self.set_attributes(ctx, node, set)
+        attributes::setattr(self, ctx, &*self.inode(node)?, set)
     }
 
-    fn statx(&self, _ctx: &Context, node: NodeId, statx: &Statx) -> Result<StatxReply> {
-        self.extended_attributes(&*self.inode(node)?, statx)
+    fn statx(&self, _ctx: &Context, node: NodeId, _statx: &Statx) -> Result<StatxReply> {
+        attributes::statx(&self.view(), &*self.inode(node)?)
     }
 
     fn readlink(&self, _ctx: &Context, node: NodeId) -> Result<Vec<u8>> {
-        self.read_link(&*self.inode(node)?)
+        namespace_ops::readlink(&*self.inode(node)?)
     }
 
     fn symlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>, target: &CStr) -> Result<Entry> {
-        self.make_symlink(ctx, &*self.inode(parent)?, name, target)
+        namespace_ops::symlink(self, ctx, &*self.inode(parent)?, name, target)
     }
 
     fn mknod(
@@ -251,54 +144,56 @@ impl FileSystem for PassthroughFs {
         rdev: u32,
         umask: u32,
     ) -> Result<Entry> {
-        self.make_node(ctx, &*self.inode(parent)?, name, (mode, umask), rdev)
+        namespace_ops::mknod(self, ctx, &*self.inode(parent)?, name, (mode, umask), rdev)
     }
 
     fn mkdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>, mode: u32, umask: u32) -> Result<Entry> {
-        self.make_directory(ctx, &*self.inode(parent)?, name, mode, umask)
+        namespace_ops::mkdir(self, ctx, &*self.inode(parent)?, name, mode, umask)
     }
 
     fn unlink(&self, _ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
-        self.remove_name(&*self.inode(parent)?, name, false)
+        namespace_ops::unlink(&*self.inode(parent)?, name)
     }
 
     fn rmdir(&self, _ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
-        self.remove_name(&*self.inode(parent)?, name, true)
+        namespace_ops::rmdir(&*self.inode(parent)?, name)
     }
 
     fn rename(&self, ctx: &Context, parent: NodeId, rename: &Rename<'_>) -> Result<()> {
-        self.rename_entry(ctx, &*self.inode(parent)?, &*self.inode(rename.new_parent)?, rename)
+        let (from, to) = (self.inode(parent)?, self.inode(rename.new_parent)?);
+        namespace_ops::rename(&self.identity, &self.session(), ctx, (&from, &to), rename)
     }
 
     fn link(&self, _ctx: &Context, node: NodeId, new_parent: NodeId, name: Name<'_>) -> Result<Entry> {
-        self.make_link(&self.inode(node)?, &*self.inode(new_parent)?, name)
+        let (inode, parent) = (self.inode(node)?, self.inode(new_parent)?);
+        namespace_ops::link(&self.inodes, &self.view(), &inode, &parent, name)
     }
 
     fn open(&self, ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
-        self.open_file(ctx, self.inode(node)?, flags, open_flags)
+        open::open(self, ctx, self.inode(node)?, flags, open_flags)
     }
 
     fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened)> {
-        self.create_file(ctx, &*self.inode(parent)?, create)
+        open::create(self, ctx, &*self.inode(parent)?, create)
     }
 
     fn tmpfile(&self, ctx: &Context, parent: NodeId, tmpfile: &Tmpfile) -> Result<(Entry, Opened)> {
-        if !self.config.tmpfile {
-            return Err(Errno::NOSYS);
-        }
-        self.create_unnamed(ctx, &*self.inode(parent)?, tmpfile)
+        open::tmpfile(self, ctx, parent, tmpfile)
     }
 
     fn read(&self, _ctx: &Context, node: NodeId, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize> {
-        self.read_data(&*self.handles.get(node, read.handle)?, read, data)
+        data::read(self.opener(), &*self.handles.get(node, read.handle)?, read, data)
     }
 
     fn write(&self, ctx: &Context, node: NodeId, write: &Write, data: &mut GuestReader<'_>) -> Result<usize> {
-        self.write_data(ctx, &*self.handles.get(node, write.handle)?, write, data)
+        let session = self.session();
+        let (kill_priv, writeback) = (self.kill_priv(&session), session.policy.writeback);
+        let handle = self.handles.get(node, write.handle)?;
+        data::write(self.opener(), kill_priv, writeback, ctx, &handle, write, data)
     }
 
     fn statfs(&self, _ctx: &Context, node: NodeId) -> Result<abi::Kstatfs> {
-        ops::attributes::file_system(&*self.inode(node)?)
+        attributes::statfs(&*self.inode(node)?)
     }
 
     fn release(
@@ -309,19 +204,19 @@ impl FileSystem for PassthroughFs {
         flags: ReleaseFlags,
         owner: LockOwner,
     ) -> Result<()> {
-        self.close_file(node, handle, flags, owner)
+        open::release(self, node, handle, flags, owner)
     }
 
     fn fsync(&self, _ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
-        ops::data::sync(&*self.handles.get(node, handle)?, flags)
+        data::fsync(&*self.handles.get(node, handle)?, flags)
     }
 
     fn flush(&self, _ctx: &Context, node: NodeId, handle: HandleId, owner: LockOwner) -> Result<()> {
-        self.flush_handle(&*self.handles.get(node, handle)?, owner)
+        data::flush(&*self.handles.get(node, handle)?, owner)
     }
 
     fn opendir(&self, _ctx: &Context, node: NodeId, _flags: u32) -> Result<Opened> {
-        self.open_directory(self.inode(node)?)
+        open::opendir(self, self.inode(node)?)
     }
 
     fn readdir(
@@ -332,7 +227,7 @@ impl FileSystem for PassthroughFs {
         offset: u64,
         out: &mut DirectoryWriter<'_>,
     ) -> Result<()> {
-        self.list(&*self.handles.get(node, handle)?, offset, out)
+        readdir::readdir(&self.inodes, &self.view(), &*self.handles.get(node, handle)?, offset, out)
     }
 
     fn releasedir(&self, _ctx: &Context, node: NodeId, handle: HandleId) -> Result<()> {
@@ -340,11 +235,11 @@ impl FileSystem for PassthroughFs {
     }
 
     fn fsyncdir(&self, _ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
-        ops::data::sync(&*self.handles.get(node, handle)?, flags)
+        data::fsync(&*self.handles.get(node, handle)?, flags)
     }
 
     fn access(&self, ctx: &Context, node: NodeId, mask: u32) -> Result<()> {
-        self.check_access(ctx, &*self.inode(node)?, mask)
+        attributes::access(&self.view(), ctx, &*self.inode(node)?, mask)
     }
 
     fn fallocate(
@@ -357,21 +252,24 @@ impl FileSystem for PassthroughFs {
         length: u64,
     ) -> Result<()> {
         let handle = self.handles.get(node, handle)?;
-        self.change(ctx, &handle.inode, || ops::data::allocate(&handle, mode, offset, length))
+        let fallocate = || data::fallocate(&handle, mode, offset, length);
+        self.kill_priv(&self.session()).change(ctx, handle.inode(), fallocate)
     }
 
     fn lseek(&self, _ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {
-        self.seek(&*self.handles.get(node, handle)?, offset, whence)
+        let writeback = self.session().policy.writeback;
+        data::lseek(&*self.handles.get(node, handle)?, offset, whence, writeback)
     }
 
     fn copy_file_range(&self, ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
         let source = self.handles.get(node, copy.handle_in)?;
         let target = self.handles.get(copy.node_out, copy.handle_out)?;
-        self.change(ctx, &target.inode, || self.copy_data(&source, &target, copy))
+        let copy = || data::copy_file_range(self.opener(), &source, &target, copy);
+        self.kill_priv(&self.session()).change(ctx, target.inode(), copy)
     }
 
     fn syncfs(&self, _ctx: &Context, node: NodeId) -> Result<()> {
-        self.sync_file_system(&*self.inode(node)?)
+        attributes::syncfs(&self.inodes, &self.host, &*self.inode(node)?, !self.session().submounts)
     }
 
     fn setxattr(
@@ -383,35 +281,35 @@ impl FileSystem for PassthroughFs {
         flags: u32,
         acl_kill_sgid: bool,
     ) -> Result<()> {
-        self.set_xattr(ctx, &*self.inode(node)?, (name, value), flags, acl_kill_sgid)
+        self.xattrs().setxattr(ctx, &*self.inode(node)?, (name, value), flags, acl_kill_sgid)
     }
 
     fn getxattr(&self, _ctx: &Context, node: NodeId, name: &CStr, size: u32) -> Result<XattrReply> {
-        self.get_xattr(&*self.inode(node)?, name, size)
+        self.xattrs().getxattr(&*self.inode(node)?, name, size)
     }
 
     fn listxattr(&self, _ctx: &Context, node: NodeId, size: u32) -> Result<XattrReply> {
-        self.list_xattr(&*self.inode(node)?, size)
+        self.xattrs().listxattr(&*self.inode(node)?, size)
     }
 
     fn removexattr(&self, _ctx: &Context, node: NodeId, name: &CStr) -> Result<()> {
-        self.remove_xattr(&*self.inode(node)?, name)
+        self.xattrs().removexattr(&*self.inode(node)?, name)
     }
 
     fn getlk(&self, _ctx: &Context, node: NodeId, lock: &Lock) -> Result<abi::FileLock> {
-        self.test_lock(&*self.handles.get(node, lock.handle)?, lock)
+        locks::getlk(self, &*self.handles.get(node, lock.handle)?, lock)
     }
 
     fn setlk(&self, _ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
-        self.take_lock(&*self.handles.get(node, lock.handle)?, lock, None)
+        locks::setlk(self, &*self.handles.get(node, lock.handle)?, lock, None)
     }
 
     fn setlkw(&self, ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
-        self.take_lock(&*self.handles.get(node, lock.handle)?, lock, Some(ctx.unique))
+        locks::setlk(self, &*self.handles.get(node, lock.handle)?, lock, Some(ctx.unique))
     }
 
     fn ioctl(&self, ctx: &Context, node: NodeId, handle: HandleId, command: Command) -> Result<Reply> {
-        self.file_flags(ctx, &*self.handles.get(node, handle)?, command)
+        file_flags::ioctl(&self.identity, ctx, &*self.handles.get(node, handle)?, command)
     }
 
     fn interrupt(&self, unique: Unique) -> Result<()> {

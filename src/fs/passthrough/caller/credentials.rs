@@ -4,9 +4,9 @@
 //! process's other threads as the C library's functions would. Ids are changed back when the guard
 //! is dropped, on every path.
 //!
-//! CAP_FSETID alone stays as the last request needed it: it decides whether the host clears set-id
-//! bits of a file that is changed, and to take it off and back again for each WRITE would cost
-//! four system calls. Every operation for which it counts says so first, by [`set_id_bits`].
+//! CAP_FSETID alone stays as the last request needed it: it decides whether the host clears set-id bits of a file that
+//! is changed, and to lower and raise it for each WRITE would cost four system calls. Every operation for which it
+//! matters calls [`set_id_bits`] first.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +28,7 @@ thread_local! {
     static SETS: Cell<Option<CapabilitySets>> = const { Cell::new(None) };
 }
 
-/// The daemon's own ids, which every thread has while it serves nobody.
+/// The daemon's own ids, which every thread has between requests.
 #[derive(Clone, Copy, Debug)]
 pub struct OwnIds {
     uid: Uid,
@@ -72,7 +72,7 @@ pub struct Caller {
 
 /// The thread has the caller's ids until this is dropped.
 #[derive(Debug)]
-#[must_use = "the ids are taken off again when this is dropped"]
+#[must_use = "the ids are changed back when this is dropped"]
 pub struct CallerGuard {
     own: OwnIds,
     uid_changed: bool,
@@ -81,12 +81,12 @@ pub struct CallerGuard {
 }
 
 /// Capabilities that the daemon may use.
-pub fn held() -> Result<CapabilitySet> {
+pub fn permitted() -> Result<CapabilitySet> {
     sets().map(|sets| sets.permitted)
 }
 
-/// Puts the caller's user, group and the one supplementary group that matters on the thread, with
-/// the caller's capabilities.
+/// Gives the thread the caller's user, group and the one supplementary group that matters, with the caller's
+/// capabilities.
 pub fn become_caller(own: OwnIds, caller: Caller) -> Result<CallerGuard> {
     let (uid, gid) = (uid_of(caller.uid)?, gid_of(caller.gid)?);
     let group = caller.group.map(gid_of).transpose()?.filter(|group| *group != gid);
@@ -118,8 +118,8 @@ pub fn become_caller(own: OwnIds, caller: Caller) -> Result<CallerGuard> {
 
 impl Drop for CallerGuard {
     fn drop(&mut self) {
-        // Back to an id that the thread has as its real one is always allowed. Should it fail all
-        // the same, the thread must not serve anybody else.
+        // The thread's real ids are always allowed. Should a change fail nevertheless, the thread must not serve another
+        // caller.
         let mut result = Ok(());
         if self.uid_changed {
             result = result.and(set_thread_res_uid(None::<Uid>, Some(self.own.uid), None::<Uid>));
@@ -136,13 +136,13 @@ impl Drop for CallerGuard {
         if self.groups_changed {
             result = result.and(set_thread_groups(&[]));
         }
-        end_unless(result);
+        abort_unless(result);
     }
 }
 
 /// The thread has another group until this is dropped, but the user and capabilities of the daemon.
 #[derive(Debug)]
-#[must_use = "the group is taken off again when this is dropped"]
+#[must_use = "the group is changed back when this is dropped"]
 pub struct GroupGuard(Gid);
 
 /// Makes the thread a member of `gid` alone, if the daemon may do that.
@@ -154,35 +154,36 @@ pub fn become_member(own: OwnIds, gid: HostGid) -> Option<GroupGuard> {
 
 impl Drop for GroupGuard {
     fn drop(&mut self) {
-        end_unless(set_thread_res_gid(None::<Gid>, Some(self.0), None::<Gid>));
+        abort_unless(set_thread_res_gid(None::<Gid>, Some(self.0), None::<Gid>));
     }
 }
 
-/// What the host does to the set-id bits of a file that is changed.
+/// What the host does to the set-id bits of a file that a request changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SetIdBits {
-    /// Nothing, as for a process with CAP_FSETID.
-    Stay,
+    /// It keeps them, as for a process with CAP_FSETID.
+    Keep,
     /// It clears them, as for a process without.
-    Go,
+    Clear,
 }
 
-/// Gives the thread CAP_FSETID or takes it off; nothing is done if it is so already.
+/// Raises or lowers CAP_FSETID of the thread; does nothing if it is so already.
 ///
-/// It holds for all that the thread does until this is called again.
+/// It stays until this is called again.
 pub fn set_id_bits(bits: SetIdBits) -> Result<()> {
     let effective = sets()?.effective;
     make_effective(match bits {
-        SetIdBits::Stay => effective | CapabilitySet::FSETID,
-        SetIdBits::Go => effective - CapabilitySet::FSETID,
+        SetIdBits::Keep => effective | CapabilitySet::FSETID,
+        SetIdBits::Clear => effective - CapabilitySet::FSETID,
     })
 }
 
-/// Says once what to do about an id that the daemon's user namespace does not have, if that is what
-/// the host's kernel means by EINVAL.
+/// Logs once how to map an id that the daemon's user namespace does not have, for which the host's kernel returns
+/// EINVAL.
 pub fn explain_unmapped(errno: Errno, uid: Option<HostUid>, gid: Option<HostGid>) {
-    static SAID: AtomicBool = AtomicBool::new(false);
-    if errno != Errno::INVAL || SAID.swap(true, Ordering::Relaxed) {
+    // The user namespace is the process's, so one message does for all shares.
+    static LOGGED: AtomicBool = AtomicBool::new(false);
+    if errno != Errno::INVAL || LOGGED.swap(true, Ordering::Relaxed) {
         return;
     }
     let uid = uid.map(|uid| format!("user {} (see --uid-map)", uid.0));
@@ -228,10 +229,10 @@ fn make_effective(wanted: CapabilitySet) -> Result<()> {
     Ok(())
 }
 
-/// A thread that cannot take a caller's ids off again must not serve anybody else.
-fn end_unless(result: Result<()>) {
+/// A thread that cannot change a caller's ids back must not serve another caller.
+fn abort_unless(result: Result<()>) {
     if let Err(errno) = result {
-        error!("a worker cannot take a caller's ids off again ({errno}); the daemon ends");
+        error!("a worker cannot change a caller's ids back ({errno}); the daemon ends");
         std::process::abort();
     }
 }
@@ -254,12 +255,12 @@ mod tests {
         };
         let begin = check("at the beginning");
         let user = |uid, effective| Caller { uid: HostUid(uid), gid: HostGid(5), group: None, effective };
-        for bits in [SetIdBits::Go, SetIdBits::Stay, SetIdBits::Go] {
+        for bits in [SetIdBits::Clear, SetIdBits::Keep, SetIdBits::Clear] {
             for uid in [0, 1000] {
                 for effective in [CapabilitySet::DAC_OVERRIDE, CapabilitySet::all(), CapabilitySet::empty()] {
                     set_id_bits(bits).unwrap();
                     let has = check("with or without CAP_FSETID").contains(CapabilitySet::FSETID);
-                    assert_eq!(has, bits == SetIdBits::Stay && begin.contains(CapabilitySet::FSETID));
+                    assert_eq!(has, bits == SetIdBits::Keep && begin.contains(CapabilitySet::FSETID));
                     let guard = become_caller(own, user(uid, effective)).unwrap();
                     assert_eq!(check("as a caller"), effective & begin);
                     drop(guard);
@@ -268,18 +269,18 @@ mod tests {
             }
         }
         // A thread that is started by one without the capability begins without it.
-        set_id_bits(SetIdBits::Go).unwrap();
+        set_id_bits(SetIdBits::Clear).unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 check("in a new thread");
-                set_id_bits(SetIdBits::Stay).unwrap();
+                set_id_bits(SetIdBits::Keep).unwrap();
                 check("in a new thread that took it");
             });
         });
     }
 
     #[test]
-    fn nobody_becomes_root_but_a_daemon_of_root() {
+    fn only_a_daemon_of_root_acts_as_root() {
         let own = |uid| OwnIds { uid: Uid::from_raw(uid), gid: Gid::from_raw(uid) };
         let (all, none) = (CapabilitySet::all(), CapabilitySet::empty());
         for (daemon, caller, held, acts) in [

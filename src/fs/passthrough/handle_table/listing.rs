@@ -1,17 +1,16 @@
-//! The listing of an open directory: the host's cursor, and entries that were read behind it.
+//! The listing of an open directory: the position of the host's descriptor, and a buffer of the entries before it.
 //!
-//! The host's cursor is never moved while a guest lists one piece after the other. What was read and
-//! found no room in a reply is kept, and so are the entries of the last reply: a guest whose program had no
-//! room for all of them comes back for the rest. So a listing is whole also where offsets cannot be gone
-//! to (those of NFS and FUSE may have all 64 bits, and lseek(2) takes 63), or mean something else once an
-//! entry was removed (tmpfs before Linux 6.6, many FUSE file systems).
+//! While a guest reads a directory in order, the descriptor is never moved with lseek(2). The buffer keeps the entries of
+//! the last reply, since a program without room for all of them asks for the rest again, and those that had no room in
+//! the reply. So a listing is complete also where offsets cannot be used (those of NFS and FUSE may have 64 bits, and
+//! lseek(2) takes 63), or change when an entry is removed (tmpfs before Linux 6.6, many FUSE file systems).
 
 use std::ffi::CStr;
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use rustix::fs::{RawDir, SeekFrom, seek};
+use rustix::fs::{self, RawDir, SeekFrom};
 use rustix::io::Errno;
 
 use crate::fs::Result;
@@ -38,20 +37,20 @@ pub struct Listed<'a> {
     pub name: &'a CStr,
 }
 
-/// How far an open directory was listed.
+/// The state of a listing.
 #[derive(Debug)]
 pub struct Listing {
     /// Entries of the last reply, and those that come next, one after the other.
     records: Vec<u8>,
     /// Where in `records` the next entry is.
     next: usize,
-    /// The host's offset behind the last entry that was given.
+    /// The host's offset behind the last entry of the reply.
     position: u64,
-    /// The host's cursor stands behind the last one of `records`. Otherwise it has to be put to `position`.
+    /// The descriptor's position is behind the last one of `records`. Otherwise it has to be set to `position`.
     is_in_place: bool,
     /// Nothing was read so far.
     is_new: bool,
-    /// Some offsets are too large for lseek(2).
+    /// Some offset is too large for lseek(2).
     has_large_offsets: bool,
     /// Bytes that all listings keep, and how many of them are counted for this one.
     quota: Arc<MemoryQuota>,
@@ -74,14 +73,14 @@ impl Listing {
         }
     }
 
-    /// Goes to `offset`, which is 0 or what an entry gave as its next offset. EINVAL for an offset that the
-    /// host never gave, if it notices.
-    pub fn go_to(&mut self, directory: BorrowedFd<'_>, offset: u64) -> Result<()> {
+    /// Continues at `offset`, which is 0 or the next offset of an entry. EINVAL for an offset that no entry has, if the
+    /// host finds out.
+    pub fn seek(&mut self, directory: BorrowedFd<'_>, offset: u64) -> Result<()> {
         if offset == 0 {
             return if self.is_new { Ok(()) } else { self.rewind(directory) };
         }
         if offset == self.position && self.is_in_place {
-            // The guest has taken all that it was given.
+            // The guest has used the whole reply.
             self.records.drain(..self.next);
             self.next = 0;
             return Ok(());
@@ -90,14 +89,14 @@ impl Listing {
             return Ok(());
         }
         if i64::try_from(offset).is_ok() {
-            seek(directory, SeekFrom::Start(offset))?;
+            fs::seek(directory, SeekFrom::Start(offset))?;
             self.start_at(offset);
             return Ok(());
         }
         self.read_up_to(directory, offset)
     }
 
-    /// Goes to an offset that lseek(2) does not take: from the beginning.
+    /// Continues at an offset that lseek(2) does not take: reads the directory from the beginning up to it.
     fn read_up_to(&mut self, directory: BorrowedFd<'_>, offset: u64) -> Result<()> {
         if !self.has_large_offsets {
             return Err(Errno::INVAL);
@@ -109,13 +108,13 @@ impl Listing {
             }
             self.records.clear();
         }
-        // Nothing has been given from here on.
+        // No entry has this offset.
         self.rewind(directory)?;
         Err(Errno::INVAL)
     }
 
     fn rewind(&mut self, directory: BorrowedFd<'_>) -> Result<()> {
-        seek(directory, SeekFrom::Start(0))?;
+        fs::seek(directory, SeekFrom::Start(0))?;
         self.start_at(0);
         Ok(())
     }
@@ -125,7 +124,7 @@ impl Listing {
         (self.next, self.position, self.is_in_place) = (0, offset, true);
     }
 
-    /// Goes behind the entry whose next offset is this, if it is here.
+    /// Continues behind the entry whose next offset is this, if it is in the buffer.
     fn find(&mut self, offset: u64) -> bool {
         let mut at = 0;
         while let Some((entry, next)) = decode(&self.records, at) {
@@ -143,8 +142,8 @@ impl Listing {
         decode(&self.records, self.next).map(|(entry, _)| entry)
     }
 
-    /// The next entry was given to the guest.
-    pub fn given(&mut self) {
+    /// The next entry is in the reply.
+    pub fn consume(&mut self) {
         if let Some((entry, next)) = decode(&self.records, self.next) {
             let position = entry.next_offset;
             (self.next, self.position) = (next, position);
@@ -179,8 +178,8 @@ impl Listing {
         Ok(any)
     }
 
-    /// A reply is done: what is kept until the next one is counted, or given up if it is too much.
-    pub fn rest(&mut self) {
+    /// A reply is complete: the buffer is counted, or freed if the quota is exceeded.
+    pub fn park(&mut self) {
         let now = self.records.capacity();
         self.count(now);
         if self.quota.is_exceeded() {
@@ -189,7 +188,7 @@ impl Listing {
         }
     }
 
-    /// The guest was told that there is nothing more.
+    /// The guest has got the end of the directory.
     pub fn end(&mut self) {
         self.free();
     }
@@ -256,14 +255,14 @@ mod tests {
             }
             let entry = listing.next().unwrap();
             names.push((entry.next_offset, entry.name.to_string_lossy().into_owned()));
-            listing.given();
+            listing.consume();
         }
-        listing.rest();
+        listing.park();
         names
     }
 
     #[test]
-    fn a_listing_goes_on_where_the_guest_wants_it_and_keeps_nothing_afterwards() {
+    fn a_listing_continues_at_any_offset_and_frees_its_buffer_at_the_end() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         for number in 0..500 {
             File::create(folder.path().join(format!("file{number}"))).unwrap();
@@ -275,21 +274,21 @@ mod tests {
         assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 502);
         assert!(quota.in_use() > 0);
         for (index, (offset, _)) in all.iter().enumerate().step_by(37) {
-            listing.go_to(directory.as_fd(), *offset).unwrap();
+            listing.seek(directory.as_fd(), *offset).unwrap();
             assert_eq!(
                 names(&mut listing, &directory, 40),
                 all[index + 1..].iter().take(40).cloned().collect::<Vec<_>>()
             );
         }
-        listing.go_to(directory.as_fd(), 0).unwrap();
+        listing.seek(directory.as_fd(), 0).unwrap();
         assert_eq!(names(&mut listing, &directory, usize::MAX), all);
-        assert_eq!(listing.go_to(directory.as_fd(), u64::MAX), Err(Errno::INVAL));
+        assert_eq!(listing.seek(directory.as_fd(), u64::MAX), Err(Errno::INVAL));
         listing.end();
         assert_eq!(quota.in_use(), 0);
     }
 
     #[test]
-    fn listings_that_keep_too_much_go_on_by_offset() {
+    fn listings_beyond_the_quota_continue_by_offset() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         for number in 0..100 {
             File::create(folder.path().join(format!("file{number}"))).unwrap();
@@ -302,7 +301,7 @@ mod tests {
             let some = names(&mut listing, &directory, 7);
             let Some((offset, _)) = some.last().cloned() else { break };
             seen.extend(some);
-            listing.go_to(directory.as_fd(), offset).unwrap();
+            listing.seek(directory.as_fd(), offset).unwrap();
         }
         assert_eq!(seen.len(), 102);
         drop(listing);

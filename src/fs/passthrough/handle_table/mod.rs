@@ -22,29 +22,37 @@ use fuse_protocol::ids::{HandleId, NodeId};
 /// An open file or directory.
 #[derive(Debug)]
 pub struct Handle {
-    /// The inode it was opened from.
-    pub inode: Arc<Inode>,
-    /// What it is on the host.
-    pub file: HostFile,
+    inode: Arc<Inode>,
+    file: HostFile,
     kind: Kind,
 }
 
 #[derive(Debug)]
 enum Kind {
     File(Mode),
-    /// Only one reader at a time moves it.
+    /// One request at a time moves it.
     Directory(Mutex<Listing>),
 }
 
 impl Handle {
     /// An open file, which the inode counts as an opener. `mode` is how this opener was answered.
-    pub fn file(inode: Arc<Inode>, file: HostFile, mode: Mode) -> Handle {
+    pub fn new_file(inode: Arc<Inode>, file: HostFile, mode: Mode) -> Handle {
         Handle { inode, file, kind: Kind::File(mode) }
     }
 
     /// An open directory, at its beginning.
-    pub fn directory(inode: Arc<Inode>, file: HostFile, listing: Listing) -> Handle {
+    pub fn new_directory(inode: Arc<Inode>, file: HostFile, listing: Listing) -> Handle {
         Handle { inode, file, kind: Kind::Directory(Mutex::new(listing)) }
+    }
+
+    /// The inode it was opened from.
+    pub fn inode(&self) -> &Inode {
+        &self.inode
+    }
+
+    /// The open file of the host.
+    pub fn file(&self) -> &HostFile {
+        &self.file
     }
 
     /// The open descriptor.
@@ -60,14 +68,14 @@ impl Handle {
         }
     }
 
-    /// How far the directory was listed, locked; EBADF for a file.
+    /// The state of the directory's listing, locked; EBADF for a file.
     pub fn listing(&self) -> Result<MutexGuard<'_, Listing>> {
         match &self.kind {
             Kind::File(_) => Err(Errno::BADF),
             Kind::Directory(listing) => Ok(match listing.try_lock() {
                 Ok(listing) => listing,
                 Err(TryLockError::Poisoned(error)) => error.into_inner(),
-                // Another request lists the directory, which may take as long as the host likes.
+                // Another request lists the directory, which takes as long as the host needs.
                 Err(TryLockError::WouldBlock) => {
                     block_in_place(|| listing.lock().unwrap_or_else(PoisonError::into_inner))
                 }
@@ -78,10 +86,8 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        if let Kind::File(_) = self.kind
-            && self.inode.io_mode.release()
-        {
-            self.inode.ranges.trim();
+        if let Kind::File(_) = self.kind {
+            self.inode.release();
         }
     }
 }
@@ -118,13 +124,13 @@ impl HandleTable {
     /// The handle with this id, opened from `node`; EBADF for any other.
     pub fn get(&self, node: NodeId, id: HandleId) -> Result<Arc<Handle>> {
         let shard = self.shard(id.0).read().unwrap_or_else(PoisonError::into_inner);
-        shard.get(&id.0).filter(|handle| handle.inode.node == node).cloned().ok_or(Errno::BADF)
+        shard.get(&id.0).filter(|handle| handle.inode.node() == node).cloned().ok_or(Errno::BADF)
     }
 
     /// Removes a handle. Its descriptor is closed when the last request that uses it is done.
     pub fn remove(&self, node: NodeId, id: HandleId) -> Result<Arc<Handle>> {
         let mut shard = self.shard(id.0).write().unwrap_or_else(PoisonError::into_inner);
-        if shard.get(&id.0).is_none_or(|handle| handle.inode.node != node) {
+        if shard.get(&id.0).is_none_or(|handle| handle.inode.node() != node) {
             return Err(Errno::BADF);
         }
         shard.remove(&id.0).ok_or(Errno::BADF)

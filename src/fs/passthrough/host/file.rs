@@ -1,18 +1,17 @@
 //! The host's descriptors of one open file.
 //!
-//! A guest's program may clear O_DIRECT after the open, as dd(1) does for its last block, and a guest
-//! that writes pages of its cache back sends them by any handle of the file. Such requests have any
-//! length, which the host refuses on a descriptor with O_DIRECT. So a file that is open with O_DIRECT
-//! gets a second descriptor without it, when the first such request comes.
+//! A program may clear O_DIRECT after the open, as dd(1) does for its last block, and a guest that writes back its
+//! page cache uses any handle of the file. Such requests have any length, which the host refuses on a descriptor
+//! with O_DIRECT. So the first of them opens a second descriptor without that flag.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use rustix::fs::{Mode, OFlags, fcntl_setfl, openat};
+use rustix::fs::{Mode, OFlags, fcntl_setfl};
 use rustix::io::Errno;
-use rustix::path::DecInt;
 
+use super::Host;
 use crate::fs::Result;
 use crate::limits::{FdQuota, GuestFd};
 
@@ -20,7 +19,7 @@ use crate::limits::{FdQuota, GuestFd};
 const SHARED: OFlags =
     OFlags::RWMODE.union(OFlags::SYNC).union(OFlags::DSYNC).union(OFlags::APPEND).union(OFlags::NOATIME);
 
-/// An open file of the host: one descriptor, or two.
+/// An open file of the host: one descriptor or two.
 #[derive(Debug)]
 pub struct HostFile {
     file: GuestFd,
@@ -94,7 +93,7 @@ impl HostFile {
     /// Clears O_DIRECT of the first descriptor, where a second one cannot be had: no descriptor is
     /// left, or the daemon may not open the file again, as its mode has changed.
     fn give_up_direct(&self, errno: Errno) -> Result<()> {
-        // Nobody may take O_APPEND off such a file.
+        // The kernel refuses to clear O_APPEND of such a file.
         if self.is_append_only() {
             return Err(errno);
         }
@@ -106,20 +105,22 @@ impl HostFile {
     }
 }
 
-/// What it takes to open a file once more.
+/// Opens a file once more, within the guest's quota of descriptors.
 #[derive(Clone, Copy, Debug)]
 pub struct Opener<'a> {
-    /// `/proc/self/fd`.
-    pub proc_self_fd: &'a OwnedFd,
-    /// Descriptors that may be held for the guest.
-    pub quota: &'a Arc<FdQuota>,
+    host: &'a Host,
+    fds: &'a Arc<FdQuota>,
 }
 
-impl Opener<'_> {
+impl<'a> Opener<'a> {
+    /// Descriptors are counted by `fds`.
+    pub fn new(host: &'a Host, fds: &'a Arc<FdQuota>) -> Opener<'a> {
+        Opener { host, fds }
+    }
+
     /// Opens what `file` has open, whatever has become of its name.
     fn again(self, file: BorrowedFd<'_>, flags: OFlags) -> Result<GuestFd> {
-        let permit = self.quota.acquire()?;
-        let file = openat(self.proc_self_fd, DecInt::from_fd(file), flags | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(permit.wrap(file))
+        let permit = self.fds.acquire()?;
+        Ok(permit.wrap(self.host.open(file, flags, Mode::empty())?))
     }
 }

@@ -1,110 +1,104 @@
-//! What keeps hold of inodes on the host: an O_PATH descriptor each or, while an inode is seldom
-//! used and descriptors are scarce, its file handle.
+//! The cache of inodes' O_PATH descriptors.
 //!
-//! An inode begins with a descriptor, which is the cheapest to use. When more than half of the
-//! descriptors that the process may have are taken by inodes, those that were not used lately give
-//! theirs up (CLOCK, also called second chance). The next use opens the inode again by its handle, as
-//! the same inode or not at all.
+//! An inode begins with a descriptor, which is the cheapest to use. When inodes have more than half of the guest's
+//! quota, those that were not used lately are evicted: their descriptors are closed, and the next use opens them again
+//! by file handle, as the same inode or not at all ([`super::inode_fd::InodeFd`]).
 //!
-//! Only a descriptor keeps the host from using an inode's number again. Without one, an inode is known
-//! by its handle alone, which has a generation in it: see [`InodeFd::is`].
+//! The algorithm is CLOCK (second chance): inodes stand in a queue, each with a reference bit that every use sets. The
+//! inode at the front is evicted if its bit is clear; if it is set, the bit is cleared and the inode goes to the end.
+//! Shards of the queue take turns, so that workers seldom meet.
+//!
+//! Two thresholds decide. Above `limit`, each request evicts a few inodes until the count has fallen by an eighth: the
+//! low watermark. Where inodes cannot be evicted, the limit rises; where the process runs out of descriptors, it falls.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
-use arc_swap::ArcSwapOption;
 use log::{debug, info};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use super::mount::{self, Mount};
-use super::shards::{Apart, Shards};
+use super::shards::{Apart, SHARDS, Shards};
 use crate::fs::Result;
-use crate::limits::{FdQuota, GuestFd};
-use crate::sys::file_handles::{FileHandle, name_to_handle, open_by_handle};
+use crate::limits::FdQuota;
 use fuse_protocol::ids::NodeId;
 
-/// The clock holds numbers of inodes that were forgotten, until it has grown to this or to twice what
-/// it last had.
+/// A shard of the clock drops forgotten inodes when it has grown to this or to twice what it last had.
 const SMALLEST_CLOCK: usize = 64;
 
 /// The descriptors of all inodes together, and the mounts that these are on.
 #[derive(Debug)]
 pub struct FdCache {
-    /// Set while inodes should give up descriptors. Each request looks at it; it stands apart from what
-    /// each new inode changes.
-    scarce: Apart<AtomicBool>,
-    /// How many inodes may have one, before some give theirs up.
-    allowed: AtomicUsize,
-    /// Whether there are handles at all.
-    limited: bool,
-    /// Inodes that have a descriptor and could do without.
-    taken: Apart<AtomicUsize>,
-    /// These inodes, in the order in which they are to be asked for it.
+    /// Set while inodes are to be evicted. Each request reads it; it has a cache line apart from what each new inode
+    /// changes.
+    over_limit: Apart<AtomicBool>,
+    /// How many inodes may have one, before some are evicted.
+    limit: AtomicUsize,
+    /// Whether inodes can be evicted: file handles work.
+    evicts: bool,
+    /// Inodes that have a descriptor and can be evicted.
+    open: Apart<AtomicUsize>,
+    /// These inodes, in the order in which their reference bits are tested.
     clock: Shards<Mutex<Clock>>,
     mounts: Apart<RwLock<HashMap<u32, Weak<Mount>>>>,
     reported_mount: AtomicBool,
-    /// What inodes share with whatever else the guest holds.
+    /// What inodes share with all other descriptors of the guest.
     quota: Arc<FdQuota>,
 }
 
-/// A part of the clock.
+/// A shard of the clock.
 #[derive(Debug, Default)]
-pub struct Clock {
+pub(super) struct Clock {
     nodes: VecDeque<NodeId>,
-    /// It is cleared of forgotten inodes at this length.
+    /// Forgotten inodes are dropped at this length.
     clear_at: usize,
 }
 
 impl Clock {
-    /// The inode that is next to be asked.
-    pub fn next(&mut self) -> Option<NodeId> {
+    /// The inode that is tested next.
+    pub(super) fn next(&mut self) -> Option<NodeId> {
         self.nodes.pop_front()
     }
 
     /// Puts an inode at the end. Without memory for that it keeps its descriptor.
-    pub fn push(&mut self, node: NodeId) {
+    pub(super) fn push(&mut self, node: NodeId) {
         if self.nodes.try_reserve(1).is_ok() {
             self.nodes.push_back(node);
         }
     }
 
-    /// Takes out what is not `known`, if there may be much of that.
-    pub fn clear_of_forgotten(&mut self, known: impl Fn(NodeId) -> bool) {
+    /// Drops what is not `known`, if there may be much of that.
+    pub(super) fn drop_forgotten(&mut self, known: impl Fn(NodeId) -> bool) {
         if self.nodes.len() >= self.clear_at.max(SMALLEST_CLOCK) {
             self.nodes.retain(|node| known(*node));
             self.clear_at = self.nodes.len().saturating_mul(2);
         }
-    }
-
-    /// Takes out everything.
-    pub fn clear(&mut self) {
-        *self = Clock::default();
     }
 }
 
 impl FdCache {
     /// No limit but the quota's: each inode keeps its descriptor.
     pub fn unlimited(quota: &Arc<FdQuota>) -> FdCache {
-        FdCache::of(quota, usize::MAX)
+        FdCache::with_limit(quota, usize::MAX)
     }
 
     /// Half of the quota, if inodes can be opened by handle at the share's `root`.
     ///
-    /// EPERM without CAP_DAC_READ_SEARCH, EOPNOTSUPP where the file system has no handles that last.
+    /// EPERM without CAP_DAC_READ_SEARCH, EOPNOTSUPP where the file system has no durable handles.
     pub fn limited(root: &OwnedFd, quota: &Arc<FdQuota>) -> Result<FdCache> {
         mount::try_handles(root)?;
-        Ok(FdCache::of(quota, half_of(quota)))
+        Ok(FdCache::with_limit(quota, half_of(quota)))
     }
 
-    fn of(quota: &Arc<FdQuota>, allowed: usize) -> FdCache {
+    pub(super) fn with_limit(quota: &Arc<FdQuota>, limit: usize) -> FdCache {
         FdCache {
-            scarce: Apart::default(),
-            allowed: AtomicUsize::new(allowed),
-            limited: allowed != usize::MAX,
-            taken: Apart::default(),
+            over_limit: Apart::default(),
+            limit: AtomicUsize::new(limit),
+            evicts: limit != usize::MAX,
+            open: Apart::default(),
             clock: Shards::default(),
             mounts: Apart::default(),
             reported_mount: AtomicBool::new(false),
@@ -112,82 +106,90 @@ impl FdCache {
         }
     }
 
-    /// Whether inodes may have to give up descriptors.
-    pub fn is_limited(&self) -> bool {
-        self.limited
+    /// Whether inodes can be evicted.
+    pub(super) fn evicts(&self) -> bool {
+        self.evicts
     }
 
-    /// Whether inodes should give up descriptors.
-    pub fn over_limit(&self) -> bool {
-        self.scarce.load(Ordering::Relaxed)
+    /// Whether inodes are to be evicted now.
+    pub(super) fn over_limit(&self) -> bool {
+        self.over_limit.load(Ordering::Relaxed)
     }
 
-    /// The quota has become another one: inodes may have half of it.
-    pub fn on_quota_change(&self) {
-        if self.limited {
-            self.allowed.store(half_of(&self.quota), Ordering::Relaxed);
-            let taken = self.taken.load(Ordering::Relaxed);
-            self.scarce.store(taken > half_of(&self.quota), Ordering::Relaxed);
+    /// The quota has changed: inodes may have half of it.
+    pub(super) fn on_quota_change(&self) {
+        if self.evicts {
+            let limit = half_of(&self.quota);
+            self.limit.store(limit, Ordering::Relaxed);
+            self.over_limit.store(self.open() > limit, Ordering::Relaxed);
         }
     }
 
     /// What the guest's descriptors are counted by.
-    pub fn quota(&self) -> &Arc<FdQuota> {
+    pub(super) fn quota(&self) -> &Arc<FdQuota> {
         &self.quota
     }
 
-    /// The part of the clock that `number` belongs to.
-    pub fn clock(&self, number: u64) -> MutexGuard<'_, Clock> {
+    /// The shard of the clock that `number` belongs to.
+    pub(super) fn clock(&self, number: u64) -> MutexGuard<'_, Clock> {
         self.clock.of(number).lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The inodes cannot give up what they have; asking them again and again would be of no use.
-    pub fn raise_limit(&self) {
-        let taken = self.taken.load(Ordering::Relaxed);
-        debug!("inodes need {taken} descriptors");
-        self.allowed.fetch_max(taken.saturating_add(taken / 4), Ordering::Relaxed);
-        self.clear_below_low_watermark(taken);
-    }
-
-    /// The process has none left, though inodes may have more: they keep three quarters of what they have.
-    pub fn lower_limit(&self) {
-        let taken = self.taken.load(Ordering::Relaxed);
-        self.allowed.fetch_min((taken - taken / 4).max(1), Ordering::Relaxed);
-        self.scarce.store(true, Ordering::Relaxed);
-    }
-
-    /// Descriptors that inodes have now and could do without.
-    #[cfg(test)]
-    pub fn taken(&self) -> usize {
-        self.taken.load(Ordering::Relaxed)
-    }
-
-    fn take_one(&self) {
-        if self.taken.fetch_add(1, Ordering::Relaxed) >= self.allowed.load(Ordering::Relaxed) {
-            self.scarce.store(true, Ordering::Relaxed);
+    /// Drops all inodes from the clock.
+    pub(super) fn clear_clock(&self) {
+        for shard in 0..SHARDS {
+            *self.clock(shard as u64) = Clock::default();
         }
     }
 
-    fn free_one(&self) {
-        let before = self.taken.fetch_sub(1, Ordering::Relaxed);
+    /// The inodes that have descriptors cannot be evicted: further attempts would be of no use.
+    pub(super) fn raise_limit(&self) {
+        let open = self.open();
+        debug!("inodes need {open} descriptors");
+        self.limit.fetch_max(open.saturating_add(open / 4), Ordering::Relaxed);
+        self.check_low_watermark(open);
+    }
+
+    /// The process has no descriptors left, though the limit is not reached: inodes keep three quarters of theirs.
+    pub(super) fn lower_limit(&self) {
+        let open = self.open();
+        self.limit.fetch_min((open - open / 4).max(1), Ordering::Relaxed);
+        self.over_limit.store(true, Ordering::Relaxed);
+    }
+
+    /// Inodes that have a descriptor and can be evicted.
+    pub(super) fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// One more inode has a descriptor.
+    pub(super) fn count_opened(&self) {
+        if self.open.fetch_add(1, Ordering::Relaxed) >= self.limit.load(Ordering::Relaxed) {
+            self.over_limit.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// One inode has closed its descriptor.
+    pub(super) fn count_closed(&self) {
+        let before = self.open.fetch_sub(1, Ordering::Relaxed);
         if self.over_limit() {
-            self.clear_below_low_watermark(before.saturating_sub(1));
+            self.check_low_watermark(before.saturating_sub(1));
         }
     }
 
-    /// So many are free that it will be a while until the next time.
-    fn clear_below_low_watermark(&self, taken: usize) {
-        let allowed = self.allowed.load(Ordering::Relaxed);
-        if taken <= allowed - allowed / 8 {
-            self.scarce.store(false, Ordering::Relaxed);
+    /// Ends the evictions below the low watermark, far enough under the limit that they do not begin again at once.
+    fn check_low_watermark(&self, open: usize) {
+        let limit = self.limit.load(Ordering::Relaxed);
+        if open <= limit - limit / 8 {
+            self.over_limit.store(false, Ordering::Relaxed);
         }
     }
 
-    /// Says once that there is a mount where inodes keep their descriptors.
-    pub fn report_mount(&self, errno: Errno) {
+    /// Logs once that inodes keep their descriptors on some mount.
+    pub(super) fn report_mount(&self, errno: Errno) {
         if !self.reported_mount.swap(true, Ordering::Relaxed) {
             info!(
-                "a file system below the share has no file handles that last ({errno}): each of its inodes that the guest knows takes a descriptor (see --rlimit-nofile)"
+                "a file system below the share has no durable file handles ({errno}): each of its inodes that the guest knows takes a descriptor (see --rlimit-nofile)"
             );
         }
     }
@@ -219,8 +221,8 @@ impl FdCache {
         Ok(new)
     }
 
-    /// A mount has no inodes any more. Meanwhile the id may stand for a new one.
-    pub fn forget_mount(&self, id: u32) {
+    /// A mount has no inodes any more. Meanwhile the id may belong to a new one.
+    pub(super) fn forget_mount(&self, id: u32) {
         let mut mounts = self.mounts.write().unwrap_or_else(PoisonError::into_inner);
         if mounts.get(&id).is_some_and(|mount| mount.strong_count() == 0) {
             mounts.remove(&id);
@@ -230,238 +232,4 @@ impl FdCache {
 
 fn half_of(quota: &FdQuota) -> usize {
     (quota.max() / 2).max(1)
-}
-
-/// What keeps hold of one inode.
-#[derive(Debug)]
-pub struct InodeFd {
-    path: ArcSwapOption<GuestFd>,
-    /// Known once the inode has given up a descriptor for the first time.
-    handle: OnceLock<FileHandle>,
-    /// Used since it was last asked to give up its descriptor.
-    used: AtomicBool,
-    mount: Arc<Mount>,
-}
-
-impl InodeFd {
-    /// Keeps hold of the inode by its O_PATH descriptor.
-    pub fn new(path: GuestFd, mount: Arc<Mount>) -> InodeFd {
-        if mount.directory().is_some() {
-            mount.all.take_one();
-        }
-        InodeFd {
-            path: ArcSwapOption::from_pointee(path),
-            handle: OnceLock::new(),
-            used: AtomicBool::new(false),
-            mount,
-        }
-    }
-
-    /// The mount that the inode is on.
-    pub fn mount(&self) -> &Arc<Mount> {
-        &self.mount
-    }
-
-    /// An O_PATH descriptor, which stays open for as long as the caller holds it; ESTALE if the
-    /// inode had none and has been deleted on the host. `node` is the inode's.
-    pub fn path(&self, node: NodeId) -> Result<Arc<GuestFd>> {
-        if !self.used.load(Ordering::Relaxed) {
-            self.used.store(true, Ordering::Relaxed);
-        }
-        match self.path.load_full() {
-            Some(path) => Ok(path),
-            None => self.open_again(node),
-        }
-    }
-
-    fn open_again(&self, node: NodeId) -> Result<Arc<GuestFd>> {
-        let (handle, directory) = self.handle.get().zip(self.mount.directory()).ok_or(Errno::STALE)?;
-        let permit = self.mount.all.quota.acquire();
-        let path = open_by_handle(directory.as_fd(), handle)?;
-        // Where the guest holds all that it may hold, the inode is found again by each request.
-        let Ok(permit) = permit else { return Ok(Arc::new(GuestFd::uncounted(path))) };
-        let path = Arc::new(permit.wrap(path));
-        if self.path.swap(Some(Arc::clone(&path))).is_none() {
-            self.mount.all.take_one();
-            self.enter_clock(node);
-        }
-        Ok(path)
-    }
-
-    /// From now on the inode is asked now and then to give up its descriptor.
-    pub fn enter_clock(&self, node: NodeId) {
-        if self.mount.directory().is_some() {
-            self.mount.all.clock(node.0).push(node);
-        }
-    }
-
-    /// Whether its next use has to open it.
-    pub fn lacks_descriptor(&self) -> bool {
-        self.handle.get().is_some() && self.path.load().is_none()
-    }
-
-    /// Whether the inode is the one that was just met under its number; `handle` is that one's, if it is
-    /// known. `None` if only the handle can tell.
-    ///
-    /// While the inode has a descriptor its number is not used again, so they are the same.
-    pub fn is(&self, handle: Option<&FileHandle>) -> Option<bool> {
-        // The handle was set before a descriptor was given up for the first time. To look at it costs less than to
-        // look at the descriptor, which takes two atomic changes.
-        if self.handle.get().is_none() || self.path.load().is_some() {
-            return Some(true);
-        }
-        handle.map(|handle| self.handle.get() == Some(handle))
-    }
-
-    /// Remembers the inode's handle, which somebody had to ask for.
-    pub fn set_handle(&self, handle: FileHandle) {
-        // If it is known already, it is the same.
-        let _ = self.handle.set(handle);
-    }
-
-    /// Whether the inode was used since this was last asked.
-    pub fn take_reference(&self) -> bool {
-        self.used.swap(false, Ordering::Relaxed)
-    }
-
-    /// Gives up the descriptor; false if the inode has to keep it.
-    pub fn evict(&self) -> bool {
-        let Some(path) = self.path.load_full() else { return true };
-        if self.mount.directory().is_none() {
-            return false;
-        }
-        if self.handle.get().is_none() {
-            let Ok(handle) = name_to_handle(path.as_fd()) else { return false };
-            self.set_handle(handle);
-        }
-        if self.path.swap(None).is_some() {
-            self.mount.all.free_one();
-        }
-        true
-    }
-}
-
-impl Drop for InodeFd {
-    fn drop(&mut self) {
-        if self.mount.directory().is_some() && self.path.load().is_some() {
-            self.mount.all.free_one();
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs::{self, File};
-
-    use rustix::fs::{Mode, OFlags, openat};
-
-    use super::*;
-    use crate::fs::passthrough::ops::lookup;
-
-    fn path_of(path: &std::path::Path) -> OwnedFd {
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        openat(rustix::fs::CWD, path, flags, Mode::empty()).unwrap()
-    }
-
-    fn ino(fd: &InodeFd) -> Result<u64> {
-        Ok(lookup::stat(fd.path(NodeId(2))?)?.stx_ino)
-    }
-
-    /// One descriptor for inodes, before they have to give theirs up, out of `most`.
-    fn one_of(root: &std::path::Path, most: usize) -> (Arc<FdQuota>, Arc<Mount>) {
-        // One is for the mount.
-        let quota = Arc::new(FdQuota::new(most + 1, 0));
-        mount::try_handles(path_of(root)).unwrap();
-        let all = Arc::new(FdCache::of(&quota, 1));
-        let mount = all.mount(1, path_of(root), FileType::Directory).unwrap();
-        (quota, mount)
-    }
-
-    fn fd(path: &std::path::Path, quota: &Arc<FdQuota>, mount: &Arc<Mount>) -> InodeFd {
-        InodeFd::new(quota.acquire().unwrap().wrap(path_of(path)), Arc::clone(mount))
-    }
-
-    /// Asked as the clock asks.
-    fn ask(fd: &InodeFd) {
-        if !fd.take_reference() {
-            assert!(fd.evict());
-        }
-    }
-
-    #[test]
-    fn an_inode_is_found_again_when_nothing_more_may_be_held() {
-        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let (quota, mount) = one_of(folder.path(), 1);
-        let fd = fd(folder.path(), &quota, &mount);
-        let wanted = ino(&fd).unwrap();
-        ask(&fd);
-        ask(&fd);
-        assert_eq!(quota.in_use() - 1, 0);
-        let permit = quota.acquire().unwrap();
-        for _ in 0..3 {
-            assert_eq!(ino(&fd).unwrap(), wanted);
-            assert_eq!((mount.all.taken(), quota.in_use() - 1), (0, 1), "nothing was kept");
-        }
-        drop(permit);
-        assert_eq!(ino(&fd).unwrap(), wanted);
-        assert_eq!((mount.all.taken(), quota.in_use() - 1), (1, 1));
-        drop(fd);
-        assert_eq!((mount.all.taken(), quota.in_use() - 1), (0, 0));
-    }
-
-    #[test]
-    fn an_inode_without_descriptor_is_found_again_under_any_name() {
-        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let (quota, mount) = one_of(folder.path(), 10);
-        let (file, link) = (folder.path().join("file"), folder.path().join("link"));
-        File::create(&file).unwrap();
-        std::os::unix::fs::symlink("nowhere", &link).unwrap();
-        for path in [&file, &link] {
-            let fd = fd(path, &quota, &mount);
-            let before = ino(&fd).unwrap();
-            ask(&fd);
-            assert_eq!(mount.all.taken(), 1, "it was used just now");
-            ask(&fd);
-            assert_eq!(mount.all.taken(), 0);
-            let renamed = path.with_extension("renamed");
-            fs::rename(path, &renamed).unwrap();
-            assert_eq!(ino(&fd).unwrap(), before);
-            assert_eq!(mount.all.taken(), 1);
-            // A descriptor in use survives.
-            let held = fd.path(NodeId(2)).unwrap();
-            ask(&fd);
-            ask(&fd);
-            assert_eq!(lookup::stat(&held).unwrap().stx_ino, before);
-            drop(held);
-            fs::remove_file(&renamed).unwrap();
-            assert_eq!(ino(&fd).unwrap_err(), Errno::STALE);
-            drop(fd);
-            assert_eq!((mount.all.taken(), quota.in_use() - 1), (0, 0));
-        }
-    }
-
-    #[test]
-    fn threads_that_use_and_give_up_lose_nothing() {
-        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let (quota, mount) = one_of(folder.path(), 10);
-        let fd = fd(folder.path(), &quota, &mount);
-        let wanted = ino(&fd).unwrap();
-        std::thread::scope(|scope| {
-            for turn in 0..4 {
-                let fd = &fd;
-                scope.spawn(move || {
-                    for _ in 0..5000 {
-                        match turn {
-                            0 | 1 => ask(fd),
-                            _ => assert_eq!(ino(fd).unwrap(), wanted),
-                        }
-                    }
-                });
-            }
-        });
-        fd.path(NodeId(2)).unwrap();
-        assert_eq!(mount.all.taken(), 1);
-        drop(fd);
-        assert_eq!(mount.all.taken(), 0);
-    }
 }

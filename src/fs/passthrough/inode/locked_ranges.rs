@@ -42,10 +42,10 @@ impl LockedRanges {
         Ok(())
     }
 
-    /// To be asked before a wait for a lock: ENOLCK if there may be too many ranges afterwards.
+    /// Must be called before a wait for a lock: ENOLCK if there may be too many ranges afterwards.
     /// [`LockedRanges::waited`] has to follow, whatever came of the wait.
-    pub fn before_wait(quota: &LockedRangeQuota) -> Result<()> {
-        quota.acquire(MAX_GROWTH)
+    pub fn before_wait(&self) -> Result<()> {
+        self.quota.acquire(MAX_GROWTH)
     }
 
     /// The wait is over, and `lock` was granted or not.
@@ -63,7 +63,7 @@ impl LockedRanges {
         self.quota.release(MAX_GROWTH);
     }
 
-    /// Whether `lock`, as the host tells of it, is one of these ranges.
+    /// Whether `lock`, as the host reports it, is one of these ranges.
     pub fn holds(&self, lock: &ByteLock) -> bool {
         self.locked.get(&lock.start).is_some_and(|range| *range == (lock.end, lock.kind))
     }
@@ -180,15 +180,15 @@ mod tests {
         assert_eq!(ranges.set(&hole(MAX), done), Err(Errno::NOLCK));
         let mut other = LockedRanges::new(&all);
         assert_eq!(other.set(&whole, done), Err(Errno::NOLCK));
-        assert_eq!(LockedRanges::before_wait(&all), Err(Errno::NOLCK));
+        assert_eq!(ranges.before_wait(), Err(Errno::NOLCK));
         // What makes no more ranges is done.
         ranges.set(&lock(LockType::Write, 1, 9), done).unwrap();
         other.set(&whole, done).unwrap();
         ranges.set(&lock(LockType::Unlock, 0, u64::MAX), done).unwrap();
         assert_eq!(all.in_use(), 1);
-        LockedRanges::before_wait(&all).unwrap();
+        ranges.before_wait().unwrap();
         ranges.waited(&whole, true);
-        LockedRanges::before_wait(&all).unwrap();
+        ranges.before_wait().unwrap();
         ranges.waited(&hole(1), false);
         assert_eq!(all.in_use(), 2);
         drop((ranges, other));

@@ -1,96 +1,95 @@
-//! An inode that the guest knows, and what identifies it on the host.
+//! Inodes that the guest knows: what identifies them on the host, and how they stay reachable.
+//!
+//! [`InodeTable`] finds an [`Inode`] by the guest's node id or by its [`InodeKey`]. Each has an O_PATH descriptor
+//! ([`InodeFd`]), which [`FdCache`] closes when descriptors are scarce; a file handle takes its place then.
+//! What openers and lock owners of a file share belongs to its inode: [`IoMode`], [`RangeLock`], [`PosixLocks`].
+//!
+//! Fields are private to this folder, so that the count of lookups, the two ways to find an inode, and the number of
+//! open descriptors stay true together.
 
-pub mod fd_cache;
+mod fd_cache;
+mod inode_fd;
 pub mod io_mode;
-pub mod locked_ranges;
-pub mod mount;
+mod key;
+mod locked_ranges;
+mod mount;
+mod posix_locks;
 pub mod range_lock;
 pub mod shards;
-pub mod table;
+mod table;
 
-use std::hash::{Hash, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::FileType;
 
-use self::fd_cache::InodeFd;
-use self::io_mode::IoMode;
-use self::mount::Mount;
+pub use self::fd_cache::FdCache;
+use self::inode_fd::InodeFd;
+use self::io_mode::{IoMode, IoPolicy, Mode};
+pub use self::key::{InodeKey, Seen};
+pub use self::mount::Mount;
+pub use self::posix_locks::{OwnerFile, PosixLocks};
 use self::range_lock::RangeLock;
+pub use self::table::InodeTable;
 use crate::fs::Result;
-use crate::fs::passthrough::ops::locks::InodeLocks;
 use crate::limits::GuestFd;
 use fuse_protocol::ids::NodeId;
-
-/// What an inode is on the host. The mount belongs to it: one directory can be mounted twice.
-///
-/// The host uses a number again when an inode is gone, so that two inodes may have the same key, one
-/// after the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InodeKey {
-    /// Device, as statx(2) has it.
-    pub device: (u32, u32),
-    /// Inode number on the device; where numbers may stand for several files, the number that the host's
-    /// kernel has for it ([`Mount::numbers_alias`]).
-    pub ino: u64,
-    /// `stx_mnt_id`; on hosts before Linux 5.8 the device, which is nearly the same.
-    pub mount: u32,
-    /// Beside the kernel's own number: tells apart inodes that had it at different times.
-    pub generation: u32,
-}
-
-impl Hash for InodeKey {
-    /// In one word, as each costs time. Inodes that have all but one part in common differ.
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        let device = u64::from(self.device.0) << 32 | u64::from(self.device.1);
-        let mount = u64::from(self.mount) << 32 | u64::from(self.generation);
-        state.write_u64(self.ino ^ mount ^ device.rotate_left(48));
-    }
-}
 
 /// A file or directory that the guest knows.
 #[derive(Debug)]
 pub struct Inode {
-    /// What the guest calls it.
-    pub node: NodeId,
-    /// What it is on the host.
-    pub key: InodeKey,
-    /// Its type, which never changes: what has another one is another inode.
-    pub kind: FileType,
-    /// How the guest has it open.
-    pub io_mode: IoMode,
-    /// Ranges that are being read or written.
-    pub ranges: RangeLock,
-    /// Locks that the guest's programs hold.
-    pub locks: InodeLocks,
-    /// It had a set-group-ID bit without execution by the group when it was last looked at.
-    pub lone_group_bit: AtomicBool,
-    /// What keeps hold of it.
-    pub fd: InodeFd,
-    /// How often the guest has looked it up and not forgotten it. Goes up only under the lock of
-    /// the inode's key, so that a count of 0 seen there is final.
-    pub lookups: AtomicU64,
+    node: NodeId,
+    key: InodeKey,
+    kind: FileType,
+    io_mode: IoMode,
+    ranges: RangeLock,
+    locks: PosixLocks,
+    /// It had a set-group-ID bit without execution by the group when its attributes were last read.
+    lone_group_bit: AtomicBool,
+    fd: InodeFd,
+    /// How often the guest has looked it up and not forgotten it. Goes up only under the lock of the inode's key, so
+    /// that a count of 0 seen there is final.
+    lookups: AtomicU64,
 }
 
 impl Inode {
     /// An inode that was not looked up yet.
-    pub fn new(node: NodeId, key: InodeKey, kind: FileType, fd: InodeFd) -> Inode {
+    fn new(node: NodeId, key: InodeKey, kind: FileType, fd: InodeFd) -> Inode {
         Inode {
             node,
             key,
             kind,
             io_mode: IoMode::default(),
             ranges: RangeLock::default(),
-            locks: InodeLocks::default(),
+            locks: PosixLocks::default(),
             lone_group_bit: AtomicBool::new(false),
             fd,
             lookups: AtomicU64::new(0),
         }
     }
 
-    /// An O_PATH descriptor for system calls that take AT_EMPTY_PATH, or names relative to a
-    /// directory. It stays open for as long as the caller holds it.
+    /// The guest's number for it.
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// What identifies it on the host.
+    pub fn key(&self) -> &InodeKey {
+        &self.key
+    }
+
+    /// Its type, which never changes: what has another one is another inode.
+    pub fn kind(&self) -> FileType {
+        self.kind
+    }
+
+    /// Whether it is a directory.
+    pub fn is_directory(&self) -> bool {
+        self.kind == FileType::Directory
+    }
+
+    /// An O_PATH descriptor for system calls that take AT_EMPTY_PATH, or names relative to a directory. It stays open
+    /// for as long as the caller holds it.
     pub fn path(&self) -> Result<Arc<GuestFd>> {
         self.fd.path(self.node)
     }
@@ -99,15 +98,39 @@ impl Inode {
     pub fn mount(&self) -> &Arc<Mount> {
         self.fd.mount()
     }
-}
 
-/// What a system call said about an inode that the guest may know.
-#[derive(Clone, Copy, Debug)]
-pub struct Seen {
-    /// By this key.
-    pub key: InodeKey,
-    /// Of this type.
-    pub kind: FileType,
-    /// The call was made when node ids up to this one, exclusively, had been given.
-    pub before: NodeId,
+    /// Ranges that requests read or write just now.
+    pub fn ranges(&self) -> &RangeLock {
+        &self.ranges
+    }
+
+    /// POSIX locks of the guest's programs.
+    pub fn locks(&self) -> &PosixLocks {
+        &self.locks
+    }
+
+    /// Counts one more opener; see [`IoMode::open`].
+    pub fn open(&self, policy: IoPolicy, direct_requested: bool) -> Option<Mode> {
+        self.io_mode.open(policy, direct_requested)
+    }
+
+    /// One opener has closed it. The last one frees the memory that only openers need.
+    pub fn release(&self) {
+        if self.io_mode.release() {
+            self.ranges.trim();
+        }
+    }
+
+    /// Whether it had a set-group-ID bit without execution by the group when its attributes were last read.
+    pub fn has_lone_group_bit(&self) -> bool {
+        self.lone_group_bit.load(Ordering::Relaxed)
+    }
+
+    /// Its attributes were read.
+    pub fn set_lone_group_bit(&self, is_set: bool) {
+        // Nearly always it is so already: workers share the cache line until it changes.
+        if self.has_lone_group_bit() != is_set {
+            self.lone_group_bit.store(is_set, Ordering::Relaxed);
+        }
+    }
 }

@@ -4,20 +4,22 @@ use std::borrow::Borrow;
 use std::collections::HashSet;
 use std::hash::{Hash, Hasher};
 use std::mem::take;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use rustix::fs::FileType;
+use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
-use super::fd_cache::{FdCache, InodeFd};
+use super::Inode;
+use super::fd_cache::FdCache;
+use super::inode_fd::InodeFd;
+use super::key::{InodeKey, Seen};
 use super::mount::Mount;
-use super::shards::{Apart, BuildIdHasher, SHARDS, Shards};
-use super::{Inode, InodeKey, Seen};
-use crate::fs::passthrough::ops::lookup::key_on;
+use super::shards::{Apart, BuildIdHasher, Shards};
+use crate::fs::passthrough::host::Host;
 use crate::fs::{DeviceDescriptors, Result};
-use crate::limits::GuestFd;
+use crate::limits::{FdPermit, FdQuota, GuestFd};
 use crate::sys::file_handles::{FileHandle, name_to_handle};
 use fuse_protocol::ids::NodeId;
 
@@ -67,23 +69,23 @@ pub struct InodeTable {
     next_node: Apart<AtomicU64>,
     root: Arc<Inode>,
     fd_cache: Arc<FdCache>,
-    /// The part of the clock that is next; held by who makes inodes give up descriptors.
+    /// The hand of the clock: the shard that is next. Locked by the thread that evicts inodes.
     hand: Mutex<u64>,
 }
 
-/// How many inodes one request makes give up their descriptors, at two system calls each, ...
-const GIVE_UP: usize = 8;
-/// ... and how many it asks for that.
-const ASK: usize = 32;
-/// How often a request that gets no descriptor asks so many.
-const ROUNDS: usize = 32;
+/// Inodes that one sweep of the clock evicts, at two system calls each, ...
+const EVICT_MAX: usize = 8;
+/// ... and reference bits that it tests.
+const SWEEP: usize = 32;
+/// Sweeps of a request that gets no descriptor.
+const MAX_SWEEPS: usize = 32;
 
 impl InodeTable {
     /// A table that knows the root alone.
     pub fn new(root: GuestFd, key: InodeKey, fd_cache: FdCache) -> Result<InodeTable> {
         let fd_cache = Arc::new(fd_cache);
         let mount = fd_cache.mount(key.mount, &root, FileType::Directory)?;
-        let key = key_on(&mount, key, &root);
+        let key = key.on(&mount, &root);
         let root = Arc::new(Inode::new(NodeId::ROOT, key, FileType::Directory, InodeFd::new(root, mount)));
         root.mount().add_top(&root);
         let next_node = Apart::<AtomicU64>::default();
@@ -109,7 +111,7 @@ impl InodeTable {
             return Ok(Arc::clone(&self.root));
         }
         let inode = self.known(node).ok_or(Errno::STALE)?;
-        if inode.fd.lacks_descriptor() && matches!(inode.path(), Err(Errno::MFILE | Errno::NFILE)) {
+        if inode.fd.is_evicted() && matches!(inode.path(), Err(Errno::MFILE | Errno::NFILE)) {
             self.process_is_full();
         }
         Ok(inode)
@@ -120,12 +122,45 @@ impl InodeTable {
         shard.get(&node).map(|entry| Arc::clone(&entry.0))
     }
 
+    /// The permit to keep one more descriptor open for the guest. Inodes are evicted for it if need be.
+    pub fn acquire_fd(&self) -> Result<FdPermit> {
+        match self.fds().acquire() {
+            Err(Errno::MFILE) if self.make_room() => self.fds().acquire(),
+            result => result,
+        }
+    }
+
+    /// What `open` opens. Where the process has no descriptor left at all, inodes are evicted.
+    pub fn with_room(&self, open: impl Fn() -> Result<OwnedFd>) -> Result<OwnedFd> {
+        match open() {
+            Err(Errno::MFILE | Errno::NFILE) if self.process_is_full() => open(),
+            result => result,
+        }
+    }
+
+    /// Opens an inode with `flags`: regular files and directories only. Devices, FIFOs and sockets belong to the
+    /// guest's kernel and are never opened on the host.
+    pub fn open(&self, host: &Host, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
+        match inode.kind {
+            FileType::RegularFile | FileType::Directory => {}
+            FileType::Symlink => return Err(Errno::LOOP),
+            _ => return Err(Errno::NXIO),
+        }
+        let path = inode.path()?;
+        self.with_room(|| host.open_for_guest(&*path, flags))
+    }
+
+    /// The quota of the guest's descriptors.
+    pub fn fds(&self) -> &Arc<FdQuota> {
+        self.fd_cache.quota()
+    }
+
     /// The root.
     pub fn root(&self) -> &Arc<Inode> {
         &self.root
     }
 
-    /// All descriptors of inodes.
+    /// The cache of inodes' descriptors, and the mounts that they are on.
     pub fn fd_cache(&self) -> &Arc<FdCache> {
         &self.fd_cache
     }
@@ -136,11 +171,11 @@ impl InodeTable {
         NodeId(self.next_node.load(Ordering::Acquire))
     }
 
-    /// The inode that was just seen if the guest knows it; it counts as looked up once more. `None` also
-    /// where only a descriptor of what was seen can tell.
+    /// The inode that was just seen if the guest knows it; counts one more lookup. `None` also where only a descriptor of
+    /// what was seen can tell.
     ///
     /// An inode with a descriptor has its number for itself, so the number is enough. Without one it is
-    /// told by its handle, which `ask` asks the host for. An inode that got its id after the look may
+    /// identified by its handle, which `ask` gets from the host. An inode that got its id after the call may
     /// have taken the number over since.
     pub fn find(&self, seen: &Seen, ask: impl FnOnce() -> Result<FileHandle>) -> Option<Arc<Inode>> {
         let shard = self.key_shard(&seen.key);
@@ -158,8 +193,7 @@ impl InodeTable {
         }
     }
 
-    /// The inode that `path` refers to; it counts as looked up once more. ENOMEM if there is no memory
-    /// for a new one.
+    /// The inode that `path` refers to; counts one more lookup. ENOMEM if there is no memory for a new one.
     ///
     /// A known inode whose number this one has now stays under its node id, where it is ESTALE.
     pub fn find_or_insert(
@@ -210,7 +244,7 @@ impl InodeTable {
         Ok(inode)
     }
 
-    /// Counts an inode as looked up once more; ESTALE if the guest has just forgotten it.
+    /// Counts one more lookup of an inode; ESTALE if the guest has just forgotten it.
     pub fn look_up_again(&self, inode: &Inode) -> Result<()> {
         let _shard = self.key_shard(&inode.key);
         if inode.node != NodeId::ROOT && inode.lookups.load(Ordering::Relaxed) == 0 {
@@ -246,71 +280,71 @@ impl InodeTable {
     fn enter_clock(&self, inode: &Arc<Inode>) {
         if inode.mount().directory().is_some() {
             inode.fd.enter_clock(inode.node);
-            self.fd_cache.clock(inode.node.0).clear_of_forgotten(|node| self.known(node).is_some());
+            self.fd_cache.clock(inode.node.0).drop_forgotten(|node| self.known(node).is_some());
         }
         inode.mount().add_top(inode);
     }
 
-    /// Lets a few inodes that were not used lately give up their descriptors. One thread does that at a
-    /// time.
+    /// Evicts a few inodes that were not used lately. One thread does that at a time.
     fn evict_some(&self) {
         if let Ok(mut hand) = self.hand.try_lock() {
-            self.turn(&mut hand);
+            self.sweep(&mut hand);
         }
     }
 
-    /// Lets inodes give up descriptors until one is free; false if none can be had so.
-    pub fn make_room(&self) -> bool {
-        if !self.fd_cache.is_limited() {
+    /// Evicts inodes until a descriptor is free; false if none can be evicted.
+    fn make_room(&self) -> bool {
+        if !self.fd_cache.evicts() {
             return false;
         }
         let mut hand = self.hand.lock().unwrap_or_else(PoisonError::into_inner);
-        (0..ROUNDS).any(|_| self.turn(&mut hand) > 0)
+        (0..MAX_SWEEPS).any(|_| self.sweep(&mut hand) > 0)
     }
 
-    /// The process got no descriptor, as the device took more than is kept back for it: from now on
-    /// inodes make do with fewer. False if they have none to give.
-    pub fn process_is_full(&self) -> bool {
-        if self.fd_cache.is_limited() {
+    /// The process got no descriptor, as the device took more than its reserve: from now on inodes may have fewer. False
+    /// if none can be evicted.
+    fn process_is_full(&self) -> bool {
+        if self.fd_cache.evicts() {
             self.fd_cache.lower_limit();
         }
         self.make_room()
     }
 
-    /// The device has taken descriptors, or given some back: inodes give up what the guest may no longer have.
-    pub fn keep_back(&self, device: DeviceDescriptors) {
-        let quota = self.fd_cache.quota();
+    /// The device has opened descriptors, or closed some: inodes are evicted until the guest is within its quota.
+    pub fn reserve_for(&self, device: DeviceDescriptors) {
+        let quota = self.fds();
         if quota.reserve_for(device) {
             self.fd_cache.on_quota_change();
             while quota.is_exceeded() && self.make_room() {}
         }
     }
 
-    /// Asks the next inodes of the clock. No lock but the hand is held across system calls.
-    fn turn(&self, hand: &mut u64) -> usize {
-        let (mut given, mut refused) = (0, 0);
-        for _ in 0..ASK {
-            let part = *hand;
+    /// Moves the hand of the clock on; returns how many inodes were evicted. No lock but the hand is held across system
+    /// calls.
+    fn sweep(&self, hand: &mut u64) -> usize {
+        let (mut evicted, mut refused) = (0, 0);
+        for _ in 0..SWEEP {
+            let shard = *hand;
             *hand = hand.wrapping_add(1);
-            let Some(node) = self.fd_cache.clock(part).next() else { continue };
+            let Some(node) = self.fd_cache.clock(shard).next() else { continue };
             let Some(inode) = self.known(node) else { continue };
-            // An inode that was used is asked in one round and gives up in the next.
+            // The second chance: evicted when the hand comes again, unless it was used meanwhile.
             if inode.fd.take_reference() {
-                self.fd_cache.clock(part).push(node);
+                self.fd_cache.clock(shard).push(node);
             } else if inode.fd.evict() {
-                given += 1;
+                evicted += 1;
             } else {
                 refused += 1;
-                self.fd_cache.clock(part).push(node);
+                self.fd_cache.clock(shard).push(node);
             }
-            if given + refused == GIVE_UP {
+            if evicted + refused == EVICT_MAX {
                 break;
             }
         }
-        if given == 0 && refused > 0 {
+        if evicted == 0 && refused > 0 {
             self.fd_cache.raise_limit();
         }
-        given
+        evicted
     }
 
     /// Forgets all but the root.
@@ -325,15 +359,13 @@ impl InodeTable {
             let known = take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
             drop(known);
         }
-        for part in 0..SHARDS {
-            self.fd_cache.clock(part as u64).clear();
-        }
+        self.fd_cache.clear_clock();
         self.insert_root();
     }
 
     /// Whether inodes may be held by file handles.
     pub fn uses_file_handles(&self) -> bool {
-        self.fd_cache.is_limited()
+        self.fd_cache.evicts()
     }
 
     /// Inodes beside the root.
@@ -357,7 +389,7 @@ impl InodeTable {
 
 /// Whether the guest knows what was seen.
 enum Known {
-    /// It does; counted as looked up once more.
+    /// It does; one more lookup was counted.
     As(Arc<Inode>),
     /// It does not, though it may know one that had the number before.
     Not,

@@ -1,4 +1,4 @@
-//! What files hold.
+//! READ, WRITE, FSYNC, FLUSH, LSEEK, FALLOCATE and COPY_FILE_RANGE.
 
 use std::io::IoSliceMut;
 use std::os::fd::BorrowedFd;
@@ -6,12 +6,12 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, statx};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
-use crate::fs::Result;
+use crate::fs::passthrough::caller::set_id::KillPriv;
 use crate::fs::passthrough::handle_table::Handle;
 use crate::fs::passthrough::host::file::Opener;
 use crate::fs::passthrough::inode::io_mode::Mode;
 use crate::fs::passthrough::inode::range_lock::{RangeGuard, lock_copy};
-use crate::fs::passthrough::{Context, PassthroughFs};
+use crate::fs::{Context, Result};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::flags::{FsyncFlags, WriteFlags};
 use fuse_protocol::ids::LockOwner;
@@ -20,140 +20,128 @@ use fuse_protocol::request::{CopyFileRange, Read, Write};
 /// Most bytes that are copied at once. Blocks that the host shares instead of copying are smaller.
 const COPY_PIECE: u64 = 64 << 20;
 
-impl PassthroughFs {
-    /// What it takes to open a file once more.
-    fn opener(&self) -> Opener<'_> {
-        Opener { proc_self_fd: &self.proc_self_fd, quota: &self.quota }
-    }
-
-    /// READ. In direct mode it waits for writes to the same bytes, so that it sees no half of one.
-    pub(in crate::fs::passthrough) fn read_data(
-        &self,
-        handle: &Handle,
-        read: &Read,
-        data: &mut GuestWriter<'_>,
-    ) -> Result<usize> {
-        let mode = handle.mode().ok_or(Errno::ISDIR)?;
-        let file = handle.file.for_flags(read.flags, self.opener())?;
-        let ranges = &handle.inode.ranges;
-        let _guard = (mode != Mode::Cached).then(|| ranges.read(read.offset, u64::from(read.size)));
-        let mut done = 0;
-        while !data.is_empty() {
-            let at_once = data.fits_one_call();
-            let offset = read.offset.saturating_add(done as u64);
-            match data.read_from(file, offset, 0) {
-                Ok(0) => break,
-                Ok(count) => {
-                    done += count;
-                    let end = offset.saturating_add(count as u64);
-                    if at_once && !data.is_empty() && is_end(handle, file, end) {
-                        break;
-                    }
+/// READ. In direct mode it waits for writes to the same bytes, so that it sees no half of one.
+pub fn read(opener: Opener<'_>, handle: &Handle, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize> {
+    let mode = handle.mode().ok_or(Errno::ISDIR)?;
+    let file = handle.file().for_flags(read.flags, opener)?;
+    let ranges = handle.inode().ranges();
+    let _guard = (mode != Mode::Cached).then(|| ranges.read(read.offset, u64::from(read.size)));
+    let mut done = 0;
+    while !data.is_empty() {
+        let at_once = data.fits_one_call();
+        let offset = read.offset.saturating_add(done as u64);
+        match data.read_from(file, offset, 0) {
+            Ok(0) => break,
+            Ok(count) => {
+                done += count;
+                let end = offset.saturating_add(count as u64);
+                if at_once && !data.is_empty() && is_end(handle, file, end) {
+                    break;
                 }
-                Err(Errno::INTR) => {}
-                // What was read before an error is valid; the next read meets the error again.
-                Err(_) if done > 0 => break,
-                Err(errno) => return Err(errno),
             }
+            Err(Errno::INTR) => {}
+            // What was read before an error is valid; the next read meets the error again.
+            Err(_) if done > 0 => break,
+            Err(errno) => return Err(errno),
         }
-        Ok(done)
     }
+    Ok(done)
+}
 
-    /// WRITE. Of two writes that overlap, one is whole before the other begins.
-    pub(in crate::fs::passthrough) fn write_data(
-        &self,
-        ctx: &Context,
-        handle: &Handle,
-        write: &Write,
-        data: &mut GuestReader<'_>,
-    ) -> Result<usize> {
-        let mode = handle.mode().ok_or(Errno::ISDIR)?;
-        let from_cache = write.write_flags.contains(WriteFlags::CACHE);
-        let appends = !from_cache && self.appends(handle, write.flags);
-        let append_only = handle.file.is_append_only();
-        if append_only && !appends && !from_cache {
-            // The host would put it at the end, wherever it belongs.
-            return Err(Errno::PERM);
-        }
-        let file = if from_cache {
-            handle.file.buffered(self.opener())?
-        } else {
-            handle.file.for_flags(write.flags, self.opener())?
-        };
-        let ranges = &handle.inode.ranges;
-        let _guard = if appends || append_only {
-            lock_end(handle, write)?
-        } else {
-            ranges.write(write.offset, u64::from(write.size))
-        };
-        let _member = self.begin_change(ctx, &handle.inode, self.bits_after_write(ctx, mode, write))?;
-        let flags = sync_flags(write.flags);
-        if appends {
-            append(file, write.offset, flags | libc::RWF_APPEND, data)
-        } else if append_only {
-            append_pages(file, write.offset, flags, data)
-        } else {
-            write_all(file, write.offset, flags, data)
-        }
+/// WRITE. Of two writes that overlap, one is whole before the other begins.
+pub fn write(
+    opener: Opener<'_>,
+    kill_priv: KillPriv<'_>,
+    writeback: bool,
+    ctx: &Context,
+    handle: &Handle,
+    write: &Write,
+    data: &mut GuestReader<'_>,
+) -> Result<usize> {
+    let mode = handle.mode().ok_or(Errno::ISDIR)?;
+    let from_cache = write.write_flags.contains(WriteFlags::CACHE);
+    let appends = !from_cache && appends(handle, write.flags, writeback);
+    let append_only = handle.file().is_append_only();
+    if append_only && !appends && !from_cache {
+        // The host would put it at the end, wherever it belongs.
+        return Err(Errno::PERM);
     }
+    let file = if from_cache {
+        handle.file().buffered(opener)?
+    } else {
+        handle.file().for_flags(write.flags, opener)?
+    };
+    let ranges = handle.inode().ranges();
+    let _guard = if appends || append_only {
+        lock_end(handle, write)?
+    } else {
+        ranges.write(write.offset, u64::from(write.size))
+    };
+    let _member = kill_priv.begin(ctx, handle.inode(), kill_priv.bits_after_write(ctx, mode, write))?;
+    let flags = sync_flags(write.flags);
+    if appends {
+        append(file, write.offset, flags | libc::RWF_APPEND, data)
+    } else if append_only {
+        append_pages(file, write.offset, flags, data)
+    } else {
+        write_all(file, write.offset, flags, data)
+    }
+}
 
-    /// Whether a WRITE that does not come from the cache goes to the end of the file on the host.
-    ///
-    /// The guest's idea of the end may be old, so the host's counts; unless the guest writes its cache
-    /// back: then the file ends where the guest says, maybe behind data that it has not sent yet.
-    fn appends(&self, handle: &Handle, flags: u32) -> bool {
-        flags & libc::O_APPEND.cast_unsigned() != 0
-            && (handle.file.is_append_only() || !self.session().policy.writeback)
-    }
+/// Whether a WRITE that does not come from the cache goes to the end of the file on the host.
+///
+/// The guest's idea of the end may be old, so the host's counts; unless the guest writes its cache
+/// back: then the file ends where the guest says, maybe behind data that it has not sent yet.
+fn appends(handle: &Handle, flags: u32, writeback: bool) -> bool {
+    flags & libc::O_APPEND.cast_unsigned() != 0 && (handle.file().is_append_only() || !writeback)
+}
 
-    /// FLUSH: one of the guest's descriptors of this open file was closed.
-    pub(in crate::fs::passthrough) fn flush_handle(&self, handle: &Handle, owner: LockOwner) -> Result<()> {
-        handle.inode.locks.drop_owner(owner)?;
-        if !handle.file.is_writable() {
-            return Ok(());
-        }
-        // Closing a duplicate makes network file systems report errors of delayed writes.
-        handle.file.all().try_for_each(|file| match rustix::io::fcntl_dupfd_cloexec(file, 0) {
-            // The guest's close(2) does not fail for want of one; fsync(2) tells such errors, too.
-            Err(Errno::MFILE | Errno::NFILE) => Ok(()),
-            duplicate => crate::sys::close(duplicate?),
-        })
+/// FLUSH: one of the guest's descriptors of this open file was closed.
+pub fn flush(handle: &Handle, owner: LockOwner) -> Result<()> {
+    handle.inode().locks().drop_owner(owner)?;
+    if !handle.file().is_writable() {
+        return Ok(());
     }
+    // Closing a duplicate makes network file systems report errors of delayed writes.
+    handle.file().all().try_for_each(|file| match rustix::io::fcntl_dupfd_cloexec(file, 0) {
+        // The guest's close(2) does not fail for want of one; fsync(2) tells such errors, too.
+        Err(Errno::MFILE | Errno::NFILE) => Ok(()),
+        duplicate => crate::sys::close(duplicate?),
+    })
+}
 
-    /// LSEEK, which guests send for SEEK_DATA and SEEK_HOLE alone. The descriptor's own position means
-    /// nothing: all reads and writes name their offset.
-    ///
-    /// Where the guest writes its cache back, the host does not know what data there is, nor where the
-    /// file ends. ENOSYS makes the guest take all of a file for data, up to its own idea of the end.
-    pub(in crate::fs::passthrough) fn seek(&self, handle: &Handle, offset: u64, whence: u32) -> Result<u64> {
-        if self.session().policy.writeback {
-            return Err(Errno::NOSYS);
-        }
-        let offset = i64::try_from(offset).map_err(|_| Errno::NXIO)?.cast_unsigned();
-        let from = match i32::try_from(whence) {
-            Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
-            Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
-            Ok(libc::SEEK_SET) => SeekFrom::Start(offset),
-            Ok(libc::SEEK_END) => SeekFrom::End(offset.cast_signed()),
-            _ => return Err(Errno::INVAL),
-        };
-        if handle.mode().is_none() {
-            return Err(Errno::INVAL);
-        }
-        rustix::fs::seek(handle.fd(), from)
+/// LSEEK, which guests send for SEEK_DATA and SEEK_HOLE alone. The descriptor's own position means
+/// nothing: all reads and writes name their offset.
+///
+/// Where the guest writes its cache back, the host does not know what data there is, nor where the
+/// file ends. ENOSYS makes the guest take all of a file for data, up to its own idea of the end.
+pub fn lseek(handle: &Handle, offset: u64, whence: u32, writeback: bool) -> Result<u64> {
+    if writeback {
+        return Err(Errno::NOSYS);
     }
+    let offset = i64::try_from(offset).map_err(|_| Errno::NXIO)?.cast_unsigned();
+    let from = match i32::try_from(whence) {
+        Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
+        Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
+        Ok(libc::SEEK_SET) => SeekFrom::Start(offset),
+        Ok(libc::SEEK_END) => SeekFrom::End(offset.cast_signed()),
+        _ => return Err(Errno::INVAL),
+    };
+    if handle.mode().is_none() {
+        return Err(Errno::INVAL);
+    }
+    rustix::fs::seek(handle.fd(), from)
+}
 
-    /// COPY_FILE_RANGE. It does not say whether O_DIRECT is still set, and may have any length.
-    pub(in crate::fs::passthrough) fn copy_data(
-        &self,
-        source: &Handle,
-        target: &Handle,
-        range: &CopyFileRange,
-    ) -> Result<u64> {
-        self.drop_mapped_capability(&target.inode)?;
-        let files = (source.file.buffered(self.opener())?, target.file.buffered(self.opener())?);
-        copy(source, target, files, range)
-    }
+/// COPY_FILE_RANGE. It does not say whether O_DIRECT is still set, and may have any length.
+pub fn copy_file_range(
+    opener: Opener<'_>,
+    source: &Handle,
+    target: &Handle,
+    range: &CopyFileRange,
+) -> Result<u64> {
+    let files = (source.file().buffered(opener)?, target.file().buffered(opener)?);
+    copy(source, target, files, range)
 }
 
 /// Whether a read that ended at `end` with room left has met the end of the file.
@@ -162,7 +150,7 @@ impl PassthroughFs {
 /// may give less than there is, so its size is looked at, as the host knows it by now.
 fn is_end(handle: &Handle, file: BorrowedFd<'_>, end: u64) -> bool {
     // File systems without a block device have devices of major number 0.
-    handle.inode.key.device.0 != 0
+    handle.inode().key().device.0 != 0
         || statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::SIZE)
             .is_ok_and(|stat| stat.stx_size <= end)
 }
@@ -182,9 +170,9 @@ fn sync_flags(flags: u32) -> i32 {
 
 /// Excludes others from all bytes that an append may write: where it goes is known when it is done.
 fn lock_end<'a>(handle: &'a Handle, write: &Write) -> Result<RangeGuard<'a>> {
-    let ranges = &handle.inode.ranges;
+    let ranges = handle.inode().ranges();
     // What goes to the page cache is done before anybody has slept for it.
-    let slow = handle.file.is_direct() || write.flags & libc::O_DSYNC.cast_unsigned() != 0;
+    let slow = handle.file().is_direct() || write.flags & libc::O_DSYNC.cast_unsigned() != 0;
     if handle.mode() == Some(Mode::Cached) || !slow {
         return Ok(ranges.write_from(0));
     }
@@ -244,7 +232,7 @@ fn write_all(file: BorrowedFd<'_>, offset: u64, flags: i32, data: &mut GuestRead
 }
 
 /// FSYNC and FSYNCDIR.
-pub(in crate::fs::passthrough) fn sync(handle: &Handle, flags: FsyncFlags) -> Result<()> {
+pub fn fsync(handle: &Handle, flags: FsyncFlags) -> Result<()> {
     if flags.contains(FsyncFlags::FDATASYNC) {
         rustix::fs::fdatasync(handle.fd())
     } else {
@@ -253,14 +241,9 @@ pub(in crate::fs::passthrough) fn sync(handle: &Handle, flags: FsyncFlags) -> Re
 }
 
 /// FALLOCATE. Modes that move data exclude all writes behind the range.
-pub(in crate::fs::passthrough) fn allocate(
-    handle: &Handle,
-    mode: u32,
-    offset: u64,
-    length: u64,
-) -> Result<()> {
+pub fn fallocate(handle: &Handle, mode: u32, offset: u64, length: u64) -> Result<()> {
     let mode = FallocateFlags::from_bits(mode).ok_or(Errno::OPNOTSUPP)?;
-    let ranges = &handle.inode.ranges;
+    let ranges = handle.inode().ranges();
     let moves = FallocateFlags::COLLAPSE_RANGE | FallocateFlags::INSERT_RANGE;
     let _guard =
         if mode.intersects(moves) { ranges.write_from(offset) } else { ranges.write(offset, length) };
@@ -309,7 +292,7 @@ fn copied_within(
     copy: &CopyFileRange,
 ) -> Result<u64> {
     let length = copy.length.min(i64::MAX.unsigned_abs());
-    let (from, to) = (source.inode.key, target.inode.key);
+    let (from, to) = (*source.inode().key(), *target.inode().key());
     if length <= COPY_PIECE || (from.device, from.ino) != (to.device, to.ino) {
         return Ok(length);
     }
@@ -325,8 +308,8 @@ fn copy_piece(
     copy: &CopyFileRange,
 ) -> Result<u64> {
     let length = usize::try_from(copy.length).map_err(|_| Errno::INVAL)?;
-    let from = (&source.inode.ranges, copy.offset_in);
-    let to = (&target.inode.ranges, copy.offset_out);
+    let from = (source.inode().ranges(), copy.offset_in);
+    let to = (target.inode().ranges(), copy.offset_out);
     let _guards = lock_copy(from, to, copy.length);
     let (mut offset_in, mut offset_out) = (copy.offset_in, copy.offset_out);
     let copied =

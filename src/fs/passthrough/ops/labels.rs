@@ -1,8 +1,8 @@
-//! Security labels that the guest gives what it creates, with `--security-label`.
+//! Security labels that the guest gives new files, with `--security-label`.
 //!
-//! No system call creates a file with an extended attribute. A regular file gets its label before
-//! it gets its name, so that nobody meets it without. Anything else has its name for a moment
-//! before, and loses it again if the label cannot be written.
+//! No system call creates a file with an extended attribute. A regular file gets its label before its name, so that it
+//! is never visible without. Anything else has its name for a moment before, and is removed if the label cannot be
+//! written.
 
 use std::borrow::Cow;
 use std::ffi::CStr;
@@ -12,23 +12,22 @@ use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags, linkat, openat, removexattr,
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
-use super::lookup::{PATH, PROC};
-use super::namespace_ops::take_away;
+use super::namespace_ops::remove_made;
 use super::xattr::{host_name, refused};
 use crate::config::{FsConfig, Insistence};
-use crate::fs::Result;
-use crate::fs::passthrough::{Context, PassthroughFs, StartError};
+use crate::fs::passthrough::PassthroughFs;
+use crate::fs::passthrough::host::{PATH, PROC};
+use crate::fs::passthrough::session::Session;
+use crate::fs::passthrough::start_error::StartError;
+use crate::fs::{Context, Result};
 
-/// What is tried at start. Which label it is does not matter: an unknown one is refused otherwise
-/// than one that must not be written.
+/// The label that is tried at the start. Its value does not matter: an unknown one is refused with another errno than one
+/// that must not be written.
 const PROBED: &CStr = c"security.selinux";
 const PROBE: &[u8] = b"system_u:object_r:unlabeled_t:s0\0";
 
-/// Whether labels are to be offered to guests: if they were asked for and can be written.
-pub(in crate::fs::passthrough) fn can_be_had(
-    root: impl AsFd,
-    config: &FsConfig,
-) -> std::result::Result<bool, StartError> {
+/// Whether labels are offered to guests: if they were asked for and can be written.
+pub fn offers_labels(root: impl AsFd, config: &FsConfig) -> std::result::Result<bool, StartError> {
     if config.security_label == Insistence::Never {
         return Ok(false);
     }
@@ -39,7 +38,7 @@ pub(in crate::fs::passthrough) fn can_be_had(
             Err(Errno::PERM | Errno::ACCESS) => {
                 StartError::LabelsNeedPrivilege(name.to_string_lossy().into_owned())
             }
-            // Whatever else there is to say, each request that creates something hears it.
+            // Every request that creates something gets any other error.
             _ => return Ok(true),
         },
     };
@@ -50,7 +49,7 @@ pub(in crate::fs::passthrough) fn can_be_had(
     Ok(false)
 }
 
-/// Tries to label a file that has no name and goes at once.
+/// Tries to label a temporary file without a name.
 fn probe(root: BorrowedFd<'_>, name: &CStr) -> Result<()> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     match openat(PROC, DecInt::from_fd(root), flags, Mode::empty()) {
@@ -58,7 +57,7 @@ fn probe(root: BorrowedFd<'_>, name: &CStr) -> Result<()> {
             setxattr(DecInt::from_fd(&file), name, PROBE, XattrFlags::empty())?;
             removexattr(DecInt::from_fd(&file), name)
         }
-        // A share where nothing can be written, or no file can be without a name: ask instead.
+        // A read-only share, or a file system without unnamed files: only reads the attribute.
         Err(_) => match rustix::fs::getxattr_query(DecInt::from_fd(root), name) {
             Err(Errno::NODATA) => Ok(()),
             result => result.map(drop),
@@ -66,65 +65,63 @@ fn probe(root: BorrowedFd<'_>, name: &CStr) -> Result<()> {
     }
 }
 
-impl PassthroughFs {
-    /// Whether what this request creates is to be labelled.
-    pub(in crate::fs::passthrough) fn is_labelled(&self, ctx: &Context) -> bool {
-        self.session().labels && !ctx.labels.is_empty()
-    }
+/// Whether this request labels what it creates.
+pub fn is_labelled(session: &Session, ctx: &Context) -> bool {
+    session.labels && !ctx.labels.is_empty()
+}
 
-    /// Labels the entry `name`, which was just created.
-    pub(in crate::fs::passthrough) fn label_entry(
-        &self,
-        ctx: &Context,
-        parent: BorrowedFd<'_>,
-        name: &CStr,
-    ) -> Result<()> {
-        if !self.is_labelled(ctx) {
-            return Ok(());
-        }
-        let path = self.with_room(|| openat(parent, name, PATH, Mode::empty()))?;
-        self.write_labels(ctx, &path)
+/// Labels the entry `name`, which was just created.
+pub fn label_entry(
+    fs: &PassthroughFs,
+    session: &Session,
+    ctx: &Context,
+    parent: BorrowedFd<'_>,
+    name: &CStr,
+) -> Result<()> {
+    if !is_labelled(session, ctx) {
+        return Ok(());
     }
+    let path = fs.inodes.with_room(|| openat(parent, name, PATH, Mode::empty()))?;
+    write_labels(&fs.config, ctx, &path)
+}
 
-    /// CREATE with labels, with `flags` as for openat(2): the file is made without a name,
-    /// labelled, and linked. The descriptor is open for reading and writing.
-    pub(in crate::fs::passthrough) fn create_labelled(
-        &self,
-        ctx: &Context,
-        parent: BorrowedFd<'_>,
-        name: &CStr,
-        (mode, umask): (u32, u32),
-        flags: OFlags,
-    ) -> Result<OwnedFd> {
-        let unnamed = ((flags - (OFlags::RWMODE | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW))
-            | OFlags::TMPFILE)
-            | OFlags::RDWR;
-        let made =
-            self.create_as(ctx, mode, umask, |mode| openat(PROC, DecInt::from_fd(parent), unnamed, mode));
-        match made {
-            Ok(file) => {
-                self.write_labels(ctx, &file)?;
-                linkat(PROC, DecInt::from_fd(&file), parent, name, AtFlags::SYMLINK_FOLLOW)?;
-                Ok(file)
-            }
-            // A file system without unnamed files (NFS, say).
-            Err(Errno::NOTSUP | Errno::ISDIR) => {
-                let make = |mode| openat(parent, name, flags, mode);
-                let file = self.create_as(ctx, mode, umask, make)?;
-                self.write_labels(ctx, &file).inspect_err(|_| take_away(parent, name, &file))?;
-                Ok(file)
-            }
-            Err(errno) => Err(errno),
+/// CREATE with labels, with `flags` as for openat(2): the file is created without a name, labelled, and linked. The
+/// descriptor is open for reading and writing.
+pub fn create_labelled(
+    fs: &PassthroughFs,
+    session: &Session,
+    ctx: &Context,
+    (parent, name): (BorrowedFd<'_>, &CStr),
+    (mode, umask): (u32, u32),
+    flags: OFlags,
+) -> Result<OwnedFd> {
+    let unnamed = ((flags - (OFlags::RWMODE | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW))
+        | OFlags::TMPFILE)
+        | OFlags::RDWR;
+    let create = |mode| openat(PROC, DecInt::from_fd(parent), unnamed, mode);
+    match fs.identity.create_as(session, ctx, mode, umask, create) {
+        Ok(file) => {
+            write_labels(&fs.config, ctx, &file)?;
+            linkat(PROC, DecInt::from_fd(&file), parent, name, AtFlags::SYMLINK_FOLLOW)?;
+            Ok(file)
         }
+        // A file system without unnamed files (NFS, say).
+        Err(Errno::NOTSUP | Errno::ISDIR) => {
+            let create = |mode| openat(parent, name, flags, mode);
+            let file = fs.identity.create_as(session, ctx, mode, umask, create)?;
+            write_labels(&fs.config, ctx, &file).inspect_err(|_| remove_made(parent, name, &file))?;
+            Ok(file)
+        }
+        Err(errno) => Err(errno),
     }
+}
 
-    /// Writes the request's labels to what `file` refers to, with the daemon's own privileges: the
-    /// guest's kernel has decided on them.
-    pub(in crate::fs::passthrough) fn write_labels(&self, ctx: &Context, file: impl AsFd) -> Result<()> {
-        for label in ctx.labels.iter().filter(|_| self.session().labels) {
-            let name: Cow<'_, CStr> = host_name(&self.config, label.name).map_err(refused)?;
-            setxattr(DecInt::from_fd(file.as_fd()), &*name, label.value, XattrFlags::empty())?;
-        }
-        Ok(())
+/// Writes the request's labels to what `file` refers to, with the daemon's own privileges: the guest's kernel has
+/// decided on them.
+pub fn write_labels(config: &FsConfig, ctx: &Context, file: impl AsFd) -> Result<()> {
+    for label in ctx.labels.iter() {
+        let name: Cow<'_, CStr> = host_name(config, label.name).map_err(refused)?;
+        setxattr(DecInt::from_fd(file.as_fd()), &*name, label.value, XattrFlags::empty())?;
     }
+    Ok(())
 }

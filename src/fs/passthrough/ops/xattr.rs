@@ -12,12 +12,14 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 use rustix::thread::CapabilitySet;
 
-use super::lookup::{PROC, proc_name, stat};
 use crate::config::{FsConfig, Insistence};
 use crate::fs::passthrough::caller::credentials::{self, SetIdBits, set_id_bits};
+use crate::fs::passthrough::caller::identity::Identity;
+use crate::fs::passthrough::host::{PROC, proc_name, stat};
 use crate::fs::passthrough::inode::Inode;
-use crate::fs::passthrough::{Context, PassthroughFs, StartError};
-use crate::fs::{Result, XattrReply};
+use crate::fs::passthrough::session::Session;
+use crate::fs::passthrough::start_error::StartError;
+use crate::fs::{Context, Result, XattrReply};
 use crate::mapping::acl::{
     ACCESS, CAPABILITY, DEFAULT, ValueError, holds_ids, is_acl, value_to_guest, value_to_host,
 };
@@ -25,26 +27,23 @@ use crate::mapping::xattrs::Refusal;
 use crate::sys::memory;
 use fuse_protocol::ids::GuestUid;
 
-/// The daemon serves no extended attributes: the guest need not ask again.
+/// The daemon serves no extended attributes: the guest does not ask again.
 const NO_XATTR: Errno = Errno::NOSYS;
 /// Longest value and longest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const SIZE_MAX: usize = 64 << 10;
 /// Room for the names that inodes have as a rule.
 const USUAL_LIST: usize = 1 << 10;
 
-/// What `security.capability` is called on the host, if that is another name: the host's kernel
-/// does not know such capabilities then, and they are ours to take away.
-pub(in crate::fs::passthrough) fn mapped_capability(config: &FsConfig) -> Option<CString> {
+/// The name of `security.capability` on the host, if it is another one: the host's kernel does not know such capabilities
+/// then, and the daemon has to remove them.
+pub fn mapped_capability(config: &FsConfig) -> Option<CString> {
     let host = config.xattr_map.as_ref()?.to_host(CAPABILITY).ok()?;
     (*host != *CAPABILITY).then(|| host.into_owned())
 }
 
-/// Whether ACLs are to be offered to guests: if they were asked for and the host has them.
-pub(in crate::fs::passthrough) fn acls_can_be_had(
-    root: &OwnedFd,
-    config: &FsConfig,
-) -> std::result::Result<bool, StartError> {
-    let as_they_are = |name: &CStr| {
+/// Whether ACLs are offered to guests: if they were asked for and the host has them.
+pub fn offers_acls(root: &OwnedFd, config: &FsConfig) -> std::result::Result<bool, StartError> {
+    let is_unmapped = |name: &CStr| {
         config.xattr_map.as_ref().is_none_or(|map| {
             map.to_host(name).is_ok_and(|host| *host == *name)
                 && map.to_guest(name.to_bytes()) == Some(name.to_bytes())
@@ -52,7 +51,7 @@ pub(in crate::fs::passthrough) fn acls_can_be_had(
     };
     let missing = if config.posix_acl == Insistence::Never {
         return Ok(false);
-    } else if !as_they_are(ACCESS) || !as_they_are(DEFAULT) {
+    } else if !is_unmapped(ACCESS) || !is_unmapped(DEFAULT) {
         StartError::AclsAreMapped
     } else if getxattr_query(DecInt::from_fd(root).as_c_str(), ACCESS) == Err(Errno::NOTSUP) {
         StartError::NoAcls
@@ -66,8 +65,22 @@ pub(in crate::fs::passthrough) fn acls_can_be_had(
     Ok(false)
 }
 
-impl PassthroughFs {
-    pub(in crate::fs::passthrough) fn set_xattr(
+/// The extended attributes of a share, as the guest of a session sees them.
+#[derive(Clone, Copy, Debug)]
+pub struct Xattrs<'a> {
+    config: &'a FsConfig,
+    identity: &'a Identity,
+    session: Session,
+}
+
+impl<'a> Xattrs<'a> {
+    /// By the rules of `config`.
+    pub fn new(config: &'a FsConfig, identity: &'a Identity, session: Session) -> Xattrs<'a> {
+        Xattrs { config, identity, session }
+    }
+
+    /// SETXATTR.
+    pub fn setxattr(
         &self,
         ctx: &Context,
         inode: &Inode,
@@ -75,7 +88,7 @@ impl PassthroughFs {
         flags: u32,
         acl_kill_sgid: bool,
     ) -> Result<()> {
-        self.check_xattr()?;
+        self.check_offered()?;
         let name = match self.host_name(name) {
             // The host has its own errno for names that are too long.
             Err(Refusal::TooLong) => return Err(Errno::RANGE),
@@ -84,41 +97,36 @@ impl PassthroughFs {
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let mut value = Cow::Borrowed(value);
         if holds_ids(&name) {
-            value_to_host(&name, value.to_mut(), &self.config.uid_map, &self.config.gid_map).map_err(
-                |error| match error {
-                    ValueError::Malformed => Errno::INVAL,
-                    ValueError::Forbidden => Errno::PERM,
-                },
-            )?;
+            let (uid_map, gid_map) = self.identity.maps();
+            value_to_host(&name, value.to_mut(), uid_map, gid_map).map_err(|error| match error {
+                ValueError::Malformed => Errno::INVAL,
+                ValueError::Forbidden => Errno::PERM,
+            })?;
         }
         if *name == *ACCESS {
-            if acl_kill_sgid || self.acl_is_a_strangers(ctx, inode)? {
+            if acl_kill_sgid || self.acl_is_from_outside_the_group(ctx, inode)? {
                 return set_acl_and_clear_sgid(inode, &value, flags);
             }
-            set_id_bits(SetIdBits::Stay)?;
+            set_id_bits(SetIdBits::Keep)?;
         }
         setxattr(proc_name(&*inode.path()?), &*name, &value, flags).map_err(|errno| unsupported(errno, &name))
     }
 
     /// Whether an access ACL comes from somebody outside of the file's group, for guests that do not
     /// say so themselves.
-    fn acl_is_a_strangers(&self, ctx: &Context, inode: &Inode) -> Result<bool> {
-        if self.session().long_setxattr || ctx.uid == GuestUid(0) {
+    fn acl_is_from_outside_the_group(&self, ctx: &Context, inode: &Inode) -> Result<bool> {
+        if self.session.long_setxattr || ctx.uid == GuestUid(0) {
             return Ok(false);
         }
-        Ok(self.owner(&stat(inode.path()?)?).gid != ctx.gid)
+        Ok(self.identity.owner(&stat(inode.path()?)?).gid != ctx.gid)
     }
 
-    pub(in crate::fs::passthrough) fn get_xattr(
-        &self,
-        inode: &Inode,
-        name: &CStr,
-        size: u32,
-    ) -> Result<XattrReply> {
-        self.check_xattr()?;
+    /// GETXATTR.
+    pub fn getxattr(&self, inode: &Inode, name: &CStr, size: u32) -> Result<XattrReply> {
+        self.check_offered()?;
         let name = self.host_name(name).map_err(|refusal| match refusal {
             Refusal::Unsupported => Errno::NOTSUP,
-            // What the guest must not have is not there.
+            // A forbidden attribute does not exist for the guest.
             Refusal::Bad | Refusal::TooLong => Errno::NODATA,
         })?;
         let fd = inode.path()?;
@@ -129,14 +137,15 @@ impl PassthroughFs {
             |buffer| getxattr(path.as_c_str(), &*name, buffer),
         )?;
         if let XattrReply::Data(value) = &mut reply {
-            value_to_guest(&name, value, &self.config.uid_map, &self.config.gid_map)
-                .map_err(|_| Errno::IO)?;
+            let (uid_map, gid_map) = self.identity.maps();
+            value_to_guest(&name, value, uid_map, gid_map).map_err(|_| Errno::IO)?;
         }
         Ok(reply)
     }
 
-    pub(in crate::fs::passthrough) fn list_xattr(&self, inode: &Inode, size: u32) -> Result<XattrReply> {
-        self.check_xattr()?;
+    /// LISTXATTR.
+    pub fn listxattr(&self, inode: &Inode, size: u32) -> Result<XattrReply> {
+        self.check_offered()?;
         let host = host_names(inode)?;
         let mut names = Vec::new();
         names.try_reserve(host.len()).map_err(|_| Errno::NOMEM)?;
@@ -153,58 +162,45 @@ impl PassthroughFs {
         }
     }
 
-    pub(in crate::fs::passthrough) fn remove_xattr(&self, inode: &Inode, name: &CStr) -> Result<()> {
-        self.check_xattr()?;
+    /// REMOVEXATTR.
+    pub fn removexattr(&self, inode: &Inode, name: &CStr) -> Result<()> {
+        self.check_offered()?;
         let name = self.host_name(name).map_err(refused)?;
         removexattr(proc_name(&*inode.path()?), &*name).map_err(|errno| unsupported(errno, &name))
     }
 
-    /// Takes capabilities off a file whose data or owner is about to change, where the host's
-    /// kernel does not do it.
-    pub(in crate::fs::passthrough) fn drop_mapped_capability(&self, inode: &Inode) -> Result<()> {
-        let Some(name) = &self.mapped_capability else { return Ok(()) };
-        match removexattr(proc_name(&*inode.path()?), name) {
-            // Most files have none; on some inodes and file systems there is no such attribute.
-            Err(Errno::NODATA | Errno::NOTSUP | Errno::PERM) => Ok(()),
-            result => result,
-        }
-    }
-
-    /// What an attribute of the guest is called on the host. A guest that does not evaluate ACLs
-    /// has none: it would take the mode's group bits, which an ACL makes wider, for the group's.
-    fn host_name<'a>(&self, name: &'a CStr) -> std::result::Result<Cow<'a, CStr>, Refusal> {
-        let host = host_name(&self.config, name)?;
+    /// The name on the host of an attribute of the guest. A guest that does not evaluate ACLs has none: it would take the
+    /// mode's group bits, which an ACL widens, for the group's.
+    fn host_name<'n>(&self, name: &'n CStr) -> std::result::Result<Cow<'n, CStr>, Refusal> {
+        let host = host_name(self.config, name)?;
         let is_acl = is_acl(name) || is_acl(&host);
-        if is_acl && !self.session().acls { Err(Refusal::Unsupported) } else { Ok(host) }
+        if is_acl && !self.session.acls { Err(Refusal::Unsupported) } else { Ok(host) }
     }
 
-    /// What the guest calls an attribute of the host; `None` if it does not get to see it.
-    fn guest_name<'a>(&self, name: &'a [u8]) -> Option<&'a [u8]> {
-        if !self.session().acls && [ACCESS, DEFAULT].iter().any(|acl| acl.to_bytes() == name) {
+    /// The guest's name of an attribute of the host; `None` if it does not see it.
+    fn guest_name<'n>(&self, name: &'n [u8]) -> Option<&'n [u8]> {
+        if !self.session.acls && [ACCESS, DEFAULT].iter().any(|acl| acl.to_bytes() == name) {
             return None;
         }
         self.config.xattr_map.as_ref().map_or(Some(name), |map| map.to_guest(name))
     }
 
     /// Values are longer than what other requests need memory for.
-    fn check_xattr(&self) -> Result<()> {
+    fn check_offered(&self) -> Result<()> {
         if self.config.xattr { memory::ask_for_some() } else { Err(NO_XATTR) }
     }
 }
 
-/// What an attribute of the guest is called on the host, by the rules alone.
-pub(in crate::fs::passthrough) fn host_name<'a>(
-    config: &FsConfig,
-    name: &'a CStr,
-) -> std::result::Result<Cow<'a, CStr>, Refusal> {
+/// The name on the host of an attribute of the guest, by the rules alone.
+pub fn host_name<'a>(config: &FsConfig, name: &'a CStr) -> std::result::Result<Cow<'a, CStr>, Refusal> {
     match &config.xattr_map {
         None => Ok(Cow::Borrowed(name)),
         Some(map) => map.to_host(name),
     }
 }
 
-/// What a change of a refused attribute is answered with.
-pub(in crate::fs::passthrough) fn refused(refusal: Refusal) -> Errno {
+/// The errno for a change of a refused attribute.
+pub fn refused(refusal: Refusal) -> Errno {
     match refusal {
         Refusal::Bad => Errno::PERM,
         Refusal::Unsupported => Errno::NOTSUP,
@@ -212,23 +208,23 @@ pub(in crate::fs::passthrough) fn refused(refusal: Refusal) -> Errno {
     }
 }
 
-/// The errno for an attribute that the host refuses: ENOTSUP for one that the daemon never may write,
-/// whoever calls. Programs that copy attributes go on without it then, and give up at EPERM.
+/// The errno for an attribute that the host refuses: ENOTSUP for one that the daemon never may write. Programs that copy
+/// attributes continue without it then, and fail at EPERM.
 fn unsupported(errno: Errno, host_name: &CStr) -> Errno {
     let name = host_name.to_bytes();
     let privileged =
         name.starts_with(b"trusted.") || (name.starts_with(b"security.") && name != CAPABILITY.to_bytes());
-    let may = credentials::held().is_ok_and(|held| held.contains(CapabilitySet::SYS_ADMIN));
+    let may = credentials::permitted().is_ok_and(|permitted| permitted.contains(CapabilitySet::SYS_ADMIN));
     if errno == Errno::PERM && privileged && !may { Errno::NOTSUP } else { errno }
 }
 
 /// Sets an access ACL for a caller who is not in the file's group: the set-group-id bit goes.
 fn set_acl_and_clear_sgid(inode: &Inode, value: &[u8], flags: XattrFlags) -> Result<()> {
-    set_id_bits(SetIdBits::Go)?;
+    set_id_bits(SetIdBits::Clear)?;
     setxattr(proc_name(&*inode.path()?), ACCESS, value, flags)?;
     // The host has done so by itself, unless the file's group is the daemon's own.
     let mode = Mode::from_raw_mode(u32::from(stat(inode.path()?)?.stx_mode));
-    if mode.contains(Mode::SGID) && inode.kind != FileType::Symlink {
+    if mode.contains(Mode::SGID) && inode.kind() != FileType::Symlink {
         chmodat(PROC, proc_name(&*inode.path()?), mode - Mode::SGID, AtFlags::empty())?;
     }
     Ok(())
