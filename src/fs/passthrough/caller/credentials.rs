@@ -23,8 +23,8 @@ use crate::fs::Result;
 use crate::mapping::ids::{HostGid, HostUid};
 
 thread_local! {
-    /// The capabilities of this thread, once it has asked for them. A thread is started with those
-    /// of the thread that starts it, and from then on nothing else changes them.
+    /// The capabilities of this thread, once the kernel was asked. A thread inherits those of the thread that starts it,
+    /// and from then on only this file changes them.
     static SETS: Cell<Option<CapabilitySets>> = const { Cell::new(None) };
 }
 
@@ -43,8 +43,8 @@ impl OwnIds {
 
     /// The user that a request of `uid` acts as: the daemon's own where it cannot be another.
     ///
-    /// Root is such another unless the daemon is root: who becomes root and somebody else again
-    /// loses all capabilities (capabilities(7), "Effect of user ID changes").
+    /// A daemon that is not root cannot act as root: a thread that becomes root and changes back loses all capabilities
+    /// (capabilities(7), "Effect of user ID changes").
     pub fn user_for(self, uid: HostUid, held: CapabilitySet) -> HostUid {
         let can = self.uid.is_root() || (uid.0 != 0 && held.contains(CapabilitySet::SETUID));
         if can { uid } else { HostUid(self.uid.as_raw()) }
@@ -241,7 +241,7 @@ fn abort_unless(result: Result<()>) {
 mod tests {
     use super::*;
 
-    /// What a thread remembers has to be what the kernel says, after each of these.
+    /// The remembered capabilities have to be those of the kernel after each step.
     #[test]
     fn remembered_capabilities_are_those_of_the_kernel() {
         let own = OwnIds::current();

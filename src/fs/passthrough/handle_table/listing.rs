@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use crate::fs::Result;
 use crate::limits::MemoryQuota;
 
-/// Most bytes of directory that are read from the host at once.
+/// Most bytes of a directory that are read from the host at once.
 const BUFFER_SIZE: usize = 16 << 10;
 /// Fewest: one entry with the longest name that any file system has takes half of it.
 const SMALLEST_READ: usize = 2 << 10;
@@ -58,7 +58,7 @@ pub struct Listing {
 }
 
 impl Listing {
-    /// At the beginning. `quota` counts the bytes of all listings: beyond it, a listing goes on by the host's
+    /// At the beginning. `quota` counts the bytes of all listings: beyond it, a listing continues by the host's
     /// offsets.
     pub fn new(quota: Arc<MemoryQuota>) -> Listing {
         Listing {

@@ -35,7 +35,7 @@ enum Kind {
 }
 
 impl Handle {
-    /// An open file, which the inode counts as an opener. `mode` is how this opener was answered.
+    /// An open file, which the inode counts as an opener. `mode` is that of this opener.
     pub fn new_file(inode: Arc<Inode>, file: HostFile, mode: Mode) -> Handle {
         Handle { inode, file, kind: Kind::File(mode) }
     }
@@ -139,7 +139,7 @@ impl HandleTable {
     /// Removes all handles.
     pub fn clear(&self) {
         for shard in self.shards.iter() {
-            // What they hold is closed when no lock is held.
+            // Their descriptors are closed when no lock is held.
             let handles = std::mem::take(&mut *shard.write().unwrap_or_else(PoisonError::into_inner));
             drop(handles);
         }

@@ -1,8 +1,8 @@
-//! How the openers of one file are answered: all of them alike.
+//! The I/O mode of an inode: cached, direct, or parallel direct writes. All of its openers have the same.
 //!
-//! One opener in cached mode makes every writer of the inode exclusive again, and guests below FUSE
-//! 7.40 can crash when parallel direct writes meet writeback of the same inode. So the first opener
-//! decides, and whoever opens the file later follows, until the last one has released it:
+//! One opener in cached mode makes every writer of the inode exclusive again, and guests below FUSE 7.40 can crash when
+//! parallel direct writes meet writeback of the same inode. So the first opener decides, and later ones follow, until
+//! the last one has released the file:
 //!
 //! | policy | `--cache=never`, `metadata` | `--cache=auto`, `always` |
 //! |---|---|---|
@@ -12,39 +12,39 @@
 //!
 //! With writeback nothing is ever opened in parallel mode.
 //!
-//! Guests before Linux 6.9 cannot map a file with MAP_SHARED that is not in cached mode. With a policy
-//! that caches data, one opener with O_DIRECT is not to take that from all others.
+//! Guests before Linux 6.9 cannot map a file with MAP_SHARED that is not in cached mode. With a policy that caches data,
+//! one opener with O_DIRECT must not prevent that for all others.
 
 use crate::config::{CachePolicy, FsConfig, ParallelDirectWrites};
 use crate::sync::{AtomicU32, Ordering};
 use fuse_protocol::flags::{InitFlags, OpenReplyFlags};
 
-/// What decides for the first opener, fixed for a session.
+/// What the first opener's mode depends on; fixed for a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IoPolicy {
-    /// Which files are to be opened for parallel direct writes.
+    /// Which files are opened for parallel direct writes.
     pub parallel: ParallelDirectWrites,
     /// What the guest may cache.
     pub cache: CachePolicy,
     /// WRITEBACK_CACHE was negotiated.
     pub writeback: bool,
-    /// DIRECT_IO_ALLOW_MMAP was negotiated: files past the page cache can be mapped shared.
+    /// DIRECT_IO_ALLOW_MMAP was negotiated: files that bypass the page cache can be mapped shared.
     pub maps_direct: bool,
 }
 
 /// How a file is open in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// Past the page cache, many writers at once.
+    /// Bypasses the page cache, many writers at once.
     Parallel,
-    /// Past the page cache, one writer at a time.
+    /// Bypasses the page cache, one writer at a time.
     Direct,
     /// Through the page cache.
     Cached,
 }
 
 impl IoPolicy {
-    /// The policy of a session in which `flags` were agreed on.
+    /// The policy of a session with these negotiated `flags`.
     pub fn new(config: &FsConfig, flags: InitFlags) -> IoPolicy {
         IoPolicy {
             parallel: config.parallel_direct_writes,
@@ -70,7 +70,7 @@ impl IoPolicy {
         }
     }
 
-    /// The flags that tell the guest of `mode`.
+    /// The reply's flags for `mode`.
     pub fn reply_flags(self, mode: Mode) -> OpenReplyFlags {
         match mode {
             Mode::Parallel => OpenReplyFlags::DIRECT_IO | OpenReplyFlags::PARALLEL_DIRECT_WRITES,
@@ -87,13 +87,12 @@ impl IoPolicy {
 #[derive(Debug, Default)]
 pub struct IoMode(AtomicU32);
 
-/// Bits of the word that hold the mode; the count is above them.
+/// Bits of the word with the mode; the count is above them.
 const MODE_BITS: u32 = 2;
 const ONE_OPENER: u32 = 1 << MODE_BITS;
 
 impl IoMode {
-    /// Counts one more opener and tells the mode it has to be answered with. `None` if there are
-    /// more openers than can be counted.
+    /// Counts one more opener, and returns its mode. `None` if there are more openers than can be counted.
     pub fn open(&self, policy: IoPolicy, direct_requested: bool) -> Option<Mode> {
         let mut mode = Mode::Cached;
         let update = |word: u32| {
@@ -103,8 +102,7 @@ impl IoMode {
         self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, update).ok().map(|_| mode)
     }
 
-    /// One opener has gone; with the last one the mode is open again. Returns whether it was the
-    /// last.
+    /// One opener has closed the file; after the last one the next opener decides. Returns whether it was the last.
     pub fn release(&self) -> bool {
         // It never fails: every release belongs to one open.
         let less = |word: u32| word.checked_sub(ONE_OPENER);
@@ -202,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn the_parallel_flag_never_stands_alone() {
+    fn the_parallel_flag_comes_with_direct_io() {
         for cache in [CacheNever, Metadata, CacheAuto, CacheAlways] {
             for mode in [Mode::Parallel, Mode::Direct, Mode::Cached] {
                 let flags = policy(Auto, cache).reply_flags(mode);

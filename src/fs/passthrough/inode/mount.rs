@@ -3,7 +3,7 @@
 //! A mount is known for as long as the guest knows an inode on it. Then all of its descriptors are closed, so that the
 //! host can unmount it.
 //!
-//! The file system of a mount decides how its inodes are told apart. File systems where that is unusual:
+//! The file system of a mount decides how its inodes are identified. File systems where that is unusual:
 //!
 //! | file system | handles | inode numbers |
 //! |---|---|---|
@@ -46,7 +46,7 @@ pub struct Mount {
     is_of_a_file: bool,
     /// A directory on it that is open, not only as O_PATH, if its inodes may be opened by handle.
     directory: Option<GuestFd>,
-    /// A directory on it that the guest knows, the first one that was met.
+    /// The first directory on it that the guest looked up.
     top: OnceLock<Weak<Inode>>,
     fd_cache: Arc<FdCache>,
 }
@@ -105,8 +105,8 @@ impl Mount {
         }
     }
 
-    /// The first directory that the guest met on it. It knows that one for as long as any other inode
-    /// there: the kernel of a guest forgets children first.
+    /// The first directory on it that the guest looked up. The guest knows it for as long as any other inode there, since
+    /// its kernel forgets children first.
     pub fn top(&self) -> Option<Arc<Inode>> {
         self.top.get().and_then(Weak::upgrade)
     }

@@ -1,20 +1,24 @@
 //! Locks on byte ranges of one file.
 //!
-//! Before parallel direct writes, the guest's inode lock ordered writers. Without it two writes
-//! that overlap reach us together, and host file systems do not order them either when they are
-//! O_DIRECT or take more than one system call. These locks do: of two overlapping writes one is
-//! whole before the other begins, a reader sees no half of either, and disjoint ranges never wait
-//! for each other. Those that do overlap are served in the order of their arrival.
+//! Without parallel direct writes, the guest's inode lock serializes the writers of a file. With them, overlapping
+//! writes reach the daemon at the same time, and host file systems do not serialize them either if they are O_DIRECT or
+//! take more than one system call. These locks do: of two overlapping writes one is complete before the other begins, a
+//! reader never sees a part of either, and disjoint ranges never wait for each other. Overlapping ranges are granted in
+//! the order of arrival.
+//!
+//! The protocol: [`RangeLock::write`] and [`RangeLock::read`] append a holder to the queue. One that conflicts with an
+//! earlier holder is blocked: its thread parks until [`RangeGuard`]'s drop of the last such holder clears its mark and
+//! unparks it. All of it happens under one mutex, but the park.
 
 use crate::sync::{Mutex, MutexGuard, PoisonError, Thread, block_in_place, current, park};
 
-/// The locks of one inode. An inode whose ranges were never locked holds no memory for them.
+/// The locks of one inode. An inode whose ranges were never locked needs no memory for them.
 #[derive(Debug, Default)]
 pub struct RangeLock {
     holders: Mutex<Option<Box<Holders>>>,
 }
 
-/// All who hold or want a range, in the order of their arrival.
+/// Holders of ranges and blocked ones, in the order of arrival.
 #[derive(Debug, Default)]
 struct Holders {
     next_ticket: u64,
@@ -25,8 +29,8 @@ struct Holders {
 struct Holder {
     ticket: u64,
     range: Range,
-    /// The thread that sleeps until it may go on; `None` once it holds the range.
-    sleeper: Option<Thread>,
+    /// The thread that is parked until the range is granted; `None` after that.
+    parked: Option<Thread>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +56,7 @@ pub struct RangeGuard<'a> {
 }
 
 impl RangeLock {
-    /// Waits until nobody else reads or writes any of the `len` bytes from `start` on.
+    /// Locks `len` bytes from `start` on exclusively; waits for all requests that read or write any of them.
     pub fn write(&self, start: u64, len: u64) -> RangeGuard<'_> {
         self.acquire(Range { start, end: start.saturating_add(len), exclusive: true })
     }
@@ -62,12 +66,12 @@ impl RangeLock {
         self.acquire(Range { start, end: u64::MAX, exclusive: true })
     }
 
-    /// Waits until nobody writes any of the `len` bytes from `start` on.
+    /// Locks `len` bytes from `start` on for reading; waits for all requests that write any of them.
     pub fn read(&self, start: u64, len: u64) -> RangeGuard<'_> {
         self.acquire(Range { start, end: start.saturating_add(len), exclusive: false })
     }
 
-    /// Gives back the memory that an inode needs while its ranges are being locked.
+    /// Frees the memory that an inode needs while its ranges are locked.
     pub fn trim(&self) {
         let mut holders = self.lock();
         if holders.as_ref().is_some_and(|state| state.queue.is_empty()) {
@@ -81,13 +85,13 @@ impl RangeLock {
         let ticket = state.next_ticket;
         state.next_ticket = ticket.wrapping_add(1);
         let wait = state.queue.iter().any(|holder| holder.range.conflicts(range));
-        let sleeper = wait.then(current);
-        state.queue.push(Holder { ticket, range, sleeper });
+        let parked = wait.then(current);
+        state.queue.push(Holder { ticket, range, parked });
         drop(holders);
         let guard = RangeGuard { lock: self, ticket };
         if wait {
             block_in_place(|| {
-                while self.sleeps(ticket) {
+                while self.is_blocked(ticket) {
                     park();
                 }
             });
@@ -95,27 +99,27 @@ impl RangeLock {
         guard
     }
 
-    /// Whether the holder of `ticket` still has to wait.
-    fn sleeps(&self, ticket: u64) -> bool {
+    /// Whether the holder of `ticket` is blocked.
+    fn is_blocked(&self, ticket: u64) -> bool {
         let holders = self.lock();
         let queue = holders.iter().flat_map(|state| &state.queue);
-        queue.into_iter().any(|holder| holder.ticket == ticket && holder.sleeper.is_some())
+        queue.into_iter().any(|holder| holder.ticket == ticket && holder.parked.is_some())
     }
 
     fn release(&self, ticket: u64) {
         let mut holders = self.lock();
         let Some(state) = holders.as_mut() else { return };
         let Some(place) = state.queue.iter().position(|holder| holder.ticket == ticket) else { return };
-        let gone = state.queue.remove(place);
-        // Only who came later and overlaps what was released can have waited for it.
+        let released = state.queue.remove(place);
+        // Only later holders that conflict with the released range can have waited for it.
         for later in place..state.queue.len() {
             let (before, rest) = state.queue.split_at_mut(later);
             let Some(holder) = rest.first_mut() else { break };
             let blocked = || before.iter().any(|earlier| earlier.range.conflicts(holder.range));
-            if holder.sleeper.is_some()
-                && holder.range.conflicts(gone.range)
+            if holder.parked.is_some()
+                && holder.range.conflicts(released.range)
                 && !blocked()
-                && let Some(thread) = holder.sleeper.take()
+                && let Some(thread) = holder.parked.take()
             {
                 thread.unpark();
             }
@@ -123,7 +127,7 @@ impl RangeLock {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Box<Holders>>> {
-        // What the lock protects is whole between any two steps that could panic.
+        // The queue is consistent between any two steps that could panic.
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -175,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_overlaps_waits_for_its_turn() {
+    fn overlapping_ranges_are_granted_in_order() {
         let lock = RangeLock::default();
         let (sender, order) = mpsc::channel();
         let first = lock.write(0, 100);
@@ -220,7 +224,7 @@ mod tests {
 
     /// Threads lock random ranges over a few cells and check that they are alone in them.
     #[test]
-    fn writers_are_alone_and_nobody_is_lost() {
+    fn writers_are_exclusive_and_no_wakeup_is_lost() {
         const CELLS: usize = 8;
         let lock = RangeLock::default();
         let readers: [AtomicU32; CELLS] = Default::default();

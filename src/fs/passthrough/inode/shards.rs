@@ -1,13 +1,13 @@
-//! Tables cut into parts with a lock each, so that workers seldom meet.
+//! Tables in shards with a lock each, so that workers seldom contend.
 
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Deref;
 
-/// Number of parts.
+/// Number of shards.
 pub const SHARDS: usize = 32;
 
-/// Something with a cache line (two of them are fetched together) for itself: processors that change it
-/// do not slow down others that use its neighbours.
+/// A value with cache lines of its own (two are fetched together): processors that change it do not slow down others that
+/// use its neighbours.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub struct Apart<T>(T);
@@ -20,7 +20,7 @@ impl<T> Deref for Apart<T> {
     }
 }
 
-/// `SHARDS` things, of which a number chooses one.
+/// `SHARDS` values, of which a number selects one.
 #[derive(Debug)]
 pub struct Shards<T>([Apart<T>; SHARDS]);
 
@@ -31,7 +31,7 @@ impl<T: Default> Default for Shards<T> {
 }
 
 impl<T> Shards<T> {
-    /// The part that `number` belongs to.
+    /// The shard of `number`.
     #[allow(
         clippy::indexing_slicing,
         clippy::cast_possible_truncation,
@@ -41,24 +41,24 @@ impl<T> Shards<T> {
         &self.0[(number % SHARDS as u64) as usize]
     }
 
-    /// All parts.
+    /// All shards.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.0.iter().map(|part| &**part)
     }
 }
 
-/// The hasher of tables by numbers that we give out ourselves, one after the other. A guest can at
-/// worst make its own look-ups slower, by keeping numbers that collide and forgetting the others.
+/// For tables by ids that the daemon assigns in sequence. A guest can at worst make its own look-ups slower, by keeping
+/// ids that collide and forgetting the others.
 pub type BuildIdHasher = BuildHasherDefault<IdHasher>;
 
-/// Hashes one number by a multiplication.
+/// Fibonacci hashing: one multiplication.
 #[derive(Debug, Default)]
 pub struct IdHasher(u64);
 
 impl Hasher for IdHasher {
     fn write_u64(&mut self, number: u64) {
-        // The golden ratio; the upper half of the product depends on all bits of the number, and
-        // tables look at both ends.
+        // By 2^64 over the golden ratio. The upper half of the product depends on all bits of the number, and tables use
+        // both ends.
         let product = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         self.0 = product ^ (product >> 32);
     }
@@ -81,8 +81,8 @@ mod tests {
     use std::hash::BuildHasher;
 
     #[test]
-    fn numbers_of_one_part_spread_over_its_table() {
-        // As a table of 1024 places sees them: place by the low bits, tag by the high ones.
+    fn ids_of_one_shard_spread_over_its_table() {
+        // In a table of 1024 places: the place is in the low bits, the tag in the high ones.
         let hash = |number: u64| BuildIdHasher::default().hash_one(number);
         let numbers = || (0..1000).map(|i| 7 + i * SHARDS as u64);
         let places: HashSet<u64> = numbers().map(|number| hash(number) % 1024).collect();

@@ -1,4 +1,7 @@
-//! The inodes a guest knows: found by node id, and by what they are on the host.
+//! The table of inodes: by the guest's node id, and by their key on the host.
+//!
+//! Locks: the shard of a key is locked before the shard of a node id; the hand of the clock before a shard of the clock.
+//! No lock but the hand is held during a system call.
 
 use std::borrow::Borrow;
 use std::collections::HashSet;
@@ -31,7 +34,7 @@ struct ByNode(Arc<Inode>);
 #[derive(Debug)]
 struct ByKey(Arc<Inode>);
 
-/// The key stands in the inode alone: a guest may know millions.
+/// Only the inode has the key: a guest may know millions.
 macro_rules! found_by {
     ($entry:ty, $field:ident, $key:ty) => {
         impl Borrow<$key> for $entry {
@@ -63,8 +66,7 @@ found_by!(ByKey, key, InodeKey);
 #[derive(Debug)]
 pub struct InodeTable {
     by_node: Shards<RwLock<HashSet<ByNode, BuildIdHasher>>>,
-    /// Those that may be found by what they are on the host. An inode that is gone there, and whose
-    /// number has another one now, is not among them any more.
+    /// Without those that were deleted on the host and whose number another inode has now.
     by_key: Shards<Mutex<HashSet<ByKey>>>,
     next_node: Apart<AtomicU64>,
     root: Arc<Inode>,
@@ -81,7 +83,7 @@ const SWEEP: usize = 32;
 const MAX_SWEEPS: usize = 32;
 
 impl InodeTable {
-    /// A table that knows the root alone.
+    /// A table with the root alone.
     pub fn new(root: GuestFd, key: InodeKey, fd_cache: FdCache) -> Result<InodeTable> {
         let fd_cache = Arc::new(fd_cache);
         let mount = fd_cache.mount(key.mount, &root, FileType::Directory)?;
@@ -165,8 +167,8 @@ impl InodeTable {
         &self.fd_cache
     }
 
-    /// Node ids up to this one, exclusively, have been given. An inode with one of them had its
-    /// descriptor before this was asked (see [`InodeTable::find_or_insert`], which gives them).
+    /// Node ids up to this one, exclusively, have been assigned. An inode with one of them had its descriptor before this
+    /// call (see [`InodeTable::find_or_insert`], which assigns them).
     pub fn ids_given(&self) -> NodeId {
         NodeId(self.next_node.load(Ordering::Acquire))
     }
@@ -206,7 +208,7 @@ impl InodeTable {
         if self.fd_cache.over_limit() {
             self.evict_some();
         }
-        // While we have a descriptor, any known inode with a descriptor and the same number is this one.
+        // While `path` is open, any known inode with a descriptor and the same number is this one.
         let seen = Seen { key, kind, before: NodeId(u64::MAX) };
         let mut shard = self.key_shard(&key);
         let mut handle = None;
@@ -223,7 +225,7 @@ impl InodeTable {
             }
         }
         shard.try_reserve(1).map_err(|_| Errno::NOMEM)?;
-        // Pairs with `ids_given`: who sees the id counted sees a number that has been held since before.
+        // Pairs with `ids_given`: a thread that sees this id assigned knows that the inode's number was kept since before.
         let node = NodeId(self.next_node.fetch_add(1, Ordering::Release));
         let fd = InodeFd::new(path, mount);
         if let Some(handle) = handle {
@@ -237,7 +239,7 @@ impl InodeTable {
             by_node.insert(ByNode(Arc::clone(&inode)));
         }
         let replaced = shard.replace(ByKey(Arc::clone(&inode)));
-        // What is closed by that is closed without the lock.
+        // Descriptors are closed without the lock.
         drop(shard);
         drop(replaced);
         self.enter_clock(&inode);
@@ -350,7 +352,7 @@ impl InodeTable {
     /// Forgets all but the root.
     #[allow(clippy::mutable_key_type, reason = "the key of an inode does not change")]
     pub fn clear(&self) {
-        // What they held is closed when no lock is held.
+        // Their descriptors are closed when no lock is held.
         for shard in self.by_node.iter() {
             let known = take(&mut *shard.write().unwrap_or_else(PoisonError::into_inner));
             drop(known);
@@ -363,7 +365,7 @@ impl InodeTable {
         self.insert_root();
     }
 
-    /// Whether inodes may be held by file handles.
+    /// Whether inodes are opened again by file handles.
     pub fn uses_file_handles(&self) -> bool {
         self.fd_cache.evicts()
     }

@@ -10,10 +10,10 @@ use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
 use super::guest_view::GuestView;
-use crate::fs::passthrough::PassthroughFs;
 use crate::fs::passthrough::caller::credentials::{SetIdBits, explain_unmapped, gid_of, set_id_bits, uid_of};
 use crate::fs::passthrough::host::{Host, PROC, proc_name, stat};
 use crate::fs::passthrough::inode::{Inode, InodeTable, Mount};
+use crate::fs::passthrough::state::PassthroughFs;
 use crate::fs::{Context, Result};
 use crate::mapping::ids::{HostGid, HostUid};
 use fuse_protocol::abi;

@@ -17,10 +17,10 @@ use fuse_protocol::flags::{FsyncFlags, WriteFlags};
 use fuse_protocol::ids::LockOwner;
 use fuse_protocol::request::{CopyFileRange, Read, Write};
 
-/// Most bytes that are copied at once. Blocks that the host shares instead of copying are smaller.
+/// Most bytes that one system call copies. Blocks that the host shares instead are smaller.
 const COPY_PIECE: u64 = 64 << 20;
 
-/// READ. In direct mode it waits for writes to the same bytes, so that it sees no half of one.
+/// READ. In direct mode it waits for writes to the same bytes, so that it never sees a part of one.
 pub fn read(opener: Opener<'_>, handle: &Handle, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize> {
     let mode = handle.mode().ok_or(Errno::ISDIR)?;
     let file = handle.file().for_flags(read.flags, opener)?;
@@ -48,7 +48,7 @@ pub fn read(opener: Opener<'_>, handle: &Handle, read: &Read, data: &mut GuestWr
     Ok(done)
 }
 
-/// WRITE. Of two writes that overlap, one is whole before the other begins.
+/// WRITE. Of two overlapping writes, one is complete before the other begins.
 pub fn write(
     opener: Opener<'_>,
     kill_priv: KillPriv<'_>,
@@ -90,8 +90,8 @@ pub fn write(
 
 /// Whether a WRITE that does not come from the cache goes to the end of the file on the host.
 ///
-/// The guest's idea of the end may be old, so the host's counts; unless the guest writes its cache
-/// back: then the file ends where the guest says, maybe behind data that it has not sent yet.
+/// The guest's size of the file may be old, so the host's applies; unless the guest writes back its cache: then its
+/// size applies, which may include data that it has not sent yet.
 fn appends(handle: &Handle, flags: u32, writeback: bool) -> bool {
     flags & libc::O_APPEND.cast_unsigned() != 0 && (handle.file().is_append_only() || !writeback)
 }
@@ -104,17 +104,17 @@ pub fn flush(handle: &Handle, owner: LockOwner) -> Result<()> {
     }
     // Closing a duplicate makes network file systems report errors of delayed writes.
     handle.file().all().try_for_each(|file| match rustix::io::fcntl_dupfd_cloexec(file, 0) {
-        // The guest's close(2) does not fail for want of one; fsync(2) tells such errors, too.
+        // The guest's close(2) does not fail for lack of one; fsync(2) reports such errors, too.
         Err(Errno::MFILE | Errno::NFILE) => Ok(()),
         duplicate => crate::sys::close(duplicate?),
     })
 }
 
-/// LSEEK, which guests send for SEEK_DATA and SEEK_HOLE alone. The descriptor's own position means
-/// nothing: all reads and writes name their offset.
+/// LSEEK, which guests send for SEEK_DATA and SEEK_HOLE alone. The descriptor's own position is not
+/// used: all reads and writes have an offset.
 ///
-/// Where the guest writes its cache back, the host does not know what data there is, nor where the
-/// file ends. ENOSYS makes the guest take all of a file for data, up to its own idea of the end.
+/// Where the guest writes back its cache, the host knows neither all data nor the size. ENOSYS makes the guest treat all
+/// of a file as data, up to its own size.
 pub fn lseek(handle: &Handle, offset: u64, whence: u32, writeback: bool) -> Result<u64> {
     if writeback {
         return Err(Errno::NOSYS);
@@ -146,8 +146,8 @@ pub fn copy_file_range(
 
 /// Whether a read that ended at `end` with room left has met the end of the file.
 ///
-/// On a disk of the host it has. A host directory that is a network file system, or one in user space,
-/// may give less than there is, so its size is looked at, as the host knows it by now.
+/// On a local disk it has. A network file system, or one in user space, may return fewer bytes than there are, so the size
+/// that the host has cached is compared.
 fn is_end(handle: &Handle, file: BorrowedFd<'_>, end: u64) -> bool {
     // File systems without a block device have devices of major number 0.
     handle.inode().key().device.0 != 0
@@ -155,8 +155,8 @@ fn is_end(handle: &Handle, file: BorrowedFd<'_>, end: u64) -> bool {
             .is_ok_and(|stat| stat.stx_size <= end)
 }
 
-/// Flags of pwritev2(2) for the guest's `O_*` flags: `RWF_DSYNC` of the guest's pwritev2(2), and
-/// `mount -o sync`, come that way, not by the flags of the open.
+/// Flags of pwritev2(2) for the guest's `O_*` flags: these have `RWF_DSYNC` of the guest's pwritev2(2), and
+/// `mount -o sync`, which the flags of the open do not.
 fn sync_flags(flags: u32) -> i32 {
     let flags = flags.cast_signed();
     if flags & libc::O_SYNC == libc::O_SYNC {
@@ -168,16 +168,16 @@ fn sync_flags(flags: u32) -> i32 {
     }
 }
 
-/// Excludes others from all bytes that an append may write: where it goes is known when it is done.
+/// Locks all bytes that an append may write: its offset is known only afterwards.
 fn lock_end<'a>(handle: &'a Handle, write: &Write) -> Result<RangeGuard<'a>> {
     let ranges = handle.inode().ranges();
-    // What goes to the page cache is done before anybody has slept for it.
+    // A write to the page cache is complete before another request has parked.
     let slow = handle.file().is_direct() || write.flags & libc::O_DSYNC.cast_unsigned() != 0;
     if handle.mode() == Some(Mode::Cached) || !slow {
         return Ok(ranges.write_from(0));
     }
     let guard = ranges.write_from(write.offset);
-    // Nobody cuts the file while its end is locked, so it does not become shorter than it is now.
+    // While its end is locked the file is not truncated, so it does not become shorter than now.
     if statx(handle.fd(), c"", AtFlags::EMPTY_PATH, StatxFlags::SIZE)?.stx_size >= write.offset {
         return Ok(guard);
     }
@@ -185,7 +185,7 @@ fn lock_end<'a>(handle: &'a Handle, write: &Write) -> Result<RangeGuard<'a>> {
     Ok(ranges.write_from(0))
 }
 
-/// Appends `data` as one piece: it is not continued after a part of it, as others may append as well.
+/// Appends `data` in one system call: after a part of it, other requests may have appended.
 fn append(file: BorrowedFd<'_>, offset: u64, flags: i32, data: &mut GuestReader<'_>) -> Result<usize> {
     loop {
         match data.write_at_once_to(file, offset, flags) {
@@ -195,8 +195,8 @@ fn append(file: BorrowedFd<'_>, offset: u64, flags: i32, data: &mut GuestReader<
     }
 }
 
-/// Writes pages of the guest's cache to a file that takes nothing but appends, where that is what they
-/// are: they begin at or before the end, and hold what the file holds up to there.
+/// Writes pages of the guest's cache to an append-only file, if they append: they begin at or before the end, and equal
+/// the file up to there.
 fn append_pages(file: BorrowedFd<'_>, offset: u64, flags: i32, data: &mut GuestReader<'_>) -> Result<usize> {
     let all = data.len();
     let size = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::SIZE)?.stx_size;

@@ -1,4 +1,4 @@
-//! IOCTL: flags and attributes of files, as chattr(1) and lsattr(1) know them.
+//! IOCTL: flags and attributes of files, for chattr(1) and lsattr(1).
 //!
 //! Guests from Linux 5.13 on have checked their caller, and those that map ids (6.12) do not even name it. Older ones
 //! pass on every program's request through any handle. So where the caller is named the command runs as the caller, and

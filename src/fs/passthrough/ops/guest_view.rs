@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use rustix::fs::{FileType, Statx};
 
-use crate::fs::passthrough::PassthroughFs;
 use crate::fs::passthrough::caller::identity::{Identity, Owner};
 use crate::fs::passthrough::caller::set_id::has_set_id_bits;
 use crate::fs::passthrough::host::kind;
 use crate::fs::passthrough::inode::Inode;
 use crate::fs::passthrough::session::Session;
+use crate::fs::passthrough::state::PassthroughFs;
 use fuse_protocol::abi;
 use fuse_protocol::flags::AttrFlags;
 use fuse_protocol::reply::{Attributes, Entry};

@@ -15,10 +15,10 @@ use rustix::path::DecInt;
 use super::namespace_ops::remove_made;
 use super::xattr::{host_name, refused};
 use crate::config::{FsConfig, Insistence};
-use crate::fs::passthrough::PassthroughFs;
 use crate::fs::passthrough::host::{PATH, PROC};
 use crate::fs::passthrough::session::Session;
 use crate::fs::passthrough::start_error::StartError;
+use crate::fs::passthrough::state::PassthroughFs;
 use crate::fs::{Context, Result};
 
 /// The label that is tried at the start. Its value does not matter: an unknown one is refused with another errno than one

@@ -11,10 +11,10 @@ use rustix::io::Errno;
 
 use crate::config::FsConfig;
 use crate::fs::Result;
-use crate::fs::passthrough::PassthroughFs;
 use crate::fs::passthrough::handle_table::Handle;
 use crate::fs::passthrough::inode::OwnerFile;
 use crate::fs::passthrough::lock_waiters::LockWaiters;
+use crate::fs::passthrough::state::PassthroughFs;
 use crate::sys::locks::{ByteLock, LockType, ofd_get, ofd_set_wait};
 use fuse_protocol::abi::FileLock;
 use fuse_protocol::ids::Unique;

@@ -112,8 +112,7 @@ impl<'a> Xattrs<'a> {
         setxattr(proc_name(&*inode.path()?), &*name, &value, flags).map_err(|errno| unsupported(errno, &name))
     }
 
-    /// Whether an access ACL comes from somebody outside of the file's group, for guests that do not
-    /// say so themselves.
+    /// Whether the caller who sets an access ACL is outside of the file's group, for guests that do not say so.
     fn acl_is_from_outside_the_group(&self, ctx: &Context, inode: &Inode) -> Result<bool> {
         if self.session.long_setxattr || ctx.uid == GuestUid(0) {
             return Ok(false);
@@ -218,7 +217,7 @@ fn unsupported(errno: Errno, host_name: &CStr) -> Errno {
     if errno == Errno::PERM && privileged && !may { Errno::NOTSUP } else { errno }
 }
 
-/// Sets an access ACL for a caller who is not in the file's group: the set-group-id bit goes.
+/// Sets an access ACL for a caller who is not in the file's group, and clears the set-group-ID bit.
 fn set_acl_and_clear_sgid(inode: &Inode, value: &[u8], flags: XattrFlags) -> Result<()> {
     set_id_bits(SetIdBits::Clear)?;
     setxattr(proc_name(&*inode.path()?), ACCESS, value, flags)?;
