@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use fuse_protocol::abi::{BatchForgetIn, CreateIn, ForgetOne, GetattrIn, InHeader, ReadIn, WriteIn};
+use fuse_protocol::decode::RawHeader;
 use fuse_protocol::init::Layout;
 use fuse_protocol::opcode::Opcode;
 use fuse_protocol::request::Request;
@@ -42,7 +43,7 @@ fn decode(criterion: &mut Criterion) {
         ("batch_forget_64", Opcode::BatchForget, batch, 0),
     ];
     for (name, opcode, arguments, data) in requests {
-        let header = header(opcode, arguments.len(), data);
+        let header = RawHeader::from(header(opcode, arguments.len(), data));
         // What is measured has to be a request.
         Request::decode(&header, &arguments, layout).unwrap();
         group.bench_function(name, |bench| {

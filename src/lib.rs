@@ -1,12 +1,13 @@
 //! lanefsd: a vhost-user virtio-fs daemon that lets many writers in a guest write one file at once.
 //!
 //! One request goes straight through: [`device`] takes a descriptor chain, [`fuse_protocol`] decodes it,
-//! [`service`] calls the [`fs::FileSystem`], and the reply goes back into the chain.
+//! [`server`] calls the [`fs::FileSystem`], and the reply goes back into the chain.
 
 pub mod blocking;
 pub mod cli;
 pub mod config;
 pub mod device;
+pub mod frontend;
 pub mod fs;
 pub mod limits;
 pub mod listen;
@@ -15,7 +16,7 @@ pub mod mapping;
 pub mod remarks;
 pub mod sandbox;
 pub mod server;
-pub mod service;
+pub use server as service;
 mod session_lock;
 mod sync;
 pub mod sys;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use lanefsd::cli::{self, CAPABILITIES, Command};
 use lanefsd::config::{Config, FsConfig, Listen, Store};
+use lanefsd::frontend::{self, Signals};
 use lanefsd::fs::FileSystem;
 use lanefsd::fs::null::NullStore;
 use lanefsd::fs::passthrough::PassthroughFs;
@@ -17,7 +18,6 @@ use lanefsd::listen::Socket;
 use lanefsd::logging;
 use lanefsd::remarks;
 use lanefsd::sandbox::{self, Needs, Sandboxed, Side};
-use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
 use lanefsd::sys::{descriptors, inherited, process, signals};
 
@@ -99,6 +99,6 @@ fn serve(config: &Config, socket: &Socket, sandboxed: Sandboxed) -> Result<()> {
     let service = Arc::new(Service::new(fs));
     sandbox::install_seccomp(config.seccomp, file_handles)?;
     remarks::print(&config.remarks);
-    server::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
+    frontend::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
     Ok(())
 }

@@ -1,12 +1,12 @@
 //! A readers-writer lock between the requests of a session and its end.
 //!
 //! Every request holds the lock shared; INIT, DESTROY and a reset hold it exclusively, so that no
-//! request leaves an inode, a handle or a lock behind for the next session. It is a "big reader" lock:
-//! each thread has a flag in a cache line of its own, so that requests write to nothing that other
-//! threads use.
+//! request leaves an inode, a handle or a lock behind for the next session. It is a "big reader" lock
+//! (brlock): each thread has a flag in a cache line of its own, so that requests write to no memory that
+//! other threads use.
 //!
-//! A reader sets its flag, then looks whether the lock is closed; the writer closes it, then looks at
-//! all flags until none is set. A SeqCst fence between the store and the load on either side makes
+//! A reader sets its flag, then checks whether the lock is closed; the writer closes it, then polls all
+//! flags until none is set. A SeqCst fence between the store and the load on either side makes
 //! sure that at least one of the two sees the other.
 
 use crate::sync::{Arc, AtomicBool, Mutex, MutexGuard, Ordering, PoisonError, block_in_place, fence, pause};
@@ -26,28 +26,28 @@ pub struct SessionLock {
 #[repr(align(128))]
 struct Flag(AtomicBool);
 
-/// A thread's means to hold the lock shared.
+/// A thread's registration as a reader.
 #[derive(Debug)]
 pub struct Slot {
     lock: Arc<SessionLock>,
     flag: Arc<Flag>,
 }
 
-/// Holds the lock shared until it is dropped.
+/// Holds the lock shared; the drop releases it.
 #[derive(Debug)]
 #[must_use = "the lock is released when this is dropped"]
 pub struct SharedGuard<'a>(&'a Flag);
 
 impl Slot {
-    /// A slot for one thread.
-    pub fn of(session_lock: &Arc<SessionLock>) -> Slot {
+    /// Registers the calling thread as a reader.
+    pub fn register(session_lock: &Arc<SessionLock>) -> Slot {
         let flag = Arc::<Flag>::default();
         lock(&session_lock.readers).push(Arc::clone(&flag));
         Slot { lock: Arc::clone(session_lock), flag }
     }
 
-    /// Whether it belongs to this lock.
-    pub fn is_of(&self, session_lock: &Arc<SessionLock>) -> bool {
+    /// Whether it is one of this lock.
+    pub fn belongs_to(&self, session_lock: &Arc<SessionLock>) -> bool {
         Arc::ptr_eq(&self.lock, session_lock)
     }
 
@@ -81,7 +81,7 @@ impl Drop for SharedGuard<'_> {
 }
 
 impl SessionLock {
-    /// Runs `act` while nobody else holds the lock. Until then `interrupt` is called again and again;
+    /// Runs `act` with the lock held exclusively. Calls `interrupt` repeatedly until all readers have left:
     /// it has to end requests that may block for long. The caller must not hold the lock.
     pub fn exclusive<R>(&self, interrupt: impl Fn(), act: impl FnOnce() -> R) -> R {
         let _writer = block_in_place(|| lock(&self.writer));

@@ -24,9 +24,9 @@ use fuse_protocol::abi::{AttrOut, EntryOut, GetattrIn};
 use fuse_protocol::flags::WriteFlags;
 use fuse_protocol::opcode::Opcode;
 use lanefsd::config::{CachePolicy, DeviceConfig, FsConfig};
+use lanefsd::frontend::{self, Signals};
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::limits::Limits;
-use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
 use lanefsd::sys::process;
 use lanefsd_frontend::client::{ROOT, data};
@@ -107,7 +107,7 @@ fn serve(share: &Path, listener: &UnixListener, workers: usize, cache: CachePoli
         poll_time: Duration::from_micros(20),
     };
     let service = Arc::new(Service::new(Arc::new(fs)));
-    server::serve(listener, &Signals::catch().unwrap(), &device, false, &service).unwrap();
+    frontend::serve(listener, &Signals::catch().unwrap(), &device, false, &service).unwrap();
 }
 
 /// Sends requests like `request`, [`DEPTH`] at once, until [`STEADY`] windows went by in which the

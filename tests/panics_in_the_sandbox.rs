@@ -21,8 +21,8 @@ use std::path::Path;
 use std::process::Command;
 
 use lanefsd::config::{IdMaps, Sandbox, Seccomp};
+use lanefsd::frontend::Signals;
 use lanefsd::sandbox::{self, Needs, Side};
-use lanefsd::server::Signals;
 
 /// Set in the process that enters the sandbox: which one, and around what.
 const INSIDE: &str = "LANEFSD_TEST_INSIDE";

@@ -13,7 +13,7 @@ use fuse_protocol::flags::{OpenRequestFlags, ReleaseFlags, WriteFlags};
 use fuse_protocol::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
 use fuse_protocol::name::{LookupName, Name};
 use fuse_protocol::reply::Entry;
-use fuse_protocol::request::{Create, Lock, LockKind, Read, Write};
+use fuse_protocol::request::{Create, Lock, LockKind, Lookup, Open, Read, Release, Write};
 use lanefsd::config::{FsConfig, InodeFileHandles};
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::{Context, FileSystem, Opened};
@@ -67,7 +67,11 @@ impl Share {
     }
 
     fn look_up(&self, name: &CStr) -> Result<Entry, Errno> {
-        self.fs.lookup(&context(), NodeId::ROOT, LookupName::Entry(Name::new(name).unwrap()))
+        self.fs.lookup(
+            &context(),
+            NodeId::ROOT,
+            &Lookup { name: LookupName::Entry(Name::new(name).unwrap()) },
+        )
     }
 
     fn create(&self, name: &CStr) -> Result<File<'_>, Errno> {
@@ -79,7 +83,11 @@ impl Share {
 
     fn open(&self, name: &CStr) -> Result<File<'_>, Errno> {
         let node = self.look_up(name)?.node;
-        let opened = self.fs.open(&context(), node, READ_WRITE, OpenRequestFlags::empty());
+        let opened = self.fs.open(
+            &context(),
+            node,
+            &Open { flags: READ_WRITE, open_flags: OpenRequestFlags::empty() },
+        );
         opened.map(|opened| self.file(node, &opened)).inspect_err(|_| self.fs.forget(node, 1))
     }
 
@@ -138,8 +146,9 @@ impl File<'_> {
     }
 
     fn close(self) {
-        let (flags, owner) = (ReleaseFlags::empty(), LockOwner(0));
-        self.share.fs.release(&context(), self.node, self.handle, flags, owner).unwrap();
+        let (flags, lock_owner) = (ReleaseFlags::empty(), LockOwner(0));
+        let release = Release { handle: self.handle, flags, lock_owner };
+        self.share.fs.release(&context(), self.node, &release).unwrap();
         self.share.fs.forget(self.node, 1);
     }
 }

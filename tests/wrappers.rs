@@ -7,11 +7,16 @@ use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use fuse_protocol::extensions::Labels;
-use fuse_protocol::flags::{InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags, WriteFlags};
+use fuse_protocol::flags::{
+    InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags, SetxattrFlags, WriteFlags,
+};
 use fuse_protocol::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
 use fuse_protocol::name::{LookupName, Name};
 use fuse_protocol::reply::{DirectoryWriter, Entry};
-use fuse_protocol::request::{Create, Read, Rename, Setattr, Tmpfile, Write};
+use fuse_protocol::request::{
+    Access, Create, Fallocate, Getattr, Link, Lookup, Mkdir, Mknod, Open, Opendir, Read, Readdir, Release,
+    Removexattr, Rename, Rmdir, Setattr, Setxattr, Symlink, Tmpfile, Unlink, Write,
+};
 use lanefsd::config::{CachePolicy, FsConfig};
 use lanefsd::fs::null::NullStore;
 use lanefsd::fs::passthrough::PassthroughFs;
@@ -68,20 +73,16 @@ fn create(new: &CStr, flags: u32) -> Create<'_> {
 }
 
 fn look_up(fs: &impl FileSystem, entry: &CStr) -> Result<Entry, Errno> {
-    fs.lookup(&context(), NodeId::ROOT, LookupName::Entry(name(entry)))
+    fs.lookup(&context(), NodeId::ROOT, &Lookup { name: LookupName::Entry(name(entry)) })
 }
 
 fn set_size(size: u64) -> Setattr {
-    Setattr {
-        handle: None,
-        mode: None,
-        uid: None,
-        gid: None,
-        size: Some(size),
-        atime: None,
-        mtime: None,
-        kill_suidgid: false,
-    }
+    Setattr { size: Some(size), ..Setattr::default() }
+}
+
+/// An OPEN with these `O_*` flags.
+fn open_with(flags: u32) -> Open {
+    Open { flags, open_flags: OpenRequestFlags::empty() }
 }
 
 /// Writes `size` bytes of 0xff.
@@ -105,7 +106,7 @@ fn read(fs: &impl FileSystem, node: NodeId, handle: HandleId, offset: u64, size:
 }
 
 fn size(fs: &impl FileSystem, node: NodeId) -> u64 {
-    fs.getattr(&context(), node, None).unwrap().attr.size
+    fs.getattr(&context(), node, &Getattr { handle: None }).unwrap().attr.size
 }
 
 fn new_file(fs: &impl FileSystem, new: &CStr) -> (NodeId, HandleId) {
@@ -114,7 +115,8 @@ fn new_file(fs: &impl FileSystem, new: &CStr) -> (NodeId, HandleId) {
 }
 
 fn close(fs: &impl FileSystem, node: NodeId, handle: HandleId) {
-    fs.release(&context(), node, handle, ReleaseFlags::empty(), LockOwner(0)).unwrap();
+    let release = Release { handle, flags: ReleaseFlags::empty(), lock_owner: LockOwner(0) };
+    fs.release(&context(), node, &release).unwrap();
 }
 
 #[test]
@@ -137,9 +139,9 @@ fn the_null_store_keeps_sizes_and_drops_data() {
     write(&fs, node, handle, 5, 10, WRITE);
     assert_eq!(size(&fs, node), 15);
     // Another opener truncates.
-    let second = fs.open(&context(), node, WRITE | TRUNCATE, OpenRequestFlags::empty()).unwrap();
+    let second = fs.open(&context(), node, &open_with(WRITE | TRUNCATE)).unwrap();
     assert_eq!(read(&fs, node, handle, 0, 100), vec![]);
-    fs.fallocate(&context(), node, handle, 0, 0, 4096).unwrap();
+    fs.fallocate(&context(), node, &Fallocate { handle, mode: 0, offset: 0, length: 4096 }).unwrap();
     assert_eq!(read(&fs, node, second.handle, 0, 100).len(), 100);
     close(&fs, node, handle);
     close(&fs, node, second.handle);
@@ -151,7 +153,7 @@ fn the_null_store_writes_only_through_handles_opened_for_it() {
     let (_directory, fs) = share();
     let fs = NullStore::new(fs, Duration::ZERO);
     let (node, handle) = new_file(&fs, c"a");
-    let Opened { handle: reader, .. } = fs.open(&context(), node, READ, OpenRequestFlags::empty()).unwrap();
+    let Opened { handle: reader, .. } = fs.open(&context(), node, &open_with(READ)).unwrap();
     close(&fs, node, handle);
     for (node, handle) in [(node, reader), (node, handle), (NodeId::ROOT, reader)] {
         let write = Write { handle, offset: 0, size: 0, write_flags: WriteFlags::empty(), flags: 0 };
@@ -212,18 +214,22 @@ fn a_read_only_share_answers_as_a_read_only_mount() {
     let node = look_up(&fs, c"old").unwrap().node;
     let none = OpenRequestFlags::empty();
     for flags in [WRITE, libc::O_WRONLY.cast_unsigned(), READ | TRUNCATE] {
-        assert_eq!(fs.open(&ctx, node, flags, none).unwrap_err(), Errno::ROFS);
+        assert_eq!(fs.open(&ctx, node, &open_with(flags)).unwrap_err(), Errno::ROFS);
     }
-    let opened = fs.open(&ctx, node, READ, none).unwrap();
+    let opened = fs.open(&ctx, node, &open_with(READ)).unwrap();
     assert!(opened.flags.contains(OpenReplyFlags::DIRECT_IO));
     assert_eq!(read(&fs, node, opened.handle, 0, 100), b"text");
 
     let root = NodeId::ROOT;
     for (new, errno) in [(c"old", Errno::EXIST), (c"new", Errno::ROFS)] {
-        assert_eq!(fs.mkdir(&ctx, root, name(new), 0o755, 0).unwrap_err(), errno);
-        assert_eq!(fs.mknod(&ctx, root, name(new), 0o100_644, 0, 0).unwrap_err(), errno);
-        assert_eq!(fs.symlink(&ctx, root, name(new), c"x").unwrap_err(), errno);
-        assert_eq!(fs.link(&ctx, node, root, name(new)).unwrap_err(), errno);
+        assert_eq!(
+            fs.mkdir(&ctx, root, &Mkdir { name: name(new), mode: 0o755, umask: 0 }).unwrap_err(),
+            errno
+        );
+        let mknod = Mknod { name: name(new), mode: 0o100_644, rdev: 0, umask: 0 };
+        assert_eq!(fs.mknod(&ctx, root, &mknod).unwrap_err(), errno);
+        assert_eq!(fs.symlink(&ctx, root, &Symlink { name: name(new), target: c"x" }).unwrap_err(), errno);
+        assert_eq!(fs.link(&ctx, root, &Link { target: node, name: name(new) }).unwrap_err(), errno);
         assert_eq!(fs.create(&ctx, root, &create(new, READ | EXCLUSIVE)).unwrap_err(), errno);
         assert_eq!(fs.create(&ctx, root, &create(new, WRITE)).unwrap_err(), Errno::ROFS);
     }
@@ -233,19 +239,22 @@ fn a_read_only_share_answers_as_a_read_only_mount() {
 
     let tmpfile = Tmpfile { flags: WRITE, mode: 0o100_644, umask: 0, open_flags: none };
     assert_eq!(fs.tmpfile(&ctx, root, &tmpfile).unwrap_err(), Errno::ROFS);
-    assert_eq!(fs.unlink(&ctx, root, name(c"old")), Err(Errno::ROFS));
-    assert_eq!(fs.rmdir(&ctx, root, name(c"old")), Err(Errno::ROFS));
+    assert_eq!(fs.unlink(&ctx, root, &Unlink { name: name(c"old") }), Err(Errno::ROFS));
+    assert_eq!(fs.rmdir(&ctx, root, &Rmdir { name: name(c"old") }), Err(Errno::ROFS));
     let rename = Rename { name: name(c"old"), new_parent: root, new_name: name(c"new"), flags: 0 };
     assert_eq!(fs.rename(&ctx, root, &rename), Err(Errno::ROFS));
     assert_eq!(fs.setattr(&ctx, node, &set_size(0)).unwrap_err(), Errno::ROFS);
-    assert_eq!(fs.setxattr(&ctx, node, c"user.a", b"b", 0, false), Err(Errno::ROFS));
-    assert_eq!(fs.removexattr(&ctx, node, c"user.a"), Err(Errno::ROFS));
-    assert_eq!(fs.fallocate(&ctx, node, opened.handle, 0, 0, 10), Err(Errno::ROFS));
+    let setxattr =
+        Setxattr { name: c"user.a", value: b"b", flags: 0, setxattr_flags: SetxattrFlags::empty() };
+    assert_eq!(fs.setxattr(&ctx, node, &setxattr), Err(Errno::ROFS));
+    assert_eq!(fs.removexattr(&ctx, node, &Removexattr { name: c"user.a" }), Err(Errno::ROFS));
+    let fallocate = Fallocate { handle: opened.handle, mode: 0, offset: 0, length: 10 };
+    assert_eq!(fs.fallocate(&ctx, node, &fallocate), Err(Errno::ROFS));
     let link = look_up(&fs, c"link").unwrap().node;
     for inode in [root, node, link] {
-        assert_eq!(fs.access(&ctx, inode, 2), Err(Errno::ROFS));
+        assert_eq!(fs.access(&ctx, inode, &Access { mask: 2 }), Err(Errno::ROFS));
     }
-    assert_eq!(fs.access(&ctx, node, 4), Ok(()));
+    assert_eq!(fs.access(&ctx, node, &Access { mask: 4 }), Ok(()));
     assert!(!fs.offered_flags().contains(InitFlags::WRITEBACK_CACHE));
     assert_eq!(std::fs::read(directory.path().join("old")).unwrap(), b"text");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2);
@@ -256,7 +265,7 @@ fn a_read_only_share_answers_as_a_read_only_mount() {
 struct Willing;
 
 impl FileSystem for Willing {
-    fn access(&self, _: &Context, _: NodeId, _: u32) -> Result<(), Errno> {
+    fn access(&self, _: &Context, _: NodeId, _: &Access) -> Result<(), Errno> {
         Ok(())
     }
 }
@@ -266,7 +275,7 @@ fn the_read_only_wrapper_passes_on_nothing_that_it_does_not_list() {
     // What has no method of its own in a wrapper is served by the file system below it.
     assert!(NullStore::new(Willing, Duration::ZERO).below().is_ok());
     assert_eq!(ReadOnly::new(Willing).below().map(drop), Err(Errno::NOSYS));
-    assert_eq!(ReadOnly::new(Willing).access(&context(), NodeId::ROOT, 4), Ok(()));
+    assert_eq!(ReadOnly::new(Willing).access(&context(), NodeId::ROOT, &Access { mask: 4 }), Ok(()));
 }
 
 #[test]
@@ -290,12 +299,14 @@ fn a_read_only_share_keeps_its_access_times() {
         let fs = passthrough(open(directory.path()), open("/proc/self/fd".as_ref()), config);
         let fs = ReadOnly::new(fs);
         let node = look_up(&fs, c"file").unwrap().node;
-        let opened = fs.open(&context(), node, READ, OpenRequestFlags::empty()).unwrap();
+        let opened = fs.open(&context(), node, &open_with(READ)).unwrap();
         assert_eq!(read(&fs, node, opened.handle, 0, 4), b"text");
         let dir = look_up(&fs, c"dir").unwrap().node;
-        let listing = fs.opendir(&context(), dir, 0).unwrap().handle;
+        let listing = fs.opendir(&context(), dir, &Opendir { flags: 0 }).unwrap().handle;
         let mut buffer = Vec::new();
-        fs.readdir(&context(), dir, listing, 0, &mut DirectoryWriter::new(&mut buffer, 4096, false)).unwrap();
+        let readdir = Readdir { handle: listing, offset: 0, size: 4096, plus: false };
+        let mut writer = DirectoryWriter::new(&mut buffer, 4096, false);
+        fs.readdir(&context(), dir, &readdir, &mut writer).unwrap();
         for name in &names {
             let read_at = std::os::unix::fs::MetadataExt::atime(&std::fs::metadata(name).unwrap());
             assert_eq!(read_at == 1000, readonly, "{name:?} was read at {read_at}");

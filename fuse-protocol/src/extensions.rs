@@ -1,14 +1,14 @@
-//! What creating requests carry behind their arguments: the supplementary group that matters, and
-//! security labels for what is created.
+//! Extensions of creating requests, behind their arguments: the supplementary group that matters, and
+//! security labels for the new inode.
 
-use std::ffi::CStr;
+use core::ffi::CStr;
 
 use zerocopy::FromBytes;
 
-use super::abi;
-use super::decode::DecodeError;
-use super::ids::GuestGid;
-use super::opcode::Opcode;
+use crate::abi;
+use crate::decode::DecodeError;
+use crate::ids::GuestGid;
+use crate::opcode::Opcode;
 
 /// Extension types below this are the number of labels in it.
 const LABEL_TYPES: u32 = abi::EXT_GROUPS;
@@ -46,16 +46,16 @@ impl<'a> Labels<'a> {
     }
 }
 
-/// What the extensions of a request say.
+/// The extensions of a request.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Extensions<'a> {
+pub(crate) struct Extensions<'a> {
     pub group: Option<GuestGid>,
     pub labels: Labels<'a>,
 }
 
 impl<'a> Extensions<'a> {
-    /// Reads the extensions in `bytes`. Those of unknown types are passed over.
-    pub(super) fn parse(opcode: Opcode, bytes: &'a [u8]) -> Result<Extensions<'a>, DecodeError> {
+    /// Reads the extensions in `bytes`. Unknown types are skipped.
+    pub(crate) fn parse(opcode: Opcode, bytes: &'a [u8]) -> Result<Extensions<'a>, DecodeError> {
         Extensions::read(bytes).ok_or(DecodeError::Extensions(opcode))
     }
 
@@ -100,13 +100,17 @@ fn take_label(bytes: &[u8]) -> Option<(Label<'_>, &[u8])> {
     let value_at = name.count_bytes().checked_add(1)?;
     let end = value_at.checked_add(usize::try_from(header.size).ok()?)?;
     let value = rest.get(value_at..end)?;
-    // Each label is padded, but for one that nothing follows.
+    // Each label but the last is padded.
     let used = size_of::<abi::Secctx>().checked_add(end)?.checked_next_multiple_of(abi::RECORD_ALIGN)?;
     Some((Label { name, value }, bytes.get(used..).unwrap_or_default()))
 }
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
+    use std::vec::Vec;
+
     use super::*;
     use proptest::prelude::*;
     use zerocopy::IntoBytes;
@@ -142,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_add_up_is_refused() {
+    fn malformed_extensions_are_refused() {
         let good = extension(&[(c"security.selinux", b"label")]);
         assert!(Extensions::parse(Opcode::Mkdir, &good).is_ok());
         for (at, value) in [(0, 200), (0, 3), (4, 2), (8, 200), (8, 255)] {
@@ -155,7 +159,7 @@ mod tests {
     }
 
     proptest! {
-        /// Total, and what a request says it has is there.
+        /// Total, and a request has as many labels as it declares.
         #[test]
         fn any_bytes_are_read_or_refused(typ in 0u32..40, tail in proptest::collection::vec(any::<u8>(), 0..100)) {
             let size = u32::try_from(tail.len() + 8).unwrap();

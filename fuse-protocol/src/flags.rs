@@ -191,7 +191,7 @@ bitflags! {
         const COMPAT = 1 << 0;
         /// The server may have the caller's memory read and written as it likes (CUSE only).
         const UNRESTRICTED = 1 << 1;
-        /// The call is to be made again (in replies only).
+        /// The guest makes the call again (in replies only).
         const RETRY = 1 << 2;
         /// The caller is a 32-bit program.
         const _32BIT = 1 << 3;
@@ -199,6 +199,29 @@ bitflags! {
         const DIR = 1 << 4;
         /// The caller is an x32 program.
         const COMPAT_X32 = 1 << 5;
+    }
+
+    /// `FUSE_POLL_*`.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct PollFlags: u32 {
+        /// The guest waits for a NOTIFY_POLL.
+        const SCHEDULE_NOTIFY = 1 << 0;
+    }
+
+    /// `FUSE_SETUPMAPPING_FLAG_*`.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct SetupMappingFlags: u64 {
+        /// The guest writes through the mapping.
+        const WRITE = 1 << 0;
+        /// The guest reads through the mapping.
+        const READ = 1 << 1;
+    }
+
+    /// Flags of NOTIFY_INVAL_ENTRY.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct InvalEntryFlags: u32 {
+        /// `FUSE_EXPIRE_ONLY`: the entry is looked up again, not dropped.
+        const EXPIRE_ONLY = 1 << 0;
     }
 
     /// `FUSE_FSYNC_*`.

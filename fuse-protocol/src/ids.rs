@@ -1,13 +1,13 @@
-//! Numbers that a guest hands us, each a type of its own so that none is taken for another.
+//! Numbers that name something, each a type of its own so that none is mistaken for another.
 
-use super::abi;
+use crate::abi;
 
-/// Names an inode in the session between one guest and the daemon.
+/// Names an inode in a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(pub u64);
 
 impl NodeId {
-    /// The share's root, which every guest knows without a LOOKUP.
+    /// The root, which needs no LOOKUP.
     pub const ROOT: NodeId = NodeId(abi::ROOT_ID);
 }
 
@@ -23,10 +23,10 @@ pub struct LockOwner(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Unique(pub u64);
 
-/// A user id as the guest knows it.
+/// A user id in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestUid(pub u32);
 
-/// A group id as the guest knows it.
+/// A group id in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestGid(pub u32);

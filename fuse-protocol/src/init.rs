@@ -1,22 +1,25 @@
-//! INIT: what guest and daemon agree on for a session.
+//! INIT: version and flags of a session, negotiated between guest and server.
+//!
+//! [`negotiate`] makes a reply that suits a virtio-fs device; a server with other limits changes the fields of
+//! [`Negotiated`] before it sends them.
 
 use thiserror::Error;
 
-use super::abi;
-use super::flags::InitFlags;
-use super::request::Init;
+use crate::abi;
+use crate::flags::InitFlags;
+use crate::request::Init;
 
 /// Pages of the longest request that is served, in pages of [`PAGE_SIZE`] bytes: for Linux, which cuts it
 /// down to what its ring and its `fs.fuse.max_pages_limit` allow.
 pub const MAX_PAGES: u16 = 4096;
-/// The same for other guests, which may take it at its word and then meet limits of their own: the Windows
+/// The same for other guests, which may use it all and then meet limits of their own: the Windows
 /// driver refuses requests of more than 1024 pages, headers included. Linux had this limit up to 6.12.
 const CAREFUL_PAGES: u16 = 256;
 /// Unit of [`MAX_PAGES`] in bytes.
 pub const PAGE_SIZE: u32 = 4096;
 /// Bytes of the longest WRITE of all guests.
 pub const MAX_WRITE: u32 = MAX_PAGES as u32 * PAGE_SIZE;
-/// Pages of the longest request when the guest does not know MAX_PAGES (`FUSE_DEFAULT_MAX_PAGES_PER_REQ`).
+/// Pages of the longest request when the guest lacks MAX_PAGES (`FUSE_DEFAULT_MAX_PAGES_PER_REQ`).
 const DEFAULT_PAGES: u32 = 32;
 /// Requests that the guest may send in the background (readahead, writeback, asynchronous I/O).
 const MAX_BACKGROUND: u16 = 1024;
@@ -55,6 +58,20 @@ pub struct Layout {
     pub extensions: bool,
     /// OPEN and CREATE say how to open (HANDLE_KILLPRIV_V2).
     pub open_flags: bool,
+}
+
+impl Layout {
+    /// The layout that goes with a minor version and the flags that were agreed on.
+    pub fn new(minor: u32, flags: InitFlags) -> Layout {
+        let labels = flags.contains(InitFlags::SECURITY_CTX);
+        let announces = minor >= MINOR_EXTENSIONS;
+        Layout {
+            long_setxattr: flags.contains(InitFlags::SETXATTR_EXT),
+            trailing_labels: labels && !announces,
+            extensions: flags.contains(InitFlags::CREATE_SUPP_GROUP) || (labels && announces),
+            open_flags: flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
+        }
+    }
 }
 
 /// What both sides agreed on.
@@ -117,14 +134,7 @@ pub fn major_mismatch() -> abi::InitOut {
 impl Negotiated {
     /// How requests are laid out.
     pub fn layout(&self) -> Layout {
-        let labels = self.flags.contains(InitFlags::SECURITY_CTX);
-        let announces = self.minor >= MINOR_EXTENSIONS;
-        Layout {
-            long_setxattr: self.flags.contains(InitFlags::SETXATTR_EXT),
-            trailing_labels: labels && !announces,
-            extensions: self.flags.contains(InitFlags::CREATE_SUPP_GROUP) || (labels && announces),
-            open_flags: self.flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
-        }
+        Layout::new(self.minor, self.flags)
     }
 
     /// The reply's body.
@@ -156,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn truncating_opens_need_a_guest_that_tells_of_set_id_bits() {
+    fn truncating_opens_need_a_guest_with_killpriv_v2() {
         let agreed = |guest| negotiate(&init(36, guest), InitFlags::all()).unwrap().unwrap().flags;
         assert!(!agreed(InitFlags::ATOMIC_O_TRUNC).contains(InitFlags::ATOMIC_O_TRUNC));
         let both = InitFlags::ATOMIC_O_TRUNC | InitFlags::HANDLE_KILLPRIV_V2;
@@ -164,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn takes_what_both_want() {
+    fn the_flags_of_both_sides_are_negotiated() {
         let guest = InitFlags::ASYNC_READ | InitFlags::POSIX_LOCKS | InitFlags::MAX_PAGES;
         let offered = InitFlags::ASYNC_READ | InitFlags::SUBMOUNTS;
         let agreed = negotiate(&init(31, guest), offered).unwrap().unwrap();
@@ -213,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_the_old_and_corrects_the_new() {
+    fn older_versions_are_refused_and_newer_ones_corrected() {
         for (major, minor) in [(6, 50), (7, 26), (7, 0)] {
             let old = Init { major, minor, max_readahead: 0, flags: InitFlags::empty() };
             assert_eq!(negotiate(&old, InitFlags::all()), Err(InitError::TooOld { major, minor }));

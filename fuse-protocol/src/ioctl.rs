@@ -1,13 +1,14 @@
 //! IOCTL: the commands that read and change the flags of a file (chattr(1), lsattr(1)).
 //!
-//! All others are for devices and for file systems' own tools, and ENOTTY. From Linux 5.13 on the guest's
+//! All others are for devices and for file systems' own tools, and get ENOTTY. From Linux 5.13 on the guest's
 //! kernel sends these four by itself, with sizes of its own; older ones pass on what a program asks for.
 
-use rustix::io::Errno;
+use thiserror::Error;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::flags::IoctlFlags;
-use super::request::Ioctl;
+use crate::errno::Errno;
+use crate::flags::IoctlFlags;
+use crate::request::Ioctl;
 
 /// `FS_IOC_GETFLAGS` as 64-bit programs have it, by the size of a C long. The kernel has always moved an int.
 pub const GETFLAGS: u32 = 0x8008_6601;
@@ -41,7 +42,7 @@ pub struct FileAttributes {
     pub projid: u32,
     /// Bytes by which copies grow.
     pub cowextsize: u32,
-    /// Nothing so far.
+    /// Zero.
     pub padding: [u8; 8],
 }
 
@@ -58,7 +59,7 @@ pub enum Command {
     SetAttributes(FileAttributes),
 }
 
-/// What a command gives back.
+/// The result of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reply {
     /// Nothing.
@@ -69,11 +70,34 @@ pub enum Reply {
     Attributes(FileAttributes),
 }
 
-impl Command {
-    /// The command of an IOCTL: ENOTTY for one that is not served, EINVAL for sizes that are not the
-    /// command's.
-    pub fn decode(ioctl: &Ioctl<'_>) -> Result<Command, Errno> {
-        let Ioctl { flags, command, data, room, .. } = *ioctl;
+/// Why an IOCTL is no [`Command`].
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum IoctlError {
+    /// No command here has its number.
+    #[error("ioctl {0:#x} is unknown")]
+    Unknown(u32),
+    /// The caller hands in, or has room for, another number of bytes than the command takes.
+    #[error("ioctl {0:#x} has arguments of a wrong size")]
+    Size(u32),
+    /// It asks for access to the caller's memory ([`IoctlFlags::UNRESTRICTED`]).
+    #[error("ioctl {0:#x} is unrestricted")]
+    Unrestricted(u32),
+}
+
+impl IoctlError {
+    /// The error for the reply.
+    pub fn errno(self) -> Errno {
+        match self {
+            IoctlError::Unknown(_) => Errno::NOTTY,
+            IoctlError::Size(_) | IoctlError::Unrestricted(_) => Errno::INVAL,
+        }
+    }
+}
+
+impl Ioctl<'_> {
+    /// The command that it is.
+    pub fn command(&self) -> Result<Command, IoctlError> {
+        let Ioctl { flags, command, data, room, .. } = *self;
         let takes_flags = matches!(room, 4 | 8);
         let takes_attributes = usize::try_from(room).is_ok_and(|room| room == size_of::<FileAttributes>());
         let decoded = match command {
@@ -81,12 +105,16 @@ impl Command {
             SETFLAGS | SETFLAGS_32 => flags_in(data).map(Command::SetFlags),
             FSGETXATTR => takes_attributes.then_some(Command::GetAttributes),
             FSSETXATTR => FileAttributes::read_from_bytes(data).ok().map(Command::SetAttributes),
-            _ => return Err(Errno::NOTTY),
+            _ => return Err(IoctlError::Unknown(command)),
         };
-        // Nothing asks for the memory of any caller.
-        decoded.filter(|_| !flags.contains(IoctlFlags::UNRESTRICTED)).ok_or(Errno::INVAL)
+        if flags.contains(IoctlFlags::UNRESTRICTED) {
+            return Err(IoctlError::Unrestricted(command));
+        }
+        decoded.ok_or(IoctlError::Size(command))
     }
+}
 
+impl Command {
     /// Whether the file may change.
     pub fn changes(self) -> bool {
         matches!(self, Command::SetFlags(_) | Command::SetAttributes(_))
@@ -112,13 +140,17 @@ impl Reply {
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
+    use std::vec;
+
     use super::*;
     use crate::ids::HandleId;
     use proptest::prelude::*;
 
     fn decode(command: u32, data: &[u8], room: u32) -> Result<Command, Errno> {
         let flags = IoctlFlags::empty();
-        Command::decode(&Ioctl { handle: HandleId(1), flags, command, data, room })
+        Ioctl { handle: HandleId(1), flags, command, data, room }.command().map_err(IoctlError::errno)
     }
 
     #[test]
@@ -144,15 +176,15 @@ mod tests {
     }
 
     #[test]
-    fn the_callers_memory_is_left_alone() {
+    fn unrestricted_ioctls_are_refused() {
         let flags = IoctlFlags::UNRESTRICTED;
         let ioctl = Ioctl { handle: HandleId(1), flags, command: GETFLAGS, data: &[], room: 8 };
-        assert_eq!(Command::decode(&ioctl), Err(Errno::INVAL));
+        assert_eq!(ioctl.command(), Err(IoctlError::Unrestricted(GETFLAGS)));
     }
 
     proptest! {
         #[test]
-        fn all_others_are_no_typewriter(command: u32, data in proptest::collection::vec(any::<u8>(), 0..40), room: u32) {
+        fn other_commands_are_unknown(command: u32, data in proptest::collection::vec(any::<u8>(), 0..40), room: u32) {
             let known = [GETFLAGS, SETFLAGS, GETFLAGS_32, SETFLAGS_32, FSGETXATTR, FSSETXATTR];
             let answer = decode(command, &data, room);
             prop_assert_eq!(answer == Err(Errno::NOTTY), !known.contains(&command));

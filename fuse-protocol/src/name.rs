@@ -1,15 +1,16 @@
-//! Names in requests. Past this module a name is known to be one safe path component.
+//! Names in requests. A [`Name`] is one safe path component.
 
-use std::ffi::CStr;
+use core::ffi::CStr;
 
-use rustix::io::Errno;
 use thiserror::Error;
+
+use crate::errno::Errno;
 
 /// Longest name of a directory entry in bytes (`FUSE_NAME_MAX`). Most file systems take 255; where names are
 /// in UTF-16 on the disk (NTFS, CIFS, exFAT) those of 255 characters may have 765 bytes.
 pub const NAME_MAX: usize = 1024;
 
-/// Why bytes are no [`Name`].
+/// Why bytes are not a [`Name`].
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum NameError {
     /// No bytes at all.
@@ -22,12 +23,12 @@ pub enum NameError {
     #[error("a name holds a slash")]
     Slash,
     /// More than [`NAME_MAX`] bytes.
-    #[error("a name is longer than 1024 bytes")]
+    #[error("a name is longer than {NAME_MAX} bytes")]
     TooLong,
 }
 
 impl NameError {
-    /// The errno that the guest gets.
+    /// The error for the reply.
     pub fn errno(self) -> Errno {
         match self {
             NameError::TooLong => Errno::NAMETOOLONG,
@@ -83,12 +84,16 @@ impl<'a> LookupName<'a> {
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
+    use std::ffi::CString;
+    use std::vec;
+
     use super::*;
     use proptest::prelude::*;
-    use std::ffi::CString;
 
     #[test]
-    fn refuses_what_is_no_component() {
+    fn other_than_one_component_is_refused() {
         let long = CString::new(vec![b'a'; 1025]).unwrap();
         for (name, error) in [
             (c"", NameError::Empty),

@@ -1,8 +1,8 @@
-//! Request numbers.
+//! Opcodes.
 
 macro_rules! opcodes {
     ($($name:ident = $value:literal, $c_name:literal;)*) => {
-        /// What a request asks for (`enum fuse_opcode`).
+        /// The kind of a request (`enum fuse_opcode`).
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u32)]
         #[allow(missing_docs, reason = "the names are the kernel's")]
@@ -78,7 +78,7 @@ opcodes! {
 }
 
 impl Opcode {
-    /// Whether the guest waits for no answer.
+    /// Whether the server sends no reply.
     pub fn has_no_reply(self) -> bool {
         matches!(self, Opcode::Forget | Opcode::BatchForget)
     }

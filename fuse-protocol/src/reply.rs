@@ -1,11 +1,21 @@
-//! Replies: typed values to the bytes that follow the reply's header.
+//! Replies: typed values to bytes.
+//!
+//! A reply is a header and, without an error, a body. Each kind of body is a type with [`ReplyBody`].
 
-use std::time::Duration;
+mod body;
+mod directory;
+
+use alloc::vec::Vec;
+use core::time::Duration;
 
 use zerocopy::IntoBytes;
 
-use super::abi;
-use super::ids::NodeId;
+pub use self::body::{Block, Copied, Events, Offset, ReplyBody, Written};
+pub use self::directory::{DirectoryEntry, DirectoryWriter, Full};
+use crate::abi;
+use crate::errno::Errno;
+use crate::flags::OpenReplyFlags;
+use crate::ids::{HandleId, NodeId, Unique};
 
 /// Bytes of the header in front of every reply.
 pub const OUT_HEADER_SIZE: usize = size_of::<abi::OutHeader>();
@@ -81,119 +91,50 @@ impl StatxReply {
     }
 }
 
-/// One entry of a directory.
-#[derive(Clone, Copy, Debug)]
-pub struct DirectoryEntry<'a> {
-    /// Inode number on the host.
-    pub ino: u64,
-    /// Where the next READDIR goes on after this entry.
-    pub next_offset: u64,
-    /// `DT_*` type.
-    pub kind: u32,
-    /// The name; `.` and `..` may be among them.
-    pub name: &'a [u8],
-}
-
-/// The reply had no room for another record.
+/// A file or directory that was opened: its handle and how the guest is to treat it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Full;
-
-/// Collects the records of a READDIR or READDIRPLUS reply.
-#[derive(Debug)]
-pub struct DirectoryWriter<'a> {
-    buffer: &'a mut Vec<u8>,
-    limit: usize,
-    plus: bool,
+pub struct Opened {
+    /// The new handle.
+    pub handle: HandleId,
+    /// Flags of the reply.
+    pub flags: OpenReplyFlags,
 }
 
-impl<'a> DirectoryWriter<'a> {
-    /// Appends to `buffer`, which is emptied first, up to `limit` bytes. With `plus` every record
-    /// carries an [`Entry`].
-    pub fn new(buffer: &'a mut Vec<u8>, limit: usize, plus: bool) -> DirectoryWriter<'a> {
-        buffer.clear();
-        DirectoryWriter { buffer, limit, plus }
-    }
-
-    /// Whether READDIRPLUS was asked for.
-    pub fn plus(&self) -> bool {
-        self.plus
-    }
-
-    /// Whether nothing was added so far.
-    pub fn is_empty(&self) -> bool {
-        self.buffer.is_empty()
-    }
-
-    /// Bytes that are left for records.
-    pub fn room(&self) -> usize {
-        self.limit.saturating_sub(self.buffer.len())
-    }
-
-    /// Whether a record for a name of `name_len` bytes still fits. To be asked before a lookup
-    /// that [`DirectoryWriter::push`] would otherwise waste.
-    pub fn fits(&self, name_len: usize) -> bool {
-        self.buffer.len() + self.record_size(name_len) <= self.limit
-    }
-
-    /// Adds a record. `found` is what READDIRPLUS tells about the inode; without it (and always
-    /// for `.` and `..`) the guest looks the name up when it needs it. READDIR ignores it.
-    pub fn push(&mut self, entry: &DirectoryEntry<'_>, found: Option<&Entry>) -> Result<(), Full> {
-        if !self.fits(entry.name.len()) {
-            return Err(Full);
-        }
-        let Ok(name_len) = u32::try_from(entry.name.len()) else { return Err(Full) };
-        if self.plus {
-            let out = found.map(Entry::to_wire).unwrap_or_default();
-            self.buffer.extend_from_slice(out.as_bytes());
-        }
-        let dirent =
-            abi::Dirent { ino: entry.ino, off: entry.next_offset, namelen: name_len, typ: entry.kind };
-        self.buffer.extend_from_slice(dirent.as_bytes());
-        self.buffer.extend_from_slice(entry.name);
-        self.buffer.resize(self.buffer.len().next_multiple_of(abi::RECORD_ALIGN), 0);
-        Ok(())
-    }
-
-    fn record_size(&self, name_len: usize) -> usize {
-        let fixed = if self.plus { size_of::<abi::Direntplus>() } else { size_of::<abi::Dirent>() };
-        (fixed + name_len).next_multiple_of(abi::RECORD_ALIGN)
+impl Opened {
+    /// The reply's body.
+    pub fn to_wire(&self) -> abi::OpenOut {
+        abi::OpenOut { fh: self.handle.0, open_flags: self.flags.bits(), backing_id: 0 }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
+/// An answer to GETXATTR or LISTXATTR.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum XattrReply {
+    /// The caller only asked how many bytes there are.
+    Size(u32),
+    /// The bytes.
+    Data(Vec<u8>),
+}
 
-    fn entry(name: &[u8]) -> DirectoryEntry<'_> {
-        DirectoryEntry { ino: 7, next_offset: 9, kind: 8, name }
-    }
+/// The header of a reply to request `unique` whose body has `body` bytes, or that reports an error.
+pub fn header(unique: Unique, result: Result<usize, Errno>) -> abi::OutHeader {
+    let (error, body) = match result {
+        Ok(body) => (0, body),
+        Err(errno) => (-errno.raw(), 0),
+    };
+    let len = u32::try_from(OUT_HEADER_SIZE.saturating_add(body)).unwrap_or(u32::MAX);
+    abi::OutHeader { len, error, unique: unique.0 }
+}
 
-    #[test]
-    fn a_full_reply_takes_no_part_of_a_record() {
-        let mut buffer = vec![1, 2, 3];
-        let mut writer = DirectoryWriter::new(&mut buffer, 24 + 8, false);
-        assert!(writer.is_empty());
-        assert_eq!(writer.push(&entry(b"eleven_char"), None), Err(Full));
-        assert_eq!(writer.push(&entry(b"eight_ch"), None), Ok(()));
-        assert_eq!(writer.push(&entry(b""), None), Err(Full));
-        assert_eq!(buffer.len(), 32);
-        assert_eq!(&buffer[24..], b"eight_ch");
-    }
-
-    proptest! {
-        #[test]
-        fn records_never_pass_the_limit(
-            limit in 0usize..2000, plus: bool, names in proptest::collection::vec(0usize..255, 0..40),
-        ) {
-            let mut buffer = Vec::new();
-            let mut writer = DirectoryWriter::new(&mut buffer, limit, plus);
-            for len in names {
-                let fits = writer.fits(len);
-                prop_assert_eq!(writer.push(&entry(&vec![b'x'; len]), None).is_ok(), fits);
-            }
-            prop_assert!(buffer.len() <= limit);
-            prop_assert_eq!(buffer.len() % 8, 0);
-        }
+/// The whole reply to request `unique`.
+pub fn encode<T: ReplyBody>(unique: Unique, result: Result<&T, Errno>) -> Vec<u8> {
+    match result {
+        Ok(body) => body.with_bytes(|pieces| {
+            let len = pieces.iter().map(|piece| piece.len()).sum();
+            let mut reply = header(unique, Ok(len)).as_bytes().to_vec();
+            pieces.iter().for_each(|piece| reply.extend_from_slice(piece));
+            reply
+        }),
+        Err(errno) => header(unique, Err(errno)).as_bytes().to_vec(),
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use lanefsd::config::DeviceConfig;
 use lanefsd::device::backend::Backend;
-use lanefsd::service::Service;
+use lanefsd::server::Server;
 use lanefsd_memory_fs::MemoryFs;
 use vhost::vhost_user::BackendReqHandler;
 
@@ -50,7 +50,7 @@ pub fn converse(data: &[u8]) {
     machine.reset();
     let before = (descriptors(), threads());
     let memory = MemoryFs::new(CAPACITY);
-    let service = Arc::new(Service::new(Arc::new(memory.clone())));
+    let server = Arc::new(Server::new(Arc::new(memory.clone())));
     let mut input = Input::new(data);
     let choice = input.byte();
     let config = DeviceConfig {
@@ -59,7 +59,7 @@ pub fn converse(data: &[u8]) {
         thread_pool_size: if choice & 2 != 0 { 4 } else { 0 },
         poll_time: Duration::from_micros(if choice & 4 != 0 { 20 } else { 0 }),
     };
-    talk(&mut input, machine, &config, &service);
+    talk(&mut input, machine, &config, &server);
     assert_eq!(memory.open_handles(), 0);
     assert!(memory.lookups().is_empty());
     assert_eq!(memory.held_locks(), 0);
@@ -67,10 +67,10 @@ pub fn converse(data: &[u8]) {
 }
 
 /// One front end from its coming to its leaving.
-fn talk(input: &mut Input<'_>, machine: &Machine, config: &DeviceConfig, service: &Arc<Service>) {
+fn talk(input: &mut Input<'_>, machine: &Machine, config: &DeviceConfig, server: &Arc<Server>) {
     let (mut ours, theirs) = UnixStream::pair().expect("a pair of sockets");
     // The replies of at most MAX_STEPS messages are read by nobody; they find room in the socket.
-    let backend = Backend::new(config, Arc::clone(service)).expect("a device");
+    let backend = Backend::new(config, Arc::clone(server)).expect("a device");
     let backend = Arc::new(Mutex::new(backend));
     let mut handler = BackendReqHandler::from_stream(theirs, Arc::clone(&backend));
     for _ in 0..MAX_STEPS {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fuse_protocol::abi;
-use fuse_protocol::decode::{IN_HEADER_SIZE, argument_bytes};
+use fuse_protocol::decode::{IN_HEADER_SIZE, RawHeader};
 use fuse_protocol::ids::NodeId;
 use fuse_protocol::init::Layout;
 use fuse_protocol::opcode::Opcode;
@@ -15,7 +15,7 @@ use fuse_protocol::request::{Operation, Request};
 use lanefsd::fs::FileSystem;
 use lanefsd::fs::null::NullStore;
 use lanefsd::fs::read_only::ReadOnly;
-use lanefsd::service::{Scratch, Service};
+use lanefsd::server::{Scratch, Server};
 use lanefsd_memory_fs::MemoryFs;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -67,9 +67,9 @@ pub struct Setting {
     pub waits_end: bool,
 }
 
-struct Server {
+struct Driver {
     setting: Setting,
-    service: Service,
+    server: Server,
     scratch: Scratch,
     guest: Guest,
     unique: u64,
@@ -103,19 +103,19 @@ impl Ground for MemoryFs {
 
 /// Serves the requests that `input` tells, and looks at the ground meanwhile.
 pub fn run(input: &mut Input<'_>, setting: Setting) {
-    let service = Service::new(Arc::clone(&setting.fs));
+    let server = Server::new(Arc::clone(&setting.fs));
     let (scratch, guest) = (Scratch::default(), Guest::default());
-    let mut server = Server { setting, service, scratch, guest, unique: 1 };
+    let mut driver = Driver { setting, server, scratch, guest, unique: 1 };
     let mut steps = 0;
     while !input.is_empty() && steps < MAX_REQUESTS {
         steps += 1;
-        server.step(input);
+        driver.step(input);
     }
-    server.service.end_session();
-    server.setting.ground.at_end();
+    driver.server.end_session();
+    driver.setting.ground.at_end();
 }
 
-impl Server {
+impl Driver {
     fn step(&mut self, input: &mut Input<'_>) {
         let kind = input.byte();
         if kind == GROUND && self.setting.ground.disturb(input) {
@@ -175,12 +175,12 @@ impl Server {
         let mut input = Buffers::new(message, cuts[0]);
         let mut output = Buffers::room(room, cuts[1]);
         let mut reader = input.reader();
-        let header = Service::read_header(&mut reader)?;
-        let len = self.service.serve(&header, reader, output.writer(), &mut self.scratch) as usize;
+        let header = Server::read_header(&mut reader)?;
+        let len = self.server.serve(&header, reader, output.writer(), &mut self.scratch) as usize;
         let mut reply = output.contents();
         assert_eq!(input.contents(), message, "the request was changed");
         assert!(len <= room, "a reply longer than its room");
-        let opcode = Opcode::from_number(header.opcode);
+        let (opcode, header) = (header.opcode(), *header.wire());
         if len == 0 {
             assert!(room < OUT_HEADER_SIZE || opcode.is_some_and(Opcode::has_no_reply));
             assert!(reply.iter().all(|byte| *byte == FILLER), "written without a reply");
@@ -245,9 +245,10 @@ impl Server {
     }
 
     fn forget(&mut self, header: &abi::InHeader, message: &[u8]) {
-        let Ok(count) = argument_bytes(header, message.len()) else { return };
+        let header = RawHeader::from(*header);
+        let Ok(count) = header.argument_bytes(message.len()) else { return };
         let arguments = &message[IN_HEADER_SIZE..IN_HEADER_SIZE + count];
-        let Ok(request) = Request::decode(header, arguments, Layout::default()) else { return };
+        let Ok(request) = Request::decode(&header, arguments, Layout::default()) else { return };
         let mut take = |node: NodeId, count: u64| {
             if let Some(held) = self.guest.lookups.get_mut(&node) {
                 *held = held.saturating_sub(count);
@@ -255,8 +256,8 @@ impl Server {
             self.guest.lookups.retain(|_, held| *held > 0);
         };
         match request.operation {
-            Operation::Forget { nlookup } => take(request.header.node, nlookup),
-            Operation::BatchForget { items } => items.iter().for_each(|(node, count)| take(node, count)),
+            Operation::Forget(forget) => take(request.header.node, forget.nlookup),
+            Operation::BatchForget(items) => items.iter().for_each(|(node, count)| take(node, count)),
             _ => {}
         }
     }

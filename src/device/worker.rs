@@ -23,6 +23,7 @@ use crate::blocking::{Hook, HookGuard, take_blocked};
 use crate::logging::{info_limited, warn_limited};
 use crate::service::{Scratch, Service};
 use crate::sys::memory;
+use fuse_protocol::ids::Unique;
 
 /// How long a worker is idle or parked before it exits.
 const LINGER: Duration = Duration::from_secs(10);
@@ -51,7 +52,7 @@ pub(super) struct Crew {
 /// A request that is served apart.
 #[derive(Debug)]
 struct Apart {
-    unique: u64,
+    unique: Unique,
     head: u16,
     /// It was to wait on when the queue was stopped.
     put_back: bool,
@@ -286,7 +287,7 @@ impl Crew {
             return Some(Done { head, written: 0 });
         };
         let written = if Service::may_wait_for_others(&header) {
-            if self.serve_apart(head, header.unique) {
+            if self.serve_apart(head, header.unique()) {
                 return None;
             }
             Service::refuse(&header, output, Errno::NOLCK)
@@ -298,7 +299,7 @@ impl Crew {
 
     /// Serves a chain on a thread of its own, since it may have to wait for another request.
     /// Returns false if there are too many of these already.
-    fn serve_apart(self: &Arc<Self>, head: u16, unique: u64) -> bool {
+    fn serve_apart(self: &Arc<Self>, head: u16, unique: Unique) -> bool {
         if !self.worker_count.begin_apart() {
             return false;
         }
@@ -354,7 +355,7 @@ impl Crew {
         if let Ok((mut input, output)) = kit.chain.walk(&memory, self.queue.layout(), head)
             && let Some(header) = Service::read_header(&mut input)
         {
-            if self.serve_apart(head, header.unique) {
+            if self.serve_apart(head, header.unique()) {
                 return;
             }
             written = Service::refuse(&header, output, Errno::NOLCK);

@@ -1,30 +1,41 @@
-//! What a file system offers to a guest, whatever stands behind it.
+//! The interface between the server and a file system.
 //!
-//! [`FileSystem`] has one method per FUSE operation; all take `&self`, since many workers call at
-//! once. A method that is not overridden passes the call on to the file system below, or answers ENOSYS.
+//! [`FileSystem`] has one method per FUSE operation; each takes the struct of its operation
+//! ([`fuse_protocol::request`]). All take `&self`, since many workers call at once. A method that is not
+//! overridden passes the call on to the file system below, or answers ENOSYS.
 
+mod agreement;
 pub mod null;
 pub mod passthrough;
 pub mod read_only;
 
-use std::ffi::CStr;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
+pub use self::agreement::Agreement;
 pub use crate::limits::DeviceDescriptors;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
+use fuse_protocol::abi;
 use fuse_protocol::extensions::Labels;
-use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
-use fuse_protocol::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
-use fuse_protocol::init::Negotiated;
-use fuse_protocol::ioctl::{Command, Reply};
-use fuse_protocol::name::{LookupName, Name};
+use fuse_protocol::flags::InitFlags;
+use fuse_protocol::ids::{GuestGid, GuestUid, NodeId, Unique};
+use fuse_protocol::ioctl;
 use fuse_protocol::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
-use fuse_protocol::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
-use fuse_protocol::{abi, request};
+pub use fuse_protocol::reply::{Opened, XattrReply};
+use fuse_protocol::request::{
+    self, Access, CopyFileRange, Create, Fallocate, Flush, Fsync, Getattr, Getxattr, Ioctl, Link, Listxattr,
+    Lock, Lookup, Lseek, Mkdir, Mknod, Open, Opendir, Read, Readdir, Release, Releasedir, Removexattr,
+    Rename, Rmdir, Setattr, Setxattr, Statx, Symlink, Tmpfile, Unlink, Write,
+};
 
 /// The errno that the guest gets, or a value.
 pub type Result<T> = std::result::Result<T, Errno>;
+
+/// An error of the protocol as the host's.
+pub fn errno(errno: fuse_protocol::errno::Errno) -> Errno {
+    Errno::from_raw_os_error(errno.raw())
+}
 
 /// What a wait ends with that [`FileSystem::put_back`] has ended; no guest gets it. (The number is
 /// Linux' ERESTARTSYS, which is for its inside, too.)
@@ -61,24 +72,6 @@ impl<'a> From<&request::Request<'a>> for Context<'a> {
     }
 }
 
-/// A file that was opened: its handle and how the guest is to treat it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Opened {
-    /// The new handle.
-    pub handle: HandleId,
-    /// Flags of the reply.
-    pub flags: OpenReplyFlags,
-}
-
-/// An answer to GETXATTR or LISTXATTR.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum XattrReply {
-    /// The caller only asked how many bytes there are.
-    Size(u32),
-    /// The bytes.
-    Data(Vec<u8>),
-}
-
 /// The operations of a file system that is served to a guest.
 pub trait FileSystem: Send + Sync {
     /// The file system that this one wraps: it serves what this one does not. Without one that is
@@ -97,11 +90,10 @@ pub trait FileSystem: Send + Sync {
         self.below().map_or(InitFlags::empty(), FileSystem::required_flags)
     }
 
-    /// A session begins; `negotiated` holds what guest and daemon agreed on.
-    fn init(&self, negotiated: &Negotiated) {
-        if let Ok(fs) = self.below() {
-            fs.init(negotiated);
-        }
+    /// What INIT negotiated: the server writes it, the file system reads it. ENOSYS for a file system that
+    /// does not need it.
+    fn agreement(&self) -> Result<&Arc<Agreement>> {
+        self.below()?.agreement()
     }
 
     /// The device has taken descriptors, or given some back: what is held for the guest is to leave it those
@@ -120,11 +112,11 @@ pub trait FileSystem: Send + Sync {
     }
 
     /// Finds an entry; its inode's lookup count goes up by one.
-    fn lookup(&self, ctx: &Context, parent: NodeId, name: LookupName<'_>) -> Result<Entry> {
-        self.below()?.lookup(ctx, parent, name)
+    fn lookup(&self, ctx: &Context, parent: NodeId, lookup: &Lookup<'_>) -> Result<Entry> {
+        self.below()?.lookup(ctx, parent, lookup)
     }
 
-    /// Takes `count` off the lookup count of an inode.
+    /// Takes `count` off the lookup count of an inode, for FORGET and each item of a BATCH_FORGET.
     fn forget(&self, node: NodeId, count: u64) {
         if let Ok(fs) = self.below() {
             fs.forget(node, count);
@@ -132,13 +124,13 @@ pub trait FileSystem: Send + Sync {
     }
 
     /// Attributes of an inode.
-    fn getattr(&self, ctx: &Context, node: NodeId, handle: Option<HandleId>) -> Result<Attributes> {
-        self.below()?.getattr(ctx, node, handle)
+    fn getattr(&self, ctx: &Context, node: NodeId, getattr: &Getattr) -> Result<Attributes> {
+        self.below()?.getattr(ctx, node, getattr)
     }
 
     /// Changes attributes and returns the new ones.
-    fn setattr(&self, ctx: &Context, node: NodeId, set: &Setattr) -> Result<Attributes> {
-        self.below()?.setattr(ctx, node, set)
+    fn setattr(&self, ctx: &Context, node: NodeId, setattr: &Setattr) -> Result<Attributes> {
+        self.below()?.setattr(ctx, node, setattr)
     }
 
     /// Extended attributes of an inode as statx(2) has them.
@@ -152,36 +144,28 @@ pub trait FileSystem: Send + Sync {
     }
 
     /// Creates a symbolic link.
-    fn symlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>, target: &CStr) -> Result<Entry> {
-        self.below()?.symlink(ctx, parent, name, target)
+    fn symlink(&self, ctx: &Context, parent: NodeId, symlink: &Symlink<'_>) -> Result<Entry> {
+        self.below()?.symlink(ctx, parent, symlink)
     }
 
     /// Creates a file of any type but directory and symbolic link.
-    fn mknod(
-        &self,
-        ctx: &Context,
-        parent: NodeId,
-        name: Name<'_>,
-        mode: u32,
-        rdev: u32,
-        umask: u32,
-    ) -> Result<Entry> {
-        self.below()?.mknod(ctx, parent, name, mode, rdev, umask)
+    fn mknod(&self, ctx: &Context, parent: NodeId, mknod: &Mknod<'_>) -> Result<Entry> {
+        self.below()?.mknod(ctx, parent, mknod)
     }
 
     /// Creates a directory.
-    fn mkdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>, mode: u32, umask: u32) -> Result<Entry> {
-        self.below()?.mkdir(ctx, parent, name, mode, umask)
+    fn mkdir(&self, ctx: &Context, parent: NodeId, mkdir: &Mkdir<'_>) -> Result<Entry> {
+        self.below()?.mkdir(ctx, parent, mkdir)
     }
 
     /// Removes a name that is no directory.
-    fn unlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
-        self.below()?.unlink(ctx, parent, name)
+    fn unlink(&self, ctx: &Context, parent: NodeId, unlink: &Unlink<'_>) -> Result<()> {
+        self.below()?.unlink(ctx, parent, unlink)
     }
 
     /// Removes an empty directory.
-    fn rmdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
-        self.below()?.rmdir(ctx, parent, name)
+    fn rmdir(&self, ctx: &Context, parent: NodeId, rmdir: &Rmdir<'_>) -> Result<()> {
+        self.below()?.rmdir(ctx, parent, rmdir)
     }
 
     /// Renames an entry of `parent`.
@@ -189,14 +173,14 @@ pub trait FileSystem: Send + Sync {
         self.below()?.rename(ctx, parent, rename)
     }
 
-    /// Makes `node` known as `name` in `new_parent` too.
-    fn link(&self, ctx: &Context, node: NodeId, new_parent: NodeId, name: Name<'_>) -> Result<Entry> {
-        self.below()?.link(ctx, node, new_parent, name)
+    /// Gives an inode another name, in `parent`.
+    fn link(&self, ctx: &Context, parent: NodeId, link: &Link<'_>) -> Result<Entry> {
+        self.below()?.link(ctx, parent, link)
     }
 
-    /// Opens a regular file; `flags` are `O_*`.
-    fn open(&self, ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
-        self.below()?.open(ctx, node, flags, open_flags)
+    /// Opens a regular file.
+    fn open(&self, ctx: &Context, node: NodeId, open: &Open) -> Result<Opened> {
+        self.below()?.open(ctx, node, open)
     }
 
     /// Creates (or opens, without O_EXCL) a regular file and opens it.
@@ -227,76 +211,60 @@ pub trait FileSystem: Send + Sync {
     }
 
     /// Closes a file handle.
-    fn release(
-        &self,
-        ctx: &Context,
-        node: NodeId,
-        handle: HandleId,
-        flags: ReleaseFlags,
-        owner: LockOwner,
-    ) -> Result<()> {
-        self.below()?.release(ctx, node, handle, flags, owner)
+    fn release(&self, ctx: &Context, node: NodeId, release: &Release) -> Result<()> {
+        self.below()?.release(ctx, node, release)
     }
 
     /// Makes a file durable.
-    fn fsync(&self, ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
-        self.below()?.fsync(ctx, node, handle, flags)
+    fn fsync(&self, ctx: &Context, node: NodeId, fsync: &Fsync) -> Result<()> {
+        self.below()?.fsync(ctx, node, fsync)
     }
 
     /// One descriptor of an open file was closed in the guest; drops the owner's POSIX locks.
-    fn flush(&self, ctx: &Context, node: NodeId, handle: HandleId, owner: LockOwner) -> Result<()> {
-        self.below()?.flush(ctx, node, handle, owner)
+    fn flush(&self, ctx: &Context, node: NodeId, flush: &Flush) -> Result<()> {
+        self.below()?.flush(ctx, node, flush)
     }
 
     /// Opens a directory.
-    fn opendir(&self, ctx: &Context, node: NodeId, flags: u32) -> Result<Opened> {
-        self.below()?.opendir(ctx, node, flags)
+    fn opendir(&self, ctx: &Context, node: NodeId, opendir: &Opendir) -> Result<Opened> {
+        self.below()?.opendir(ctx, node, opendir)
     }
 
-    /// Lists a directory from `offset` on until `out` is full. With `out.plus()` each entry but
-    /// `.` and `..` counts as looked up once.
+    /// Lists a directory until `out` is full. With `out.plus()` each entry but `.` and `..` counts as looked
+    /// up once.
     fn readdir(
         &self,
         ctx: &Context,
         node: NodeId,
-        handle: HandleId,
-        offset: u64,
+        readdir: &Readdir,
         out: &mut DirectoryWriter<'_>,
     ) -> Result<()> {
-        self.below()?.readdir(ctx, node, handle, offset, out)
+        self.below()?.readdir(ctx, node, readdir, out)
     }
 
     /// Closes a directory handle.
-    fn releasedir(&self, ctx: &Context, node: NodeId, handle: HandleId) -> Result<()> {
-        self.below()?.releasedir(ctx, node, handle)
+    fn releasedir(&self, ctx: &Context, node: NodeId, releasedir: &Releasedir) -> Result<()> {
+        self.below()?.releasedir(ctx, node, releasedir)
     }
 
     /// Makes a directory durable.
-    fn fsyncdir(&self, ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
-        self.below()?.fsyncdir(ctx, node, handle, flags)
+    fn fsyncdir(&self, ctx: &Context, node: NodeId, fsyncdir: &Fsync) -> Result<()> {
+        self.below()?.fsyncdir(ctx, node, fsyncdir)
     }
 
     /// access(2) for the caller.
-    fn access(&self, ctx: &Context, node: NodeId, mask: u32) -> Result<()> {
-        self.below()?.access(ctx, node, mask)
+    fn access(&self, ctx: &Context, node: NodeId, access: &Access) -> Result<()> {
+        self.below()?.access(ctx, node, access)
     }
 
-    /// fallocate(2); `mode` are `FALLOC_FL_*`.
-    fn fallocate(
-        &self,
-        ctx: &Context,
-        node: NodeId,
-        handle: HandleId,
-        mode: u32,
-        offset: u64,
-        length: u64,
-    ) -> Result<()> {
-        self.below()?.fallocate(ctx, node, handle, mode, offset, length)
+    /// fallocate(2).
+    fn fallocate(&self, ctx: &Context, node: NodeId, fallocate: &Fallocate) -> Result<()> {
+        self.below()?.fallocate(ctx, node, fallocate)
     }
 
-    /// lseek(2) for SEEK_DATA and SEEK_HOLE.
-    fn lseek(&self, ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {
-        self.below()?.lseek(ctx, node, handle, offset, whence)
+    /// lseek(2) for SEEK_DATA and SEEK_HOLE; returns the offset found.
+    fn lseek(&self, ctx: &Context, node: NodeId, lseek: &Lseek) -> Result<u64> {
+        self.below()?.lseek(ctx, node, lseek)
     }
 
     /// copy_file_range(2); returns the bytes copied.
@@ -309,32 +277,24 @@ pub trait FileSystem: Send + Sync {
         self.below()?.syncfs(ctx, node)
     }
 
-    /// setxattr(2); `flags` are `XATTR_*`.
-    fn setxattr(
-        &self,
-        ctx: &Context,
-        node: NodeId,
-        name: &CStr,
-        value: &[u8],
-        flags: u32,
-        acl_kill_sgid: bool,
-    ) -> Result<()> {
-        self.below()?.setxattr(ctx, node, name, value, flags, acl_kill_sgid)
+    /// setxattr(2).
+    fn setxattr(&self, ctx: &Context, node: NodeId, setxattr: &Setxattr<'_>) -> Result<()> {
+        self.below()?.setxattr(ctx, node, setxattr)
     }
 
     /// getxattr(2); `size` 0 asks for the length alone, a value longer than `size` is ERANGE.
-    fn getxattr(&self, ctx: &Context, node: NodeId, name: &CStr, size: u32) -> Result<XattrReply> {
-        self.below()?.getxattr(ctx, node, name, size)
+    fn getxattr(&self, ctx: &Context, node: NodeId, getxattr: &Getxattr<'_>) -> Result<XattrReply> {
+        self.below()?.getxattr(ctx, node, getxattr)
     }
 
     /// listxattr(2), with `size` as for [`FileSystem::getxattr`].
-    fn listxattr(&self, ctx: &Context, node: NodeId, size: u32) -> Result<XattrReply> {
-        self.below()?.listxattr(ctx, node, size)
+    fn listxattr(&self, ctx: &Context, node: NodeId, listxattr: &Listxattr) -> Result<XattrReply> {
+        self.below()?.listxattr(ctx, node, listxattr)
     }
 
     /// removexattr(2).
-    fn removexattr(&self, ctx: &Context, node: NodeId, name: &CStr) -> Result<()> {
-        self.below()?.removexattr(ctx, node, name)
+    fn removexattr(&self, ctx: &Context, node: NodeId, removexattr: &Removexattr<'_>) -> Result<()> {
+        self.below()?.removexattr(ctx, node, removexattr)
     }
 
     /// The lock that stands in the way of `lock`, or one of kind unlock.
@@ -353,13 +313,14 @@ pub trait FileSystem: Send + Sync {
         self.below()?.setlkw(ctx, node, lock)
     }
 
-    /// Reads or changes the flags of an open file or directory.
-    fn ioctl(&self, ctx: &Context, node: NodeId, handle: HandleId, command: Command) -> Result<Reply> {
-        self.below()?.ioctl(ctx, node, handle, command)
+    /// Reads or changes the flags of an open file or directory ([`Ioctl::command`]); ENOTTY for any other
+    /// command.
+    fn ioctl(&self, ctx: &Context, node: NodeId, ioctl: &Ioctl<'_>) -> Result<ioctl::Reply> {
+        self.below()?.ioctl(ctx, node, ioctl)
     }
 
-    /// Ends the wait of request `unique`. EAGAIN if it does not wait: it may not have come so far yet,
-    /// and the guest should try again.
+    /// INTERRUPT: ends the wait of request `unique`. EAGAIN if it does not wait: it may not have come so far
+    /// yet, and the guest should try again.
     fn interrupt(&self, unique: Unique) -> Result<()> {
         self.below()?.interrupt(unique)
     }

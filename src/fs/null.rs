@@ -1,4 +1,4 @@
-//! For benchmarks: a store that takes no time but the one it is told to take.
+//! A store without I/O, for benchmarks: data is dropped, and each read and write takes a set time.
 //!
 //! Names, opens and attributes are those of the file system inside. What is written to a file is
 //! acknowledged after the latency and dropped; where a write passes the end of the file, the file
@@ -9,7 +9,7 @@
 //! the session: the one figure that shows whether the guest sent them in parallel.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
@@ -19,11 +19,12 @@ use rustix::io::Errno;
 
 use super::{Context, FileSystem, Opened, Result};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
-use fuse_protocol::flags::{InitFlags, OpenRequestFlags, ReleaseFlags, WriteFlags};
+use fuse_protocol::flags::{InitFlags, ReleaseFlags, WriteFlags};
 use fuse_protocol::ids::{HandleId, LockOwner, NodeId};
-use fuse_protocol::init::Negotiated;
 use fuse_protocol::reply::{Attributes, Entry};
-use fuse_protocol::request::{CopyFileRange, Create, Read, Setattr, Tmpfile, Write};
+use fuse_protocol::request::{
+    CopyFileRange, Create, Fallocate, Getattr, Open, Read, Release, Setattr, Tmpfile, Write,
+};
 
 /// Tables that handles are spread over, so that writers seldom meet at one.
 const SHARDS: usize = 16;
@@ -34,15 +35,13 @@ const MAX_REPORTED: usize = 4096;
 pub struct NullStore<F> {
     inner: F,
     latency: Duration,
-    /// The guest writes its cache back, so that appends go where it says.
-    writeback: AtomicBool,
-    handles: [RwLock<HashMap<HandleId, Open>>; SHARDS],
+    handles: [RwLock<HashMap<HandleId, OpenFile>>; SHARDS],
     files: Mutex<Files>,
 }
 
 /// An open file.
 #[derive(Clone, Debug)]
-struct Open {
+struct OpenFile {
     file: Arc<File>,
     /// Whether it was opened for writing. Reading is not looked at: a guest that writes back its
     /// cache reads through any handle.
@@ -103,13 +102,7 @@ impl<F: FileSystem> NullStore<F> {
     /// Drops what is written to the files of `inner`. Every read and write takes `latency`; zero
     /// means no wait at all.
     pub fn new(inner: F, latency: Duration) -> NullStore<F> {
-        NullStore {
-            inner,
-            latency,
-            writeback: AtomicBool::new(false),
-            handles: Default::default(),
-            files: Mutex::default(),
-        }
+        NullStore { inner, latency, handles: Default::default(), files: Mutex::default() }
     }
 
     fn wait(&self) {
@@ -118,7 +111,13 @@ impl<F: FileSystem> NullStore<F> {
         }
     }
 
-    fn shard(&self, handle: HandleId) -> &RwLock<HashMap<HandleId, Open>> {
+    /// Whether the guest writes its cache back, so that appends go where it says.
+    fn guest_writes_back(&self) -> bool {
+        let agreement = self.inner.agreement();
+        agreement.is_ok_and(|agreement| agreement.flags().contains(InitFlags::WRITEBACK_CACHE))
+    }
+
+    fn shard(&self, handle: HandleId) -> &RwLock<HashMap<HandleId, OpenFile>> {
         let [first, ..] = &self.handles;
         let place = usize::try_from(handle.0 % SHARDS as u64).unwrap_or_default();
         self.handles.get(place).unwrap_or(first)
@@ -129,7 +128,7 @@ impl<F: FileSystem> NullStore<F> {
     }
 
     /// The open file behind a handle; EBADF if there is none, or not one of `node`.
-    fn file(&self, node: NodeId, handle: HandleId) -> Result<Open> {
+    fn file(&self, node: NodeId, handle: HandleId) -> Result<OpenFile> {
         let shard = self.shard(handle).read().unwrap_or_else(PoisonError::into_inner);
         shard.get(&handle).filter(|open| open.file.node == node).cloned().ok_or(Errno::BADF)
     }
@@ -161,18 +160,20 @@ impl<F: FileSystem> NullStore<F> {
             self.refresh(ctx, &file)
         };
         if let Err(errno) = refreshed {
-            let _ = self.inner.release(ctx, node, opened.handle, ReleaseFlags::empty(), LockOwner(0));
+            let flags = ReleaseFlags::empty();
+            let release = Release { handle: opened.handle, flags, lock_owner: LockOwner(0) };
+            let _ = self.inner.release(ctx, node, &release);
             return Err(errno);
         }
         let writable = OFlags::from_bits_retain(flags) & OFlags::RWMODE != OFlags::RDONLY;
         let mut shard = self.shard(opened.handle).write().unwrap_or_else(PoisonError::into_inner);
-        shard.insert(opened.handle, Open { file, writable });
+        shard.insert(opened.handle, OpenFile { file, writable });
         Ok(opened)
     }
 
     /// Takes the size over from the file system inside; `resize` is held.
     fn refresh(&self, ctx: &Context, file: &File) -> Result<()> {
-        let attributes = self.inner.getattr(ctx, file.node, None)?;
+        let attributes = self.inner.getattr(ctx, file.node, &Getattr { handle: None })?;
         file.size.store(attributes.attr.size, Ordering::Release);
         Ok(())
     }
@@ -201,12 +202,8 @@ impl<F: FileSystem> NullStore<F> {
         let set = Setattr {
             handle: Some(write.handle),
             size: Some(new),
-            mode: None,
-            uid: None,
-            gid: None,
-            atime: None,
-            mtime: None,
             kill_suidgid: write.write_flags.contains(WriteFlags::KILL_SUIDGID),
+            ..Setattr::default()
         };
         self.inner.setattr(ctx, file.node, &set)?;
         file.size.store(new, Ordering::Release);
@@ -217,12 +214,6 @@ impl<F: FileSystem> NullStore<F> {
 impl<F: FileSystem> FileSystem for NullStore<F> {
     fn below(&self) -> Result<&dyn FileSystem> {
         Ok(&self.inner)
-    }
-
-    fn init(&self, negotiated: &Negotiated) {
-        let writeback = negotiated.flags.contains(InitFlags::WRITEBACK_CACHE);
-        self.writeback.store(writeback, Ordering::Relaxed);
-        self.inner.init(negotiated);
     }
 
     fn destroy(&self) {
@@ -238,9 +229,9 @@ impl<F: FileSystem> FileSystem for NullStore<F> {
         self.inner.destroy();
     }
 
-    fn open(&self, ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
-        let opened = self.inner.open(ctx, node, flags, open_flags)?;
-        self.add(ctx, node, opened, flags)
+    fn open(&self, ctx: &Context, node: NodeId, open: &Open) -> Result<Opened> {
+        let opened = self.inner.open(ctx, node, open)?;
+        self.add(ctx, node, opened, open.flags)
     }
 
     fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened)> {
@@ -257,14 +248,8 @@ impl<F: FileSystem> FileSystem for NullStore<F> {
             .inspect_err(|_| self.inner.forget(entry.node, 1))
     }
 
-    fn release(
-        &self,
-        ctx: &Context,
-        node: NodeId,
-        handle: HandleId,
-        flags: ReleaseFlags,
-        owner: LockOwner,
-    ) -> Result<()> {
+    fn release(&self, ctx: &Context, node: NodeId, release: &Release) -> Result<()> {
+        let handle = release.handle;
         if self.file(node, handle).is_ok() {
             let open = self.shard(handle).write().unwrap_or_else(PoisonError::into_inner).remove(&handle);
             let mut files = self.files();
@@ -275,7 +260,7 @@ impl<F: FileSystem> FileSystem for NullStore<F> {
                 files.open.remove(&node);
             }
         }
-        self.inner.release(ctx, node, handle, flags, owner)
+        self.inner.release(ctx, node, release)
     }
 
     fn read(&self, _ctx: &Context, node: NodeId, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize> {
@@ -294,8 +279,7 @@ impl<F: FileSystem> FileSystem for NullStore<F> {
         let _in_flight = open.file.begin_write();
         self.wait();
         let cached = write.write_flags.contains(WriteFlags::CACHE);
-        let append =
-            !cached && write.flags & OFlags::APPEND.bits() != 0 && !self.writeback.load(Ordering::Relaxed);
+        let append = !cached && write.flags & OFlags::APPEND.bits() != 0 && !self.guest_writes_back();
         self.grow(ctx, &open.file, write, append)?;
         Ok(data.len())
     }
@@ -307,16 +291,8 @@ impl<F: FileSystem> FileSystem for NullStore<F> {
         }
     }
 
-    fn fallocate(
-        &self,
-        ctx: &Context,
-        node: NodeId,
-        handle: HandleId,
-        mode: u32,
-        offset: u64,
-        length: u64,
-    ) -> Result<()> {
-        self.resizing(ctx, node, || self.inner.fallocate(ctx, node, handle, mode, offset, length))
+    fn fallocate(&self, ctx: &Context, node: NodeId, fallocate: &Fallocate) -> Result<()> {
+        self.resizing(ctx, node, || self.inner.fallocate(ctx, node, fallocate))
     }
 
     fn copy_file_range(&self, ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {

@@ -1,4 +1,4 @@
-//! A file system that the guest may only look at.
+//! A file system that the guest can only read.
 //!
 //! Whatever would change the share is refused with EROFS, and where a read-only mount of Linux has
 //! a better answer (a name that is there already is EEXIST), with that. Locks are taken: they
@@ -7,21 +7,24 @@
 //! Every operation is listed here, either passed on or refused. One that is missing is answered
 //! ENOSYS, so that a new operation changes nothing until somebody has thought about it.
 
-use std::ffi::CStr;
+use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
-use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
+use super::{Agreement, Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply, errno};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
-use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
-use fuse_protocol::ids::{HandleId, LockOwner, NodeId, Unique};
-use fuse_protocol::init::Negotiated;
-use fuse_protocol::ioctl::{Command, Reply};
+use fuse_protocol::flags::InitFlags;
+use fuse_protocol::ids::{NodeId, Unique};
+use fuse_protocol::ioctl;
 use fuse_protocol::name::{LookupName, Name};
 use fuse_protocol::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
-use fuse_protocol::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
+use fuse_protocol::request::{
+    Access, CopyFileRange, Create, Fallocate, Flush, Fsync, Getattr, Getxattr, Ioctl, Link, Listxattr, Lock,
+    Lookup, Lseek, Mkdir, Mknod, Open, Opendir, Read, Readdir, Release, Releasedir, Removexattr, Rename,
+    Rmdir, Setattr, Setxattr, Statx, Symlink, Tmpfile, Unlink, Write,
+};
 
 /// `W_OK` of access(2).
 const WRITE_ACCESS: u32 = 2;
@@ -40,7 +43,7 @@ impl<F: FileSystem> ReadOnly<F> {
 
     /// Why `name` cannot be made: because it exists, or because nothing can.
     fn refuse_new(&self, ctx: &Context, parent: NodeId, name: Name<'_>) -> Errno {
-        match self.inner.lookup(ctx, parent, LookupName::Entry(name)) {
+        match self.inner.lookup(ctx, parent, &Lookup { name: LookupName::Entry(name) }) {
             Ok(entry) => {
                 self.inner.forget(entry.node, 1);
                 Errno::EXIST
@@ -69,31 +72,29 @@ macro_rules! pass_on {
 impl<F: FileSystem> FileSystem for ReadOnly<F> {
     pass_on! {
         fn required_flags() -> InitFlags;
-        fn init(negotiated: &Negotiated);
+        fn agreement() -> Result<&Arc<Agreement>>;
         fn keep_back(device: DeviceDescriptors);
         fn destroy();
-        fn lookup(ctx: &Context, parent: NodeId, name: LookupName<'_>) -> Result<Entry>;
+        fn lookup(ctx: &Context, parent: NodeId, lookup: &Lookup<'_>) -> Result<Entry>;
         fn forget(node: NodeId, count: u64);
-        fn getattr(ctx: &Context, node: NodeId, handle: Option<HandleId>) -> Result<Attributes>;
+        fn getattr(ctx: &Context, node: NodeId, getattr: &Getattr) -> Result<Attributes>;
         fn statx(ctx: &Context, node: NodeId, statx: &Statx) -> Result<StatxReply>;
         fn readlink(ctx: &Context, node: NodeId) -> Result<Vec<u8>>;
         fn read(ctx: &Context, node: NodeId, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize>;
         fn statfs(ctx: &Context, node: NodeId) -> Result<abi::Kstatfs>;
-        fn release(
-            ctx: &Context, node: NodeId, handle: HandleId, flags: ReleaseFlags, owner: LockOwner
-        ) -> Result<()>;
-        fn fsync(ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()>;
-        fn flush(ctx: &Context, node: NodeId, handle: HandleId, owner: LockOwner) -> Result<()>;
-        fn opendir(ctx: &Context, node: NodeId, flags: u32) -> Result<Opened>;
+        fn release(ctx: &Context, node: NodeId, release: &Release) -> Result<()>;
+        fn fsync(ctx: &Context, node: NodeId, fsync: &Fsync) -> Result<()>;
+        fn flush(ctx: &Context, node: NodeId, flush: &Flush) -> Result<()>;
+        fn opendir(ctx: &Context, node: NodeId, opendir: &Opendir) -> Result<Opened>;
         fn readdir(
-            ctx: &Context, node: NodeId, handle: HandleId, offset: u64, out: &mut DirectoryWriter<'_>
+            ctx: &Context, node: NodeId, readdir: &Readdir, out: &mut DirectoryWriter<'_>
         ) -> Result<()>;
-        fn releasedir(ctx: &Context, node: NodeId, handle: HandleId) -> Result<()>;
-        fn fsyncdir(ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()>;
-        fn lseek(ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64>;
+        fn releasedir(ctx: &Context, node: NodeId, releasedir: &Releasedir) -> Result<()>;
+        fn fsyncdir(ctx: &Context, node: NodeId, fsyncdir: &Fsync) -> Result<()>;
+        fn lseek(ctx: &Context, node: NodeId, lseek: &Lseek) -> Result<u64>;
         fn syncfs(ctx: &Context, node: NodeId) -> Result<()>;
-        fn getxattr(ctx: &Context, node: NodeId, name: &CStr, size: u32) -> Result<XattrReply>;
-        fn listxattr(ctx: &Context, node: NodeId, size: u32) -> Result<XattrReply>;
+        fn getxattr(ctx: &Context, node: NodeId, getxattr: &Getxattr<'_>) -> Result<XattrReply>;
+        fn listxattr(ctx: &Context, node: NodeId, listxattr: &Listxattr) -> Result<XattrReply>;
         fn getlk(ctx: &Context, node: NodeId, lock: &Lock) -> Result<abi::FileLock>;
         fn setlk(ctx: &Context, node: NodeId, lock: &Lock) -> Result<()>;
         fn setlkw(ctx: &Context, node: NodeId, lock: &Lock) -> Result<()>;
@@ -106,11 +107,11 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
         self.inner.offered_flags() - InitFlags::WRITEBACK_CACHE
     }
 
-    fn open(&self, ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
-        if writes(flags) {
+    fn open(&self, ctx: &Context, node: NodeId, open: &Open) -> Result<Opened> {
+        if writes(open.flags) {
             return Err(Errno::ROFS);
         }
-        self.inner.open(ctx, node, flags, open_flags)
+        self.inner.open(ctx, node, open)
     }
 
     /// O_CREAT may be set on an open that only reads what is there.
@@ -121,11 +122,13 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
                 errno => Err(errno),
             };
         }
-        let entry = match self.inner.lookup(ctx, parent, LookupName::Entry(create.name)) {
+        let lookup = Lookup { name: LookupName::Entry(create.name) };
+        let entry = match self.inner.lookup(ctx, parent, &lookup) {
             Err(Errno::NOENT) => return Err(Errno::ROFS),
             found => found?,
         };
-        match self.inner.open(ctx, entry.node, create.flags, create.open_flags) {
+        let open = Open { flags: create.flags, open_flags: create.open_flags };
+        match self.inner.open(ctx, entry.node, &open) {
             Ok(opened) => Ok((entry, opened)),
             Err(errno) => {
                 self.inner.forget(entry.node, 1);
@@ -134,51 +137,43 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
         }
     }
 
-    fn access(&self, ctx: &Context, node: NodeId, mask: u32) -> Result<()> {
-        if mask & WRITE_ACCESS != 0 {
-            let attributes = self.inner.getattr(ctx, node, None)?;
+    fn access(&self, ctx: &Context, node: NodeId, access: &Access) -> Result<()> {
+        if access.mask & WRITE_ACCESS != 0 {
+            let attributes = self.inner.getattr(ctx, node, &Getattr { handle: None })?;
             // Devices, FIFOs and sockets can be written to on a read-only file system.
             let kind = FileType::from_raw_mode(attributes.attr.mode);
             if matches!(kind, FileType::RegularFile | FileType::Directory | FileType::Symlink) {
                 return Err(Errno::ROFS);
             }
         }
-        self.inner.access(ctx, node, mask)
+        self.inner.access(ctx, node, access)
     }
 
-    fn symlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>, _target: &CStr) -> Result<Entry> {
-        Err(self.refuse_new(ctx, parent, name))
+    fn symlink(&self, ctx: &Context, parent: NodeId, symlink: &Symlink<'_>) -> Result<Entry> {
+        Err(self.refuse_new(ctx, parent, symlink.name))
     }
 
-    fn mknod(
-        &self,
-        ctx: &Context,
-        parent: NodeId,
-        name: Name<'_>,
-        _mode: u32,
-        _rdev: u32,
-        _umask: u32,
-    ) -> Result<Entry> {
-        Err(self.refuse_new(ctx, parent, name))
+    fn mknod(&self, ctx: &Context, parent: NodeId, mknod: &Mknod<'_>) -> Result<Entry> {
+        Err(self.refuse_new(ctx, parent, mknod.name))
     }
 
-    fn mkdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>, _mode: u32, _umask: u32) -> Result<Entry> {
-        Err(self.refuse_new(ctx, parent, name))
+    fn mkdir(&self, ctx: &Context, parent: NodeId, mkdir: &Mkdir<'_>) -> Result<Entry> {
+        Err(self.refuse_new(ctx, parent, mkdir.name))
     }
 
-    fn link(&self, ctx: &Context, _node: NodeId, new_parent: NodeId, name: Name<'_>) -> Result<Entry> {
-        Err(self.refuse_new(ctx, new_parent, name))
+    fn link(&self, ctx: &Context, parent: NodeId, link: &Link<'_>) -> Result<Entry> {
+        Err(self.refuse_new(ctx, parent, link.name))
     }
 
     fn tmpfile(&self, _: &Context, _: NodeId, _: &Tmpfile) -> Result<(Entry, Opened)> {
         Err(Errno::ROFS)
     }
 
-    fn unlink(&self, _: &Context, _: NodeId, _: Name<'_>) -> Result<()> {
+    fn unlink(&self, _: &Context, _: NodeId, _: &Unlink<'_>) -> Result<()> {
         Err(Errno::ROFS)
     }
 
-    fn rmdir(&self, _: &Context, _: NodeId, _: Name<'_>) -> Result<()> {
+    fn rmdir(&self, _: &Context, _: NodeId, _: &Rmdir<'_>) -> Result<()> {
         Err(Errno::ROFS)
     }
 
@@ -194,7 +189,7 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
         Err(Errno::ROFS)
     }
 
-    fn fallocate(&self, _: &Context, _: NodeId, _: HandleId, _: u32, _: u64, _: u64) -> Result<()> {
+    fn fallocate(&self, _: &Context, _: NodeId, _: &Fallocate) -> Result<()> {
         Err(Errno::ROFS)
     }
 
@@ -202,18 +197,18 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
         Err(Errno::ROFS)
     }
 
-    fn setxattr(&self, _: &Context, _: NodeId, _: &CStr, _: &[u8], _: u32, _: bool) -> Result<()> {
+    fn setxattr(&self, _: &Context, _: NodeId, _: &Setxattr<'_>) -> Result<()> {
         Err(Errno::ROFS)
     }
 
-    fn ioctl(&self, ctx: &Context, node: NodeId, handle: HandleId, command: Command) -> Result<Reply> {
-        if command.changes() {
+    fn ioctl(&self, ctx: &Context, node: NodeId, ioctl: &Ioctl<'_>) -> Result<ioctl::Reply> {
+        if ioctl.command().map_err(|error| errno(error.errno()))?.changes() {
             return Err(Errno::ROFS);
         }
-        self.inner.ioctl(ctx, node, handle, command)
+        self.inner.ioctl(ctx, node, ioctl)
     }
 
-    fn removexattr(&self, _: &Context, _: NodeId, _: &CStr) -> Result<()> {
+    fn removexattr(&self, _: &Context, _: NodeId, _: &Removexattr<'_>) -> Result<()> {
         Err(Errno::ROFS)
     }
 }

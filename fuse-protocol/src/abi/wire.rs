@@ -20,8 +20,8 @@ macro_rules! wire {
             #[allow(missing_docs, reason = "the fields carry the kernel's names and meaning")]
             pub struct $name { $(pub $field: $type,)* }
         )*
-        /// Layouts of all wire structs, for comparison with the kernel's header.
-        pub const LAYOUTS: &[Layout] = &[
+        /// Layouts of these structs, for comparison with the kernel's header.
+        pub(super) const LAYOUTS: &[Layout] = &[
             $(Layout {
                 c_name: $c_name,
                 size: size_of::<$name>(),

@@ -29,7 +29,6 @@ mod start;
 mod start_error;
 mod state;
 
-use std::ffi::CStr;
 use std::sync::Arc;
 
 use log::debug;
@@ -37,20 +36,21 @@ use log::debug;
 pub use self::inode::range_lock;
 use self::ops::xattr::Xattrs;
 use self::ops::{attributes, data, file_flags, locks, lookup, namespace_ops, open, readdir};
-use self::session::Session;
 pub use self::start_error::StartError;
 pub use self::state::PassthroughFs;
-use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
+use super::{Agreement, Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply, errno};
 use crate::config::Insistence;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
-use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
-use fuse_protocol::ids::{HandleId, LockOwner, NodeId, Unique};
-use fuse_protocol::init::Negotiated;
-use fuse_protocol::ioctl::{Command, Reply};
-use fuse_protocol::name::{LookupName, Name};
+use fuse_protocol::flags::{InitFlags, SetxattrFlags};
+use fuse_protocol::ids::{NodeId, Unique};
+use fuse_protocol::ioctl;
 use fuse_protocol::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
-use fuse_protocol::request::{CopyFileRange, Create, Lock, Read, Rename, Setattr, Statx, Tmpfile, Write};
+use fuse_protocol::request::{
+    Access, CopyFileRange, Create, Fallocate, Flush, Fsync, Getattr, Getxattr, Ioctl, Link, Listxattr, Lock,
+    Lookup, Lseek, Mkdir, Mknod, Open, Opendir, Read, Readdir, Release, Releasedir, Removexattr, Rename,
+    Rmdir, Setattr, Setxattr, Statx, Symlink, Tmpfile, Unlink, Write,
+};
 
 impl PassthroughFs {
     fn xattrs(&self) -> Xattrs<'_> {
@@ -93,8 +93,8 @@ impl FileSystem for PassthroughFs {
         flags
     }
 
-    fn init(&self, negotiated: &Negotiated) {
-        self.session.store(Arc::new(Session::new(&self.config, negotiated)));
+    fn agreement(&self) -> Result<&Arc<Agreement>> {
+        Ok(&self.agreement)
     }
 
     fn keep_back(&self, device: DeviceDescriptors) {
@@ -107,20 +107,20 @@ impl FileSystem for PassthroughFs {
         self.inodes.clear();
     }
 
-    fn lookup(&self, _ctx: &Context, parent: NodeId, name: LookupName<'_>) -> Result<Entry> {
-        lookup::lookup(&self.inodes, &self.view(), &*self.inode(parent)?, name)
+    fn lookup(&self, _ctx: &Context, parent: NodeId, lookup: &Lookup<'_>) -> Result<Entry> {
+        lookup::lookup(&self.inodes, &self.view(), &*self.inode(parent)?, lookup.name)
     }
 
     fn forget(&self, node: NodeId, count: u64) {
         self.inodes.forget(node, count);
     }
 
-    fn getattr(&self, _ctx: &Context, node: NodeId, _handle: Option<HandleId>) -> Result<Attributes> {
+    fn getattr(&self, _ctx: &Context, node: NodeId, _getattr: &Getattr) -> Result<Attributes> {
         attributes::getattr(&self.view(), &*self.inode(node)?)
     }
 
-    fn setattr(&self, ctx: &Context, node: NodeId, set: &Setattr) -> Result<Attributes> {
-        attributes::setattr(self, ctx, &*self.inode(node)?, set)
+    fn setattr(&self, ctx: &Context, node: NodeId, setattr: &Setattr) -> Result<Attributes> {
+        attributes::setattr(self, ctx, &*self.inode(node)?, setattr)
     }
 
     fn statx(&self, _ctx: &Context, node: NodeId, _statx: &Statx) -> Result<StatxReply> {
@@ -131,32 +131,31 @@ impl FileSystem for PassthroughFs {
         namespace_ops::readlink(&*self.inode(node)?)
     }
 
-    fn symlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>, target: &CStr) -> Result<Entry> {
-        namespace_ops::symlink(self, ctx, &*self.inode(parent)?, name, target)
+    fn symlink(&self, ctx: &Context, parent: NodeId, symlink: &Symlink<'_>) -> Result<Entry> {
+        namespace_ops::symlink(self, ctx, &*self.inode(parent)?, symlink.name, symlink.target)
     }
 
-    fn mknod(
-        &self,
-        ctx: &Context,
-        parent: NodeId,
-        name: Name<'_>,
-        mode: u32,
-        rdev: u32,
-        umask: u32,
-    ) -> Result<Entry> {
-        namespace_ops::mknod(self, ctx, &*self.inode(parent)?, name, (mode, umask), rdev)
+    fn mknod(&self, ctx: &Context, parent: NodeId, mknod: &Mknod<'_>) -> Result<Entry> {
+        namespace_ops::mknod(
+            self,
+            ctx,
+            &*self.inode(parent)?,
+            mknod.name,
+            (mknod.mode, mknod.umask),
+            mknod.rdev,
+        )
     }
 
-    fn mkdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>, mode: u32, umask: u32) -> Result<Entry> {
-        namespace_ops::mkdir(self, ctx, &*self.inode(parent)?, name, mode, umask)
+    fn mkdir(&self, ctx: &Context, parent: NodeId, mkdir: &Mkdir<'_>) -> Result<Entry> {
+        namespace_ops::mkdir(self, ctx, &*self.inode(parent)?, mkdir.name, mkdir.mode, mkdir.umask)
     }
 
-    fn unlink(&self, _ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
-        namespace_ops::unlink(&*self.inode(parent)?, name)
+    fn unlink(&self, _ctx: &Context, parent: NodeId, unlink: &Unlink<'_>) -> Result<()> {
+        namespace_ops::unlink(&*self.inode(parent)?, unlink.name)
     }
 
-    fn rmdir(&self, _ctx: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
-        namespace_ops::rmdir(&*self.inode(parent)?, name)
+    fn rmdir(&self, _ctx: &Context, parent: NodeId, rmdir: &Rmdir<'_>) -> Result<()> {
+        namespace_ops::rmdir(&*self.inode(parent)?, rmdir.name)
     }
 
     fn rename(&self, ctx: &Context, parent: NodeId, rename: &Rename<'_>) -> Result<()> {
@@ -164,13 +163,13 @@ impl FileSystem for PassthroughFs {
         namespace_ops::rename(&self.identity, &self.session(), ctx, (&from, &to), rename)
     }
 
-    fn link(&self, _ctx: &Context, node: NodeId, new_parent: NodeId, name: Name<'_>) -> Result<Entry> {
-        let (inode, parent) = (self.inode(node)?, self.inode(new_parent)?);
-        namespace_ops::link(&self.inodes, &self.view(), &inode, &parent, name)
+    fn link(&self, _ctx: &Context, parent: NodeId, link: &Link<'_>) -> Result<Entry> {
+        let (inode, parent) = (self.inode(link.target)?, self.inode(parent)?);
+        namespace_ops::link(&self.inodes, &self.view(), &inode, &parent, link.name)
     }
 
-    fn open(&self, ctx: &Context, node: NodeId, flags: u32, open_flags: OpenRequestFlags) -> Result<Opened> {
-        open::open(self, ctx, self.inode(node)?, flags, open_flags)
+    fn open(&self, ctx: &Context, node: NodeId, open: &Open) -> Result<Opened> {
+        open::open(self, ctx, self.inode(node)?, open.flags, open.open_flags)
     }
 
     fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened)> {
@@ -196,26 +195,19 @@ impl FileSystem for PassthroughFs {
         attributes::statfs(&*self.inode(node)?)
     }
 
-    fn release(
-        &self,
-        _ctx: &Context,
-        node: NodeId,
-        handle: HandleId,
-        flags: ReleaseFlags,
-        owner: LockOwner,
-    ) -> Result<()> {
-        open::release(self, node, handle, flags, owner)
+    fn release(&self, _ctx: &Context, node: NodeId, release: &Release) -> Result<()> {
+        open::release(self, node, release.handle, release.flags, release.lock_owner)
     }
 
-    fn fsync(&self, _ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
-        data::fsync(&*self.handles.get(node, handle)?, flags)
+    fn fsync(&self, _ctx: &Context, node: NodeId, fsync: &Fsync) -> Result<()> {
+        data::fsync(&*self.handles.get(node, fsync.handle)?, fsync.flags)
     }
 
-    fn flush(&self, _ctx: &Context, node: NodeId, handle: HandleId, owner: LockOwner) -> Result<()> {
-        data::flush(&*self.handles.get(node, handle)?, owner)
+    fn flush(&self, _ctx: &Context, node: NodeId, flush: &Flush) -> Result<()> {
+        data::flush(&*self.handles.get(node, flush.handle)?, flush.lock_owner)
     }
 
-    fn opendir(&self, _ctx: &Context, node: NodeId, _flags: u32) -> Result<Opened> {
+    fn opendir(&self, _ctx: &Context, node: NodeId, _opendir: &Opendir) -> Result<Opened> {
         open::opendir(self, self.inode(node)?)
     }
 
@@ -223,42 +215,40 @@ impl FileSystem for PassthroughFs {
         &self,
         _ctx: &Context,
         node: NodeId,
-        handle: HandleId,
-        offset: u64,
+        readdir: &Readdir,
         out: &mut DirectoryWriter<'_>,
     ) -> Result<()> {
-        readdir::readdir(&self.inodes, &self.view(), &*self.handles.get(node, handle)?, offset, out)
+        readdir::readdir(
+            &self.inodes,
+            &self.view(),
+            &*self.handles.get(node, readdir.handle)?,
+            readdir.offset,
+            out,
+        )
     }
 
-    fn releasedir(&self, _ctx: &Context, node: NodeId, handle: HandleId) -> Result<()> {
-        self.handles.remove(node, handle).map(drop)
+    fn releasedir(&self, _ctx: &Context, node: NodeId, releasedir: &Releasedir) -> Result<()> {
+        self.handles.remove(node, releasedir.handle).map(drop)
     }
 
-    fn fsyncdir(&self, _ctx: &Context, node: NodeId, handle: HandleId, flags: FsyncFlags) -> Result<()> {
-        data::fsync(&*self.handles.get(node, handle)?, flags)
+    fn fsyncdir(&self, _ctx: &Context, node: NodeId, fsyncdir: &Fsync) -> Result<()> {
+        data::fsync(&*self.handles.get(node, fsyncdir.handle)?, fsyncdir.flags)
     }
 
-    fn access(&self, ctx: &Context, node: NodeId, mask: u32) -> Result<()> {
-        attributes::access(&self.view(), ctx, &*self.inode(node)?, mask)
+    fn access(&self, ctx: &Context, node: NodeId, access: &Access) -> Result<()> {
+        attributes::access(&self.view(), ctx, &*self.inode(node)?, access.mask)
     }
 
-    fn fallocate(
-        &self,
-        ctx: &Context,
-        node: NodeId,
-        handle: HandleId,
-        mode: u32,
-        offset: u64,
-        length: u64,
-    ) -> Result<()> {
+    fn fallocate(&self, ctx: &Context, node: NodeId, fallocate: &Fallocate) -> Result<()> {
+        let Fallocate { handle, offset, length, mode } = *fallocate;
         let handle = self.handles.get(node, handle)?;
         let fallocate = || data::fallocate(&handle, mode, offset, length);
         self.kill_priv(&self.session()).change(ctx, handle.inode(), fallocate)
     }
 
-    fn lseek(&self, _ctx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {
+    fn lseek(&self, _ctx: &Context, node: NodeId, lseek: &Lseek) -> Result<u64> {
         let writeback = self.session().policy.writeback;
-        data::lseek(&*self.handles.get(node, handle)?, offset, whence, writeback)
+        data::lseek(&*self.handles.get(node, lseek.handle)?, lseek.offset, lseek.whence, writeback)
     }
 
     fn copy_file_range(&self, ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
@@ -272,28 +262,22 @@ impl FileSystem for PassthroughFs {
         attributes::syncfs(&self.inodes, &self.host, &*self.inode(node)?, !self.session().submounts)
     }
 
-    fn setxattr(
-        &self,
-        ctx: &Context,
-        node: NodeId,
-        name: &CStr,
-        value: &[u8],
-        flags: u32,
-        acl_kill_sgid: bool,
-    ) -> Result<()> {
-        self.xattrs().setxattr(ctx, &*self.inode(node)?, (name, value), flags, acl_kill_sgid)
+    fn setxattr(&self, ctx: &Context, node: NodeId, setxattr: &Setxattr<'_>) -> Result<()> {
+        let Setxattr { name, value, flags, setxattr_flags } = *setxattr;
+        let kill_sgid = setxattr_flags.contains(SetxattrFlags::ACL_KILL_SGID);
+        self.xattrs().setxattr(ctx, &*self.inode(node)?, (name, value), flags, kill_sgid)
     }
 
-    fn getxattr(&self, _ctx: &Context, node: NodeId, name: &CStr, size: u32) -> Result<XattrReply> {
-        self.xattrs().getxattr(&*self.inode(node)?, name, size)
+    fn getxattr(&self, _ctx: &Context, node: NodeId, getxattr: &Getxattr<'_>) -> Result<XattrReply> {
+        self.xattrs().getxattr(&*self.inode(node)?, getxattr.name, getxattr.size)
     }
 
-    fn listxattr(&self, _ctx: &Context, node: NodeId, size: u32) -> Result<XattrReply> {
-        self.xattrs().listxattr(&*self.inode(node)?, size)
+    fn listxattr(&self, _ctx: &Context, node: NodeId, listxattr: &Listxattr) -> Result<XattrReply> {
+        self.xattrs().listxattr(&*self.inode(node)?, listxattr.size)
     }
 
-    fn removexattr(&self, _ctx: &Context, node: NodeId, name: &CStr) -> Result<()> {
-        self.xattrs().removexattr(&*self.inode(node)?, name)
+    fn removexattr(&self, _ctx: &Context, node: NodeId, removexattr: &Removexattr<'_>) -> Result<()> {
+        self.xattrs().removexattr(&*self.inode(node)?, removexattr.name)
     }
 
     fn getlk(&self, _ctx: &Context, node: NodeId, lock: &Lock) -> Result<abi::FileLock> {
@@ -308,8 +292,9 @@ impl FileSystem for PassthroughFs {
         locks::setlk(self, &*self.handles.get(node, lock.handle)?, lock, Some(ctx.unique))
     }
 
-    fn ioctl(&self, ctx: &Context, node: NodeId, handle: HandleId, command: Command) -> Result<Reply> {
-        file_flags::ioctl(&self.identity, ctx, &*self.handles.get(node, handle)?, command)
+    fn ioctl(&self, ctx: &Context, node: NodeId, ioctl: &Ioctl<'_>) -> Result<ioctl::Reply> {
+        let command = ioctl.command().map_err(|error| errno(error.errno()))?;
+        file_flags::ioctl(&self.identity, ctx, &*self.handles.get(node, ioctl.handle)?, command)
     }
 
     fn interrupt(&self, unique: Unique) -> Result<()> {

@@ -1,9 +1,9 @@
-//! What INIT negotiated, as far as it matters to the host's files.
+//! What follows for the host's files from the [`Agreement`] with the guest.
 
 use super::inode::io_mode::IoPolicy;
 use crate::config::FsConfig;
+use crate::fs::Agreement;
 use fuse_protocol::flags::InitFlags;
-use fuse_protocol::init::Negotiated;
 
 /// What guest and daemon agreed on.
 #[derive(Clone, Copy, Debug)]
@@ -27,29 +27,15 @@ pub struct Session {
 }
 
 impl Session {
-    /// Before INIT.
-    pub fn none(config: &FsConfig) -> Session {
-        Session {
-            policy: IoPolicy::new(config, InitFlags::empty()),
-            submounts: false,
-            says_who_clears: false,
-            long_setxattr: false,
-            keeps_group_bit: false,
-            leaves_umask: false,
-            acls: false,
-            labels: false,
-        }
-    }
-
-    /// What INIT negotiated.
-    pub fn new(config: &FsConfig, negotiated: &Negotiated) -> Session {
-        let flags = negotiated.flags;
+    /// What follows from the agreement with the guest; without a session, from no flags.
+    pub fn new(config: &FsConfig, agreement: &Agreement) -> Session {
+        let flags = agreement.flags();
         Session {
             policy: IoPolicy::new(config, flags),
             submounts: flags.contains(InitFlags::SUBMOUNTS),
             says_who_clears: flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
             long_setxattr: flags.contains(InitFlags::SETXATTR_EXT),
-            keeps_group_bit: guest_strips_group_bit(negotiated),
+            keeps_group_bit: guest_strips_group_bit(agreement.minor(), flags),
             leaves_umask: flags.contains(InitFlags::DONT_MASK),
             acls: flags.contains(InitFlags::POSIX_ACL),
             labels: flags.contains(InitFlags::SECURITY_CTX),
@@ -60,6 +46,6 @@ impl Session {
 /// Whether the guest's kernel alone decides on the set-group-ID bit of new files. From Linux 6.1 on it clears the bit
 /// itself where the caller is not in the directory's group. The host does so as well, but worse where it does not know
 /// the caller's groups: it clears the bit for members, too.
-fn guest_strips_group_bit(negotiated: &Negotiated) -> bool {
-    negotiated.minor >= 37 && !negotiated.flags.contains(InitFlags::CREATE_SUPP_GROUP)
+fn guest_strips_group_bit(minor: u32, flags: InitFlags) -> bool {
+    minor >= 37 && !flags.contains(InitFlags::CREATE_SUPP_GROUP)
 }

@@ -3,7 +3,6 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use arc_swap::ArcSwap;
 use log::warn;
 use rustix::io::Errno;
 
@@ -13,7 +12,6 @@ use super::host::{self, Host};
 use super::inode::{FdCache, InodeKey, InodeTable};
 use super::lock_waiters::LockWaiters;
 use super::ops::{labels, xattr};
-use super::session::Session;
 use super::start_error::StartError;
 use super::state::PassthroughFs;
 use crate::config::{FsConfig, InodeFileHandles};
@@ -47,7 +45,7 @@ impl PassthroughFs {
             offers_acls,
             offers_labels: false,
             mapped_capability: xattr::mapped_capability(&config),
-            session: ArcSwap::from_pointee(Session::none(&config)),
+            agreement: Arc::default(),
             config,
         })
     }

@@ -3,8 +3,6 @@
 use std::ffi::CString;
 use std::sync::Arc;
 
-use arc_swap::ArcSwap;
-
 use super::caller::identity::Identity;
 use super::caller::set_id::KillPriv;
 use super::handle_table::HandleTable;
@@ -14,7 +12,7 @@ use super::inode::{Inode, InodeTable};
 use super::lock_waiters::LockWaiters;
 use super::session::Session;
 use crate::config::FsConfig;
-use crate::fs::Result;
+use crate::fs::{Agreement, Result};
 use crate::limits::LockedRangeQuota;
 use fuse_protocol::ids::NodeId;
 
@@ -33,13 +31,13 @@ pub struct PassthroughFs {
     pub(super) offers_labels: bool,
     /// See [`KillPriv::mapped_capability`].
     pub(super) mapped_capability: Option<CString>,
-    pub(super) session: ArcSwap<Session>,
+    pub(super) agreement: Arc<Agreement>,
 }
 
 impl PassthroughFs {
     /// What INIT negotiated.
     pub(super) fn session(&self) -> Session {
-        **self.session.load()
+        Session::new(&self.config, &self.agreement)
     }
 
     /// The inode with this id; ESTALE for one that the guest does not know.

@@ -239,7 +239,7 @@ struct Session {
 impl Session {
     /// A request that leaves something in the table, in two steps.
     fn request(&self, session_lock: &Arc<SessionLock>) {
-        let mut slot = Slot::of(session_lock);
+        let mut slot = Slot::register(session_lock);
         let _shared = slot.lock_shared();
         if self.begun.load(Ordering::Relaxed) {
             *self.table.lock().unwrap() += 1;

@@ -1,4 +1,4 @@
-//! A file system in memory, for fuzzing and tests: the service and the device can be driven without
+//! A file system in memory, for fuzzing and tests: the server and the device can be driven without
 //! a host directory, and what the guest holds can be counted.
 //!
 //! It is real as far as a guest can see: names, data, links, attributes, extended attributes and

@@ -1,15 +1,16 @@
-//! The operations as the service calls them.
+//! The operations as the server calls them.
 
 use std::collections::BTreeMap;
-use std::ffi::CStr;
 
 use fuse_protocol::abi;
-use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
-use fuse_protocol::ids::{HandleId, LockOwner, NodeId, Unique};
-use fuse_protocol::name::{LookupName, Name};
+use fuse_protocol::flags::{InitFlags, OpenReplyFlags};
+use fuse_protocol::ids::{NodeId, Unique};
+use fuse_protocol::name::Name;
 use fuse_protocol::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
 use fuse_protocol::request::{
-    CopyFileRange, Create, Lock, LockKind, Read, Rename, Setattr, Statx, Tmpfile, Write,
+    Access, CopyFileRange, Create, Fallocate, Flush, Fsync, Getattr, Getxattr, Link, Listxattr, Lock,
+    LockKind, Lookup, Lseek, Mkdir, Mknod, Open, Opendir, Read, Readdir, Release, Releasedir, Removexattr,
+    Rename, Rmdir, Setattr, Setxattr, Statx, Symlink, Tmpfile, Unlink, Write,
 };
 use lanefsd::fs::{Context, FileSystem, Opened, Result, XattrReply};
 use lanefsd::sys::guest_buffers::{GuestReader, GuestWriter};
@@ -75,17 +76,17 @@ impl FileSystem for MemoryFs {
         self.interrupt_all();
     }
 
-    fn lookup(&self, _: &Context, parent: NodeId, name: LookupName<'_>) -> Result<Entry> {
-        self.state().lookup(parent, name)
+    fn lookup(&self, _: &Context, parent: NodeId, lookup: &Lookup<'_>) -> Result<Entry> {
+        self.state().lookup(parent, lookup.name)
     }
 
     fn forget(&self, node: NodeId, count: u64) {
         self.state().forget(node, count);
     }
 
-    fn getattr(&self, _: &Context, node: NodeId, handle: Option<HandleId>) -> Result<Attributes> {
+    fn getattr(&self, _: &Context, node: NodeId, getattr: &Getattr) -> Result<Attributes> {
         let state = self.state();
-        if let Some(handle) = handle {
+        if let Some(handle) = getattr.handle {
             state.handle(node, handle, false)?;
         }
         Ok(state.node(node)?.attributes(node))
@@ -98,7 +99,7 @@ impl FileSystem for MemoryFs {
     }
 
     fn statx(&self, ctx: &Context, node: NodeId, statx: &Statx) -> Result<StatxReply> {
-        let Attributes { attr, valid } = self.getattr(ctx, node, statx.handle)?;
+        let Attributes { attr, valid } = self.getattr(ctx, node, &Getattr { handle: statx.handle })?;
         let time = |seconds: u64, nanoseconds| abi::SxTime {
             tv_sec: seconds.cast_signed(),
             tv_nsec: nanoseconds,
@@ -129,7 +130,8 @@ impl FileSystem for MemoryFs {
         }
     }
 
-    fn symlink(&self, ctx: &Context, parent: NodeId, name: Name<'_>, target: &CStr) -> Result<Entry> {
+    fn symlink(&self, ctx: &Context, parent: NodeId, symlink: &Symlink<'_>) -> Result<Entry> {
+        let Symlink { name, target } = *symlink;
         if target.is_empty() {
             return Err(Errno::NOENT);
         }
@@ -140,15 +142,8 @@ impl FileSystem for MemoryFs {
         self.state().create_labelled(ctx, parent, name, node)
     }
 
-    fn mknod(
-        &self,
-        ctx: &Context,
-        parent: NodeId,
-        name: Name<'_>,
-        mode: u32,
-        rdev: u32,
-        umask: u32,
-    ) -> Result<Entry> {
+    fn mknod(&self, ctx: &Context, parent: NodeId, mknod: &Mknod<'_>) -> Result<Entry> {
+        let Mknod { name, mode, rdev, umask } = *mknod;
         let content = match mode & libc::S_IFMT {
             0 | libc::S_IFREG => Content::File(Vec::new()),
             libc::S_IFCHR | libc::S_IFBLK | libc::S_IFIFO | libc::S_IFSOCK => Content::Special,
@@ -159,29 +154,30 @@ impl FileSystem for MemoryFs {
         self.state().create_labelled(ctx, parent, name, node)
     }
 
-    fn mkdir(&self, ctx: &Context, parent: NodeId, name: Name<'_>, mode: u32, umask: u32) -> Result<Entry> {
+    fn mkdir(&self, ctx: &Context, parent: NodeId, mkdir: &Mkdir<'_>) -> Result<Entry> {
+        let Mkdir { name, mode, umask } = *mkdir;
         let content = Content::Directory { entries: BTreeMap::new(), parent };
         self.state().create_labelled(ctx, parent, name, Node::new(content, mode & !umask, owner(ctx)))
     }
 
-    fn unlink(&self, _: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
-        self.state().remove(parent, name, false)
+    fn unlink(&self, _: &Context, parent: NodeId, unlink: &Unlink<'_>) -> Result<()> {
+        self.state().remove(parent, unlink.name, false)
     }
 
-    fn rmdir(&self, _: &Context, parent: NodeId, name: Name<'_>) -> Result<()> {
-        self.state().remove(parent, name, true)
+    fn rmdir(&self, _: &Context, parent: NodeId, rmdir: &Rmdir<'_>) -> Result<()> {
+        self.state().remove(parent, rmdir.name, true)
     }
 
     fn rename(&self, _: &Context, parent: NodeId, rename: &Rename<'_>) -> Result<()> {
         self.state().rename(parent, rename)
     }
 
-    fn link(&self, _: &Context, node: NodeId, new_parent: NodeId, name: Name<'_>) -> Result<Entry> {
-        self.state().link(node, new_parent, name)
+    fn link(&self, _: &Context, parent: NodeId, link: &Link<'_>) -> Result<Entry> {
+        self.state().link(link.target, parent, link.name)
     }
 
-    fn open(&self, _: &Context, node: NodeId, flags: u32, _: OpenRequestFlags) -> Result<Opened> {
-        self.state().open_file(node, flags)
+    fn open(&self, _: &Context, node: NodeId, open: &Open) -> Result<Opened> {
+        self.state().open_file(node, open.flags)
     }
 
     fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened)> {
@@ -236,38 +232,31 @@ impl FileSystem for MemoryFs {
         })
     }
 
-    fn release(
-        &self,
-        _: &Context,
-        node: NodeId,
-        handle: HandleId,
-        _: ReleaseFlags,
-        owner: LockOwner,
-    ) -> Result<()> {
+    fn release(&self, _: &Context, node: NodeId, release: &Release) -> Result<()> {
         let mut state = self.state();
-        state.close(node, handle, false)?;
+        state.close(node, release.handle, false)?;
         if let Some(node) = state.nodes.get_mut(&node) {
-            node.locks.drop_owner(owner);
+            node.locks.drop_owner(release.lock_owner);
         }
         self.shared.lock_freed.notify_all();
         Ok(())
     }
 
-    fn fsync(&self, _: &Context, node: NodeId, handle: HandleId, _: FsyncFlags) -> Result<()> {
-        self.state().handle(node, handle, false).map(drop)
+    fn fsync(&self, _: &Context, node: NodeId, fsync: &Fsync) -> Result<()> {
+        self.state().handle(node, fsync.handle, false).map(drop)
     }
 
-    fn flush(&self, _: &Context, node: NodeId, handle: HandleId, owner: LockOwner) -> Result<()> {
+    fn flush(&self, _: &Context, node: NodeId, flush: &Flush) -> Result<()> {
         let mut state = self.state();
-        state.handle(node, handle, false)?;
+        state.handle(node, flush.handle, false)?;
         if let Some(node) = state.nodes.get_mut(&node) {
-            node.locks.drop_owner(owner);
+            node.locks.drop_owner(flush.lock_owner);
         }
         self.shared.lock_freed.notify_all();
         Ok(())
     }
 
-    fn opendir(&self, _: &Context, node: NodeId, _flags: u32) -> Result<Opened> {
+    fn opendir(&self, _: &Context, node: NodeId, _: &Opendir) -> Result<Opened> {
         let mut state = self.state();
         if !state.node(node)?.is_directory() {
             return Err(Errno::NOTDIR);
@@ -280,41 +269,33 @@ impl FileSystem for MemoryFs {
         &self,
         _: &Context,
         node: NodeId,
-        handle: HandleId,
-        offset: u64,
+        readdir: &Readdir,
         out: &mut DirectoryWriter<'_>,
     ) -> Result<()> {
         let mut state = self.state();
-        state.handle(node, handle, true)?;
-        state.list(node, offset, out)
+        state.handle(node, readdir.handle, true)?;
+        state.list(node, readdir.offset, out)
     }
 
-    fn releasedir(&self, _: &Context, node: NodeId, handle: HandleId) -> Result<()> {
-        self.state().close(node, handle, true)
+    fn releasedir(&self, _: &Context, node: NodeId, releasedir: &Releasedir) -> Result<()> {
+        self.state().close(node, releasedir.handle, true)
     }
 
-    fn fsyncdir(&self, _: &Context, node: NodeId, handle: HandleId, _: FsyncFlags) -> Result<()> {
-        self.state().handle(node, handle, true).map(drop)
+    fn fsyncdir(&self, _: &Context, node: NodeId, fsyncdir: &Fsync) -> Result<()> {
+        self.state().handle(node, fsyncdir.handle, true).map(drop)
     }
 
-    fn access(&self, _: &Context, node: NodeId, _mask: u32) -> Result<()> {
+    fn access(&self, _: &Context, node: NodeId, _: &Access) -> Result<()> {
         self.state().node(node).map(drop)
     }
 
-    fn fallocate(
-        &self,
-        _: &Context,
-        node: NodeId,
-        handle: HandleId,
-        mode: u32,
-        offset: u64,
-        length: u64,
-    ) -> Result<()> {
+    fn fallocate(&self, _: &Context, node: NodeId, fallocate: &Fallocate) -> Result<()> {
+        let Fallocate { handle, offset, length, mode } = *fallocate;
         self.state().fallocate(node, handle, mode, (offset, length))
     }
 
-    fn lseek(&self, _: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64> {
-        self.state().lseek(node, handle, offset, whence)
+    fn lseek(&self, _: &Context, node: NodeId, lseek: &Lseek) -> Result<u64> {
+        self.state().lseek(node, lseek.handle, lseek.offset, lseek.whence)
     }
 
     fn copy_file_range(&self, _: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
@@ -325,43 +306,31 @@ impl FileSystem for MemoryFs {
         self.state().node(node).map(drop)
     }
 
-    fn setxattr(
-        &self,
-        _: &Context,
-        node: NodeId,
-        name: &CStr,
-        value: &[u8],
-        flags: u32,
-        _acl_kill_sgid: bool,
-    ) -> Result<()> {
+    fn setxattr(&self, _: &Context, node: NodeId, setxattr: &Setxattr<'_>) -> Result<()> {
+        let Setxattr { name, value, flags, .. } = *setxattr;
         self.state().setxattr(node, name.to_bytes(), value, flags)
     }
 
-    fn getxattr(&self, _: &Context, node: NodeId, name: &CStr, size: u32) -> Result<XattrReply> {
-        self.state().getxattr(node, name.to_bytes(), size)
+    fn getxattr(&self, _: &Context, node: NodeId, getxattr: &Getxattr<'_>) -> Result<XattrReply> {
+        self.state().getxattr(node, getxattr.name.to_bytes(), getxattr.size)
     }
 
-    fn listxattr(&self, _: &Context, node: NodeId, size: u32) -> Result<XattrReply> {
-        self.state().listxattr(node, size)
+    fn listxattr(&self, _: &Context, node: NodeId, listxattr: &Listxattr) -> Result<XattrReply> {
+        self.state().listxattr(node, listxattr.size)
     }
 
-    fn removexattr(&self, _: &Context, node: NodeId, name: &CStr) -> Result<()> {
-        self.state().removexattr(node, name.to_bytes())
+    fn removexattr(&self, _: &Context, node: NodeId, removexattr: &Removexattr<'_>) -> Result<()> {
+        self.state().removexattr(node, removexattr.name.to_bytes())
     }
 
     fn getlk(&self, _: &Context, node: NodeId, lock: &Lock) -> Result<abi::FileLock> {
         let state = self.state();
         state.handle(node, lock.handle, false)?;
-        let number = |kind| match kind {
-            LockKind::Read => libc::F_RDLCK,
-            LockKind::Write => libc::F_WRLCK,
-            LockKind::Unlock => libc::F_UNLCK,
-        };
         let (start, end, kind, pid) = match state.node(node)?.locks.in_the_way(lock) {
             Some(held) => (held.start, held.end, held.kind, held.pid),
             None => (lock.start, lock.end, LockKind::Unlock, lock.pid),
         };
-        Ok(abi::FileLock { start, end, typ: number(kind).cast_unsigned(), pid })
+        Ok(abi::FileLock { start, end, typ: kind.to_wire(), pid })
     }
 
     fn setlk(&self, _: &Context, node: NodeId, lock: &Lock) -> Result<()> {

@@ -7,7 +7,9 @@ use fuse_protocol::extensions::Labels;
 use fuse_protocol::flags::OpenRequestFlags;
 use fuse_protocol::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
 use fuse_protocol::name::{LookupName, Name};
-use fuse_protocol::request::{Lock, LockKind, Rename};
+use fuse_protocol::request::{
+    Fallocate, Flush, Lock, LockKind, Lookup, Mkdir, Mknod, Open, Release, Rename, Rmdir, Unlink,
+};
 use lanefsd::fs::{Context, FileSystem};
 use lanefsd_memory_fs::MemoryFs;
 use rustix::io::Errno;
@@ -30,8 +32,10 @@ fn name(name: &CStr) -> Name<'_> {
 }
 
 fn file(fs: &MemoryFs, called: &CStr) -> (NodeId, HandleId) {
-    let node = fs.mknod(&context(1), ROOT, name(called), libc::S_IFREG | 0o644, 0, 0).unwrap().node;
-    let opened = fs.open(&context(1), node, libc::O_RDWR.cast_unsigned(), OpenRequestFlags::empty());
+    let mknod = Mknod { name: name(called), mode: libc::S_IFREG | 0o644, rdev: 0, umask: 0 };
+    let node = fs.mknod(&context(1), ROOT, &mknod).unwrap().node;
+    let open = Open { flags: libc::O_RDWR.cast_unsigned(), open_flags: OpenRequestFlags::empty() };
+    let opened = fs.open(&context(1), node, &open);
     (node, opened.unwrap().handle)
 }
 
@@ -41,18 +45,21 @@ fn lock(handle: HandleId, owner: u64, range: (u64, u64), kind: LockKind) -> Lock
 }
 
 fn find(fs: &MemoryFs, called: &CStr) -> Result<NodeId, Errno> {
-    fs.lookup(&context(1), ROOT, LookupName::new(called).unwrap()).map(|entry| entry.node)
+    fs.lookup(&context(1), ROOT, &Lookup { name: LookupName::new(called).unwrap() }).map(|entry| entry.node)
 }
 
 #[test]
 fn an_unlinked_file_lives_until_it_is_closed_and_forgotten() {
     let fs = MemoryFs::new(4096);
     let (node, handle) = file(&fs, c"file");
-    fs.fallocate(&context(1), node, handle, 0, 0, 4096).unwrap();
-    fs.unlink(&context(1), ROOT, name(c"file")).unwrap();
+    let fallocate =
+        |length| fs.fallocate(&context(1), node, &Fallocate { handle, mode: 0, offset: 0, length });
+    fallocate(4096).unwrap();
+    fs.unlink(&context(1), ROOT, &Unlink { name: name(c"file") }).unwrap();
     assert_eq!(find(&fs, c"file"), Err(Errno::NOENT));
-    assert_eq!(fs.fallocate(&context(1), node, handle, 0, 0, 4097), Err(Errno::NOSPC));
-    fs.release(&context(1), node, handle, Default::default(), LockOwner(1)).unwrap();
+    assert_eq!(fallocate(4097), Err(Errno::NOSPC));
+    let release = Release { handle, flags: Default::default(), lock_owner: LockOwner(1) };
+    fs.release(&context(1), node, &release).unwrap();
     assert_eq!((fs.nodes(), fs.used()), (2, 4096));
     fs.forget(node, 1);
     assert_eq!((fs.nodes(), fs.used()), (1, 0));
@@ -76,11 +83,13 @@ fn renames_replace_and_exchange() {
 #[test]
 fn a_directory_does_not_go_into_itself() {
     let fs = MemoryFs::new(4096);
-    let outer = fs.mkdir(&context(1), ROOT, name(c"outer"), 0o755, 0).unwrap().node;
-    let inner = fs.mkdir(&context(1), outer, name(c"inner"), 0o755, 0).unwrap().node;
+    let outer =
+        fs.mkdir(&context(1), ROOT, &Mkdir { name: name(c"outer"), mode: 0o755, umask: 0 }).unwrap().node;
+    let inner =
+        fs.mkdir(&context(1), outer, &Mkdir { name: name(c"inner"), mode: 0o755, umask: 0 }).unwrap().node;
     let rename = Rename { name: name(c"outer"), new_parent: inner, new_name: name(c"x"), flags: 0 };
     assert_eq!(fs.rename(&context(1), ROOT, &rename), Err(Errno::INVAL));
-    assert_eq!(fs.rmdir(&context(1), ROOT, name(c"outer")), Err(Errno::NOTEMPTY));
+    assert_eq!(fs.rmdir(&context(1), ROOT, &Rmdir { name: name(c"outer") }), Err(Errno::NOTEMPTY));
 }
 
 #[test]
@@ -95,7 +104,7 @@ fn locks_are_cut_and_joined_by_owner() {
     let wanted = lock(handle, 2, (0, 99), LockKind::Write);
     let held = fs.getlk(&context(1), node, &wanted).unwrap();
     assert_eq!((held.start, held.end), (0, 39));
-    fs.flush(&context(1), node, handle, LockOwner(1)).unwrap();
+    fs.flush(&context(1), node, &Flush { handle, lock_owner: LockOwner(1) }).unwrap();
     assert_eq!(fs.held_locks(), 1);
     set(2, (0, 99), LockKind::Write).unwrap();
 }

@@ -13,18 +13,18 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Parser;
-use fuse_protocol::flags::{OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
-use fuse_protocol::ids::{HandleId, LockOwner, NodeId};
+use fuse_protocol::flags::OpenReplyFlags;
+use fuse_protocol::ids::NodeId;
 use fuse_protocol::reply::Entry;
-use fuse_protocol::request::{Create, Write};
+use fuse_protocol::request::{Create, Open, Release, Write};
 use lanefsd::cli::{self, Command};
 use lanefsd::config::Sandbox;
+use lanefsd::frontend::{self, Signals};
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::{Context, FileSystem, Opened};
 use lanefsd::limits::Limits;
 use lanefsd::listen::Socket;
 use lanefsd::sandbox::{self, Side};
-use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
 use lanefsd::sys::guest_buffers::GuestReader;
 use lanefsd::sys::{process, signals};
@@ -78,8 +78,8 @@ impl<F: FileSystem> FileSystem for Faulty<F> {
         Ok(&self.inner)
     }
 
-    fn open(&self, ctx: &Context, node: NodeId, flags: u32, more: OpenRequestFlags) -> Result<Opened, Errno> {
-        self.inner.open(ctx, node, flags, more).map(|opened| self.opened(node, opened, flags))
+    fn open(&self, ctx: &Context, node: NodeId, open: &Open) -> Result<Opened, Errno> {
+        self.inner.open(ctx, node, open).map(|opened| self.opened(node, opened, open.flags))
     }
 
     fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened), Errno> {
@@ -87,16 +87,9 @@ impl<F: FileSystem> FileSystem for Faulty<F> {
         Ok((entry, self.opened(entry.node, opened, create.flags)))
     }
 
-    fn release(
-        &self,
-        ctx: &Context,
-        node: NodeId,
-        handle: HandleId,
-        flags: ReleaseFlags,
-        owner: LockOwner,
-    ) -> Result<(), Errno> {
-        self.openers.released(node, handle);
-        self.inner.release(ctx, node, handle, flags, owner)
+    fn release(&self, ctx: &Context, node: NodeId, release: &Release) -> Result<(), Errno> {
+        self.openers.released(node, release.handle);
+        self.inner.release(ctx, node, release)
     }
 
     fn destroy(&self) {
@@ -140,6 +133,6 @@ fn main() -> Result<()> {
     let limits = Limits::of_the_process(&sandboxed.proc_self_fd)?;
     let inner = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, limits, config.fs.clone())?;
     let service = Arc::new(Service::new(Arc::new(Faulty { inner, faults, openers: Openers::default() })));
-    server::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
+    frontend::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
     Ok(())
 }

@@ -1,8 +1,7 @@
 //! The wire structs, flags and opcodes against the kernel's own header `linux/fuse.h`.
 //!
-//! `LANEFSD_FUSE_HEADER` names the header to compare with; without it, the one that
-//! linux-libc-dev installed is taken. What a header older than 7.45 does not know is passed over,
-//! and counted: `tests/run` gives the newest one and so checks everything.
+//! `LANEFSD_FUSE_HEADER` names the header to compare with; the default is the one that linux-libc-dev
+//! installs. A header older than 7.45 lacks some of them, which are skipped: `tests/run` gives the newest one.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a failed test panics")]
 
@@ -13,9 +12,10 @@ use std::process::Command;
 
 use fuse_protocol::abi;
 use fuse_protocol::flags::{
-    AttrFlags, FsyncFlags, GetattrFlags, InitFlags, IoctlFlags, LockFlags, OpenReplyFlags, OpenRequestFlags,
-    ReleaseFlags, SetattrValid, SetxattrFlags, WriteFlags,
+    AttrFlags, FsyncFlags, GetattrFlags, InitFlags, InvalEntryFlags, IoctlFlags, LockFlags, OpenReplyFlags,
+    OpenRequestFlags, PollFlags, ReleaseFlags, SetattrValid, SetupMappingFlags, SetxattrFlags, WriteFlags,
 };
+use fuse_protocol::notification::Notification;
 use fuse_protocol::opcode::Opcode;
 
 fn header() -> (PathBuf, String) {
@@ -60,7 +60,7 @@ fn structs_have_the_kernels_layout() {
     let (_, text) = header();
     let known = |layout: &&abi::Layout| text.contains(&format!("struct {} {{", layout.c_name));
     let mut expressions = Vec::new();
-    for layout in abi::LAYOUTS.iter().filter(known) {
+    for layout in abi::layouts().filter(known) {
         let c_name = layout.c_name;
         expressions.push((c_name.to_string(), format!("sizeof(struct {c_name})")));
         for (field, _) in checked_fields(layout, &text) {
@@ -69,7 +69,7 @@ fn structs_have_the_kernels_layout() {
         }
     }
     let values = evaluate(&expressions);
-    for layout in abi::LAYOUTS.iter().filter(known) {
+    for layout in abi::layouts().filter(known) {
         assert_eq!(values[layout.c_name], layout.size as u64, "size of {}", layout.c_name);
         for (field, offset) in checked_fields(layout, &text) {
             assert_eq!(
@@ -80,7 +80,7 @@ fn structs_have_the_kernels_layout() {
             );
         }
     }
-    let missing: Vec<_> = abi::LAYOUTS.iter().filter(|l| !known(l)).map(|l| l.c_name).collect();
+    let missing: Vec<_> = abi::layouts().filter(|l| !known(l)).map(|l| l.c_name).collect();
     if header_minor(&text) >= abi::KERNEL_MINOR_VERSION {
         assert!(missing.is_empty(), "the header lacks {missing:?}");
     }
@@ -122,11 +122,17 @@ fn constants_have_the_kernels_values() {
         GetattrFlags, "FUSE_GETATTR_";
         LockFlags, "FUSE_LK_";
         FsyncFlags, "FUSE_FSYNC_";
+        PollFlags, "FUSE_POLL_";
+        SetupMappingFlags, "FUSE_SETUPMAPPING_FLAG_";
+        InvalEntryFlags, "FUSE_";
         IoctlFlags, "FUSE_IOCTL_";
         AttrFlags, "FUSE_ATTR_";
         SetxattrFlags, "FUSE_SETXATTR_";
     }
     ours.extend(Opcode::ALL.iter().map(|(opcode, name)| (name.to_string(), u64::from(*opcode as u32))));
+    ours.extend(
+        Notification::CODES.iter().map(|(name, code)| (name.to_string(), u64::try_from(*code).unwrap())),
+    );
     ours.push(("FUSE_KERNEL_VERSION".into(), u64::from(abi::KERNEL_VERSION)));
     ours.push(("FUSE_ROOT_ID".into(), abi::ROOT_ID));
     ours.push(("FUSE_EXT_GROUPS".into(), u64::from(abi::EXT_GROUPS)));
@@ -158,5 +164,40 @@ fn no_opcode_of_the_header_is_missing() {
         }
         let ours = Opcode::from_number(number).unwrap_or_else(|| panic!("{} is unknown here", name.trim()));
         assert!(Opcode::ALL.contains(&(ours, name.trim())), "{}", name.trim());
+    }
+}
+
+/// Structs of the header that are of other transports, or that have another name here.
+const LEFT_OUT: &[&str] = &[
+    // The device that a user program implements, and ioctls that may read any memory of their caller.
+    "cuse_init_in",
+    "cuse_init_out",
+    "fuse_ioctl_iovec",
+    // /dev/fuse and io_uring.
+    "fuse_backing_map",
+    "fuse_uring_ent_in_out",
+    "fuse_uring_req_header",
+    "fuse_uring_cmd_req",
+    // The first name of fuse_ext_header.
+    "fuse_secctx_header",
+];
+
+#[test]
+fn no_struct_of_the_header_is_missing() {
+    let (_, text) = header();
+    let structs = text.lines().filter_map(|line| line.strip_prefix("struct ")?.strip_suffix(" {"));
+    let missing: Vec<_> = structs
+        .filter(|name| !LEFT_OUT.contains(name) && !abi::layouts().any(|layout| layout.c_name == *name))
+        .collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[test]
+fn no_notification_of_the_header_is_missing() {
+    let (_, text) = header();
+    let body = text.split("enum fuse_notify_code {").nth(1).unwrap().split("};").next().unwrap();
+    let names = body.lines().filter_map(|line| line.trim().split([' ', '=', ',']).next());
+    for name in names.filter(|name| name.starts_with("FUSE_") && *name != "FUSE_NOTIFY_CODE_MAX") {
+        assert!(Notification::CODES.iter().any(|(ours, _)| *ours == name), "{name}");
     }
 }
