@@ -3,11 +3,12 @@
 //! Only a descriptor keeps the host from reusing an inode's number. Without one, an inode is identified by its handle
 //! alone, which has a generation in it: see [`InodeFd::is`].
 
-use std::os::fd::AsFd;
+use std::ops::Deref;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwapOption, Guard};
 use rustix::io::Errno;
 
 use super::mount::Mount;
@@ -15,6 +16,33 @@ use crate::fs::Result;
 use crate::limits::GuestFd;
 use crate::sys::file_handles::{FileHandle, name_to_handle, open_by_handle};
 use fuse_protocol::ids::NodeId;
+
+/// The descriptor of an inode, which stays open for as long as this lives.
+///
+/// It is borrowed from the inode, not counted: that takes no atomic change of a line that all workers share.
+#[derive(Debug)]
+pub struct PathGuard(Guard<Option<Arc<GuestFd>>>);
+
+impl PathGuard {
+    fn of(path: Arc<GuestFd>) -> PathGuard {
+        PathGuard(Guard::from_inner(Some(path)))
+    }
+}
+
+impl Deref for PathGuard {
+    type Target = GuestFd;
+
+    #[allow(clippy::expect_used, reason = "a guard is made of a descriptor only")]
+    fn deref(&self) -> &GuestFd {
+        self.0.as_ref().expect("a guard has a descriptor")
+    }
+}
+
+impl AsFd for PathGuard {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        (**self).as_fd()
+    }
+}
 
 /// The descriptor of one inode, or what opens it again.
 #[derive(Debug)]
@@ -48,28 +76,27 @@ impl InodeFd {
 
     /// An O_PATH descriptor, which stays open for as long as the caller holds it; ESTALE if the inode had none and has
     /// been deleted on the host. `node` is the inode's.
-    pub(super) fn path(&self, node: NodeId) -> Result<Arc<GuestFd>> {
+    pub(super) fn path(&self, node: NodeId) -> Result<PathGuard> {
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::Relaxed);
         }
-        match self.path.load_full() {
-            Some(path) => Ok(path),
-            None => self.open_again(node),
-        }
+        let path = self.path.load();
+        if path.is_some() { Ok(PathGuard(path)) } else { self.open_again(node) }
     }
 
-    fn open_again(&self, node: NodeId) -> Result<Arc<GuestFd>> {
+    #[cold]
+    fn open_again(&self, node: NodeId) -> Result<PathGuard> {
         let (handle, directory) = self.handle.get().zip(self.mount.directory()).ok_or(Errno::STALE)?;
         let permit = self.mount.fd_cache().quota().acquire();
         let path = open_by_handle(directory.as_fd(), handle)?;
         // Where the guest has used up its quota, each request opens the inode again.
-        let Ok(permit) = permit else { return Ok(Arc::new(GuestFd::uncounted(path))) };
+        let Ok(permit) = permit else { return Ok(PathGuard::of(Arc::new(GuestFd::uncounted(path)))) };
         let path = Arc::new(permit.wrap(path));
         if self.path.swap(Some(Arc::clone(&path))).is_none() {
             self.mount.fd_cache().count_opened();
             self.enter_clock(node);
         }
-        Ok(path)
+        Ok(PathGuard::of(path))
     }
 
     /// From now on the clock tests the inode.

@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use rustix::fs::FileType;
 
 pub use self::fd_cache::FdCache;
-use self::inode_fd::InodeFd;
+use self::inode_fd::{InodeFd, PathGuard};
 use self::io_mode::{IoMode, IoPolicy, Mode};
 pub use self::key::{InodeKey, Seen};
 pub use self::mount::Mount;
@@ -32,7 +32,6 @@ pub use self::posix_locks::{OwnerFile, PosixLocks};
 use self::range_lock::RangeLock;
 pub use self::table::InodeTable;
 use crate::fs::Result;
-use crate::limits::GuestFd;
 use fuse_protocol::ids::NodeId;
 
 /// A file or directory that the guest knows.
@@ -89,8 +88,8 @@ impl Inode {
     }
 
     /// An O_PATH descriptor for system calls that take AT_EMPTY_PATH, or names relative to a directory. It stays open
-    /// for as long as the caller holds it.
-    pub fn path(&self) -> Result<Arc<GuestFd>> {
+    /// for as long as the caller has it.
+    pub fn path(&self) -> Result<PathGuard> {
         self.fd.path(self.node)
     }
 

@@ -1,7 +1,7 @@
 //! LOOKUP: from names to inodes.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags, Statx, openat};
@@ -33,12 +33,22 @@ pub fn lookup(
 
 /// Looks up an entry: one system call for an inode that the guest knows (two if it was evicted), three for a new one.
 pub fn lookup_entry(inodes: &InodeTable, view: &GuestView<'_>, parent: &Inode, name: &CStr) -> Result<Entry> {
-    let directory = parent.path()?;
+    lookup_at(inodes, view, parent.path()?.as_fd(), parent, name)
+}
+
+/// As [`lookup_entry`], where a descriptor of `parent` is open anyway.
+pub fn lookup_at(
+    inodes: &InodeTable,
+    view: &GuestView<'_>,
+    directory: BorrowedFd<'_>,
+    parent: &Inode,
+    name: &CStr,
+) -> Result<Entry> {
     let before = inodes.ids_given();
-    let stat = stat_entry(&*directory, name)?;
+    let stat = stat_entry(directory, name)?;
     let seen = Seen::by_name(&stat, before);
     if numbers_identify(inodes, parent, seen.key.mount)
-        && let Some(inode) = inodes.find(&seen, || entry_to_handle(directory.as_fd(), name))
+        && let Some(inode) = inodes.find(&seen, || entry_to_handle(directory, name))
     {
         return Ok(view.entry(&inode, &stat, Some(parent)));
     }
@@ -46,7 +56,7 @@ pub fn lookup_entry(inodes: &InodeTable, view: &GuestView<'_>, parent: &Inode, n
         Ok(permit) => lookup_new(inodes, view, parent, name, permit),
         // A guest that has used up its quota may look up what it knows already.
         Err(Errno::MFILE) => {
-            let path = openat(&*directory, name, PATH, Mode::empty())?;
+            let path = openat(directory, name, PATH, Mode::empty())?;
             let (inode, stat) = find_open(inodes, &path, Some(parent))?.ok_or(Errno::MFILE)?;
             Ok(view.entry(&inode, &stat, Some(parent)))
         }

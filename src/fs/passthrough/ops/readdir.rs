@@ -5,7 +5,7 @@ use std::ffi::CStr;
 use rustix::io::Errno;
 
 use super::guest_view::GuestView;
-use super::lookup::lookup_entry;
+use super::lookup::lookup_at;
 use crate::fs::Result;
 use crate::fs::passthrough::handle_table::Handle;
 use crate::fs::passthrough::inode::InodeTable;
@@ -79,7 +79,7 @@ fn push(
         return Err(Full);
     }
     // An entry that was removed meanwhile, or cannot be looked up, is listed as READDIR would.
-    let found = lookup_entry(inodes, view, directory, name).ok();
+    let found = lookup_at(inodes, view, handle.fd(), directory, name).ok();
     let pushed = out.push(listed, found.as_ref());
     if let (Err(Full), Some(entry)) = (pushed, found) {
         inodes.forget(entry.node, 1);
