@@ -30,7 +30,7 @@ fn layouts() -> impl Iterator<Item = Layout> {
 
 /// A message of any kind, often with the length that its header declares.
 fn message() -> impl Strategy<Value = Vec<u8>> {
-    let opcode = prop_oneof![0..Opcode::ALL.len() as u32, any::<u32>()];
+    let opcode = prop_oneof![0u32..60, any::<u32>()];
     let arguments = prop_oneof![vec(any::<u8>(), 0..200), vec(prop_oneof![Just(0), Just(b'a')], 0..200)];
     (opcode, arguments, any::<Option<u32>>(), 0u16..4).prop_map(|(opcode, arguments, len, total_extlen)| {
         let known = usize::try_from(opcode).ok().and_then(|index| Opcode::ALL.get(index));
