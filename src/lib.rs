@@ -9,6 +9,7 @@ pub mod config;
 pub mod daemon;
 pub mod device;
 pub mod fs;
+pub mod limits;
 pub mod logging;
 pub mod mapping;
 pub mod process;

@@ -26,6 +26,7 @@ use fuse_protocol::opcode::Opcode;
 use lanefsd::config::{CachePolicy, DeviceConfig, FsConfig};
 use lanefsd::daemon::{Share, Statistics, frontend};
 use lanefsd::fs::passthrough::PassthroughFs;
+use lanefsd::limits::Limits;
 use lanefsd::process::{self, Signals};
 use lanefsd::service::Service;
 use lanefsd_frontend::client::{ROOT, data};
@@ -97,7 +98,8 @@ fn serve(share: &Path, listener: &UnixListener, workers: usize, cache: CachePoli
     let config = FsConfig { cache, ..FsConfig::default() };
     let proc_self_fd = open(Path::new("/proc/self/fd"));
     process::prepare_for_requests(&proc_self_fd).unwrap();
-    let fs = PassthroughFs::new(open(share), proc_self_fd, config).unwrap();
+    let limits = Limits::of_the_process(&proc_self_fd).unwrap();
+    let fs = PassthroughFs::new(open(share), proc_self_fd, limits, config).unwrap();
     let device = DeviceConfig {
         tag: None,
         request_queues: 1,

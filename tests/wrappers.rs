@@ -22,6 +22,7 @@ use lanefsd::fs::null::NullStore;
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::read_only::ReadOnly;
 use lanefsd::fs::{Context, FileSystem, Opened};
+use lanefsd::limits::Limits;
 use lanefsd::process;
 use lanefsd::sys::guest_buffers::{GuestReader, GuestWriter};
 use rustix::fs::{CWD, Mode, OFlags, openat};
@@ -47,9 +48,14 @@ fn share() -> (TempDir, PassthroughFs) {
         ..FsConfig::default()
     };
     let proc_self_fd = open("/proc/self/fd".as_ref());
-    process::prepare_for_requests(&proc_self_fd).unwrap();
-    let fs = PassthroughFs::new(open(directory.path()), proc_self_fd, config).unwrap();
+    let fs = passthrough(open(directory.path()), proc_self_fd, config);
     (directory, fs)
+}
+
+fn passthrough(root: OwnedFd, proc_self_fd: OwnedFd, config: FsConfig) -> PassthroughFs {
+    process::prepare_for_requests(&proc_self_fd).unwrap();
+    let limits = Limits::of_the_process(&proc_self_fd).unwrap();
+    PassthroughFs::new(root, proc_self_fd, limits, config).unwrap()
 }
 
 fn context() -> Context<'static> {
@@ -290,9 +296,7 @@ fn a_read_only_share_keeps_its_access_times() {
             openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap()
         };
         let config = FsConfig { readonly, ..FsConfig::default() };
-        let proc_self_fd = open("/proc/self/fd".as_ref());
-        process::prepare_for_requests(&proc_self_fd).unwrap();
-        let fs = PassthroughFs::new(open(directory.path()), proc_self_fd, config).unwrap();
+        let fs = passthrough(open(directory.path()), open("/proc/self/fd".as_ref()), config);
         let fs = ReadOnly::new(fs);
         let node = look_up(&fs, c"file").unwrap().node;
         let opened = fs.open(&context(), node, &open_with(READ)).unwrap();

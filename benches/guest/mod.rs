@@ -13,6 +13,8 @@ use lanefsd::device::by_hand::ByHand;
 use lanefsd::device::queue::Queue;
 use lanefsd::device::ring::{Layout, Ring};
 use lanefsd::fs::passthrough::PassthroughFs;
+use lanefsd::limits::Limits;
+use lanefsd::process;
 use lanefsd::service::Service;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{CWD, Mode, OFlags, openat};
@@ -106,7 +108,8 @@ impl Guest {
         };
         let proc_self_fd = open("/proc/self/fd".as_ref());
         lanefsd::process::prepare_for_requests(&proc_self_fd).unwrap();
-        let fs = PassthroughFs::new(open(share.path()), proc_self_fd, config).unwrap();
+        let limits = Limits::of_the_process(&proc_self_fd).unwrap();
+        let fs = PassthroughFs::new(open(share.path()), proc_self_fd, limits, config).unwrap();
         let memory = SharedMemory::new(memory());
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
         let (kick, call) = (event(), event());

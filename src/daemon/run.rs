@@ -15,6 +15,7 @@ use crate::fs::FileSystem;
 use crate::fs::null::NullStore;
 use crate::fs::passthrough::{PassthroughFs, StartError};
 use crate::fs::read_only::ReadOnly;
+use crate::limits::Limits;
 use crate::logging::{self, Remark, Scope};
 use crate::process::{self, ProcessError, Signals};
 use crate::sandbox::{
@@ -87,7 +88,8 @@ fn serve(
     let _scope = Scope::of_share(&name).enter();
     process::prepare_for_requests(&sandboxed.proc_self_fd)?;
     let fs_config = FsConfig { readonly: config.readonly, ..config.fs.clone() };
-    let mut fs = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, fs_config)?;
+    let limits = Limits::of_the_process(&sandboxed.proc_self_fd).map_err(StartError::System)?;
+    let mut fs = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, limits, fs_config)?;
     let file_handles = fs.uses_file_handles();
     // Before the first thread is started: capabilities belong to threads.
     let required = RequiredCaps { readonly: config.readonly, xattr: config.fs.xattr, file_handles };

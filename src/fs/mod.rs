@@ -14,6 +14,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 pub use self::agreement::Agreement;
+pub use crate::limits::DeviceDescriptors;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
 use fuse_protocol::extensions::Labels;
@@ -69,17 +70,6 @@ impl<'a> From<&request::Request<'a>> for Context<'a> {
             labels: request.labels,
         }
     }
-}
-
-/// Descriptors of the device, for queues and guest memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct DeviceDescriptors {
-    /// What its queues have had at once since the front end came: they may want that many again.
-    pub queues: usize,
-    /// What all queues have when they run.
-    pub all_queues: usize,
-    /// One for each region of guest memory.
-    pub memory: usize,
 }
 
 /// The operations of a file system that is served to a guest.

@@ -1,5 +1,5 @@
-//! Ids inside the values of extended attributes: POSIX ACLs name users and groups, and a file's
-//! capabilities can name the root user whom they are meant for.
+//! Translation of ids inside the values of extended attributes: POSIX ACLs name users and groups, and file capabilities
+//! can name the root user of a namespace.
 
 use std::ffi::CStr;
 
@@ -10,9 +10,9 @@ use fuse_protocol::ids::{GuestGid, GuestUid};
 
 /// The access ACL of a file.
 pub const ACCESS: &CStr = c"system.posix_acl_access";
-/// What new files in a directory get.
+/// The ACL that new files in a directory get.
 pub const DEFAULT: &CStr = c"system.posix_acl_default";
-/// What a program may do beyond its caller.
+/// The capabilities of a program.
 pub const CAPABILITY: &CStr = c"security.capability";
 
 /// Bytes of an ACL's header, a version (`struct posix_acl_xattr_header`).
@@ -20,7 +20,7 @@ const ACL_HEADER: usize = 4;
 /// Bytes of an ACL's entry: tag, permissions, id (`struct posix_acl_xattr_entry`).
 const ACL_ENTRY: usize = 8;
 const ACL_VERSION: [u8; ACL_HEADER] = 2u32.to_le_bytes();
-/// Tags of entries whose id counts (`ACL_USER`, `ACL_GROUP`).
+/// Tags of entries with an id (`ACL_USER`, `ACL_GROUP`).
 const TAG_USER: u16 = 0x02;
 const TAG_GROUP: u16 = 0x08;
 /// The upper byte of `magic_etc` in capabilities that have a root user (`VFS_CAP_REVISION_3`).
@@ -31,8 +31,8 @@ const CAPABILITY_ROOT: usize = 20;
 /// Why a value cannot be translated.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum ValueError {
-    /// Its form is wrong.
-    #[error("it is no ACL")]
+    /// It is malformed.
+    #[error("it is not an ACL")]
     Malformed,
     /// It names an id that the guest must not use.
     #[error("it names a forbidden id")]
@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn users_and_groups_are_translated_each_with_their_own_map() {
         let (uids, gids) = maps(&["map:0:100000:65536"], &["map:0:200000:65536"]);
-        // USER_OBJ, MASK and OTHER have no id; what stands there stays.
+        // USER_OBJ, MASK and OTHER have no id; the field stays.
         let guest = acl(&[(0x01, u32::MAX), (0x02, 5), (0x04, 0), (0x08, 5), (0x10, 5), (0x20, u32::MAX)]);
         let mut value = guest.clone();
         value_to_host(ACCESS, &mut value, &uids, &gids).unwrap();
@@ -164,7 +164,7 @@ mod tests {
         assert_eq!(value, expected);
         value_to_guest(DEFAULT, &mut value, &uids, &gids).unwrap();
         assert_eq!(value, guest);
-        // Other attributes are nobody's business.
+        // Other attributes stay as they are.
         value_to_host(c"user.posix_acl_access", &mut value, &uids, &gids).unwrap();
         assert_eq!(value, guest);
     }
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_acl_is_refused() {
+    fn a_malformed_acl_is_refused() {
         let (uids, gids) = maps(&["map:0:1:1"], &[]);
         let good = acl(&[(TAG_USER, 0)]);
         for bad in [&good[..3], &good[..11], &[&good[..], &[0]].concat(), b"\x01\0\0\0"] {

@@ -1,7 +1,6 @@
-//! Users and groups: from the guest's numbers to the host's and back (`--translate-uid` and
-//! `--translate-gid`).
+//! Translation of user and group ids between guest and host (`--translate-uid` and `--translate-gid`).
 //!
-//! The two directions know nothing of each other. What no rule speaks of keeps its number.
+//! The two directions are independent. An id without a rule keeps its number.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -11,11 +10,11 @@ use thiserror::Error;
 
 use fuse_protocol::ids::{GuestGid, GuestUid};
 
-/// A user id as the host knows it.
+/// A user id of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostUid(pub u32);
 
-/// A group id as the host knows it.
+/// A group id of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostGid(pub u32);
 
@@ -24,12 +23,12 @@ pub type UidMap = IdMap<GuestUid, HostUid>;
 /// Groups of guest and host.
 pub type GidMap = IdMap<GuestGid, HostGid>;
 
-/// Why rules make no map.
+/// Why rules cannot be a map.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum IdMapError {
-    /// It is no rule.
+    /// A rule cannot be parsed.
     #[error(
-        "\"{0}\" is no rule: give map:GUEST:HOST:COUNT, guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, \
+        "\"{0}\" is not a rule: give map:GUEST:HOST:COUNT, guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, \
          squash-guest:GUEST:HOST:COUNT, squash-host:HOST:GUEST:COUNT or forbid-guest:GUEST:COUNT"
     )]
     Syntax(String),
@@ -78,7 +77,7 @@ impl Kind {
 pub struct IdRule {
     kind: Kind,
     from: u32,
-    /// Means nothing for ids that are forbidden.
+    /// Unused for forbidden ids.
     to: u32,
     count: u32,
 }
@@ -86,7 +85,7 @@ pub struct IdRule {
 impl FromStr for IdRule {
     type Err = IdMapError;
 
-    /// The kind, and numbers behind it. What stands behind the kind separates the numbers too.
+    /// The kind and its numbers. The character after the kind separates the numbers, too.
     fn from_str(text: &str) -> Result<IdRule, IdMapError> {
         let syntax = || IdMapError::Syntax(text.to_owned());
         let in_kind = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
@@ -114,18 +113,18 @@ impl fmt::Display for IdRule {
     }
 }
 
-/// What becomes of the ids of a range.
+/// The translation of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Target {
-    /// The first one becomes this one, the second one the next, and so on.
+    /// To as many ids from this one on.
     From(u32),
-    /// All become this one.
+    /// All to this one.
     One(u32),
     /// None may be used.
     Forbidden,
 }
 
-/// A range of ids, both ends included, and what becomes of it.
+/// A range of ids, both ends included, and its translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Range {
     first: u32,
@@ -288,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_does_what_it_says() {
+    fn each_kind_translates_as_documented() {
         let rules = ["guest:1000:5000:10", "squash-guest:2000:7:100", "forbid-guest:0:1000"];
         let to_host = map(&rules).unwrap();
         for (from, to) in [
@@ -367,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_rule_is_refused() {
+    fn a_malformed_rule_is_refused() {
         for bad in [
             "",
             ":",
@@ -408,7 +407,7 @@ mod tests {
         }
 
         #[test]
-        fn rules_survive_their_text(rule in any_rule()) {
+        fn a_rule_parses_from_its_text(rule in any_rule()) {
             prop_assert_eq!(rule.to_string().parse::<IdRule>(), Ok(rule));
         }
 

@@ -1,6 +1,6 @@
-//! What has other names in the guest than on the host: users and groups, and extended attributes.
+//! Translation between guest and host: ids of users and groups, and names of extended attributes.
 //!
-//! Rules and tables alone: no I/O, and nothing of the command line but the language of the rules.
+//! Rules and tables only: no I/O. Of the command line it knows the syntax of the rules.
 
 pub mod acl;
 pub mod ids;

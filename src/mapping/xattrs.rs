@@ -20,20 +20,20 @@ pub enum XattrMapError {
     /// The text ends within a rule.
     #[error("rule {0} is not complete: it has the form :TYPE:SCOPE:KEY:PREPEND: or :map:KEY:PREPEND:")]
     Incomplete(usize),
-    /// The type is none.
+    /// The type is unknown.
     #[error("rule {0} has the unknown type \"{1}\": it is prefix, ok, bad, unsupported or map")]
     Type(usize, String),
-    /// The scope is none.
+    /// The scope is unknown.
     #[error("rule {0} has the unknown scope \"{1}\": it is client, server or all")]
     Scope(usize, String),
-    /// A name cannot hold a NUL.
+    /// A name cannot contain a NUL.
     #[error("rule {0} has a NUL in it")]
     Nul(usize),
     /// Rules behind a rule of type map would never be reached.
     #[error("rule {0} is of type map and has to be the last one")]
     MapNotLast(usize),
     /// Some names would match no rule.
-    #[error("no rule matches all that is left on the side of the {0}: end with :ok:all::: or :bad:all:::")]
+    #[error("no rule matches all other names of the {0}: end with :ok:all::: or :bad:all:::")]
     Open(&'static str),
 }
 
@@ -56,26 +56,26 @@ enum Action {
     Unsupported,
 }
 
-/// One rule. `None` for a side that it is not about.
+/// One rule. `None` for a side that it does not apply to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Rule {
     action: Action,
-    /// How the guest's names begin that match.
+    /// Prefix of the guest's names that match.
     client: Option<Vec<u8>>,
-    /// How the host's names begin that match.
+    /// Prefix of the host's names that match.
     server: Option<Vec<u8>>,
-    /// What goes before the guest's names.
+    /// Prepended to the guest's names.
     prepend: Vec<u8>,
 }
 
 impl Rule {
-    /// A rule about both sides.
+    /// A rule for both sides.
     fn all(action: Action, key: &[u8], prepend: &[u8]) -> Rule {
         Rule { action, client: Some(key.into()), server: Some(prepend.into()), prepend: prepend.into() }
     }
 }
 
-/// What the guest's attributes are called on the host. Every name has a rule.
+/// The names of the guest's attributes on the host. Every name matches a rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct XattrMap(Vec<Rule>);
 
@@ -100,7 +100,7 @@ impl XattrMap {
         }
     }
 
-    /// The guest's name for the host's; `None` if the guest does not get to see it.
+    /// The guest's name for the host's; `None` if the guest does not see it.
     pub fn to_guest<'a>(&self, name: &'a [u8]) -> Option<&'a [u8]> {
         let matches = |rule: &&Rule| rule.server.as_ref().is_some_and(|start| name.starts_with(start));
         let rule = self.0.iter().find(matches)?;
@@ -108,7 +108,7 @@ impl XattrMap {
             Action::Ok => Some(name),
             Action::Bad | Action::Unsupported => None,
             Action::Prefix => {
-                // What the guest could not ask for by this name is not shown to it.
+                // The guest sees only names that it can use in requests.
                 let key = rule.client.as_deref().unwrap_or_default();
                 let rest = name.strip_prefix(rule.prepend.as_slice())?;
                 (!rest.is_empty() && rest.starts_with(key)).then_some(rest)
@@ -140,7 +140,7 @@ impl FromStr for XattrMap {
         if rules.is_empty() {
             return Err(XattrMapError::Empty);
         }
-        // Names are told apart by how they begin, so only an empty beginning matches all.
+        // Rules match prefixes, so only an empty one matches all.
         let is_empty = |start: &Option<Vec<u8>>| start.as_ref().is_some_and(Vec::is_empty);
         if !rules.iter().any(|rule| is_empty(&rule.client)) {
             return Err(XattrMapError::Open("client"));
@@ -192,8 +192,8 @@ fn rule(number: usize, kind: &str, scope: &str, key: &str, prepend: &str) -> Res
     Ok(rule)
 }
 
-/// What a rule of type map stands for: attributes that begin with `key` are prefixed, nobody gets
-/// at the prefixed ones by their own names, and the host's own `key` attributes are hidden.
+/// The rules that a rule of type map abbreviates: attributes that begin with `key` are prefixed, the prefixed ones cannot
+/// be used by their own names, and the host's own `key` attributes are hidden.
 fn add_map(rules: &mut Vec<Rule>, key: &[u8], prepend: &[u8]) {
     rules.push(Rule::all(Action::Prefix, key, prepend));
     if key.is_empty() {
@@ -265,14 +265,14 @@ mod tests {
     }
 
     #[test]
-    fn names_that_get_too_long() {
+    fn prefixed_names_may_be_too_long() {
         let map = map(":map::user.virtiofs.:");
         assert_eq!(host(&map, &"n".repeat(255 - 14)).unwrap().len(), 255);
         assert_eq!(host(&map, &"n".repeat(255 - 13)), Err(Refusal::TooLong));
     }
 
     #[test]
-    fn what_is_no_list_is_refused() {
+    fn a_malformed_list_is_refused() {
         use XattrMapError::*;
         for (text, error) in [
             ("", Empty),

@@ -1,7 +1,7 @@
 //! One FUSE request to one reply.
 //!
-//! [`Server`] decodes the request, admits it to the [`session`], hands it to the file system ([`dispatch`])
-//! and encodes the [`reply`]. It never panics on what a guest sent, and a panic of the file system is an EIO.
+//! [`Server`] decodes the request, admits it to the session (`session.rs`), hands it to the file system
+//! (`dispatch.rs`) and encodes the reply (`reply.rs`). A panic of the file system is an EIO.
 
 mod dispatch;
 mod reply;

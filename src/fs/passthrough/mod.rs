@@ -1,63 +1,51 @@
 //! A host directory as a guest's file system.
 //!
-//! [`inodes`] holds every inode that the guest knows, by an O_PATH descriptor or a file handle;
-//! [`handles`] what it has open. No file is ever reached by a path: a name is one component, looked up in the
-//! descriptor of its directory without following links, and only regular files and directories
-//! are opened.
+//! This file is the table of contents: each operation of [`FileSystem`] in one line, which names what the operation
+//! needs. The rooms, from the lowest up; each names only those before it:
+//!
+//! | room | what it owns |
+//! |---|---|
+//! | [`host`] | system calls that reach an inode; open files of the host |
+//! | [`inode`] | inodes, their descriptors, locks and modes |
+//! | [`session`] | what INIT negotiated |
+//! | [`caller`] | users, groups, capabilities, set-id bits |
+//! | [`lock_waiters`] | requests that wait for a lock |
+//! | [`handle_table`] | open files and directories of the guest |
+//! | [`state`] | all of these together: one share |
+//! | [`ops`] | the operations |
+//! | [`start`] | the constructor |
+//!
+//! No file is ever reached by a path: a name is one component, looked up in the descriptor of its directory without
+//! following links, and only regular files and directories are opened.
 
-mod attributes;
-mod budget;
-mod close;
+mod caller;
 pub mod config;
-mod credentials;
-mod data;
-mod directories;
-mod file_flags;
-mod handles;
-mod host_file;
-mod identity;
+mod handle_table;
+mod host;
 mod inode;
-mod inodes;
-pub mod io_mode;
-mod labels;
-mod listing;
-mod lock_ranges;
-pub mod locks;
-mod lookup;
-mod mounts;
-mod names;
-mod open;
-mod pins;
-pub mod range_lock;
-mod set_id;
-mod shards;
+mod lock_waiters;
+mod ops;
+mod session;
 mod start;
-mod xattr;
+mod start_error;
+mod state;
 
-use std::ffi::CString;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use log::debug;
-use rustix::io::Errno;
 
-use self::budget::Budget;
-use self::config::{FeatureMode, FsConfig};
-use self::credentials::OwnIds;
-use self::handles::HandleTable;
-use self::inodes::{Inode, InodeTable};
-use self::io_mode::IoPolicy;
-use self::lock_ranges::RangeCount;
-use self::locks::Waits;
-pub use self::start::StartError;
-use self::start::{descriptors, open_descriptors};
+use self::config::FeatureMode;
+pub use self::inode::range_lock;
+use self::ops::xattr::Xattrs;
+use self::ops::{attributes, data, file_flags, locks, lookup, namespace_ops, open, readdir};
+pub use self::start_error::StartError;
+pub use self::state::PassthroughFs;
 use super::{Agreement, Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply, errno};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
 use fuse_protocol::flags::{InitFlags, SetxattrFlags};
 use fuse_protocol::ids::{NodeId, Unique};
 use fuse_protocol::ioctl;
-use fuse_protocol::name::LookupName;
 use fuse_protocol::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
 use fuse_protocol::request::{
     Access, CopyFileRange, Create, Fallocate, Flush, Fsync, Getattr, Getxattr, Ioctl, Link, Listxattr, Lock,
@@ -65,110 +53,9 @@ use fuse_protocol::request::{
     Rmdir, Setattr, Setxattr, Statx, Symlink, Tmpfile, Unlink, Write,
 };
 
-/// What follows here from the [`Agreement`] with the guest.
-#[derive(Clone, Copy, Debug)]
-struct Session {
-    policy: IoPolicy,
-    /// Directories that are roots of other mounts are marked.
-    submounts: bool,
-    /// The guest says whether a change is to clear set-id bits (HANDLE_KILLPRIV_V2).
-    says_who_clears: bool,
-    /// The guest says whether an ACL is to clear the set-group-ID bit (SETXATTR_EXT).
-    long_setxattr: bool,
-    /// New files keep the set-group-ID bit that they are asked for: the guest's kernel has decided.
-    keeps_group_bit: bool,
-    /// The guest leaves umasks to us.
-    leaves_umask: bool,
-    /// The guest evaluates ACLs, and so may see and set them.
-    acls: bool,
-    /// What is created gets the guest's security labels.
-    labels: bool,
-}
-
-/// The file system below one directory of the host.
-pub struct PassthroughFs {
-    config: FsConfig,
-    own: OwnIds,
-    /// `/proc/self/fd`: opens an inode anew by the number of its O_PATH descriptor.
-    proc_self_fd: OwnedFd,
-    /// Descriptors that are held for the guest.
-    budget: Arc<Budget>,
-    inodes: InodeTable,
-    handles: HandleTable,
-    waits: Waits,
-    /// Byte ranges that are locked.
-    lock_ranges: Arc<RangeCount>,
-    /// ACLs can be had on the host, and were asked for.
-    offers_acls: bool,
-    /// The same with security labels.
-    offers_labels: bool,
-    /// See [`xattr::mapped_capability`].
-    mapped_capability: Option<CString>,
-    agreement: Arc<Agreement>,
-}
-
 impl PassthroughFs {
-    /// Serves the directory `root` (an O_PATH descriptor is enough). `proc_self_fd` is the
-    /// directory `/proc/self/fd` of this process.
-    ///
-    /// The process must be prepared by [`prepare_for_requests`](crate::process::prepare_for_requests): its umask is 0,
-    /// and its working directory is `proc_self_fd`, which gives the system calls that take no descriptor a way to
-    /// name one. Nothing of the process is changed here, so it can have several of these.
-    pub fn new(
-        root: OwnedFd,
-        proc_self_fd: OwnedFd,
-        config: FsConfig,
-    ) -> std::result::Result<PassthroughFs, StartError> {
-        let stat = lookup::stat(&root)?;
-        let offers_acls = xattr::acls_can_be_had(&root, &config)?;
-        let budget = Arc::new(Budget::of_the_process(open_descriptors(&proc_self_fd)?));
-        let descriptors = descriptors(config.inode_file_handles, &root, &budget)?;
-        let inodes = InodeTable::new(budget.take()?.hold(root), lookup::key(&stat), descriptors)?;
-        Ok(PassthroughFs {
-            offers_acls,
-            offers_labels: false,
-            mapped_capability: xattr::mapped_capability(&config),
-            config,
-            own: OwnIds::current(),
-            proc_self_fd,
-            budget,
-            inodes,
-            handles: HandleTable::default(),
-            waits: Waits::default(),
-            lock_ranges: Arc::default(),
-            agreement: Arc::default(),
-        })
-    }
-
-    /// Whether inodes may be held by file handles, which takes a capability and two system calls.
-    pub fn uses_file_handles(&self) -> bool {
-        self.inodes.uses_file_handles()
-    }
-
-    /// Finds out whether security labels can be written, with the capabilities that the process has
-    /// by now. Without this they are not offered to guests.
-    pub fn try_labels(&mut self) -> std::result::Result<(), StartError> {
-        let root = self.inode(NodeId::ROOT)?.path()?;
-        self.offers_labels = labels::can_be_had(&*root, &self.config)?;
-        Ok(())
-    }
-
-    fn session(&self) -> Session {
-        let flags = self.agreement.flags();
-        Session {
-            policy: IoPolicy::new(&self.config, flags),
-            submounts: flags.contains(InitFlags::SUBMOUNTS),
-            says_who_clears: flags.contains(InitFlags::HANDLE_KILLPRIV_V2),
-            long_setxattr: flags.contains(InitFlags::SETXATTR_EXT),
-            keeps_group_bit: identity::guest_strips_group_bit(self.agreement.minor(), flags),
-            leaves_umask: flags.contains(InitFlags::DONT_MASK),
-            acls: flags.contains(InitFlags::POSIX_ACL),
-            labels: flags.contains(InitFlags::SECURITY_CTX),
-        }
-    }
-
-    fn inode(&self, node: NodeId) -> Result<Arc<Inode>> {
-        self.inodes.get(node)
+    fn xattrs(&self) -> Xattrs<'_> {
+        Xattrs::new(&self.config, &self.identity, self.session())
     }
 }
 
@@ -212,7 +99,7 @@ impl FileSystem for PassthroughFs {
     }
 
     fn keep_back(&self, device: DeviceDescriptors) {
-        self.inodes.keep_back(device);
+        self.inodes.reserve_for(device);
     }
 
     fn destroy(&self) {
@@ -222,12 +109,7 @@ impl FileSystem for PassthroughFs {
     }
 
     fn lookup(&self, _ctx: &Context, parent: NodeId, lookup: &Lookup<'_>) -> Result<Entry> {
-        let parent = self.inode(parent)?;
-        match lookup.name {
-            LookupName::Entry(name) => self.look_up(&parent, name.as_c_str()),
-            LookupName::This => self.look_up_self(&parent),
-            LookupName::Parent => self.look_up_parent(&parent),
-        }
+        lookup::lookup(&self.inodes, &self.view(), &*self.inode(parent)?, lookup.name)
     }
 
     fn forget(&self, node: NodeId, count: u64) {
@@ -235,90 +117,99 @@ impl FileSystem for PassthroughFs {
     }
 
     fn getattr(&self, _ctx: &Context, node: NodeId, _getattr: &Getattr) -> Result<Attributes> {
-        self.attributes(&*self.inode(node)?)
+        attributes::getattr(&self.view(), &*self.inode(node)?)
     }
 
     fn setattr(&self, ctx: &Context, node: NodeId, setattr: &Setattr) -> Result<Attributes> {
-        self.set_attributes(ctx, node, setattr)
+        attributes::setattr(self, ctx, &*self.inode(node)?, setattr)
     }
 
-    fn statx(&self, _ctx: &Context, node: NodeId, statx: &Statx) -> Result<StatxReply> {
-        self.extended_attributes(&*self.inode(node)?, statx)
+    fn statx(&self, _ctx: &Context, node: NodeId, _statx: &Statx) -> Result<StatxReply> {
+        attributes::statx(&self.view(), &*self.inode(node)?)
     }
 
     fn readlink(&self, _ctx: &Context, node: NodeId) -> Result<Vec<u8>> {
-        self.read_link(&*self.inode(node)?)
+        namespace_ops::readlink(&*self.inode(node)?)
     }
 
     fn symlink(&self, ctx: &Context, parent: NodeId, symlink: &Symlink<'_>) -> Result<Entry> {
-        self.make_symlink(ctx, &*self.inode(parent)?, symlink.name, symlink.target)
+        namespace_ops::symlink(self, ctx, &*self.inode(parent)?, symlink.name, symlink.target)
     }
 
     fn mknod(&self, ctx: &Context, parent: NodeId, mknod: &Mknod<'_>) -> Result<Entry> {
-        self.make_node(ctx, &*self.inode(parent)?, mknod.name, (mknod.mode, mknod.umask), mknod.rdev)
+        namespace_ops::mknod(
+            self,
+            ctx,
+            &*self.inode(parent)?,
+            mknod.name,
+            (mknod.mode, mknod.umask),
+            mknod.rdev,
+        )
     }
 
     fn mkdir(&self, ctx: &Context, parent: NodeId, mkdir: &Mkdir<'_>) -> Result<Entry> {
-        self.make_directory(ctx, &*self.inode(parent)?, mkdir.name, mkdir.mode, mkdir.umask)
+        namespace_ops::mkdir(self, ctx, &*self.inode(parent)?, mkdir.name, mkdir.mode, mkdir.umask)
     }
 
     fn unlink(&self, _ctx: &Context, parent: NodeId, unlink: &Unlink<'_>) -> Result<()> {
-        self.remove_name(&*self.inode(parent)?, unlink.name, false)
+        namespace_ops::unlink(&*self.inode(parent)?, unlink.name)
     }
 
     fn rmdir(&self, _ctx: &Context, parent: NodeId, rmdir: &Rmdir<'_>) -> Result<()> {
-        self.remove_name(&*self.inode(parent)?, rmdir.name, true)
+        namespace_ops::rmdir(&*self.inode(parent)?, rmdir.name)
     }
 
     fn rename(&self, ctx: &Context, parent: NodeId, rename: &Rename<'_>) -> Result<()> {
-        self.rename_entry(ctx, &*self.inode(parent)?, &*self.inode(rename.new_parent)?, rename)
+        let (from, to) = (self.inode(parent)?, self.inode(rename.new_parent)?);
+        namespace_ops::rename(&self.identity, &self.session(), ctx, (&from, &to), rename)
     }
 
     fn link(&self, _ctx: &Context, parent: NodeId, link: &Link<'_>) -> Result<Entry> {
-        self.make_link(&self.inode(link.target)?, &*self.inode(parent)?, link.name)
+        let (inode, parent) = (self.inode(link.target)?, self.inode(parent)?);
+        namespace_ops::link(&self.inodes, &self.view(), &inode, &parent, link.name)
     }
 
     fn open(&self, ctx: &Context, node: NodeId, open: &Open) -> Result<Opened> {
-        self.open_file(ctx, self.inode(node)?, open.flags, open.open_flags)
+        open::open(self, ctx, self.inode(node)?, open.flags, open.open_flags)
     }
 
     fn create(&self, ctx: &Context, parent: NodeId, create: &Create<'_>) -> Result<(Entry, Opened)> {
-        self.create_file(ctx, &*self.inode(parent)?, create)
+        open::create(self, ctx, &*self.inode(parent)?, create)
     }
 
     fn tmpfile(&self, ctx: &Context, parent: NodeId, tmpfile: &Tmpfile) -> Result<(Entry, Opened)> {
-        if !self.config.tmpfile {
-            return Err(Errno::NOSYS);
-        }
-        self.create_unnamed(ctx, &*self.inode(parent)?, tmpfile)
+        open::tmpfile(self, ctx, parent, tmpfile)
     }
 
     fn read(&self, _ctx: &Context, node: NodeId, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize> {
-        self.read_data(&*self.handles.get(node, read.handle)?, read, data)
+        data::read(self.opener(), &*self.handles.get(node, read.handle)?, read, data)
     }
 
     fn write(&self, ctx: &Context, node: NodeId, write: &Write, data: &mut GuestReader<'_>) -> Result<usize> {
-        self.write_data(ctx, &*self.handles.get(node, write.handle)?, write, data)
+        let session = self.session();
+        let (kill_priv, writeback) = (self.kill_priv(&session), session.policy.writeback);
+        let handle = self.handles.get(node, write.handle)?;
+        data::write(self.opener(), kill_priv, writeback, ctx, &handle, write, data)
     }
 
     fn statfs(&self, _ctx: &Context, node: NodeId) -> Result<abi::Kstatfs> {
-        attributes::file_system(&*self.inode(node)?)
+        attributes::statfs(&*self.inode(node)?)
     }
 
     fn release(&self, _ctx: &Context, node: NodeId, release: &Release) -> Result<()> {
-        self.close_file(node, release.handle, release.flags, release.lock_owner)
+        open::release(self, node, release.handle, release.flags, release.lock_owner)
     }
 
     fn fsync(&self, _ctx: &Context, node: NodeId, fsync: &Fsync) -> Result<()> {
-        data::sync(&*self.handles.get(node, fsync.handle)?, fsync.flags)
+        data::fsync(&*self.handles.get(node, fsync.handle)?, fsync.flags)
     }
 
     fn flush(&self, _ctx: &Context, node: NodeId, flush: &Flush) -> Result<()> {
-        self.flush_handle(&*self.handles.get(node, flush.handle)?, flush.lock_owner)
+        data::flush(&*self.handles.get(node, flush.handle)?, flush.lock_owner)
     }
 
     fn opendir(&self, _ctx: &Context, node: NodeId, _opendir: &Opendir) -> Result<Opened> {
-        self.open_directory(self.inode(node)?)
+        open::opendir(self, self.inode(node)?)
     }
 
     fn readdir(
@@ -328,7 +219,13 @@ impl FileSystem for PassthroughFs {
         readdir: &Readdir,
         out: &mut DirectoryWriter<'_>,
     ) -> Result<()> {
-        self.list(&*self.handles.get(node, readdir.handle)?, readdir.offset, out)
+        readdir::readdir(
+            &self.inodes,
+            &self.view(),
+            &*self.handles.get(node, readdir.handle)?,
+            readdir.offset,
+            out,
+        )
     }
 
     fn releasedir(&self, _ctx: &Context, node: NodeId, releasedir: &Releasedir) -> Result<()> {
@@ -336,77 +233,80 @@ impl FileSystem for PassthroughFs {
     }
 
     fn fsyncdir(&self, _ctx: &Context, node: NodeId, fsyncdir: &Fsync) -> Result<()> {
-        data::sync(&*self.handles.get(node, fsyncdir.handle)?, fsyncdir.flags)
+        data::fsync(&*self.handles.get(node, fsyncdir.handle)?, fsyncdir.flags)
     }
 
     fn access(&self, ctx: &Context, node: NodeId, access: &Access) -> Result<()> {
-        self.check_access(ctx, &*self.inode(node)?, access.mask)
+        attributes::access(&self.view(), ctx, &*self.inode(node)?, access.mask)
     }
 
     fn fallocate(&self, ctx: &Context, node: NodeId, fallocate: &Fallocate) -> Result<()> {
         let Fallocate { handle, offset, length, mode } = *fallocate;
         let handle = self.handles.get(node, handle)?;
-        self.change(ctx, &handle.inode, || data::allocate(&handle, mode, offset, length))
+        let fallocate = || data::fallocate(&handle, mode, offset, length);
+        self.kill_priv(&self.session()).change(ctx, handle.inode(), fallocate)
     }
 
     fn lseek(&self, _ctx: &Context, node: NodeId, lseek: &Lseek) -> Result<u64> {
-        self.seek(&*self.handles.get(node, lseek.handle)?, lseek.offset, lseek.whence)
+        let writeback = self.session().policy.writeback;
+        data::lseek(&*self.handles.get(node, lseek.handle)?, lseek.offset, lseek.whence, writeback)
     }
 
     fn copy_file_range(&self, ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
         let source = self.handles.get(node, copy.handle_in)?;
         let target = self.handles.get(copy.node_out, copy.handle_out)?;
-        self.change(ctx, &target.inode, || self.copy_data(&source, &target, copy))
+        let copy = || data::copy_file_range(self.opener(), &source, &target, copy);
+        self.kill_priv(&self.session()).change(ctx, target.inode(), copy)
     }
 
     fn syncfs(&self, _ctx: &Context, node: NodeId) -> Result<()> {
-        self.sync_file_system(&*self.inode(node)?)
+        attributes::syncfs(&self.inodes, &self.host, &*self.inode(node)?, !self.session().submounts)
     }
 
     fn setxattr(&self, ctx: &Context, node: NodeId, setxattr: &Setxattr<'_>) -> Result<()> {
         let Setxattr { name, value, flags, setxattr_flags } = *setxattr;
         let kill_sgid = setxattr_flags.contains(SetxattrFlags::ACL_KILL_SGID);
-        self.set_xattr(ctx, &*self.inode(node)?, (name, value), flags, kill_sgid)
+        self.xattrs().setxattr(ctx, &*self.inode(node)?, (name, value), flags, kill_sgid)
     }
 
     fn getxattr(&self, _ctx: &Context, node: NodeId, getxattr: &Getxattr<'_>) -> Result<XattrReply> {
-        self.get_xattr(&*self.inode(node)?, getxattr.name, getxattr.size)
+        self.xattrs().getxattr(&*self.inode(node)?, getxattr.name, getxattr.size)
     }
 
     fn listxattr(&self, _ctx: &Context, node: NodeId, listxattr: &Listxattr) -> Result<XattrReply> {
-        self.list_xattr(&*self.inode(node)?, listxattr.size)
+        self.xattrs().listxattr(&*self.inode(node)?, listxattr.size)
     }
 
     fn removexattr(&self, _ctx: &Context, node: NodeId, removexattr: &Removexattr<'_>) -> Result<()> {
-        self.remove_xattr(&*self.inode(node)?, removexattr.name)
+        self.xattrs().removexattr(&*self.inode(node)?, removexattr.name)
     }
 
     fn getlk(&self, _ctx: &Context, node: NodeId, lock: &Lock) -> Result<abi::FileLock> {
-        self.test_lock(&*self.handles.get(node, lock.handle)?, lock)
+        locks::getlk(self, &*self.handles.get(node, lock.handle)?, lock)
     }
 
     fn setlk(&self, _ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
-        self.take_lock(&*self.handles.get(node, lock.handle)?, lock, None)
+        locks::setlk(self, &*self.handles.get(node, lock.handle)?, lock, None)
     }
 
     fn setlkw(&self, ctx: &Context, node: NodeId, lock: &Lock) -> Result<()> {
-        self.take_lock(&*self.handles.get(node, lock.handle)?, lock, Some(ctx.unique))
+        locks::setlk(self, &*self.handles.get(node, lock.handle)?, lock, Some(ctx.unique))
     }
 
     fn ioctl(&self, ctx: &Context, node: NodeId, ioctl: &Ioctl<'_>) -> Result<ioctl::Reply> {
         let command = ioctl.command().map_err(|error| errno(error.errno()))?;
-        self.file_flags(ctx, &*self.handles.get(node, ioctl.handle)?, command)
+        file_flags::ioctl(&self.identity, ctx, &*self.handles.get(node, ioctl.handle)?, command)
     }
 
     fn interrupt(&self, unique: Unique) -> Result<()> {
-        self.waits.interrupt(unique)
+        self.lock_waiters.interrupt(unique)
     }
 
     fn put_back(&self, unique: Unique) {
-        self.waits.put_back(unique);
+        self.lock_waiters.put_back(unique);
     }
 
     fn interrupt_all(&self) {
-        self.waits.interrupt_all();
+        self.lock_waiters.interrupt_all();
     }
 }

@@ -1,76 +1,91 @@
-//! What the start of a share may fail at.
+//! How a share begins: its checks of the host, and the state that it starts with.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::Dir;
+use log::warn;
 use rustix::io::Errno;
-use thiserror::Error;
 
-use super::budget::Budget;
-use super::config::InodeFileHandles;
-use super::pins::Descriptors;
+use super::caller::identity::Identity;
+use super::handle_table::HandleTable;
+use super::host::{self, Host};
+use super::inode::{FdCache, InodeKey, InodeTable};
+use super::lock_waiters::LockWaiters;
+use super::ops::{labels, xattr};
+use super::start_error::StartError;
+use super::state::PassthroughFs;
+use crate::fs::passthrough::config::{FsConfig, InodeFileHandles};
+use crate::limits::{FdQuota, Limits};
+use fuse_protocol::ids::NodeId;
 
-/// Why a directory cannot be served as it was asked for.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum StartError {
-    /// The host's file system has no ACLs.
-    #[error("the share's file system has no POSIX ACLs: leave --posix-acl out, or give --posix-acl=auto")]
-    NoAcls,
-    /// Rules for names and ACLs cannot go together.
-    #[error(
-        "--posix-acl needs ACLs under their own names, but --xattrmap changes or forbids them: put the rule \
-         :ok:all:system.posix_acl_:system.posix_acl_: first"
-    )]
-    AclsAreMapped,
-    /// The host's file system has no attributes for labels.
-    #[error(
-        "the share's file system cannot keep security labels: leave --security-label out, or give \
-         --security-label=auto"
-    )]
-    NoLabels,
-    /// Rules forbid the names of labels.
-    #[error(
-        "--security-label needs the attribute security.selinux, but --xattrmap forbids it: change the rules"
-    )]
-    LabelsAreForbidden,
-    /// The daemon may not write labels.
-    #[error(
-        "--security-label needs the attribute {0}, which the daemon must not write: give it CAP_SYS_ADMIN with \
-         --modcaps=+sys_admin, or leave --security-label out"
-    )]
-    LabelsNeedPrivilege(String),
-    /// `--inode-file-handles=mandatory` cannot be had.
-    #[error(
-        "inodes cannot be held by file handles, which takes CAP_DAC_READ_SEARCH and a file system whose handles \
-         last (those of FUSE do not): leave out --inode-file-handles=mandatory"
-    )]
-    NoFileHandles,
-    /// A system call failed.
-    #[error(transparent)]
-    System(#[from] Errno),
+impl PassthroughFs {
+    /// Serves the directory `root` (an O_PATH descriptor is enough) within `limits`. `proc_self_fd` is the directory
+    /// `/proc/self/fd` of this process.
+    ///
+    /// Nothing of the process changes, and it may have any number of these. Before the first request its umask has to be
+    /// 0 and its working directory `/proc/self/fd`: see
+    /// [`prepare_for_requests`](crate::process::prepare_for_requests).
+    pub fn new(
+        root: OwnedFd,
+        proc_self_fd: OwnedFd,
+        limits: Limits,
+        config: FsConfig,
+    ) -> Result<PassthroughFs, StartError> {
+        let Limits { fds, locked_ranges, memory } = limits;
+        let key = InodeKey::of(&host::stat(&root)?);
+        let offers_acls = xattr::offers_acls(&root, &config)?;
+        let fd_cache = fd_cache(config.inode_file_handles, &root, &fds)?;
+        Ok(PassthroughFs {
+            identity: Identity::new(&config),
+            host: Host::new(proc_self_fd, config.readonly),
+            inodes: InodeTable::new(fds.acquire()?.wrap(root), key, fd_cache)?,
+            handles: HandleTable::new(memory),
+            lock_waiters: LockWaiters::default(),
+            locked_ranges,
+            offers_acls,
+            offers_labels: false,
+            mapped_capability: xattr::mapped_capability(&config),
+            agreement: Arc::default(),
+            config,
+        })
+    }
+
+    /// Whether inodes may be evicted and opened again by file handle, which takes a capability and two system calls.
+    pub fn uses_file_handles(&self) -> bool {
+        self.inodes.uses_file_handles()
+    }
+
+    /// Checks whether security labels can be written, with the capabilities that the process has by now. Without this
+    /// call they are not offered to guests.
+    pub fn try_labels(&mut self) -> Result<(), StartError> {
+        let root = self.inode(NodeId::ROOT)?.path()?;
+        self.offers_labels = labels::offers_labels(&*root, &self.config)?;
+        Ok(())
+    }
 }
 
-/// How many descriptors this process has open; `proc_self_fd` lists them.
-pub(super) fn open_descriptors(proc_self_fd: &OwnedFd) -> std::result::Result<usize, StartError> {
-    let list = Dir::read_from(proc_self_fd)?;
-    // Two entries are the directory and its parent, and one is of the list itself.
-    Ok(list.count().saturating_sub(3))
-}
-
-/// How inodes share what descriptors there are.
-pub(super) fn descriptors(
-    wanted: InodeFileHandles,
-    root: &OwnedFd,
-    budget: &Arc<Budget>,
-) -> std::result::Result<Descriptors, StartError> {
-    match (wanted, Descriptors::limited(root, budget)) {
-        (InodeFileHandles::Never, _) => Ok(Descriptors::unlimited(budget)),
-        (_, Ok(descriptors)) => Ok(descriptors),
+/// The cache of inodes' descriptors, with or without a limit.
+fn fd_cache(wanted: InodeFileHandles, root: &OwnedFd, quota: &Arc<FdQuota>) -> Result<FdCache, StartError> {
+    match (wanted, FdCache::limited(root, quota)) {
+        (InodeFileHandles::Never, _) => Ok(FdCache::unlimited(quota)),
+        (_, Ok(cache)) => Ok(cache),
         (InodeFileHandles::Mandatory, Err(_)) => Err(StartError::NoFileHandles),
         (InodeFileHandles::Prefer, Err(errno)) => {
-            budget.warn_without_handles(errno);
-            Ok(Descriptors::unlimited(budget))
+            warn_without_handles(errno, quota);
+            Ok(FdCache::unlimited(quota))
         }
     }
+}
+
+/// Logs at the start what is hard to guess from an EMFILE later: inodes have to keep their descriptors, for which
+/// `errno` is the reason.
+fn warn_without_handles(errno: Errno, quota: &FdQuota) {
+    let remedy = match errno {
+        Errno::PERM => "raise --rlimit-nofile, or start the daemon with CAP_DAC_READ_SEARCH",
+        _ => "raise --rlimit-nofile",
+    };
+    warn!(
+        "inodes cannot be held by file handles here ({errno}), so the guest can know and open {} files at once, and gets EMFILE (too many open files) for more; {remedy} if it needs more",
+        quota.max()
+    );
 }

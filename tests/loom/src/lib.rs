@@ -1,11 +1,11 @@
 //! The parts of lanefsd where threads meet, built with loom's locks instead of the real ones.
 //! `tests/orders.rs` runs them under every order of their steps.
 
-pub use lanefsd::config;
+pub use lanefsd::fs;
 
-#[path = "../../../src/fs/passthrough/io_mode.rs"]
+#[path = "../../../src/fs/passthrough/inode/io_mode.rs"]
 pub mod io_mode;
-#[path = "../../../src/fs/passthrough/range_lock.rs"]
+#[path = "../../../src/fs/passthrough/inode/range_lock.rs"]
 pub mod range_lock;
 #[path = "../../../src/session_lock.rs"]
 pub mod session_lock;

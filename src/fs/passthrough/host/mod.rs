@@ -1,0 +1,114 @@
+//! System calls that reach an inode of the host, however it is held.
+//!
+//! No call takes a path that a guest made. A name is one component, looked up in the descriptor of its directory
+//! without following links; an inode is reached by its O_PATH descriptor, or by that descriptor's number in
+//! `/proc/self/fd` where the system call takes no descriptor.
+
+pub mod file;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Statx, StatxFlags, openat, statx};
+use rustix::io::Errno;
+use rustix::mount::{OpenTreeFlags, open_tree};
+use rustix::path::DecInt;
+
+use crate::fs::Result;
+
+/// What statx(2) is asked for: all that replies need, and the mount.
+pub const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
+/// An O_PATH descriptor of an entry itself, whatever it is: nothing is opened or followed.
+pub const PATH: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+/// Attributes of what `fd` refers to.
+pub fn stat(fd: impl AsFd) -> Result<Statx> {
+    statx(fd, c"", AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT, WANTED)
+}
+
+/// Attributes of the entry `name` of a directory.
+pub fn stat_entry(directory: impl AsFd, name: &std::ffi::CStr) -> Result<Statx> {
+    statx(directory, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT, WANTED)
+}
+
+/// The type of an inode.
+pub fn kind(stat: &Statx) -> FileType {
+    FileType::from_raw_mode(u32::from(stat.stx_mode))
+}
+
+/// The name of an inode below the working directory, which is `/proc/self/fd`: for system calls that take no
+/// descriptor. The kernel goes from there straight to the inode, also if it is a symbolic link.
+///
+/// `path` has to stay open for as long as the name is used.
+pub fn proc_name(path: impl AsFd) -> DecInt {
+    DecInt::from_fd(path)
+}
+
+/// Where [`proc_name`] is looked up.
+pub const PROC: BorrowedFd<'static> = CWD;
+
+/// Opens again what a descriptor refers to.
+#[derive(Debug)]
+pub struct Host {
+    /// `/proc/self/fd`.
+    proc_self_fd: OwnedFd,
+    /// Access times of the share must not change.
+    keep_atime: bool,
+}
+
+impl Host {
+    /// `proc_self_fd` is the directory `/proc/self/fd` of this process.
+    pub fn new(proc_self_fd: OwnedFd, keep_atime: bool) -> Host {
+        Host { proc_self_fd, keep_atime }
+    }
+
+    /// Opens what `fd` refers to with `flags`, whatever has become of its name. `mode` is for O_TMPFILE.
+    pub fn open(&self, fd: impl AsFd, flags: OFlags, mode: Mode) -> Result<OwnedFd> {
+        openat(&self.proc_self_fd, DecInt::from_fd(fd), flags | OFlags::CLOEXEC, mode)
+    }
+
+    /// The same for a file or directory that the guest reads; the access time of a read-only share stays.
+    pub fn open_for_guest(&self, fd: impl AsFd, flags: OFlags) -> Result<OwnedFd> {
+        if self.keep_atime {
+            // Only the owner and CAP_FOWNER may.
+            match self.open(&fd, flags | OFlags::NOATIME, Mode::empty()) {
+                Err(Errno::PERM) => {}
+                result => return result,
+            }
+        }
+        self.open(fd, flags, Mode::empty())
+    }
+
+    /// An O_PATH descriptor of what `file` has open.
+    pub fn path_of(&self, file: &OwnedFd) -> Result<OwnedFd> {
+        path_by_tree(file).or_else(|_| self.open(file, OFlags::PATH, Mode::empty()))
+    }
+}
+
+/// As [`Host::path_of`], without a walk through /proc. It fails on hosts before Linux 5.2, and in containers that
+/// forbid the call.
+fn path_by_tree(file: &OwnedFd) -> Result<OwnedFd> {
+    let flags = OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    open_tree(file, c"", flags)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_open_file_has_a_path_also_without_a_name() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let name = folder.path().join("file");
+        let file: OwnedFd = std::fs::File::create(&name).unwrap().into();
+        let unnamed = openat(CWD, folder.path(), OFlags::TMPFILE | OFlags::RDWR, Mode::empty()).unwrap();
+        std::fs::remove_file(&name).unwrap();
+        let identity = |stat: Statx| (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino, stat.stx_mnt_id);
+        for file in [file, unnamed] {
+            let path = path_by_tree(&file).unwrap();
+            assert_eq!(identity(stat(&path).unwrap()), identity(stat(&file).unwrap()));
+            assert!(rustix::fs::fcntl_getfl(&path).unwrap().contains(OFlags::PATH));
+            let flags = rustix::io::fcntl_getfd(&path).unwrap();
+            assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Inodes that the guest knows: what identifies them on the host, and how they stay reachable.
+//!
+//! [`InodeTable`] finds an [`Inode`] by the guest's node id or by its [`InodeKey`]. Each has an O_PATH descriptor
+//! ([`InodeFd`]), which [`FdCache`] closes when descriptors are scarce; a file handle takes its place then.
+//! What openers and lock owners of a file share belongs to its inode: [`IoMode`], [`RangeLock`], [`PosixLocks`].
+//!
+//! Fields are private to this folder, so that the count of lookups, the two ways to find an inode, and the number of
+//! open descriptors stay true together.
+
+mod fd_cache;
+mod inode_fd;
+pub mod io_mode;
+mod key;
+mod locked_ranges;
+mod mount;
+mod posix_locks;
+pub mod range_lock;
+pub mod shards;
+mod table;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rustix::fs::FileType;
+
+pub use self::fd_cache::FdCache;
+use self::inode_fd::{InodeFd, PathGuard};
+use self::io_mode::{IoMode, IoPolicy, Mode};
+pub use self::key::{InodeKey, Seen};
+pub use self::mount::Mount;
+pub use self::posix_locks::{OwnerFile, PosixLocks};
+use self::range_lock::RangeLock;
+pub use self::table::InodeTable;
+use crate::fs::Result;
+use fuse_protocol::ids::NodeId;
+
+/// A file or directory that the guest knows.
+#[derive(Debug)]
+pub struct Inode {
+    node: NodeId,
+    key: InodeKey,
+    kind: FileType,
+    io_mode: IoMode,
+    ranges: RangeLock,
+    locks: PosixLocks,
+    /// It had a set-group-ID bit without execution by the group when its attributes were last read.
+    lone_group_bit: AtomicBool,
+    fd: InodeFd,
+    /// How often the guest has looked it up and not forgotten it. Goes up only under the lock of the inode's key, so
+    /// that a count of 0 seen there is final.
+    lookups: AtomicU64,
+}
+
+impl Inode {
+    /// An inode that was not looked up yet.
+    fn new(node: NodeId, key: InodeKey, kind: FileType, fd: InodeFd) -> Inode {
+        Inode {
+            node,
+            key,
+            kind,
+            io_mode: IoMode::default(),
+            ranges: RangeLock::default(),
+            locks: PosixLocks::default(),
+            lone_group_bit: AtomicBool::new(false),
+            fd,
+            lookups: AtomicU64::new(0),
+        }
+    }
+
+    /// The guest's number for it.
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// What identifies it on the host.
+    pub fn key(&self) -> &InodeKey {
+        &self.key
+    }
+
+    /// Its type, which never changes: what has another one is another inode.
+    pub fn kind(&self) -> FileType {
+        self.kind
+    }
+
+    /// Whether it is a directory.
+    pub fn is_directory(&self) -> bool {
+        self.kind == FileType::Directory
+    }
+
+    /// An O_PATH descriptor for system calls that take AT_EMPTY_PATH, or names relative to a directory. It stays open
+    /// for as long as the caller has it.
+    pub fn path(&self) -> Result<PathGuard> {
+        self.fd.path(self.node)
+    }
+
+    /// The mount it is on.
+    pub fn mount(&self) -> &Arc<Mount> {
+        self.fd.mount()
+    }
+
+    /// Ranges that requests read or write just now.
+    pub fn ranges(&self) -> &RangeLock {
+        &self.ranges
+    }
+
+    /// POSIX locks of the guest's programs.
+    pub fn locks(&self) -> &PosixLocks {
+        &self.locks
+    }
+
+    /// Counts one more opener; see [`IoMode::open`].
+    pub fn open(&self, policy: IoPolicy, direct_requested: bool) -> Option<Mode> {
+        self.io_mode.open(policy, direct_requested)
+    }
+
+    /// One opener has closed it. The last one frees the memory that only openers need.
+    pub fn release(&self) {
+        if self.io_mode.release() {
+            self.ranges.trim();
+        }
+    }
+
+    /// Whether it had a set-group-ID bit without execution by the group when its attributes were last read.
+    pub fn has_lone_group_bit(&self) -> bool {
+        self.lone_group_bit.load(Ordering::Relaxed)
+    }
+
+    /// Its attributes were read.
+    pub fn set_lone_group_bit(&self, is_set: bool) {
+        // Nearly always it is so already: workers share the cache line until it changes.
+        if self.has_lone_group_bit() != is_set {
+            self.lone_group_bit.store(is_set, Ordering::Relaxed);
+        }
+    }
+}

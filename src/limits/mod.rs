@@ -1,0 +1,40 @@
+//! Quotas: what one guest may take of the host's resources.
+//!
+//! Whoever makes a share hands it its quotas. A share counts by them and by nothing else, so that one whose guest has
+//! used up its own takes nothing from another share of the same process.
+
+mod fd_quota;
+mod locked_range_quota;
+mod memory_quota;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::io::Result;
+
+pub use self::fd_quota::{DeviceDescriptors, FdPermit, FdQuota, GuestFd};
+pub use self::locked_range_quota::LockedRangeQuota;
+pub use self::memory_quota::MemoryQuota;
+
+/// The quotas of one share.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Descriptors that stay open between requests.
+    pub fds: Arc<FdQuota>,
+    /// Byte ranges that are locked.
+    pub locked_ranges: Arc<LockedRangeQuota>,
+    /// Memory of open directories.
+    pub memory: Arc<MemoryQuota>,
+}
+
+impl Limits {
+    /// These descriptors, and the usual numbers of all else.
+    pub fn new(fds: FdQuota) -> Limits {
+        Limits { fds: Arc::new(fds), locked_ranges: Arc::default(), memory: Arc::default() }
+    }
+
+    /// For the only share of a process: see [`FdQuota::of_the_process`].
+    pub fn of_the_process(proc_self_fd: &OwnedFd) -> Result<Limits> {
+        Ok(Limits::new(FdQuota::of_the_process(proc_self_fd)?))
+    }
+}
