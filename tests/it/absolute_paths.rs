@@ -61,7 +61,7 @@ fn crowd(client: &Client<'_>) {
 
 /// A reboot of the guest, many threads, the end by a signal: the daemon takes part in all of it.
 fn is_served(backend: &mut Backend, kind: &str, plant: impl FnOnce(&Client<'_>)) {
-    let options = || SessionOptions { queues: 2, ..SessionOptions::default() };
+    let options = || common::queues(2);
     let session = backend.connect(options()).unwrap();
     plant(&session.client());
     session.reboot().unwrap();
@@ -76,11 +76,6 @@ fn is_served(backend: &mut Backend, kind: &str, plant: impl FnOnce(&Client<'_>))
     session.client().getattr(ROOT).unwrap_or_else(|error| panic!("{kind}: {error}"));
     backend.signal(libc::SIGTERM).unwrap();
     backend.expect_success().unwrap();
-}
-
-fn serving(backend: &Backend) -> u32 {
-    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", backend.pid())).unwrap();
-    children.trim().parse().unwrap()
 }
 
 /// The most memory that a process has had, in KiB.
@@ -138,11 +133,11 @@ fn huge_files_at_paths_that_libraries_read() {
             let node = client.walk(ROOT, path).unwrap().nodeid;
             client.setattr(node, lanefsd_frontend::client::Change::none().size(HUGE)).unwrap();
         }
-        let before = peak(serving(&backend));
+        let before = peak(common::serving_process(backend.pid()));
         session.reboot().unwrap();
         session.init().unwrap();
         crowd(&session.client());
-        let grown = peak(serving(&backend)) - before;
+        let grown = peak(common::serving_process(backend.pid())) - before;
         assert!(grown < ALLOWED, "{sandbox}: memory has grown by {grown} KiB");
         drop(session);
         backend.signal(libc::SIGTERM).unwrap();

@@ -9,7 +9,7 @@ use lanefsd_frontend::client::{Change, ROOT};
 use lanefsd_frontend::connection::Connection;
 use lanefsd_frontend::session::linux_init_flags;
 use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
-use rustix::fs::{XattrFlags, getxattr, setxattr};
+use rustix::fs::{XattrFlags, setxattr};
 use rustix::io::Errno;
 use tempfile::TempDir;
 
@@ -51,18 +51,8 @@ fn named(uid: u32, gid: u32) -> Vec<u8> {
 }
 
 fn on_disk(args: &[&str]) -> (TempDir, Backend, Session) {
-    let directory = common::disk_directory();
-    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let backend = common::starter().args(args).args(["--tmpfile"]).share(directory.path()).start().unwrap();
-    let session = backend.connect(SessionOptions::default()).unwrap();
-    (directory, backend, session)
-}
-
-fn host_xattr(path: &Path, name: &str) -> Result<Vec<u8>, Errno> {
-    let mut value = vec![0; 1000];
-    let len = getxattr(path, name, value.as_mut_slice())?;
-    value.truncate(len);
-    Ok(value)
+    let starter = common::starter().args(args).args(["--tmpfile"]);
+    common::serve_on(common::open_directory(), starter, SessionOptions::default())
 }
 
 fn mode(path: &Path) -> u32 {
@@ -146,7 +136,7 @@ fn without_them_the_guest_neither_sees_nor_sets_any() {
         assert_eq!(common::errno(client.getxattr(node, name, 1000)), libc::ENOTSUP);
         assert_eq!(common::errno(client.setxattr(node, name, &named(7, 8), 0)), libc::ENOTSUP);
         assert_eq!(common::errno(client.removexattr(node, name)), libc::ENOTSUP);
-        assert_eq!(host_xattr(&path, name).unwrap(), named(5, 6));
+        assert_eq!(common::host_xattr(&path, name).unwrap(), named(5, 6));
     }
 }
 
@@ -159,7 +149,7 @@ fn acls_come_and_go() {
     assert_eq!(common::errno(client.getxattr(node, ACCESS, 1000)), libc::ENODATA);
     for name in [ACCESS, DEFAULT] {
         client.setxattr(node, name, &named(5, 6), 0).unwrap();
-        assert_eq!(host_xattr(&path, name).unwrap(), named(5, 6));
+        assert_eq!(common::host_xattr(&path, name).unwrap(), named(5, 6));
         assert_eq!(client.getxattr(node, name, 1000).unwrap(), named(5, 6));
     }
     assert_eq!(client.getattr(node).unwrap().mode & 0o7777, 0o770, "the mode follows the mask");
@@ -170,7 +160,7 @@ fn acls_come_and_go() {
     assert_eq!(common::errno(client.setxattr(node, ACCESS, &[2, 0, 0, 0, 1], 0)), libc::EINVAL);
     for name in [ACCESS, DEFAULT] {
         client.removexattr(node, name).unwrap();
-        assert_eq!(host_xattr(&path, name), Err(Errno::NODATA));
+        assert_eq!(common::host_xattr(&path, name), Err(Errno::NODATA));
     }
 }
 
@@ -238,7 +228,7 @@ fn default_acls_are_inherited() {
         (MASK, 4, NO_ID),
         (OTHER, 0, NO_ID),
     ]);
-    assert_eq!(host_xattr(&backend.path("file"), ACCESS).unwrap(), expected);
+    assert_eq!(common::host_xattr(&backend.path("file"), ACCESS).unwrap(), expected);
     assert_eq!(file.attr.mode & 0o7777, 0o640);
 }
 
@@ -254,11 +244,11 @@ fn ids_in_acls_are_translated() {
     let client = session.client();
     for name in [ACCESS, DEFAULT] {
         client.setxattr(ROOT, name, &named(5, 6), 0).unwrap();
-        assert_eq!(host_xattr(backend.share(), name).unwrap(), named(100_005, 200_006));
+        assert_eq!(common::host_xattr(backend.share(), name).unwrap(), named(100_005, 200_006));
         assert_eq!(client.getxattr(ROOT, name, 1000).unwrap(), named(5, 6));
         assert_eq!(common::errno(client.setxattr(ROOT, name, &named(1000, 6), 0)), libc::EPERM);
         assert_eq!(common::errno(client.setxattr(ROOT, name, &named(5, 1000), 0)), libc::EPERM);
-        assert_eq!(host_xattr(backend.share(), name).unwrap(), named(100_005, 200_006));
+        assert_eq!(common::host_xattr(backend.share(), name).unwrap(), named(100_005, 200_006));
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use fuse_protocol::flags::{InitFlags, WriteFlags};
 use lanefsd_frontend::client::{Change, Lock, ROOT};
-use lanefsd_frontend::{Backend, Client, Cut, Session, SessionOptions};
+use lanefsd_frontend::{Client, Cut, SessionOptions};
 
 use crate::common;
 
@@ -43,13 +43,6 @@ fn chattr(change: &str, path: &Path) {
     assert!(Command::new("chattr").arg(change).arg(path).status().unwrap().success(), "chattr {change}");
 }
 
-fn serve(args: &[&str]) -> (tempfile::TempDir, Backend, Session) {
-    let directory = common::disk_directory();
-    let backend = common::starter().args(args).share(directory.path()).start().unwrap();
-    let session = backend.connect(SessionOptions::default()).unwrap();
-    (directory, backend, session)
-}
-
 /// Appends a line, as a guest with an old idea of the end.
 fn append(client: &Client<'_>, node: u64, fh: u64, line: &str, flags: i32) {
     assert_eq!(client.write_with(node, fh, 1, line.as_bytes(), NONE, flags).unwrap(), line.len());
@@ -63,7 +56,7 @@ fn an_append_only_file_takes_appends_and_nothing_else() {
         &["--sandbox=namespace"],
         &["--sandbox=chroot", "--inode-file-handles=never"],
     ] {
-        let (directory, _backend, session) = serve(args);
+        let (directory, _backend, session) = common::on_disk(args);
         let log = Log::new(directory.path());
         let client = session.client();
         let node = client.lookup(ROOT, "log").unwrap().nodeid;
@@ -102,7 +95,7 @@ fn an_append_only_file_takes_appends_and_nothing_else() {
 
 #[test]
 fn an_append_only_file_is_locked_for_writing() {
-    let (directory, _backend, session) = serve(&["--posix-lock", "--flock"]);
+    let (directory, _backend, session) = common::on_disk(&["--posix-lock", "--flock"]);
     let _log = Log::new(directory.path());
     let client = session.client();
     let node = client.lookup(ROOT, "log").unwrap().nodeid;
@@ -114,7 +107,7 @@ fn an_append_only_file_is_locked_for_writing() {
 
 #[test]
 fn an_append_only_file_takes_appends_of_any_length_past_the_hosts_cache() {
-    let (directory, _backend, session) = serve(&["--allow-direct-io"]);
+    let (directory, _backend, session) = common::on_disk(&["--allow-direct-io"]);
     let log = Log::new(directory.path());
     let client = session.client();
     let node = client.lookup(ROOT, "log").unwrap().nodeid;
@@ -126,7 +119,7 @@ fn an_append_only_file_takes_appends_of_any_length_past_the_hosts_cache() {
 
 #[test]
 fn an_immutable_file_opens_for_reading_alone() {
-    let (directory, _backend, session) = serve(&[]);
+    let (directory, _backend, session) = common::on_disk(&[]);
     let path = directory.path().join("file");
     fs::write(&path, "old\n").unwrap();
     chattr("+i", &path);
@@ -192,7 +185,7 @@ fn an_append_of_many_segments_is_one_piece_for_the_host() {
 #[test]
 fn a_synchronous_append_holds_up_nobody_before_the_end() {
     // Reads and writes in front of appends, all over the file's end, end as if one came after the other.
-    let (directory, _backend, session) = serve(&["--cache=never"]);
+    let (directory, _backend, session) = common::on_disk(&["--cache=never"]);
     assert!(!session.init_flags().contains(InitFlags::WRITEBACK_CACHE));
     let flags = libc::O_RDWR | libc::O_APPEND | libc::O_DSYNC;
     let client = session.client();

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{Change, Lock, ROOT};
-use lanefsd_frontend::{Backend, Cut, Request, Session, SessionOptions};
+use lanefsd_frontend::{Backend, Cut, Request, Session};
 
 use crate::common;
 
@@ -19,10 +19,9 @@ fn edges() -> impl Iterator<Item = u64> {
 }
 
 fn serve(args: &[&str]) -> (Backend, Session, u64, u64) {
-    let (backend, session) =
-        common::serve_with(args, SessionOptions { queues: 2, ..SessionOptions::default() });
-    let (entry, open) = session.client().create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
-    (backend, session, entry.nodeid, open.fh)
+    let (backend, session) = common::serve_with(args, common::queues(2));
+    let (node, fh) = common::create_file(&session);
+    (backend, session, node, fh)
 }
 
 /// Done, or refused with an errno; anything else is no answer.

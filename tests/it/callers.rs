@@ -189,7 +189,7 @@ impl Place {
         let by_fd = line.contains("--fd=");
         let backend = if by_fd { starter.by_fd().spawn() } else { starter.spawn() }.unwrap();
         let socket = if by_fd { backend.socket().to_owned() } else { self.socket() };
-        wait_until(|| socket.exists(), "the socket");
+        common::wait_until(|| socket.exists(), "the socket");
         let session = Session::connect(&socket, SessionOptions::default());
         (backend, session.unwrap_or_else(|error| panic!("{line}: {error}")))
     }
@@ -207,14 +207,6 @@ impl Place {
         let (entry, open) = created.unwrap();
         client.write(entry.nodeid, open.fh, 0, b"hello").unwrap();
         assert_eq!(fs::read(self.share().join("from-guest")).unwrap(), b"hello");
-    }
-}
-
-fn wait_until(done: impl Fn() -> bool, what: &str) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !done() {
-        assert!(Instant::now() < deadline, "{what} is waited for in vain");
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

@@ -297,7 +297,7 @@ fn no_absolute_path_is_used_in_the_sandbox() {
             .share(&share)
             .start()
             .unwrap();
-        let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+        let options = common::queues(2);
         let session = backend.connect(options).unwrap();
         let client = session.client();
         names(&client);

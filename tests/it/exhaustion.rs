@@ -15,16 +15,6 @@ use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::common;
 
-fn options() -> SessionOptions {
-    SessionOptions { queues: 2, ..SessionOptions::default() }
-}
-
-fn healthy(session: &Session) {
-    for queue in 1..session.queues().len() {
-        session.client().on(queue).getattr(ROOT).unwrap();
-    }
-}
-
 /// Another daemon with a guest of its own, which has to notice nothing.
 struct Neighbour {
     _backend: Backend,
@@ -34,7 +24,7 @@ struct Neighbour {
 
 impl Neighbour {
     fn new() -> Neighbour {
-        let (backend, session) = common::serve_with(&[], options());
+        let (backend, session) = common::serve_with(&[], common::queues(2));
         Neighbour { _backend: backend, session, turn: 0 }
     }
 
@@ -69,7 +59,7 @@ fn the_device_has_descriptors_when_the_guest_has_taken_all() {
     let before = backend.descriptors().unwrap().len();
     for round in 0..3 {
         // From the second round on, this front end comes after one whose guest held all that there is.
-        let session = backend.connect(options()).unwrap();
+        let session = backend.connect(common::queues(2)).unwrap();
         let client = session.client();
         let name = format!("file{round}");
         let (entry, open) = client.create(ROOT, &name, libc::O_RDWR, 0o600, 0).unwrap();
@@ -93,7 +83,7 @@ fn the_device_has_descriptors_when_the_guest_has_taken_all() {
         }
         let call = session.queue(1).call_event();
         session.connection().set_vring_call(1, Some(call)).unwrap();
-        healthy(&session);
+        common::every_queue_answers(&session);
         neighbour.works();
         // The guest is refused still, and what needs no descriptor works.
         assert_eq!(common::errno(client.open(entry.nodeid, libc::O_RDWR)), libc::EMFILE);
@@ -124,7 +114,7 @@ fn the_device_has_descriptors_when_the_guest_has_taken_all() {
 /// Outcome: ENOLCK; memory is plugged in all the same.
 #[test]
 fn lock_owners_leave_descriptors_to_the_device() {
-    let (_backend, session) = common::serve_with(&["--posix-lock", "--rlimit-nofile=300"], options());
+    let (_backend, session) = common::serve_with(&["--posix-lock", "--rlimit-nofile=300"], common::queues(2));
     let client = session.client();
     let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
     let lock = |owner| client.setlk(entry.nodeid, open.fh, Lock::posix(owner, libc::F_WRLCK, owner, owner));
@@ -134,7 +124,7 @@ fn lock_owners_leave_descriptors_to_the_device() {
     session.start_queue(2).unwrap();
     let region = session.memory().add_region(1 << 40, 1 << 20).unwrap();
     session.connection().add_memory(&region).unwrap();
-    healthy(&session);
+    common::every_queue_answers(&session);
     client.flush(entry.nodeid, open.fh, 1).unwrap();
     lock(2000).unwrap();
 }
@@ -143,7 +133,7 @@ fn lock_owners_leave_descriptors_to_the_device() {
 /// Outcome: ENOLCK; works again after an unlock.
 #[test]
 fn locked_ranges_run_out_and_come_back() {
-    let (_backend, session) = common::serve_with(&["--posix-lock"], options());
+    let (_backend, session) = common::serve_with(&["--posix-lock"], common::queues(2));
     let mut neighbour = Neighbour::new();
     let client = session.client();
     // Of several files, as the host's kernel walks all locks of one for each new lock.
@@ -164,7 +154,7 @@ fn locked_ranges_run_out_and_come_back() {
     let (node, fh) = files[0];
     let wait = Lock::posix(3, libc::F_WRLCK, 2 * far, 2 * far);
     assert_eq!(common::errno(client.setlkw(node, fh, wait)), libc::ENOLCK);
-    healthy(&session);
+    common::every_queue_answers(&session);
     neighbour.works();
     lock(0, 1, libc::F_UNLCK, (0, i64::MAX as u64)).unwrap();
     lock(0, 2, libc::F_RDLCK, (far, far)).unwrap();
@@ -189,7 +179,7 @@ fn threads_that_wait_have_an_end() {
     let wait = Lock::posix(2, libc::F_WRLCK, 0, 10).waiting_request(entry.nodeid, open.fh);
     let waits: Vec<_> =
         (0..200 * QUEUES).map(|n| client.on(1 + n % QUEUES).send(wait.clone()).unwrap()).collect();
-    healthy(&session);
+    common::every_queue_answers(&session);
     // Those that are refused come back, and their threads are gone.
     let is_done = |sent: &Sent| session.queue(sent.queue).is_done(sent.token).unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -209,7 +199,7 @@ fn threads_that_wait_have_an_end() {
         session.finish(sent).unwrap();
     }
     client.setlkw(entry.nodeid, open.fh, Lock::posix(2, libc::F_WRLCK, 20, 30)).unwrap();
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Attack: more inodes than descriptors, without file handles.
@@ -217,7 +207,7 @@ fn threads_that_wait_have_an_end() {
 #[test]
 fn inodes_run_out_and_come_back() {
     let args = ["--rlimit-nofile=300", "--inode-file-handles=never"];
-    let (backend, session) = common::serve_with(&args, options());
+    let (backend, session) = common::serve_with(&args, common::queues(2));
     let mut neighbour = Neighbour::new();
     for number in 0..300 {
         fs::create_dir(backend.path(&format!("dir{number}"))).unwrap();
@@ -229,7 +219,7 @@ fn inodes_run_out_and_come_back() {
             .map(|number| client.lookup(ROOT, format!("dir{number}")).map(|entry| nodes.push(entry.nodeid)))
             .find(Result::is_err);
         assert_eq!(common::errno(refused.unwrap()), libc::EMFILE);
-        healthy(&session);
+        common::every_queue_answers(&session);
         neighbour.works();
         // A listing with lookups goes on without them.
         let region = session.memory().add_region(1 << 40, 1 << 20).unwrap();
@@ -256,7 +246,7 @@ fn limit_memory(backend: &Backend, more: Option<u64>) {
 /// Outcome: ENOMEM; works again after the guest has let go.
 #[test]
 fn memory_runs_out_and_comes_back() {
-    let (mut backend, session) = common::serve_with(&["--xattr", "--posix-lock"], options());
+    let (mut backend, session) = common::serve_with(&["--xattr", "--posix-lock"], common::queues(2));
     let mut neighbour = Neighbour::new();
     let client = session.client();
     let (file, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
@@ -291,7 +281,7 @@ fn memory_runs_out_and_comes_back() {
             let _ = client.statfs(ROOT);
         }
         assert_eq!(client.write(file.nodeid, open.fh, 0, &[1; 100_000]).unwrap(), 100_000);
-        healthy(&session);
+        common::every_queue_answers(&session);
         neighbour.works();
         assert!(backend.try_wait().unwrap().is_none(), "{}", backend.stderr());
         // It lets go of all that, and there is room again under the same limit.
@@ -314,7 +304,7 @@ fn memory_runs_out_and_comes_back() {
 /// Outcome: a few dozen lines in the log.
 #[test]
 fn a_guest_cannot_flood_the_log() {
-    let (mut backend, session) = common::serve_with(&[], options());
+    let (mut backend, session) = common::serve_with(&[], common::queues(2));
     for _ in 0..5_000 {
         // Reasons for warnings: no room for a reply, and no header.
         let request = Request::new(Opcode::Getattr, ROOT).no_reply();
@@ -338,7 +328,7 @@ fn a_guest_cannot_flood_the_log() {
     }
     session.reboot().unwrap();
     session.init().unwrap();
-    healthy(&session);
+    common::every_queue_answers(&session);
     let lines = backend.stderr().lines().count();
     assert!(lines > 0, "nothing was said");
     assert!(lines < 200, "{lines} lines in the log");
@@ -371,7 +361,7 @@ fn many_queues_have_descriptors_when_the_guest_has_taken_all() {
             assert_eq!(common::errno(client.open(entry.nodeid, libc::O_RDWR)), libc::EMFILE);
             session.stop_queue(1).unwrap();
             (1..=queues).for_each(|queue| session.start_queue(queue).unwrap());
-            healthy(&session);
+            common::every_queue_answers(&session);
             assert_eq!(common::errno(client.mkdir(ROOT, "dir", 0o700, 0)), libc::EMFILE);
             for handle in handles {
                 client.release(entry.nodeid, handle).unwrap();
@@ -398,7 +388,7 @@ fn queues_that_start_late_have_their_descriptors() {
     }
     let region = session.memory().add_region(1 << 40, 1 << 20).unwrap();
     session.connection().add_memory(&region).unwrap();
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Inodes that can do without descriptors give theirs to queues.
@@ -417,7 +407,7 @@ fn inodes_make_room_for_queues() {
     for queue in 2..=30 {
         session.start_queue(queue).unwrap();
     }
-    healthy(&session);
+    common::every_queue_answers(&session);
     let handles: Vec<u64> =
         nodes.iter().take(50).map(|node| client.open(*node, libc::O_RDWR).unwrap().fh).collect();
     for (node, handle) in nodes.iter().zip(handles) {

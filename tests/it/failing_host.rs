@@ -8,7 +8,7 @@ use fuse_protocol::abi::{CopyFileRangeIn, EntryOut, FallocateIn, OpenIn, OpenOut
 use fuse_protocol::flags::WriteFlags;
 use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{Change, ROOT, data};
-use lanefsd_frontend::{Backend, Request, Session, SessionOptions};
+use lanefsd_frontend::{Backend, Request, Session};
 
 use crate::common;
 
@@ -28,7 +28,7 @@ fn serve(args: &[&str]) -> Host {
     let directory = common::disk_directory();
     let store = FailingStore::mount(directory.path()).unwrap();
     let backend = common::starter().args(args).share(directory.path()).start().unwrap();
-    let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+    let options = common::queues(2);
     let session = backend.connect(options).unwrap();
     let node = session.client().lookup(ROOT, FILE).unwrap().nodeid;
     let fh = session.client().open(node, libc::O_RDWR).unwrap().fh;
@@ -190,7 +190,7 @@ fn destroy_among_requests_leaves_nothing() {
     let Host { session, backend, store, node, _directory, .. } =
         serve(&["--cache=never", "--keep-listening"]);
     let connect = || {
-        let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+        let options = common::queues(2);
         backend.connect(options).unwrap()
     };
     let lookup = || Request::new(Opcode::Lookup, ROOT).name(FILE).reply::<EntryOut>();

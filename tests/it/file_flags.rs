@@ -25,11 +25,7 @@ const XFLAG_PROJINHERIT: u32 = 0x200;
 
 /// A daemon that serves a directory on a disk, sandbox and filter as by default, and a session with it.
 fn serve(args: &[&str], options: SessionOptions) -> (tempfile::TempDir, Backend, Session) {
-    let share = common::disk_directory();
-    std::fs::set_permissions(share.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
-    let backend = Backend::of(common::program()).args(args).share(share.path()).start().unwrap();
-    let session = backend.connect(options).unwrap();
-    (share, backend, session)
+    common::serve_on(common::open_directory(), Backend::of(common::program()).args(args), options)
 }
 
 fn file(client: &Client<'_>) -> (u64, u64) {

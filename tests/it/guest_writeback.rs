@@ -7,26 +7,19 @@ use std::process::Command;
 
 use fuse_protocol::flags::{InitFlags, OpenReplyFlags, WriteFlags};
 use lanefsd_frontend::client::ROOT;
-use lanefsd_frontend::{Backend, Session, SessionOptions};
+use lanefsd_frontend::{Backend, SessionOptions};
 
 use crate::common;
 
 const MIB: usize = 1 << 20;
 const APPENDING: i32 = libc::O_RDWR | libc::O_APPEND;
 
-fn serve(args: &[&str]) -> (tempfile::TempDir, Backend, Session) {
-    let directory = common::disk_directory();
-    let backend = common::starter().args(args).share(directory.path()).start().unwrap();
-    let session = backend.connect(SessionOptions::default()).unwrap();
-    (directory, backend, session)
-}
-
 #[test]
 fn a_direct_append_goes_behind_what_is_still_in_the_guests_cache() {
     for args in
         [&["--writeback"][..], &["--writeback", "--cache=always"], &["--writeback", "--allow-direct-io"]]
     {
-        let (directory, _backend, session) = serve(args);
+        let (directory, _backend, session) = common::on_disk(args);
         assert!(session.init_flags().contains(InitFlags::WRITEBACK_CACHE));
         let client = session.client();
         let (entry, open) = client.create(ROOT, "file", APPENDING | libc::O_DIRECT, 0o600, 0).unwrap();
@@ -46,7 +39,7 @@ fn a_direct_append_goes_behind_what_is_still_in_the_guests_cache() {
 #[test]
 fn the_benchmark_store_grows_as_the_guest_says() {
     for (args, size) in [(&["--store=null"][..], 4096), (&["--store=null", "--writeback"], MIB + 4096)] {
-        let (_directory, _backend, session) = serve(args);
+        let (_directory, _backend, session) = common::on_disk(args);
         let client = session.client();
         let (entry, open) = client.create(ROOT, "file", APPENDING, 0o600, 0).unwrap();
         let none = WriteFlags::empty();
@@ -57,7 +50,7 @@ fn the_benchmark_store_grows_as_the_guest_says() {
 
 #[test]
 fn no_data_is_called_a_hole() {
-    let (_directory, _backend, session) = serve(&["--writeback"]);
+    let (_directory, _backend, session) = common::on_disk(&["--writeback"]);
     let client = session.client();
     let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
     for whence in [libc::SEEK_DATA, libc::SEEK_HOLE, libc::SEEK_END] {
@@ -79,7 +72,7 @@ fn no_data_is_called_a_hole() {
 #[test]
 fn no_file_is_called_one_hole() {
     for (args, blocks) in [(&["--writeback"][..], 1), (&[], 0)] {
-        let (_directory, _backend, session) = serve(args);
+        let (_directory, _backend, session) = common::on_disk(args);
         let client = session.client();
         let (entry, _) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
         // The guest holds data of it, which tar(1) with --sparse would leave out.
@@ -127,7 +120,7 @@ fn a_file_that_the_daemon_may_not_read_is_written_past_the_cache() {
 
 #[test]
 fn an_append_only_file_is_appended_past_the_cache() {
-    let (directory, _backend, session) = serve(&["--writeback"]);
+    let (directory, _backend, session) = common::on_disk(&["--writeback"]);
     let path = directory.path().join("log");
     fs::write(&path, "old\n").unwrap();
     let chattr = |change| assert!(Command::new("chattr").arg(change).arg(&path).status().unwrap().success());

@@ -22,10 +22,8 @@ const SETTINGS: [(&str, &str); 4] = [
 fn serve((sandbox, handles): (&str, &str)) -> (tempfile::TempDir, Backend, Session) {
     let share = common::disk_directory();
     fs::write(share.path().join("old"), "").unwrap();
-    let args = [sandbox, handles, "--tmpfile"];
-    let backend = Backend::of(common::program()).args(args).share(share.path()).start().unwrap();
-    let session = backend.connect(SessionOptions::default()).unwrap();
-    (share, backend, session)
+    let starter = Backend::of(common::program()).args([sandbox, handles, "--tmpfile"]);
+    common::serve_on(share, starter, SessionOptions::default())
 }
 
 /// Leaves the daemon `free` descriptors, until the limit that is returned is set again.

@@ -32,12 +32,6 @@ fn error_of(completion: &Completion) -> i32 {
     OutHeader::read_from_bytes(&header).unwrap().error
 }
 
-fn healthy(session: &Session) {
-    for queue in 1..session.queues().len() {
-        session.client().on(queue).getattr(ROOT).unwrap();
-    }
-}
-
 fn header(opcode: u32, nodeid: u64, len: usize) -> Vec<u8> {
     let header = InHeader { len: len as u32, opcode, unique: 99, nodeid, ..InHeader::default() };
     header.as_bytes().to_vec()
@@ -62,7 +56,7 @@ fn malformed_chains_come_back_empty() {
                 "{kind:?}, round {round}: {}",
                 completion.used
             );
-            healthy(&session);
+            common::every_queue_answers(&session);
         }
     }
 }
@@ -76,7 +70,7 @@ fn a_head_that_is_no_descriptor_stops_at_most_its_queue() {
     session.client().on(2).getattr(ROOT).unwrap();
     session.reboot().unwrap();
     session.init().unwrap();
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Attack: an available index that runs away.
@@ -90,7 +84,7 @@ fn an_available_index_that_runs_away_stops_at_most_its_queue() {
         session.client().on(2).getattr(ROOT).unwrap();
         session.reboot().unwrap();
         session.init().unwrap();
-        healthy(&session);
+        common::every_queue_answers(&session);
     }
 }
 
@@ -100,7 +94,7 @@ fn kicks_without_end_cost_nothing_but_time() {
     for _ in 0..10_000 {
         session.queue(1).kick().unwrap();
     }
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Attack: requests cut off.
@@ -127,7 +121,7 @@ fn requests_that_are_cut_off() {
             );
         }
     }
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Attack: requests that announce more or less than they carry.
@@ -156,7 +150,7 @@ fn lengths_that_disagree() {
     let mut bytes = Request::new(Opcode::Mkdir, ROOT).arg(&[0u8; 8]).name("x").parts(2).concat();
     bytes[36..38].copy_from_slice(&u16::MAX.to_ne_bytes());
     assert!(error_of(&raw(&session, &bytes, 400, Cut::One)) < 0);
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Attack: replies without room for the header, the struct, the data.
@@ -187,7 +181,7 @@ fn replies_without_room() {
     assert!(completion.used <= 116);
     let listing = Request::new(Opcode::Readdir, ROOT).arg(&read).reply_data(10);
     assert!(client.call_bytes(&listing).is_err(), "a file's handle for a directory");
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 #[test]
@@ -220,7 +214,7 @@ fn names_that_are_none() {
     assert!(error_of(&raw(&session, &bytes, 200, Cut::One)) < 0);
     assert!(!outside.exists());
     assert_eq!(std::fs::read_dir(backend.share()).unwrap().count(), 0);
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 #[test]
@@ -253,7 +247,7 @@ fn no_symlink_is_followed_and_no_special_file_opened() {
     // Opening a FIFO on the host would wait for its other end.
     assert!(common::errno(client.open(fifo.nodeid, libc::O_RDONLY)) > 0);
     assert!(before.elapsed() < std::time::Duration::from_secs(5));
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Attack: numbers of nodes and handles that were never given, offsets at the end of all numbers.
@@ -290,7 +284,7 @@ fn handles_and_nodes_that_are_foreign() {
     assert_eq!(common::errno(client.release(entry.nodeid, open.fh)), libc::EBADF, "released twice");
     client.forget(entry.nodeid, 1000).unwrap();
     client.forget(entry.nodeid, 1000).unwrap();
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Attack: random bytes.
@@ -326,7 +320,7 @@ fn random_bytes_are_answered() {
             assert_eq!(out.len as usize, completion.used, "round {round}, opcode {opcode}");
         }
     }
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 #[test]
@@ -338,7 +332,7 @@ fn an_unknown_operation_is_enosys() {
         let completion = session.wait(sent).unwrap();
         assert_eq!(Reply::of(&completion).unwrap().errno.unwrap(), libc::ENOSYS, "{opcode}");
     }
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 #[test]
@@ -366,5 +360,5 @@ fn control_messages_that_are_none() {
         let _ = connection.wait_closed(std::time::Duration::from_millis(50));
     }
     let session = backend.connect(SessionOptions::default()).unwrap();
-    healthy(&session);
+    common::every_queue_answers(&session);
 }

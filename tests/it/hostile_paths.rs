@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use lanefsd_frontend::client::{Change, ROOT};
-use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
+use lanefsd_frontend::{Backend, Client, Session};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 
 use crate::common;
@@ -33,7 +33,7 @@ impl Yard {
         fs::write(directory.path().join("outside/secret"), "outside").unwrap();
         prepare(&share);
         let backend = common::starter().args(args).share(&share).start().unwrap();
-        let session = backend.connect(SessionOptions { queues: 2, ..SessionOptions::default() }).unwrap();
+        let session = backend.connect(common::queues(2)).unwrap();
         Yard { backend, session, directory }
     }
 

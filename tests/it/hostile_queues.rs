@@ -23,19 +23,13 @@ use zerocopy::IntoBytes;
 use crate::common;
 
 fn two_queues(args: &[&str]) -> (Backend, Session) {
-    common::serve_with(args, SessionOptions { queues: 2, ..SessionOptions::default() })
-}
-
-fn healthy(session: &Session) {
-    for queue in 1..session.queues().len() {
-        session.client().on(queue).getattr(ROOT).unwrap();
-    }
+    common::serve_with(args, common::queues(2))
 }
 
 fn reset(session: &Session) {
     session.reboot().unwrap();
     session.init().unwrap();
-    healthy(session);
+    common::every_queue_answers(session);
 }
 
 /// Writes that take a while, in flight on queue 1.
@@ -73,7 +67,7 @@ fn a_queue_enabled_and_disabled_again_and_again() {
     for write in writes {
         session.finish(write).unwrap();
     }
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Attack: queues set up twice.
@@ -92,7 +86,7 @@ fn a_queue_set_up_twice() {
     for write in writes {
         session.finish(write).unwrap();
     }
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// What a front end may not say about a queue that runs; the connection ends, not the daemon.
@@ -104,7 +98,7 @@ fn refused(message: impl FnOnce(&Session, &Connection) -> Result<(), Error>) {
         assert!(connection.wait_closed(Duration::from_secs(5)).unwrap());
     }
     drop(session);
-    healthy(&backend.connect(SessionOptions::default()).unwrap());
+    common::every_queue_answers(&backend.connect(SessionOptions::default()).unwrap());
 }
 
 /// Tells of the rings of queue 1 at other addresses: `(descriptors, available, used)`.
@@ -182,7 +176,7 @@ fn rings_in_memory_that_may_only_be_read() {
         connection.send_raw(request, VERSION, body.len() as u32, body, &[fd]).unwrap();
         assert!(connection.wait_closed(Duration::from_secs(5)).unwrap());
         drop(connection);
-        healthy(&backend.connect(SessionOptions::default()).unwrap());
+        common::every_queue_answers(&backend.connect(SessionOptions::default()).unwrap());
     };
     let region = Region::new(0x10_0000, 1 << 20).unwrap();
     let table = [&1u64.to_ne_bytes(), describe(&region).as_bytes()].concat();
@@ -218,7 +212,7 @@ fn memory_unplugged_with_requests_in_flight() {
         // The mapping lives as long as the request.
         assert_eq!(session.queue(1).wait(token).unwrap().used, 24);
         session.memory().remove_region(guest).unwrap();
-        healthy(&session);
+        common::every_queue_answers(&session);
     }
 }
 
@@ -275,7 +269,7 @@ fn kicks_without_end_while_others_work() {
     });
     // A counter that is full makes the next kick fail, for the guest alone.
     session.queue(1).kick_event().write(u64::MAX - 1_000_000_000).unwrap();
-    healthy(&session);
+    common::every_queue_answers(&session);
     assert!(backend.threads().unwrap() < 100);
 }
 
@@ -344,7 +338,7 @@ fn descriptors_and_requests_that_change_while_they_are_read() {
         stop.store(true, Ordering::Relaxed);
     });
     assert!(served > 0, "no request was ever good");
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Submits a chain that is one indirect table, with so much room in the driver's books.

@@ -11,22 +11,12 @@ use std::time::Duration;
 use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{Change, Lock, ROOT};
 use lanefsd_frontend::connection::Connection;
-use lanefsd_frontend::{Backend, Client, Request, Session, SessionOptions};
+use lanefsd_frontend::{Backend, Client, Request, Session};
 
 use crate::common;
 
 fn two_queues(args: &[&str]) -> (Backend, Session) {
-    common::serve_with(args, options())
-}
-
-fn options() -> SessionOptions {
-    SessionOptions { queues: 2, ..SessionOptions::default() }
-}
-
-fn healthy(session: &Session) {
-    for queue in 1..session.queues().len() {
-        session.client().on(queue).getattr(ROOT).unwrap();
-    }
+    common::serve_with(args, common::queues(2))
 }
 
 /// Attack: requests before INIT and after DESTROY.
@@ -34,7 +24,7 @@ fn healthy(session: &Session) {
 #[test]
 fn requests_outside_a_session_are_refused() {
     let backend = common::start(&[]);
-    let session = Session::start(Connection::connect(backend.socket()).unwrap(), options()).unwrap();
+    let session = Session::start(Connection::connect(backend.socket()).unwrap(), common::queues(2)).unwrap();
     let refused = |when: &str| {
         for queue in [1, 2] {
             let client = session.client().on(queue);
@@ -54,11 +44,11 @@ fn requests_outside_a_session_are_refused() {
     };
     refused("before INIT");
     session.init().unwrap();
-    healthy(&session);
+    common::every_queue_answers(&session);
     session.client().destroy().unwrap();
     refused("after DESTROY");
     session.init().unwrap();
-    healthy(&session);
+    common::every_queue_answers(&session);
     assert_eq!(fs::read_dir(backend.share()).unwrap().count(), 0);
 }
 
@@ -92,7 +82,7 @@ fn init_and_destroy_in_the_middle_of_everything() {
         }
         stop.store(true, Ordering::Relaxed);
     });
-    healthy(&session);
+    common::every_queue_answers(&session);
     session.client().destroy().unwrap();
     // Nothing of the sessions is left behind.
     let open = backend.descriptors().unwrap();
@@ -141,7 +131,7 @@ fn handles_of_another_file_kind_or_time() {
     // Of all that only the first write arrived.
     assert_eq!(fs::read(backend.path("one")).unwrap(), b"one");
     assert_eq!(fs::read(backend.path("two")).unwrap(), b"");
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Attack: nodes forgotten, twice and too often.
@@ -154,7 +144,7 @@ fn nodes_that_were_forgotten() {
     client.forget(entry.nodeid, u64::MAX).unwrap();
     client.forget_batch(&[(entry.nodeid, 1), (entry.nodeid, u64::MAX), (ROOT, u64::MAX), (0, 7)]).unwrap();
     // The root stays whatever is said; a stale node is refused.
-    healthy(&session);
+    common::every_queue_answers(&session);
     assert!(common::errno(client.getattr(entry.nodeid)) > 0);
     assert!(common::errno(client.open(entry.nodeid, libc::O_RDWR)) > 0);
     assert!(common::errno(client.link(entry.nodeid, ROOT, "link")) > 0);
@@ -162,7 +152,7 @@ fn nodes_that_were_forgotten() {
     let _ = client.release(entry.nodeid, open.fh);
     let again = client.lookup(ROOT, "file").unwrap();
     assert_ne!(again.nodeid, entry.nodeid, "the number of a forgotten node means another one");
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Sends one name in every operation that takes one.
@@ -238,7 +228,7 @@ fn names_in_every_operation() {
         3,
         "socket, its pid file and the share"
     );
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Attack: names of attributes that are none.
@@ -258,7 +248,7 @@ fn names_of_attributes() {
     client.setxattr(node, &long[..255], b"value", 0).unwrap();
     client.setxattr(node, b"user.\xff\xfe", b"value", 0).unwrap();
     client.removexattr(node, b"user.\xff\xfe").unwrap();
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Attack: device nodes, FIFOs, sockets.
@@ -294,7 +284,7 @@ fn special_files_are_never_opened() {
     let mut writer = fs::OpenOptions::new();
     let writer = writer.write(true).custom_flags(libc::O_NONBLOCK).open(backend.path("fifo"));
     assert_eq!(writer.unwrap_err().raw_os_error(), Some(libc::ENXIO));
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Swaps two names for as long as the guest works.
@@ -359,7 +349,7 @@ fn a_directory_that_turns_into_a_link_to_the_outside() {
         fs::read_dir(outside.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(there, BTreeSet::from(["below".into(), "file".into()]));
     assert_eq!(fs::read(outside.path().join("file")).unwrap(), b"outside");
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Attack: a file swapped for a link to the outside.
@@ -384,7 +374,7 @@ fn a_file_that_turns_into_a_link_to_the_outside() {
         }
     });
     assert_eq!(fs::read(&target).unwrap(), b"outside");
-    healthy(&session);
+    common::every_queue_answers(&session);
 }
 
 /// Attack: more open files than descriptors.
@@ -407,11 +397,11 @@ fn open_files_run_out_and_come_back() {
         assert_eq!(common::errno(client.opendir(ROOT)), libc::EMFILE);
         assert_eq!(common::errno(client.create(ROOT, "new", libc::O_RDWR, 0o600, 0)), libc::EMFILE);
         assert_eq!(client.write(entry.nodeid, handles[0], 0, b"x").unwrap(), 1);
-        healthy(&session);
+        common::every_queue_answers(&session);
         // The front end stops and starts queues, which takes descriptors.
         session.stop_queue(2).unwrap();
         session.start_queue(2).unwrap();
-        healthy(&session);
+        common::every_queue_answers(&session);
         for fh in handles.drain(1..) {
             client.release(entry.nodeid, fh).unwrap();
         }
@@ -431,7 +421,7 @@ fn locks_run_out_and_come_back() {
     let lock = |owner: u64, kind| client.setlk(entry.nodeid, open.fh, Lock::posix(owner, kind, owner, owner));
     let refused = (1..100_000).map(|owner| lock(owner, libc::F_WRLCK)).find(Result::is_err);
     assert_eq!(common::errno(refused.unwrap()), libc::ENOLCK);
-    healthy(&session);
+    common::every_queue_answers(&session);
     client.flush(entry.nodeid, open.fh, 1).unwrap();
     lock(100_000, libc::F_WRLCK).unwrap();
 }
@@ -446,7 +436,7 @@ fn waits_for_locks_run_out_and_end() {
     client.setlk(entry.nodeid, open.fh, Lock::posix(1, libc::F_WRLCK, 0, 10)).unwrap();
     let wait = Lock::posix(2, libc::F_WRLCK, 0, 10).waiting_request(entry.nodeid, open.fh);
     let waits: Vec<_> = (0..300).map(|_| client.send(wait.clone()).unwrap()).collect();
-    healthy(&session);
+    common::every_queue_answers(&session);
     std::thread::sleep(Duration::from_millis(100));
     let (done, waiting): (Vec<_>, Vec<_>) =
         waits.into_iter().partition(|sent| session.queue(1).is_done(sent.token).unwrap());
@@ -458,5 +448,5 @@ fn waits_for_locks_run_out_and_end() {
     for sent in waiting {
         session.finish(sent).unwrap();
     }
-    healthy(&session);
+    common::every_queue_answers(&session);
 }

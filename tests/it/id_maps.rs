@@ -74,12 +74,6 @@ const ALL: [&str; 4] = [
 /// Ranges without the user itself, and with another separator.
 const OTHER: [&str; 2] = ["--uid-map=/0/700000/10/", "--gid-map=/0/700000/10/"];
 
-fn serving(backend: &Backend) -> String {
-    let pid = backend.pid();
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-    children.trim().to_owned()
-}
-
 /// A map in /proc without its padding.
 fn map(pid: &str, file: &str) -> Vec<String> {
     let text = fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
@@ -122,7 +116,7 @@ fn without_maps_the_user_alone_exists() {
     assert_eq!(common::errno(client.setattr(node, Change::none().uid(5))), libc::EINVAL);
     common::wait_for_words(&mut backend, "no user 5 (see --uid-map)");
     assert_eq!(backend.stderr().matches("--uid-map").count(), 1, "said once: {}", backend.stderr());
-    let pid = serving(&backend);
+    let pid = common::serving_process(backend.pid()).to_string();
     assert_eq!(map(&pid, "uid_map"), [format!("{USER} {USER} 1")]);
     assert_eq!(map(&pid, "gid_map"), [format!("{USER} {USER} 1")]);
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -224,7 +218,7 @@ fn further_ids_are_mapped_by_newuidmap() {
     assert_eq!(home.owner("given"), (SUB + 999, SUB));
     assert_eq!(client.getattr(file.nodeid).unwrap().uid, 1000);
     assert!(client.setattr(file.nodeid, Change::none().uid(1001)).is_err(), "an id that does not exist");
-    let pid = serving(&backend);
+    let pid = common::serving_process(backend.pid()).to_string();
     assert_eq!(map(&pid, "uid_map"), [format!("0 {USER} 1"), format!("1 {SUB} 1000")]);
     // Walls, capabilities and filter are those of root: no mount is to be reached from the root directory.
     assert_eq!(fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap(), "");
@@ -262,7 +256,7 @@ fn the_serving_process_ends_with_the_one_that_was_started() {
         let mut backend = home.daemon("").args(maps).args(["--keep-listening"]).start().unwrap();
         let session = backend.connect(SessionOptions::default()).unwrap();
         session.client().getattr(ROOT).unwrap();
-        let serving = serving(&backend).parse().unwrap();
+        let serving = common::serving_process(backend.pid()).to_string().parse().unwrap();
         backend.signal(libc::SIGKILL).unwrap();
         backend.wait(Duration::from_secs(5)).unwrap();
         common::expect_end(serving);

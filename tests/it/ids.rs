@@ -13,11 +13,8 @@ use crate::common;
 
 /// A back end that shares a directory on disk where everybody may create.
 fn on_disk(args: &[&str]) -> (TempDir, Backend, Session) {
-    let directory = common::disk_directory();
-    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let backend = common::starter().args(args).args(["--tmpfile"]).share(directory.path()).start().unwrap();
-    let session = backend.connect(SessionOptions::default()).unwrap();
-    (directory, backend, session)
+    let starter = common::starter().args(args).args(["--tmpfile"]);
+    common::serve_on(common::open_directory(), starter, SessionOptions::default())
 }
 
 fn owners(path: &Path) -> (u32, u32) {

@@ -36,10 +36,10 @@ impl Disk {
         let directory = common::disk_directory();
         let image = directory.path().join("image");
         fs::File::create(&image).unwrap().set_len(mebibytes << 20).unwrap();
-        run(Command::new(mkfs[0]).args(&mkfs[1..]).arg(&image));
+        common::run(Command::new(mkfs[0]).args(&mkfs[1..]).arg(&image));
         let path = directory.path().join("mount");
         fs::create_dir(&path).unwrap();
-        run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&path));
+        common::run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&path));
         Disk { path, _directory: directory }
     }
 
@@ -54,11 +54,6 @@ impl Drop for Disk {
         // It fails if the test has unmounted it already.
         let _ = unmount(&self.path, UnmountFlags::DETACH);
     }
-}
-
-fn run(command: &mut Command) {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 fn serve_with(share: &Path, args: &[&str], options: SessionOptions) -> (Backend, Session) {
@@ -294,7 +289,7 @@ fn a_user_leaves_a_whiteout_in_a_directory_that_is_held_by_handle() {
 fn lookups_that_race_with_the_host_find_files_that_work() {
     let disk = Disk::ext4();
     fill(&disk.path);
-    let options = SessionOptions { queues: 4, ..SessionOptions::default() };
+    let options = common::queues(4);
     let (backend, session) = serve_with(&disk.path, &["--rlimit-nofile=128"], options);
     let many = session.client().lookup(ROOT, "many").unwrap().nodeid;
     let done = AtomicBool::new(false);
@@ -366,7 +361,7 @@ fn inodes_give_way_where_open_files_have_taken_the_descriptors() {
 fn requests_work_where_the_process_has_no_descriptor_left() {
     let disk = Disk::ext4();
     fill(&disk.path);
-    let options = SessionOptions { queues: 4, ..SessionOptions::default() };
+    let options = common::queues(4);
     // The device and the socket take about 62.
     let (backend, session) = serve_with(&disk.path, &["--rlimit-nofile=72"], options);
     let client = session.client();
@@ -391,7 +386,7 @@ fn is_submount(attr: &Attr) -> bool {
 fn a_subvolume_is_a_file_system_of_its_own() {
     let disk = Disk::new(&["mkfs.btrfs", "-q"], 160);
     for name in ["a", "b"] {
-        run(Command::new("btrfs").args(["subvolume", "create"]).arg(disk.path.join(name)));
+        common::run(Command::new("btrfs").args(["subvolume", "create"]).arg(disk.path.join(name)));
         fs::write(disk.path.join(name).join("file"), name).unwrap();
     }
     let (_backend, session) = serve(&disk.path, &[FEW]);

@@ -1,8 +1,7 @@
 //! Security labels that the guest gives what it creates.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
 
 use fuse_protocol::abi::{CreateIn, EntryOut, MkdirIn, MknodIn, OpenOut};
 use fuse_protocol::flags::InitFlags;
@@ -28,19 +27,8 @@ fn with_labels() -> SessionOptions {
 }
 
 fn on_disk(args: &[&str], options: SessionOptions) -> (TempDir, Backend, Session) {
-    let directory = common::disk_directory();
-    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let starter = common::starter().args(args).args([PRIVILEGE, "--tmpfile"]).share(directory.path());
-    let backend = starter.start().unwrap();
-    let session = backend.connect(options).unwrap();
-    (directory, backend, session)
-}
-
-fn host_xattr(path: &Path, name: &str) -> std::result::Result<Vec<u8>, Errno> {
-    let mut value = vec![0; 1000];
-    let len = rustix::fs::lgetxattr(path, name, value.as_mut_slice())?;
-    value.truncate(len);
-    Ok(value)
+    let starter = common::starter().args(args).args([PRIVILEGE, "--tmpfile"]);
+    common::serve_on(common::open_directory(), starter, options)
 }
 
 /// The request that makes one of [`KINDS`] under its own name.
@@ -86,7 +74,7 @@ fn everything_that_is_created_has_its_label_and_its_owner() {
     make_one_of_each(&client, SELINUX).unwrap();
     for kind in KINDS {
         let path = backend.path(kind);
-        assert_eq!(host_xattr(&path, SELINUX).as_deref(), Ok(LABEL), "{kind}");
+        assert_eq!(common::host_xattr(&path, SELINUX).as_deref(), Ok(LABEL), "{kind}");
         let host = fs::symlink_metadata(&path).unwrap();
         assert_eq!((host.uid(), host.gid()), (1000, 1001), "{kind}");
         let mode = match kind {
@@ -104,11 +92,11 @@ fn everything_that_is_created_has_its_label_and_its_owner() {
     client.call_bytes(&again).unwrap();
     let exclusive = creation("file", libc::O_RDWR | libc::O_EXCL).label(SELINUX, b"other");
     assert_eq!(common::errno(client.call_bytes(&exclusive)), libc::EEXIST);
-    assert_eq!(host_xattr(&backend.path("file"), SELINUX).as_deref(), Ok(LABEL));
+    assert_eq!(common::host_xattr(&backend.path("file"), SELINUX).as_deref(), Ok(LABEL));
     assert_eq!(fs::read_dir(backend.share()).unwrap().count(), KINDS.len());
     // A request without a label creates as ever.
     client.mkdir(ROOT, "plain", 0o755, 0).unwrap();
-    assert_eq!(host_xattr(&backend.path("plain"), SELINUX), Err(Errno::NODATA));
+    assert_eq!(common::host_xattr(&backend.path("plain"), SELINUX), Err(Errno::NODATA));
 }
 
 #[test]
@@ -133,8 +121,12 @@ fn labels_have_their_mapped_names() {
     make_one_of_each(&session.client(), SELINUX).unwrap();
     for kind in KINDS {
         let path = backend.path(kind);
-        assert_eq!(host_xattr(&path, "trusted.virtiofs.security.selinux").as_deref(), Ok(LABEL), "{kind}");
-        assert_eq!(host_xattr(&path, SELINUX), Err(Errno::NODATA), "{kind}");
+        assert_eq!(
+            common::host_xattr(&path, "trusted.virtiofs.security.selinux").as_deref(),
+            Ok(LABEL),
+            "{kind}"
+        );
+        assert_eq!(common::host_xattr(&path, SELINUX), Err(Errno::NODATA), "{kind}");
     }
 }
 
@@ -176,7 +168,7 @@ fn guests_before_linux_6_3_send_labels_without_announcing_them() {
             let node = u64::from_le_bytes(reply[..8].try_into().unwrap());
             client.link(node, ROOT, "tmpfile").unwrap();
         }
-        assert_eq!(host_xattr(&backend.path(kind), SELINUX).as_deref(), Ok(LABEL), "{kind}");
+        assert_eq!(common::host_xattr(&backend.path(kind), SELINUX).as_deref(), Ok(LABEL), "{kind}");
     }
     // Such a guest without an LSM sends a header that announces nothing.
     client
@@ -193,7 +185,7 @@ fn labels_are_agreed_on_or_left_alone() {
         assert_eq!(session.init_flags().contains(InitFlags::SECURITY_CTX), offered, "{args:?}");
         let labelled = creation("dir", 0).label(SELINUX, LABEL);
         session.client().call_bytes(&labelled).unwrap();
-        assert_eq!(host_xattr(&backend.path("dir"), SELINUX).is_ok(), offered, "{args:?}");
+        assert_eq!(common::host_xattr(&backend.path("dir"), SELINUX).is_ok(), offered, "{args:?}");
     }
     let directory = common::disk_directory();
     let mut backend = common::starter()

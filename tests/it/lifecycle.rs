@@ -15,11 +15,11 @@ const LATENCY: Duration = Duration::from_millis(100);
 
 /// A back end whose writes take [`LATENCY`], and an open file.
 fn slow(args: &[&str]) -> (Backend, Session, u64, u64) {
-    let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+    let options = common::queues(2);
     let args: Vec<&str> = ["--store=null:100ms", "--cache=never"].iter().chain(args).copied().collect();
     let (backend, session) = common::serve_with(&args, options);
-    let (entry, open) = session.client().create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
-    (backend, session, entry.nodeid, open.fh)
+    let (node, fh) = common::create_file(&session);
+    (backend, session, node, fh)
 }
 
 fn send_writes(session: &Session, node: u64, fh: u64, count: u64) -> Vec<Sent> {
@@ -66,8 +66,7 @@ fn a_stopped_queue_goes_on_where_it_was() {
 
 #[test]
 fn a_disabled_queue_rests() {
-    let (_backend, session) =
-        common::serve_with(&[], SessionOptions { queues: 2, ..SessionOptions::default() });
+    let (_backend, session) = common::serve_with(&[], common::queues(2));
     session.connection().enable_ring(1, false).unwrap();
     let request = lanefsd_frontend::Request::new(fuse_protocol::opcode::Opcode::Statfs, ROOT).reply_data(80);
     let sent = session.client().send(request).unwrap();
@@ -232,7 +231,7 @@ fn disturb(client: Client<'_>, owner: u64, until: Instant) {
 fn sessions_that_end_among_requests_leave_nothing() {
     let backend = common::start(&["--keep-listening", "--flock", "--posix-lock"]);
     fs::write(backend.path("file"), "data").unwrap();
-    let connect = || backend.connect(SessionOptions { queues: 4, ..SessionOptions::default() }).unwrap();
+    let connect = || backend.connect(common::queues(4)).unwrap();
     drop(connect());
     std::thread::sleep(Duration::from_millis(200));
     let before = backend.descriptors().unwrap().len();
@@ -265,8 +264,7 @@ fn sessions_that_end_among_requests_leave_nothing() {
 #[test]
 fn destroy_ends_waits_for_locks() {
     for queue in [0, 1, 2] {
-        let (_backend, session) =
-            common::serve_with(&["--posix-lock"], SessionOptions { queues: 2, ..SessionOptions::default() });
+        let (_backend, session) = common::serve_with(&["--posix-lock"], common::queues(2));
         let client = session.client();
         let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
         let lock = |owner| Lock::posix(owner, libc::F_WRLCK, 0, 9);

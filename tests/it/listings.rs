@@ -133,7 +133,7 @@ fn two_readers_of_one_handle_get_only_what_is_there() {
     for number in 0..FILES {
         fs::write(backend.path(&format!("file-{number:04}")), "").unwrap();
     }
-    let session = backend.connect(SessionOptions { queues: 4, ..SessionOptions::default() }).unwrap();
+    let session = backend.connect(common::queues(4)).unwrap();
     let fh = session.client().opendir(ROOT).unwrap().fh;
     std::thread::scope(|scope| {
         for queue in 1..=4 {

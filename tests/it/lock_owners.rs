@@ -7,7 +7,7 @@ use std::time::Duration;
 use fuse_protocol::flags::ReleaseFlags;
 use lanefsd::sys::locks::{ByteLock, LockType, ofd_get, ofd_set};
 use lanefsd_frontend::client::{Lock, ROOT};
-use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
+use lanefsd_frontend::{Backend, Client, Session};
 
 use crate::common;
 
@@ -18,12 +18,8 @@ const ANOTHER: u64 = 0x2222;
 const PROCESS: u64 = 0x9999;
 const CHILD: u64 = 0xaaaa;
 
-/// A daemon with the sandbox and the filter that it has by default.
 fn locked() -> (Backend, Session, u64, u64) {
-    let backend = Backend::of(common::program()).args(["--posix-lock", "--flock"]).start().unwrap();
-    let session = backend.connect(SessionOptions::default()).unwrap();
-    let (entry, open) = session.client().create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
-    (backend, session, entry.nodeid, open.fh)
+    common::serve_file(&["--posix-lock", "--flock"])
 }
 
 fn write(owner: u64, start: u64, end: u64) -> Lock {

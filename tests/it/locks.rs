@@ -5,17 +5,11 @@ use std::time::{Duration, Instant};
 use fuse_protocol::flags::{InitFlags, ReleaseFlags};
 use lanefsd_frontend::client::{Lock, ROOT};
 use lanefsd_frontend::session::Sent;
-use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
+use lanefsd_frontend::{Backend, Client, Session};
 
 use crate::common;
 
 const END: u64 = i64::MAX as u64;
-
-fn locked(args: &[&str]) -> (Backend, Session, u64, u64) {
-    let (backend, session) = common::serve(args);
-    let (entry, open) = session.client().create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
-    (backend, session, entry.nodeid, open.fh)
-}
 
 fn wait_for_lock(client: &Client<'_>, node: u64, fh: u64, lock: Lock) -> Sent {
     let sent = client.send(lock.waiting_request(node, fh)).unwrap();
@@ -26,7 +20,7 @@ fn wait_for_lock(client: &Client<'_>, node: u64, fh: u64, lock: Lock) -> Sent {
 
 #[test]
 fn locks_are_off_by_default() {
-    let (_backend, session, node, fh) = locked(&[]);
+    let (_backend, session, node, fh) = common::serve_file(&[]);
     assert!(!session.init_flags().intersects(InitFlags::POSIX_LOCKS | InitFlags::FLOCK_LOCKS));
     let lock = Lock::posix(1, libc::F_WRLCK, 0, END);
     assert_eq!(common::errno(session.client().setlk(node, fh, lock)), libc::ENOSYS);
@@ -34,7 +28,7 @@ fn locks_are_off_by_default() {
 
 #[test]
 fn posix_locks_of_two_owners() {
-    let (_backend, session, node, fh) = locked(&["--posix-lock"]);
+    let (_backend, session, node, fh) = common::serve_file(&["--posix-lock"]);
     assert!(session.init_flags().contains(InitFlags::POSIX_LOCKS));
     let client = session.client();
     let other = client.open(node, libc::O_RDWR).unwrap().fh;
@@ -58,7 +52,7 @@ fn posix_locks_of_two_owners() {
 #[test]
 fn a_waiting_lock_holds_nobody_up_and_is_granted() {
     // More waiting requests than any default number of workers, and all on one queue.
-    let (_backend, session, node, fh) = locked(&["--posix-lock"]);
+    let (_backend, session, node, fh) = common::serve_file(&["--posix-lock"]);
     let client = session.client();
     client.setlk(node, fh, Lock::posix(1, libc::F_WRLCK, 0, END)).unwrap();
     let waiting: Vec<Sent> = (0..80)
@@ -79,7 +73,7 @@ fn a_waiting_lock_holds_nobody_up_and_is_granted() {
 #[test]
 fn interrupt_ends_a_waiting_lock() {
     for args in [["--posix-lock"], ["--flock"]] {
-        let (_backend, session, node, fh) = locked(&args);
+        let (_backend, session, node, fh) = common::serve_file(&args);
         let client = session.client();
         let other = client.open(node, libc::O_RDWR).unwrap().fh;
         let lock = |owner| match args {
@@ -98,7 +92,7 @@ fn interrupt_ends_a_waiting_lock() {
 
 #[test]
 fn an_interrupt_for_nobody_is_ignored() {
-    let (_backend, session, node, _fh) = locked(&["--posix-lock"]);
+    let (_backend, session, node, _fh) = common::serve_file(&["--posix-lock"]);
     let client = session.client();
     let sent = client
         .send(lanefsd_frontend::Request::new(fuse_protocol::opcode::Opcode::Statfs, node).reply_data(200));
@@ -111,7 +105,7 @@ fn an_interrupt_for_nobody_is_ignored() {
 
 #[test]
 fn flock_locks_belong_to_the_open_file() {
-    let (_backend, session, node, fh) = locked(&["--flock"]);
+    let (_backend, session, node, fh) = common::serve_file(&["--flock"]);
     assert!(session.init_flags().contains(InitFlags::FLOCK_LOCKS));
     let client = session.client();
     let other = client.open(node, libc::O_RDWR).unwrap().fh;
@@ -125,7 +119,7 @@ fn flock_locks_belong_to_the_open_file() {
 
 #[test]
 fn the_host_sees_the_locks() {
-    let (backend, session, node, fh) = locked(&["--flock"]);
+    let (backend, session, node, fh) = common::serve_file(&["--flock"]);
     let client = session.client();
     let file = std::fs::File::open(backend.path("file")).unwrap();
     client.setlk(node, fh, Lock::flock(1, libc::F_WRLCK)).unwrap();
@@ -137,7 +131,7 @@ fn the_host_sees_the_locks() {
 
 #[test]
 fn a_front_end_that_leaves_ends_its_waiting_locks() {
-    let (mut backend, session, node, fh) = locked(&["--posix-lock"]);
+    let (mut backend, session, node, fh) = common::serve_file(&["--posix-lock"]);
     let client = session.client();
     client.setlk(node, fh, Lock::posix(1, libc::F_WRLCK, 0, END)).unwrap();
     wait_for_lock(&client, node, fh, Lock::posix(2, libc::F_WRLCK, 0, END));
@@ -147,7 +141,7 @@ fn a_front_end_that_leaves_ends_its_waiting_locks() {
 
 /// A queue beside the first one, and the file with a lock of owner 1.
 fn with_two_queues(args: &[&str]) -> (Backend, Session, u64, u64) {
-    let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+    let options = common::queues(2);
     let (backend, session) = common::serve_with(args, options);
     let (entry, open) = session.client().create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
     session.client().setlk(entry.nodeid, open.fh, Lock::posix(1, libc::F_WRLCK, 0, END)).unwrap();

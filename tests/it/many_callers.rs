@@ -8,7 +8,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use fuse_protocol::flags::WriteFlags;
 use lanefsd_frontend::client::{Change, ROOT};
 use lanefsd_frontend::random::Random;
-use lanefsd_frontend::{Backend, Caller, Client, Session, SessionOptions};
+use lanefsd_frontend::{Backend, Caller, Client, Session};
 use rustix::fs::{XattrFlags, setxattr};
 
 use crate::common;
@@ -219,7 +219,7 @@ fn callers_never_get_mixed_up() {
             .share(directory.path())
             .start()
             .unwrap();
-        let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+        let options = common::queues(2);
         let session = backend.connect(options).unwrap();
         session.client().getattr(ROOT).unwrap();
         let before = thread_states(&backend);

@@ -24,7 +24,7 @@ fn open_once(client: &Client<'_>, node: u64, flags: i32) -> OpenReplyFlags {
 }
 
 fn session(args: &[&str]) -> (lanefsd_frontend::Backend, Session) {
-    common::serve_with(args, SessionOptions { queues: 4, ..SessionOptions::default() })
+    common::serve_with(args, common::queues(4))
 }
 
 /// Flags that the daemon's process has an open file of this name open with.

@@ -5,18 +5,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
 use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{Change, ROOT};
-use lanefsd_frontend::{Backend, Caller, Cut, Request, Session, SessionOptions};
-use tempfile::TempDir;
+use lanefsd_frontend::{Caller, Cut, Request};
 
 use crate::common;
-
-/// A back end that shares a directory on disk, with xattrs.
-fn on_disk(args: &[&str]) -> (TempDir, Backend, Session) {
-    let directory = common::disk_directory();
-    let backend = common::starter().args(args).share(directory.path()).start().unwrap();
-    let session = backend.connect(SessionOptions::default()).unwrap();
-    (directory, backend, session)
-}
 
 #[test]
 fn lookup_getattr_statx_access() {
@@ -44,7 +35,7 @@ fn lookup_getattr_statx_access() {
 
 #[test]
 fn statx_has_the_birth_time() {
-    let (_directory, backend, session) = on_disk(&[]);
+    let (_directory, backend, session) = common::on_disk(&[]);
     fs::write(backend.path("file"), "x").unwrap();
     let node = session.client().lookup(ROOT, "file").unwrap().nodeid;
     let stat = session.client().statx(node, libc::STATX_BASIC_STATS | libc::STATX_BTIME).unwrap();
@@ -152,7 +143,7 @@ fn creation_has_the_callers_ids_groups_and_umask() {
 
 #[test]
 fn data_goes_in_and_out_in_every_cut() {
-    let (_directory, backend, session) = on_disk(&[]);
+    let (_directory, backend, session) = common::on_disk(&[]);
     let client = session.client();
     let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o644, 0).unwrap();
     let node = entry.nodeid;
@@ -219,7 +210,7 @@ fn open_flags_are_honoured() {
 
 #[test]
 fn holes_and_ranges() {
-    let (_directory, backend, session) = on_disk(&[]);
+    let (_directory, backend, session) = common::on_disk(&[]);
     let client = session.client();
     let (entry, open) = client.create(ROOT, "sparse", libc::O_RDWR, 0o644, 0).unwrap();
     let (node, fh) = (entry.nodeid, open.fh);
@@ -245,7 +236,7 @@ fn holes_and_ranges() {
 #[test]
 fn long_copies_are_whole() {
     const PIECE: u64 = 64 << 20;
-    let (_directory, backend, session) = on_disk(&[]);
+    let (_directory, backend, session) = common::on_disk(&[]);
     let client = session.client();
     let (from, open) = client.create(ROOT, "from", libc::O_RDWR, 0o644, 0).unwrap();
     let (node, fh, size) = (from.nodeid, open.fh, 2 * PIECE + 5000);
@@ -273,7 +264,7 @@ fn long_copies_are_whole() {
 
 #[test]
 fn operations_of_new_kernels() {
-    let (_directory, backend, session) = on_disk(&["--tmpfile"]);
+    let (_directory, backend, session) = common::on_disk(&["--tmpfile"]);
     let client = session.client();
     let (temporary, open) = client.tmpfile(ROOT, libc::O_RDWR, 0o640).unwrap();
     client.write(temporary.nodeid, open.fh, 0, b"kept").unwrap();
@@ -292,13 +283,13 @@ fn operations_of_new_kernels() {
 /// Linux' overlayfs would keep the dentry without a name for its upper file, and lose it.
 #[test]
 fn files_without_a_name_are_made_where_they_are_asked_for() {
-    let (_directory, _backend, session) = on_disk(&[]);
+    let (_directory, _backend, session) = common::on_disk(&[]);
     assert_eq!(common::errno(session.client().tmpfile(ROOT, libc::O_RDWR, 0o640)), libc::ENOSYS);
 }
 
 #[test]
 fn statfs_is_the_hosts() {
-    let (_directory, _backend, session) = on_disk(&[]);
+    let (_directory, _backend, session) = common::on_disk(&[]);
     let stat = session.client().statfs(ROOT).unwrap();
     assert!(stat.blocks > 0 && stat.bfree <= stat.blocks && stat.bsize >= 512);
     assert_eq!(stat.namelen, 255);
@@ -306,7 +297,7 @@ fn statfs_is_the_hosts() {
 
 #[test]
 fn extended_attributes() {
-    let (_directory, backend, session) = on_disk(&["--xattr"]);
+    let (_directory, backend, session) = common::on_disk(&["--xattr"]);
     fs::write(backend.path("file"), "").unwrap();
     let client = session.client();
     let node = client.lookup(ROOT, "file").unwrap().nodeid;
@@ -388,7 +379,7 @@ fn directories_are_listed_whole() {
 
 #[test]
 fn a_listing_is_right_while_entries_come_and_go() {
-    let (_directory, backend, session) = on_disk(&[]);
+    let (_directory, backend, session) = common::on_disk(&[]);
     let stays: Vec<String> = (0..300).map(|i| format!("stays-{i}")).collect();
     for name in &stays {
         fs::write(backend.path(name), "").unwrap();
@@ -418,7 +409,7 @@ fn a_listing_is_right_while_entries_come_and_go() {
 
 #[test]
 fn set_id_bits_go_as_posix_asks() {
-    let (_directory, backend, session) = on_disk(&[]);
+    let (_directory, backend, session) = common::on_disk(&[]);
     let path = backend.path("tool");
     let client = session.client();
     let reset = || {

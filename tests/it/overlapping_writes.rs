@@ -3,7 +3,7 @@
 use fuse_protocol::flags::WriteFlags;
 use lanefsd_frontend::client::{Change, ROOT, data};
 use lanefsd_frontend::random::Random;
-use lanefsd_frontend::{Backend, Cut, Session, SessionOptions};
+use lanefsd_frontend::{Backend, Cut, Session};
 
 use crate::common;
 
@@ -15,10 +15,7 @@ const ROUNDS: u8 = 30;
 
 fn session(args: &[&str]) -> (tempfile::TempDir, Backend, Session) {
     // Not on a tmpfs: O_DIRECT has to be real.
-    let directory = common::disk_directory();
-    let backend = common::starter().args(args).share(directory.path()).start().unwrap();
-    let session = backend.connect(SessionOptions { queues: 4, ..SessionOptions::default() }).unwrap();
-    (directory, backend, session)
+    common::serve_on(common::disk_directory(), common::starter().args(args), common::queues(4))
 }
 
 /// The byte that a writer fills its data with; different in every round.

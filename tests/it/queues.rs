@@ -37,7 +37,7 @@ fn a_slow_request_does_not_hold_up_the_next() {
 fn every_size_of_the_worker_pool_serves() {
     for workers in ["0", "1", "2", "64"] {
         let pool = format!("--thread-pool-size={workers}");
-        let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+        let options = common::queues(2);
         let (_backend, session) = common::serve_with(&[&pool], options);
         std::thread::scope(|scope| {
             for i in 0..4usize {
@@ -59,7 +59,7 @@ fn every_size_of_the_worker_pool_serves() {
 
 #[test]
 fn an_idle_daemon_uses_no_cpu() {
-    let options = SessionOptions { queues: 4, ..SessionOptions::default() };
+    let options = common::queues(4);
     let (backend, session) = common::serve_with(&[], options);
     for queue in 1..=4 {
         session.client().on(queue).getattr(ROOT).unwrap();

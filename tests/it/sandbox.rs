@@ -16,12 +16,6 @@ fn as_root() {
     );
 }
 
-/// The process that serves: the one that was started, or its child.
-fn serving(started: u32) -> u32 {
-    let children = fs::read_to_string(format!("/proc/{started}/task/{started}/children")).unwrap();
-    children.split_whitespace().next().map_or(started, |child| child.parse().unwrap())
-}
-
 fn identity(path: impl AsRef<Path>) -> (u64, u64) {
     let metadata = fs::metadata(path).unwrap();
     (metadata.dev(), metadata.ino())
@@ -41,7 +35,7 @@ fn in_sandbox(sandbox: &str, look: impl FnOnce(u32, &Path)) {
     client.link(entry.nodeid, ROOT, "second").unwrap();
     assert!(client.listxattr(entry.nodeid, 100).is_ok());
     assert_eq!(fs::read(backend.path("second")).unwrap(), b"inside");
-    look(serving(backend.pid()), &backend.path(""));
+    look(common::serving_process(backend.pid()), &backend.path(""));
     drop(session);
     backend.expect_success().unwrap();
     assert!(!backend.socket().exists(), "the socket is left behind");
@@ -161,7 +155,7 @@ fn devices_and_set_id_bits_are_stored_though_they_mean_nothing_to_the_daemon() {
     let mut backend = common::starter().args(["--sandbox=namespace"]).share(share.path()).start().unwrap();
     let session = backend.connect(SessionOptions::default()).unwrap();
     let client = session.client();
-    let mounts = mounts_of(serving(backend.pid()));
+    let mounts = mounts_of(common::serving_process(backend.pid()));
     assert_eq!(mounts.len(), 2, "{mounts:#?}");
     assert!(mounts.iter().all(|mount| mount.contains("nosuid,nodev,noexec")), "{mounts:#?}");
     let below = client.lookup(ROOT, "below").unwrap().nodeid;
@@ -191,7 +185,7 @@ fn namespaces_work_without_the_newer_calls_for_mounts() {
         let mut backend = under_strace(&[&format!("inject={call}:error=ENOSYS")], &["--sandbox=namespace"]);
         let session = backend.connect(SessionOptions::default()).unwrap();
         session.client().mkdir(ROOT, call, 0o755, 0).unwrap();
-        has_an_empty_root(serving(outer_of(&backend)), &backend.path(""));
+        has_an_empty_root(common::serving_process(outer_of(&backend)), &backend.path(""));
         drop(session);
         backend.expect_success().unwrap();
     }
@@ -209,7 +203,7 @@ fn under_strace(injections: &[&str], args: &[&str]) -> lanefsd_frontend::Backend
 
 /// The process that strace has started.
 fn outer_of(strace: &lanefsd_frontend::Backend) -> u32 {
-    serving(strace.pid())
+    common::serving_process(strace.pid())
 }
 
 #[test]
@@ -256,7 +250,7 @@ fn namespaces_work_in_a_chroot() {
     let mut backend = starter.args(["--sandbox=namespace"]).start().unwrap();
     let session = backend.connect(SessionOptions::default()).unwrap();
     session.client().mkdir(ROOT, "dir", 0o755, 0).unwrap();
-    let (pid, share) = (serving(backend.pid()), backend.path(""));
+    let (pid, share) = (common::serving_process(backend.pid()), backend.path(""));
     assert!(share.join("dir").exists());
     assert_eq!(mounts_of(pid).len(), 1);
     has_an_empty_root(pid, &share);
@@ -311,7 +305,7 @@ fn namespaces_work_on_an_initramfs() {
         let mut backend = common::starter().args([&sandbox]).start().unwrap();
         let session = backend.connect(SessionOptions::default()).unwrap();
         session.client().mkdir(ROOT, "dir", 0o755, 0).unwrap();
-        let (pid, share) = (serving(backend.pid()), backend.path(""));
+        let (pid, share) = (common::serving_process(backend.pid()), backend.path(""));
         assert!(share.join("dir").exists());
         has_an_empty_root(pid, &share);
         if sandbox.ends_with("namespace") {
@@ -399,7 +393,7 @@ fn acls_work_where_unshare_is_forbidden() {
     // strace makes a call fail by giving it another number, which the daemon's own filter forbids.
     let args = ["--sandbox=none", "--posix-acl", "--seccomp=none"];
     let mut backend = under_strace(&["inject=unshare:error=EPERM"], &args);
-    let options = SessionOptions { queues: 2, ..SessionOptions::default() };
+    let options = common::queues(2);
     let session = backend.connect(options).unwrap();
     assert!(session.init_flags().contains(InitFlags::DONT_MASK));
     // Many at once, so that many threads have to share one umask.
@@ -442,7 +436,7 @@ fn a_signal_ends_the_serving_process_too() {
     let mut backend = common::starter().args(["--sandbox=namespace", "--keep-listening"]).start().unwrap();
     let session = backend.connect(SessionOptions::default()).unwrap();
     session.client().getattr(ROOT).unwrap();
-    let serving = serving(backend.pid());
+    let serving = common::serving_process(backend.pid());
     assert_ne!(serving, backend.pid());
     backend.signal(libc::SIGTERM).unwrap();
     backend.expect_success().unwrap();
@@ -463,7 +457,7 @@ fn capabilities_in(sandbox: &str, more: &[&str]) -> u64 {
     let backend = common::starter().args(args).start().unwrap();
     let session = backend.connect(SessionOptions::default()).unwrap();
     session.client().getattr(ROOT).unwrap();
-    let tasks = fs::read_dir(format!("/proc/{}/task", serving(backend.pid()))).unwrap();
+    let tasks = fs::read_dir(format!("/proc/{}/task", common::serving_process(backend.pid()))).unwrap();
     let status =
         |task: std::io::Result<fs::DirEntry>| fs::read_to_string(task.unwrap().path().join("status"));
     let all: Vec<_> = tasks.flat_map(status).collect();
@@ -543,7 +537,7 @@ fn root_without_sys_admin_has_an_empty_root() {
         let mut backend = starter.args([common::program()]).args(args).start().unwrap();
         let session = backend.connect(SessionOptions::default()).unwrap();
         session.client().mkdir(ROOT, "dir", 0o700, 0).unwrap();
-        let pid = serving(backend.pid());
+        let pid = common::serving_process(backend.pid());
         has_an_empty_root(pid, &backend.path(""));
         drop(session);
         backend.expect_success().unwrap();
@@ -559,7 +553,7 @@ fn a_killed_parent_takes_the_serving_process_along() {
         let mut backend = common::starter().args([&format!("--sandbox={sandbox}")]).start().unwrap();
         let session = backend.connect(SessionOptions::default()).unwrap();
         session.client().getattr(ROOT).unwrap();
-        let serving = serving(backend.pid());
+        let serving = common::serving_process(backend.pid());
         backend.signal(libc::SIGKILL).unwrap();
         backend.wait(std::time::Duration::from_secs(5)).unwrap();
         common::expect_end(serving);
@@ -574,7 +568,7 @@ fn a_parent_that_is_killed_at_the_start_leaves_no_daemon() {
         let outer = outer_of(&backend);
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
         let child = loop {
-            match serving(outer) {
+            match common::serving_process(outer) {
                 child if child != outer => break child,
                 _ => assert!(std::time::Instant::now() < deadline, "no second process"),
             }
@@ -595,7 +589,7 @@ fn a_closed_terminal_ends_the_daemon_in_order() {
         let mut backend = common::starter().args([&sandbox, "--keep-listening"]).start().unwrap();
         let session = backend.connect(SessionOptions::default()).unwrap();
         session.client().getattr(ROOT).unwrap();
-        let serving = serving(backend.pid());
+        let serving = common::serving_process(backend.pid());
         backend.signal(libc::SIGHUP).unwrap();
         backend.expect_success().unwrap();
         common::expect_end(serving);

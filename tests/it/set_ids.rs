@@ -21,16 +21,8 @@ const USER: (u32, u32) = (1000, 1000);
 
 /// A daemon with these options, the default sandbox among them if no other is named.
 fn share(args: &[&str], options: SessionOptions) -> (TempDir, Backend, Session) {
-    let directory = common::disk_directory();
-    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let backend = Backend::of(common::program())
-        .args(["--tmpfile"])
-        .args(args)
-        .share(directory.path())
-        .start()
-        .unwrap();
-    let session = backend.connect(options).unwrap();
-    (directory, backend, session)
+    let starter = Backend::of(common::program()).args(["--tmpfile"]).args(args);
+    common::serve_on(common::open_directory(), starter, options)
 }
 
 /// A session of a guest with this minor version and without these flags.

@@ -20,7 +20,7 @@ const SANDBOXES: &[&[&str]] = &[&[], &["--sandbox=chroot"], &["--sandbox=none"]]
 fn start(args: &[&str]) -> Backend {
     let backend = Backend::of(common::program()).args(args).start().unwrap();
     // Between bind(2) and listen(2) the socket is there and refuses.
-    wait_until(|| UnixStream::connect(backend.socket()).is_ok(), "a socket that listens");
+    common::wait_until(|| UnixStream::connect(backend.socket()).is_ok(), "a socket that listens");
     backend
 }
 
@@ -50,14 +50,6 @@ fn left_behind(backend: &Backend) -> Vec<String> {
     let entries = fs::read_dir(backend.socket().parent().unwrap()).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name != "share").collect()
-}
-
-fn wait_until(done: impl Fn() -> bool, what: &str) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !done() {
-        assert!(Instant::now() < deadline, "{what} is waited for in vain");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 #[test]
@@ -292,10 +284,10 @@ fn what_a_killed_daemon_has_left_is_no_obstacle() {
     let (socket, pid) = (dead.socket().to_owned(), pid_file(&dead));
     assert!(socket.exists() && pid.exists());
     // The process that served hears of its end by a signal.
-    wait_until(|| UnixStream::connect(&socket).is_err(), "the end of the server");
+    common::wait_until(|| UnixStream::connect(&socket).is_err(), "the end of the server");
     let args = ["--shared-dir", dead.share().to_str().unwrap(), "--socket-path", socket.to_str().unwrap()];
     let mut next = Backend::of(common::program()).bare().args(args).spawn().unwrap();
-    wait_until(|| UnixStream::connect(&socket).is_ok(), "the next daemon");
+    common::wait_until(|| UnixStream::connect(&socket).is_ok(), "the next daemon");
     assert_eq!(fs::read_to_string(&pid).unwrap(), format!("{}\n", next.pid()));
     drop(Session::connect(&socket, SessionOptions::default()).unwrap());
     next.expect_success().unwrap();
@@ -328,7 +320,7 @@ fn a_directory_that_was_moved_is_cleaned_up_and_the_one_in_its_place_is_not() {
     let args = ["--shared-dir", at("share").to_str().unwrap(), "--socket-path", socket.to_str().unwrap()]
         .map(str::to_owned);
     let mut backend = Backend::of(common::program()).bare().args(args).spawn().unwrap();
-    wait_until(|| socket.exists(), "the socket");
+    common::wait_until(|| socket.exists(), "the socket");
     fs::rename(at("run"), at("moved")).unwrap();
     fs::create_dir(at("run")).unwrap();
     fs::write(&socket, "data").unwrap();

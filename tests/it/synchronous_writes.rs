@@ -22,8 +22,10 @@ impl Disk {
         let disk = Disk { directory: common::disk_directory() };
         fs::File::create(disk.path("image")).unwrap().set_len(16 << 20).unwrap();
         fs::create_dir(disk.path("mount")).unwrap();
-        run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(disk.path("image")));
-        run(Command::new("mount").args(["-o", "loop"]).args([disk.path("image"), disk.path("mount")]));
+        common::run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(disk.path("image")));
+        common::run(
+            Command::new("mount").args(["-o", "loop"]).args([disk.path("image"), disk.path("mount")]),
+        );
         disk
     }
 
@@ -41,10 +43,6 @@ impl Drop for Disk {
     fn drop(&mut self) {
         let _ = unmount(self.path("mount"), UnmountFlags::DETACH);
     }
-}
-
-fn run(command: &mut Command) {
-    assert!(command.status().unwrap().success(), "{command:?}");
 }
 
 #[test]

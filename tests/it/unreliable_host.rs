@@ -32,10 +32,10 @@ impl Disk {
         let directory = common::disk_directory();
         let image = directory.path().join("image");
         fs::File::create(&image).unwrap().set_len(mebibytes << 20).unwrap();
-        run(Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).args(mkfs).arg(&image));
+        common::run(Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).args(mkfs).arg(&image));
         let path = directory.path().join("mount");
         fs::create_dir(&path).unwrap();
-        run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&path));
+        common::run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&path));
         fs::remove_dir(path.join("lost+found")).unwrap();
         Disk { path, directory }
     }
@@ -50,11 +50,6 @@ impl Drop for Disk {
         // It fails if the test has unmounted it already.
         let _ = unmount(&self.path, UnmountFlags::DETACH);
     }
-}
-
-fn run(command: &mut Command) {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 fn serve(share: &Path, args: &[&str], queues: usize) -> (Backend, Session) {
@@ -271,7 +266,7 @@ fn the_share_is_unmounted_under_the_daemon() {
         }
         drop(session);
         backend.expect_success().unwrap();
-        run(Command::new("mount").args(["-o", "loop"]).arg(disk.image()).arg(&disk.path));
+        common::run(Command::new("mount").args(["-o", "loop"]).arg(disk.image()).arg(&disk.path));
         assert_eq!(fs::read(disk.path.join("file")).unwrap(), b"written");
         for name in ["file", "new"] {
             fs::remove_file(disk.path.join(name)).unwrap();

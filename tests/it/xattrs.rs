@@ -3,19 +3,11 @@
 use std::fs;
 use std::path::Path;
 
+use lanefsd_frontend::Backend;
 use lanefsd_frontend::client::{Change, ROOT};
-use lanefsd_frontend::{Backend, Session, SessionOptions};
 use rustix::fs::{XattrFlags, getxattr, listxattr, setxattr};
-use tempfile::TempDir;
 
 use crate::common;
-
-fn on_disk(args: &[&str]) -> (TempDir, Backend, Session) {
-    let directory = common::disk_directory();
-    let backend = common::starter().args(args).share(directory.path()).start().unwrap();
-    let session = backend.connect(SessionOptions::default()).unwrap();
-    (directory, backend, session)
-}
 
 /// Names of the attributes on the host, sorted.
 fn host_list(path: &Path) -> Vec<String> {
@@ -29,7 +21,7 @@ fn host_list(path: &Path) -> Vec<String> {
 
 #[test]
 fn names_are_prefixed_on_the_host_and_only_there() {
-    let (_directory, backend, session) = on_disk(&["--xattrmap=:map::user.virtiofs.:"]);
+    let (_directory, backend, session) = common::on_disk(&["--xattrmap=:map::user.virtiofs.:"]);
     let path = backend.path("file");
     fs::write(&path, "").unwrap();
     setxattr(&path, "user.host", b"host's", XattrFlags::empty()).unwrap();
@@ -67,7 +59,8 @@ fn names_are_prefixed_on_the_host_and_only_there() {
 
 #[test]
 fn a_list_longer_than_usual() {
-    let (_directory, backend, session) = on_disk(&["--xattrmap=:bad:all:user.bad:user.bad::ok:all:::"]);
+    let (_directory, backend, session) =
+        common::on_disk(&["--xattrmap=:bad:all:user.bad:user.bad::ok:all:::"]);
     let path = backend.path("file");
     fs::write(&path, "").unwrap();
     for i in 0..100 {
@@ -84,7 +77,7 @@ fn a_list_longer_than_usual() {
 fn rules_that_refuse() {
     let map = "--xattrmap=:unsupported:all:security.selinux:security.selinux:\n\
                :bad:all:security.:security.: /prefix/all/trusted./user.t./ /bad/client/user.t.// /ok/all///";
-    let (_directory, backend, session) = on_disk(&[map]);
+    let (_directory, backend, session) = common::on_disk(&[map]);
     let path = backend.path("file");
     fs::write(&path, "").unwrap();
     for name in ["security.selinux", "security.ima2", "user.seen"] {
@@ -121,7 +114,8 @@ fn client_ok<T>(result: lanefsd_frontend::Result<T>) {
 
 #[test]
 fn capabilities_with_another_name_go_when_the_file_changes() {
-    let (_directory, backend, session) = on_disk(&["--xattrmap=:map:security.capability:user.virtiofs.:"]);
+    let (_directory, backend, session) =
+        common::on_disk(&["--xattrmap=:map:security.capability:user.virtiofs.:"]);
     let path = backend.path("tool");
     let client = session.client();
     let (entry, open) = client.create(ROOT, "tool", libc::O_RDWR, 0o755, 0).unwrap();
@@ -169,7 +163,7 @@ fn rules_that_are_none_are_refused_at_start() {
 #[test]
 fn attributes_that_the_daemon_never_may_write_are_unsupported() {
     for (args, refused) in [(&["--xattr"][..], true), (&["--xattr", "--modcaps=+sys_admin"], false)] {
-        let (_directory, backend, session) = on_disk(args);
+        let (_directory, backend, session) = common::on_disk(args);
         fs::write(backend.path("file"), "").unwrap();
         let client = session.client();
         let node = client.lookup(ROOT, "file").unwrap().nodeid;
@@ -197,7 +191,7 @@ fn an_overlay_keeps_its_upper_directory_on_the_share() {
             (&["--xattrmap=:map::user.virtiofs.:"], "trusted", None),
             (&["--xattr"], "trusted", Some(libc::ENOTSUP)),
         ] {
-            let (_directory, _backend, session) = on_disk(&[&[sandbox], args].concat());
+            let (_directory, _backend, session) = common::on_disk(&[&[sandbox], args].concat());
             let client = session.client();
             let upper = client.mkdir(ROOT, "upper", 0o755, 0).unwrap().nodeid;
             let work = client.mkdir(ROOT, "work", 0o755, 0).unwrap().nodeid;
