@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use failing_store::{Call, FILE, FailingStore};
+use faultfs::{Call, FILE, FaultFs};
 use fuse_protocol::abi::{CopyFileRangeIn, EntryOut, FallocateIn, OpenIn, OpenOut, WriteOut};
 use fuse_protocol::flags::WriteFlags;
 use fuse_protocol::opcode::Opcode;
@@ -15,7 +15,7 @@ use crate::common;
 struct Host {
     session: Session,
     backend: Backend,
-    store: FailingStore,
+    store: FaultFs,
     // Ends after the mount on it.
     _directory: tempfile::TempDir,
     node: u64,
@@ -26,7 +26,7 @@ struct Host {
 fn serve(args: &[&str]) -> Host {
     common::own_mounts();
     let directory = common::disk_directory();
-    let store = FailingStore::mount(directory.path()).unwrap();
+    let store = FaultFs::mount(directory.path()).unwrap();
     let backend = common::starter().args(args).share(directory.path()).start().unwrap();
     let options = common::queues(2);
     let session = backend.connect(options).unwrap();
@@ -263,7 +263,7 @@ fn storage_that_is_gone_for_good() {
 fn a_read_that_meets_the_end_asks_the_host_once() {
     let Host { session, store, node, fh, .. } = &serve(&["--cache=never"]);
     let client = session.client();
-    let end = failing_store::LENGTH as u64;
+    let end = faultfs::LENGTH as u64;
     for (offset, wanted) in [(end - 5, 5), (end - 4096, 4096), (end, 0), (0, 8192)] {
         let before = store.calls(Call::Read);
         assert_eq!(client.read(*node, *fh, offset, 8192).unwrap().len(), wanted);
@@ -278,7 +278,7 @@ fn a_host_that_gives_less_than_it_has_is_asked_again() {
     store.shorten_reads(1000);
     // A guest takes a short answer for the end of the file.
     assert_eq!(client.read(*node, *fh, 10, 8192).unwrap().len(), 8192);
-    assert_eq!(client.read(*node, *fh, failing_store::LENGTH as u64 - 2500, 8192).unwrap().len(), 2500);
+    assert_eq!(client.read(*node, *fh, faultfs::LENGTH as u64 - 2500, 8192).unwrap().len(), 2500);
 }
 
 #[test]

@@ -71,7 +71,7 @@ pub struct Work {
     pub syscalls: bool,
 }
 
-/// Options of `load run`.
+/// Options of `loadgen run`.
 #[derive(Debug, Args)]
 pub struct RunOptions {
     /// A back end with virtiofsd's options, to be started on the share.
@@ -92,13 +92,13 @@ pub struct RunOptions {
     /// A file of the share whose storage is slow: one more request of the first queue reads it again and again, and
     /// is not counted.
     #[arg(long, value_name = "PATH")]
-    pub sleeper: Option<String>,
+    pub slow_file: Option<String>,
     /// The work.
     #[command(flatten)]
     pub work: Work,
 }
 
-/// Options of `load limit`.
+/// Options of `loadgen limit`.
 #[derive(Debug, Args)]
 pub struct LimitOptions {
     /// The directory to work in.
@@ -109,7 +109,7 @@ pub struct LimitOptions {
     pub work: Work,
 }
 
-/// Options of `load inodes`.
+/// Options of `loadgen inodes`.
 #[derive(Debug, Args)]
 pub struct InodesOptions {
     /// A back end with virtiofsd's options.
@@ -129,7 +129,7 @@ pub struct InodesOptions {
     pub limit: u64,
 }
 
-/// Options of `load start`.
+/// Options of `loadgen start`.
 #[derive(Debug, Args)]
 pub struct StartOptions {
     /// A back end with virtiofsd's options.

@@ -1,4 +1,4 @@
-//! `load limit`: the same work as plain system calls, by as many threads as operations would be in
+//! `loadgen limit`: the same work as plain system calls, by as many threads as operations would be in
 //! flight. What no back end can beat on this host, save by overlapping better than the host's
 //! scheduler does.
 

@@ -1,9 +1,9 @@
 //! Load for a vhost-user-fs back end at native speed, without a VM.
 //!
-//! `load run` plays the guest: one thread per request queue, requests that lie ready in guest
-//! memory, nothing allocated while it measures. `load limit` does the same work with plain threads
-//! and system calls: what the host can do with no protocol in between. `load inodes` asks what inodes
-//! cost that a guest keeps, and `load start` how long a start takes. Each prints one JSON object.
+//! `loadgen run` plays the guest: one thread per request queue, requests that lie ready in guest
+//! memory, nothing allocated while it measures. `loadgen limit` does the same work with plain threads
+//! and system calls: what the host can do with no protocol in between. `loadgen inodes` asks what inodes
+//! cost that a guest keeps, and `loadgen start` how long a start takes. Each prints one JSON object.
 
 mod cycles;
 mod error;
@@ -35,7 +35,7 @@ fn main() {
         Command::Start(options) => start::start(&options).and_then(|report| print(&report)),
     };
     if let Err(error) = result {
-        eprintln!("load: {error}");
+        eprintln!("loadgen: {error}");
         let mut source = std::error::Error::source(&error);
         while let Some(cause) = source {
             eprintln!("  because: {cause}");

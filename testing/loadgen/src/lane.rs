@@ -88,7 +88,7 @@ impl<'s> Lane<'s> {
     }
 
     /// Adds a READ of a file, of a node and a handle, that is sent again and again and not counted.
-    pub fn add_sleeper(&mut self, session: &Session, (node, fh): (u64, u64)) -> Result<()> {
+    pub fn add_blocked_read(&mut self, session: &Session, (node, fh): (u64, u64)) -> Result<()> {
         let request = read_request(node, fh, 0, 4096);
         let exchange = Exchange::new(session.memory(), &request, 999_999, Cut::Contiguous)?;
         let cycle = Box::new(Repeated);

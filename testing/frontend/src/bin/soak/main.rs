@@ -1,4 +1,4 @@
-//! A million mixed requests over several queues at depth, every answer checked.
+//! A soak test: a million mixed requests over several queues at depth, every answer checked.
 //!
 //! At the end everything is forgotten, and the back end has to be as small as after INIT: the same
 //! number of descriptors, and no more memory than after the first tenth of the run.
@@ -64,7 +64,7 @@ struct Run<'a> {
 
 fn main() {
     if let Err(error) = run(&Options::parse()) {
-        eprintln!("million: {error}");
+        eprintln!("soak: {error}");
         let mut source = error.source();
         while let Some(cause) = source {
             eprintln!("  because: {cause}");
@@ -76,7 +76,7 @@ fn main() {
 
 fn run(options: &Options) -> Result<(), Failure> {
     let share = tempfile::Builder::new()
-        .prefix("million-")
+        .prefix("soak-")
         .tempdir_in(options.directory.clone().unwrap_or_else(std::env::temp_dir))?;
     let mut backend = Backend::of(&options.backend)
         .args(["--sandbox=none"])
@@ -133,7 +133,7 @@ fn run(options: &Options) -> Result<(), Failure> {
     }
     let sent = run.sent.load(Ordering::Relaxed);
     println!(
-        "million: {sent} requests, {} queues, depth {}: {:.1} s, {:.0}/s, {:.2} us CPU each, {kicks} kicks, \
+        "soak: {sent} requests, {} queues, depth {}: {:.1} s, {:.0}/s, {:.2} us CPU each, {kicks} kicks, \
          {calls} notifications, {} descriptors, memory {early} KiB early, {busy} KiB at most, {end} KiB at the end",
         options.queues,
         options.depth,
@@ -160,7 +160,7 @@ fn watch(run: &Run<'_>, backend: &Backend) -> Result<(usize, usize), Failure> {
         }
         if sent * 10 / total > reported {
             reported = sent * 10 / total;
-            eprintln!("million: {sent} of {total} requests, memory {memory} KiB");
+            eprintln!("soak: {sent} of {total} requests, memory {memory} KiB");
         }
         if sent >= total || run.failed.load(Ordering::Relaxed) > 0 {
             return Ok((early.unwrap_or(most), most));
@@ -173,7 +173,7 @@ fn worker(run: &Run<'_>, queue: usize) -> Result<Vec<u64>, Failure> {
     let result = drive(run, queue);
     if let Err(error) = &result {
         run.failed.fetch_add(1, Ordering::Relaxed);
-        eprintln!("million: queue {queue}: {error}");
+        eprintln!("soak: queue {queue}: {error}");
     }
     result
 }

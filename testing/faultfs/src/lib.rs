@@ -72,26 +72,26 @@ impl Controls {
 
 /// A mounted store. It is unmounted when it is dropped.
 #[derive(Debug)]
-pub struct FailingStore {
+pub struct FaultFs {
     path: PathBuf,
     controls: Arc<Controls>,
     session: Option<BackgroundSession>,
 }
 
-impl FailingStore {
+impl FaultFs {
     /// Mounts it on a directory; takes root.
-    pub fn mount(path: &Path) -> std::io::Result<FailingStore> {
-        FailingStore::with_length(path, LENGTH)
+    pub fn mount(path: &Path) -> std::io::Result<FaultFs> {
+        FaultFs::with_length(path, LENGTH)
     }
 
     /// The same with another length of the file, in bytes.
-    pub fn with_length(path: &Path, length: usize) -> std::io::Result<FailingStore> {
+    pub fn with_length(path: &Path, length: usize) -> std::io::Result<FaultFs> {
         let controls = Arc::new(Controls::default());
         let contents = Arc::new(Mutex::new(vec![0; length]));
         let store = Store { controls: Arc::clone(&controls), contents, length };
-        let options = [MountOption::FSName("failing-store".into()), MountOption::DefaultPermissions];
+        let options = [MountOption::FSName("faultfs".into()), MountOption::DefaultPermissions];
         let session = fuser::spawn_mount2(store, path, &options)?;
-        Ok(FailingStore { path: path.to_path_buf(), controls, session: Some(session) })
+        Ok(FaultFs { path: path.to_path_buf(), controls, session: Some(session) })
     }
 
     /// Lets a call fail with an errno from now on, or work again with 0.
@@ -126,7 +126,7 @@ impl FailingStore {
     }
 }
 
-impl Drop for FailingStore {
+impl Drop for FaultFs {
     fn drop(&mut self) {
         self.break_down();
         // It fails if nothing was in use, and the mount is gone already.

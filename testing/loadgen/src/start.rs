@@ -1,4 +1,4 @@
-//! `load start`: how long a back end takes from its start until a front end can connect.
+//! `loadgen start`: how long a back end takes from its start until a front end can connect.
 
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};

@@ -1,4 +1,4 @@
-//! `load run`: a back end under load.
+//! `loadgen run`: a back end under load.
 
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -55,8 +55,8 @@ fn measure(session: &Session, pid: u32, options: &RunOptions) -> Result<Report> 
     let queues = 0..usize::from(work.queues);
     let lanes = queues.map(|index| Lane::new(session, index, &ground, &forgets, &conductor));
     let mut lanes = lanes.collect::<Result<Vec<_>>>()?;
-    if let (Some(file), Some(lane)) = (&options.sleeper, lanes.first_mut()) {
-        lane.add_sleeper(session, layout::file(&session.client(), file)?)?;
+    if let (Some(file), Some(lane)) = (&options.slow_file, lanes.first_mut()) {
+        lane.add_blocked_read(session, layout::file(&session.client(), file)?)?;
     }
     let count = lanes.len();
     thread::scope(|scope| {
@@ -120,7 +120,7 @@ fn generator_cpu(own: &Spent, backend: &Spent, own_pid: u32, backend_pid: u32) -
 /// Ends the program at once: the other lanes may wait for ever. The back end sees the socket close
 /// and ends too.
 fn give_up(error: Option<LoadError>) {
-    eprintln!("load: a queue has failed");
+    eprintln!("loadgen: a queue has failed");
     let error = error.unwrap_or_else(|| LoadError::Options("a queue ended before its time".into()));
     let mut next: Option<&dyn std::error::Error> = Some(&error);
     while let Some(error) = next {

@@ -1,4 +1,4 @@
-//! `load inodes`: what a back end needs for inodes that a guest has looked up and keeps.
+//! `loadgen inodes`: what a back end needs for inodes that a guest has looked up and keeps.
 
 use std::path::PathBuf;
 
