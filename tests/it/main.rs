@@ -46,6 +46,7 @@ mod lifecycle;
 mod listings;
 mod lock_owners;
 mod locks;
+mod manifests;
 mod many_callers;
 mod negotiation;
 mod open_flags;

@@ -1,6 +1,18 @@
 //! A file system on the host that fails and dawdles on demand: what a broken disk or a distant server
 //! is to the daemon. A FUSE file system with one file in memory, served by the test itself, or by the program
 //! of this package for a disk image that takes its time.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    clippy::cast_lossless,
+    reason = "for tests: a panic fails the test, and no guest chooses the numbers"
+)]
+#![forbid(unsafe_code)]
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

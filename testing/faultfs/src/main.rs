@@ -1,5 +1,6 @@
 //! Mounts the store on a directory, with one file that takes its time for each read and write, until its standard
 //! input ends: `faultfs DIRECTORY BYTES MILLISECONDS`.
+#![forbid(unsafe_code)]
 
 use std::io::Read;
 use std::path::Path;

@@ -4,6 +4,17 @@
 //! [`queue`] are virtqueues, [`chain`] and [`request`] are FUSE requests in memory, [`session`] holds
 //! all of them together, [`client`] has a method per FUSE operation. [`backend`] starts the process
 //! under test, and [`misbehave`] is what a hostile guest does.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    clippy::cast_lossless,
+    reason = "for tests: a panic fails the test, and no guest chooses the numbers"
+)]
 
 pub mod backend;
 pub mod chain;

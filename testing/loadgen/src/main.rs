@@ -4,6 +4,17 @@
 //! memory, nothing allocated while it measures. `loadgen limit` does the same work with plain threads
 //! and system calls: what the host can do with no protocol in between. `loadgen inodes` asks what inodes
 //! cost that a guest keeps, and `loadgen start` how long a start takes. Each prints one JSON object.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    clippy::cast_lossless,
+    reason = "for tests: a panic fails the test, and no guest chooses the numbers"
+)]
 
 mod cycles;
 mod error;

@@ -5,6 +5,18 @@
 //! locks are kept. It checks no permissions, as the passthrough file system does not for most
 //! requests. Node ids and handles are given out in order, from 2 and from 1, so that a recorded
 //! sequence of requests means the same each time.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    clippy::cast_lossless,
+    reason = "for tests: a panic fails the test, and no guest chooses the numbers"
+)]
+#![forbid(unsafe_code)]
 
 mod entries;
 mod files;

@@ -2,6 +2,17 @@
 //!
 //! At the end everything is forgotten, and the back end has to be as small as after INIT: the same
 //! number of descriptors, and no more memory than after the first tenth of the run.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    clippy::cast_lossless,
+    reason = "for tests: a panic fails the test, and no guest chooses the numbers"
+)]
 
 mod actor;
 
