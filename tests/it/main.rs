@@ -18,6 +18,7 @@ mod abi;
 mod absolute_paths;
 mod acls;
 mod appends;
+mod architecture;
 mod attack_table;
 mod boundaries;
 mod callers;
