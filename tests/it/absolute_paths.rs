@@ -44,7 +44,7 @@ fn plant(client: &Client<'_>, mode: u32, device: u32) {
 }
 
 /// Has many threads work at once, which take memory each.
-fn crowd(client: &Client<'_>) {
+fn many_lock_waiters(client: &Client<'_>) {
     let (entry, open) = client.create(ROOT, "locked", libc::O_RDWR, 0o600, 0).unwrap();
     let whole = |owner| Lock::posix(owner, libc::F_WRLCK, 0, i64::MAX.unsigned_abs());
     client.setlk(entry.nodeid, open.fh, whole(1)).unwrap();
@@ -66,7 +66,7 @@ fn is_served(backend: &mut Backend, kind: &str, plant: impl FnOnce(&Client<'_>))
     plant(&session.client());
     session.reboot().unwrap();
     session.init().unwrap();
-    crowd(&session.client());
+    many_lock_waiters(&session.client());
     session.stop_queue(2).unwrap();
     session.start_queue(2).unwrap();
     session.client().on(2).getattr(ROOT).unwrap();
@@ -136,7 +136,7 @@ fn huge_files_at_paths_that_libraries_read() {
         let before = peak(common::serving_process(backend.pid()));
         session.reboot().unwrap();
         session.init().unwrap();
-        crowd(&session.client());
+        many_lock_waiters(&session.client());
         let grown = peak(common::serving_process(backend.pid())) - before;
         assert!(grown < ALLOWED, "{sandbox}: memory has grown by {grown} KiB");
         drop(session);

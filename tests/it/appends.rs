@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use fuse_protocol::flags::{InitFlags, WriteFlags};
 use lanefsd_frontend::client::{Change, Lock, ROOT};
-use lanefsd_frontend::{Client, Cut, SessionOptions};
+use lanefsd_frontend::{Client, Segmentation, SessionOptions};
 
 use crate::common;
 
@@ -142,7 +142,7 @@ fn an_append_of_many_segments_is_one_piece_for_the_host() {
     let backend = common::starter().args(["--cache=never"]).share(directory.path()).start().unwrap();
     let options = SessionOptions { ring_size: 4096, ..SessionOptions::default() };
     let session = backend.connect(options).unwrap();
-    let client = session.client().cut(Cut::Scattered);
+    let client = session.client().segmentation(Segmentation::Scattered);
     let flags = libc::O_RDWR | libc::O_APPEND;
     let (entry, open) = client.create(ROOT, "log", flags, 0o600, 0).unwrap();
     let path = directory.path().join("log");

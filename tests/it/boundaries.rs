@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{Change, Lock, ROOT};
-use lanefsd_frontend::{Backend, Cut, Request, Session};
+use lanefsd_frontend::{Backend, Request, Segmentation, Session};
 
 use crate::common;
 
@@ -153,7 +153,8 @@ fn ranges_of_locks() {
             client.setlk(node, fh, Lock::posix(1, libc::F_UNLCK, 0, i64::MAX as u64)).unwrap();
         }
     }
-    let sent = session.send(1, &Request::new(Opcode::Setlk, node).arg(&[0xffu8; 48]), Cut::Linux).unwrap();
+    let sent =
+        session.send(1, &Request::new(Opcode::Setlk, node).arg(&[0xffu8; 48]), Segmentation::Linux).unwrap();
     assert!(common::errno(session.finish(sent)) > 0);
     client.on(2).getattr(ROOT).unwrap();
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{Change, Lock, ROOT};
-use lanefsd_frontend::session::Sent;
+use lanefsd_frontend::session::Pending;
 use lanefsd_frontend::{Backend, Caller, Client, Request, SessionOptions};
 
 use crate::common::{self, strace};
@@ -119,7 +119,7 @@ fn locks(client: &Client<'_>) {
 }
 
 /// Interrupts a request, again and again: an interrupt that comes before its request waits has no effect.
-fn interrupt(client: &Client<'_>, request: Sent) {
+fn interrupt(client: &Client<'_>, request: Pending) {
     while !client.queue().is_done(request.token).unwrap() {
         let _ = client.interrupt(request);
         std::thread::sleep(Duration::from_millis(2));
@@ -244,7 +244,7 @@ fn specials(client: &Client<'_>) {
 }
 
 /// More threads at once than malloc(3) has arenas without looking for the number of CPUs.
-fn crowd(client: &Client<'_>, threads: u64) {
+fn many_lock_waiters(client: &Client<'_>, threads: u64) {
     let node = client.lookup(ROOT, "file").unwrap().nodeid;
     let fh = client.open(node, libc::O_RDWR).unwrap().fh;
     let whole = |owner| Lock::posix(owner, libc::F_WRLCK, 0, ALL_LOCKS);
@@ -312,8 +312,8 @@ fn no_absolute_path_is_used_in_the_sandbox() {
             fs::remove_file("/dev/log").unwrap();
             UnixDatagram::bind("/dev/log").unwrap()
         });
-        crowd(&client, 60);
-        crowd(&client.on(2), 60);
+        many_lock_waiters(&client, 60);
+        many_lock_waiters(&client.on(2), 60);
         session.reboot().unwrap();
         session.init().unwrap();
         session.client().getattr(ROOT).unwrap();

@@ -5,12 +5,12 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use fuse_protocol::opcode::Opcode;
-use lanefsd_frontend::chain::{Chain, Pieces};
+use lanefsd_frontend::chain::{Chain, Segments};
 use lanefsd_frontend::client::{Lock, ROOT};
-use lanefsd_frontend::misbehave::run_away;
+use lanefsd_frontend::malicious::run_away;
 use lanefsd_frontend::ring::Placement;
-use lanefsd_frontend::session::Sent;
-use lanefsd_frontend::{Backend, Client, Cut, Request, Session, SessionOptions};
+use lanefsd_frontend::session::Pending;
+use lanefsd_frontend::{Backend, Client, Request, Segmentation, Session, SessionOptions};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::common;
@@ -181,7 +181,7 @@ fn threads_that_wait_have_an_end() {
         (0..200 * QUEUES).map(|n| client.on(1 + n % QUEUES).send(wait.clone()).unwrap()).collect();
     common::every_queue_answers(&session);
     // Those that are refused come back, and their threads are gone.
-    let is_done = |sent: &Sent| session.queue(sent.queue).is_done(sent.token).unwrap();
+    let is_done = |sent: &Pending| session.queue(sent.queue).is_done(sent.token).unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
     while waits.iter().filter(|sent| is_done(sent)).count() < 200 * QUEUES - 1024 {
         assert!(Instant::now() < deadline, "too many wait");
@@ -308,10 +308,10 @@ fn a_guest_cannot_flood_the_log() {
     for _ in 0..5_000 {
         // Reasons for warnings: no room for a reply, and no header.
         let request = Request::new(Opcode::Getattr, ROOT).no_reply();
-        session.wait(session.send(1, &request, Cut::Linux).unwrap()).unwrap();
+        session.wait(session.send(1, &request, Segmentation::Linux).unwrap()).unwrap();
         let chain = || Chain {
-            readable: Pieces::none(),
-            writable: Pieces::new(session.memory(), &[16], 0, Cut::One, 1).unwrap(),
+            readable: Segments::none(),
+            writable: Segments::new(session.memory(), &[16], 0, Segmentation::One, 1).unwrap(),
             placement: Placement::Direct,
             keep: None,
         };

@@ -9,7 +9,7 @@ use fuse_protocol::abi::{ForgetIn, InitIn, InitOut};
 use fuse_protocol::flags::InitFlags;
 use fuse_protocol::opcode::Opcode;
 use lanefsd::sys::locks::{ByteLock, LockType, ofd_get};
-use lanefsd_frontend::chain::Cut;
+use lanefsd_frontend::chain::Segmentation;
 use lanefsd_frontend::client::{Lock, ROOT};
 use lanefsd_frontend::connection::Connection;
 use lanefsd_frontend::message::protocol;
@@ -33,7 +33,7 @@ fn firmware_init(session: &Session) {
 /// On the request queue, and without room for a reply.
 fn firmware_forget(session: &Session, node: u64) {
     let request = Request::new(Opcode::Forget, node).arg(&ForgetIn { nlookup: 1 }).no_reply();
-    let completion = session.wait(session.send(1, &request, Cut::Linux).unwrap()).unwrap();
+    let completion = session.wait(session.send(1, &request, Segmentation::Linux).unwrap()).unwrap();
     assert_eq!(completion.used, 0);
 }
 

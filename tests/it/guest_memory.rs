@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use fuse_protocol::abi::{AttrOut, GetattrIn, OutHeader};
 use fuse_protocol::opcode::Opcode;
-use lanefsd_frontend::chain::{Chain, Pieces};
+use lanefsd_frontend::chain::{Chain, Segments};
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::connection::{Connection, describe};
 use lanefsd_frontend::memory::Region;
@@ -42,10 +42,10 @@ fn getattr_in(session: &Session, guest: u64) -> Chain {
     let bytes: Vec<u8> = request.parts(4242).concat();
     let buffer = session.memory().allocate_in(guest, 8192).unwrap();
     buffer.write(0, &bytes);
-    let readable = Pieces::of(buffer, vec![(0, bytes.len())]);
+    let readable = Segments::of(buffer, vec![(0, bytes.len())]);
     let room = size_of::<OutHeader>() + size_of::<AttrOut>();
     let buffer = session.memory().allocate_in(guest, room).unwrap();
-    let writable = Pieces::of(buffer, vec![(0, room)]);
+    let writable = Segments::of(buffer, vec![(0, room)]);
     Chain { readable, writable, placement: Placement::Direct, keep: None }
 }
 

@@ -4,11 +4,11 @@ use fuse_protocol::abi::{InHeader, OutHeader};
 use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::chain::Chain;
 use lanefsd_frontend::client::ROOT;
-use lanefsd_frontend::misbehave::{Malformed, offer_head_out_of_range, run_away};
+use lanefsd_frontend::malicious::{Malformed, offer_head_out_of_range, run_away};
 use lanefsd_frontend::queue::Completion;
 use lanefsd_frontend::random::Random;
 use lanefsd_frontend::request::Reply;
-use lanefsd_frontend::{Cut, Request, Session, SessionOptions};
+use lanefsd_frontend::{Request, Segmentation, Session, SessionOptions};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::common;
@@ -20,8 +20,8 @@ fn two_queues(args: &[&str]) -> (lanefsd_frontend::Backend, Session) {
 }
 
 /// Sends raw bytes with room for a reply of `room` bytes.
-fn raw(session: &Session, bytes: &[u8], room: usize, cut: Cut) -> Completion {
-    let chain = Chain::raw(session.memory(), bytes, room, cut, 1024).unwrap();
+fn raw(session: &Session, bytes: &[u8], room: usize, segmentation: Segmentation) -> Completion {
+    let chain = Chain::raw(session.memory(), bytes, room, segmentation, 1024).unwrap();
     let token = session.queue(1).submit(chain).unwrap();
     session.queue(1).wait(token).unwrap()
 }
@@ -103,7 +103,8 @@ fn kicks_without_end_cost_nothing_but_time() {
 fn requests_that_are_cut_off() {
     let (_backend, session) = two_queues(&[]);
     for len in 0..size_of::<InHeader>() {
-        let completion = raw(&session, &header(Opcode::Getattr as u32, ROOT, len)[..len], 200, Cut::One);
+        let completion =
+            raw(&session, &header(Opcode::Getattr as u32, ROOT, len)[..len], 200, Segmentation::One);
         assert!(completion.used == 0 || error_of(&completion) < 0, "{len} bytes of header");
     }
     for (opcode, name) in Opcode::ALL.iter().filter(|(opcode, _)| *opcode != Opcode::Init) {
@@ -114,7 +115,7 @@ fn requests_that_are_cut_off() {
         for args in [0, 1, 3, 7] {
             let mut bytes = header(*opcode as u32, ROOT, 40 + args);
             bytes.resize(40 + args, 0x41);
-            let completion = raw(&session, &bytes, 400, Cut::Linux);
+            let completion = raw(&session, &bytes, 400, Segmentation::Linux);
             assert!(
                 completion.used == 0 || error_of(&completion) < 0,
                 "{name} with {args} bytes of arguments"
@@ -133,7 +134,7 @@ fn lengths_that_disagree() {
     for len in [0, 1, 39, 40, 55, 57, 1000, u32::MAX] {
         let mut bytes = good.clone();
         bytes[..4].copy_from_slice(&len.to_ne_bytes());
-        let completion = raw(&session, &bytes, 200, Cut::One);
+        let completion = raw(&session, &bytes, 200, Segmentation::One);
         assert!(
             completion.used == 0 || error_of(&completion) < 0,
             "a length of {len}, {} were sent",
@@ -149,7 +150,7 @@ fn lengths_that_disagree() {
     assert!(common::errno(session.client().call_bytes(&request)) > 0);
     let mut bytes = Request::new(Opcode::Mkdir, ROOT).arg(&[0u8; 8]).name("x").parts(2).concat();
     bytes[36..38].copy_from_slice(&u16::MAX.to_ne_bytes());
-    assert!(error_of(&raw(&session, &bytes, 400, Cut::One)) < 0);
+    assert!(error_of(&raw(&session, &bytes, 400, Segmentation::One)) < 0);
     common::every_queue_answers(&session);
 }
 
@@ -160,7 +161,7 @@ fn replies_without_room() {
     let (backend, session) = two_queues(&[]);
     let getattr = Request::new(Opcode::Getattr, ROOT).arg(&[0u8; 16]).parts(2).concat();
     for room in 0..120 {
-        let completion = raw(&session, &getattr, room, Cut::One);
+        let completion = raw(&session, &getattr, room, Segmentation::One);
         match completion.used {
             // No room for a header: the chain comes back all the same.
             0 => assert!(room < 120, "room of {room}"),
@@ -177,7 +178,7 @@ fn replies_without_room() {
     read[..8].copy_from_slice(&fh.to_ne_bytes());
     read[16..20].copy_from_slice(&1000u32.to_ne_bytes());
     let bytes = Request::new(Opcode::Read, node).arg(&read).parts(2).concat();
-    let completion = raw(&session, &bytes, 116, Cut::One);
+    let completion = raw(&session, &bytes, 116, Segmentation::One);
     assert!(completion.used <= 116);
     let listing = Request::new(Opcode::Readdir, ROOT).arg(&read).reply_data(10);
     assert!(client.call_bytes(&listing).is_err(), "a file's handle for a directory");
@@ -211,7 +212,7 @@ fn names_that_are_none() {
     let mut bytes = Request::new(Opcode::Lookup, ROOT).name("abc").parts(2).concat();
     bytes.pop();
     bytes[..4].copy_from_slice(&43u32.to_ne_bytes());
-    assert!(error_of(&raw(&session, &bytes, 200, Cut::One)) < 0);
+    assert!(error_of(&raw(&session, &bytes, 200, Segmentation::One)) < 0);
     assert!(!outside.exists());
     assert_eq!(std::fs::read_dir(backend.share()).unwrap().count(), 0);
     common::every_queue_answers(&session);
@@ -308,12 +309,12 @@ fn random_bytes_are_answered() {
             bytes[at] = random.bits() as u8;
         }
         let room = random.below(300);
-        let cut = Cut::Random(random.bits());
+        let segmentation = Segmentation::Random(random.bits());
         // The noise may have made it one of those after all.
         if u32::from_ne_bytes(bytes[4..8].try_into().unwrap()) != opcode {
             continue;
         }
-        let completion = raw(&session, &bytes, room, cut);
+        let completion = raw(&session, &bytes, room, segmentation);
         assert!(completion.used <= room, "round {round}");
         if completion.used > 0 {
             let out = OutHeader::read_from_bytes(&completion.chain.writable.to_vec(0, 16)).unwrap();
@@ -328,7 +329,7 @@ fn an_unknown_operation_is_enosys() {
     let (_backend, session) = two_queues(&[]);
     for opcode in [0, 7, 19, 48, 49, 54, 4096, u32::MAX] {
         let request = Request { opcode, ..Request::new(Opcode::Statfs, ROOT).reply_data(100) };
-        let sent = session.send(1, &request, Cut::Linux).unwrap();
+        let sent = session.send(1, &request, Segmentation::Linux).unwrap();
         let completion = session.wait(sent).unwrap();
         assert_eq!(Reply::of(&completion).unwrap().errno.unwrap(), libc::ENOSYS, "{opcode}");
     }

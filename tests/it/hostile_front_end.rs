@@ -13,7 +13,7 @@ use lanefsd_frontend::message::{NEED_REPLY, NO_FD, VERSION, VringState, code, fe
 use lanefsd_frontend::queue::Queue;
 use lanefsd_frontend::random::Random;
 use lanefsd_frontend::ring::RingOptions;
-use lanefsd_frontend::{Backend, Cut, Memory, Request, SessionOptions};
+use lanefsd_frontend::{Backend, Memory, Request, Segmentation, SessionOptions};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::OFlags;
 use zerocopy::IntoBytes;
@@ -193,7 +193,7 @@ fn a_call_that_is_full_holds_nothing_up() {
         let session = backend.connect(SessionOptions { features, ..Default::default() }).unwrap();
         session.connection().send(code::SET_VRING_CALL, &1u64, &[call]).unwrap();
         let statfs = Request::new(Opcode::Statfs, ROOT).reply::<StatfsOut>();
-        let sent = session.send(1, &statfs, Cut::Linux).unwrap();
+        let sent = session.send(1, &statfs, Segmentation::Linux).unwrap();
         while !session.queue(1).is_done(sent.token).unwrap() {
             std::thread::sleep(Duration::from_millis(1));
         }

@@ -8,16 +8,16 @@ use std::time::Duration;
 
 use fuse_protocol::flags::WriteFlags;
 use fuse_protocol::opcode::Opcode;
-use lanefsd_frontend::chain::{Chain, Pieces};
+use lanefsd_frontend::chain::{Chain, Segments};
 use lanefsd_frontend::client::{ROOT, data};
 use lanefsd_frontend::connection::{Connection, describe};
+use lanefsd_frontend::malicious::{outside_memory, run_away};
 use lanefsd_frontend::memory::Region;
 use lanefsd_frontend::message::{VERSION, VringAddress, VringState, code};
-use lanefsd_frontend::misbehave::{outside_memory, run_away};
 use lanefsd_frontend::random::Random;
 use lanefsd_frontend::ring::{Descriptor, INDIRECT, NEXT, Placement, WRITE};
-use lanefsd_frontend::session::Sent;
-use lanefsd_frontend::{Backend, Cut, Error, Request, Session, SessionOptions};
+use lanefsd_frontend::session::Pending;
+use lanefsd_frontend::{Backend, Error, Request, Segmentation, Session, SessionOptions};
 use zerocopy::IntoBytes;
 
 use crate::common;
@@ -33,7 +33,7 @@ fn reset(session: &Session) {
 }
 
 /// Writes that take a while, in flight on queue 1.
-fn slow_writes(session: &Session, count: u64) -> Vec<Sent> {
+fn slow_writes(session: &Session, count: u64) -> Vec<Pending> {
     let client = session.client();
     let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
     let bytes = vec![3; 4096];
@@ -201,8 +201,8 @@ fn memory_unplugged_with_requests_in_flight() {
         let bytes = [write.parts(4242).concat(), write.data.to_vec()].concat();
         let buffer = session.memory().allocate_in(guest, 4096).unwrap();
         buffer.write(0, &bytes);
-        let readable = Pieces::of(buffer, vec![(0, bytes.len())]);
-        let writable = Pieces::of(session.memory().allocate_in(guest, 4096).unwrap(), vec![(0, 24)]);
+        let readable = Segments::of(buffer, vec![(0, bytes.len())]);
+        let writable = Segments::of(session.memory().allocate_in(guest, 4096).unwrap(), vec![(0, 24)]);
         let chain = Chain { readable, writable, placement: Placement::Direct, keep: None };
         let token = session.queue(1).submit(chain).unwrap();
         std::thread::sleep(Duration::from_millis(50));
@@ -344,8 +344,8 @@ fn descriptors_and_requests_that_change_while_they_are_read() {
 /// Submits a chain that is one indirect table, with so much room in the driver's books.
 fn submit_table(session: &Session, table: u64, room: usize) -> lanefsd_frontend::queue::Token {
     let head = Descriptor { address: table, len: 48, flags: INDIRECT, next: 0 };
-    let writable = Pieces::new(session.memory(), &[room], 0, Cut::One, 8).unwrap();
-    let books = Chain { readable: Pieces::none(), writable, placement: Placement::Direct, keep: None };
+    let writable = Segments::new(session.memory(), &[room], 0, Segmentation::One, 8).unwrap();
+    let books = Chain { readable: Segments::none(), writable, placement: Placement::Direct, keep: None };
     let lay = |ring: &mut lanefsd_frontend::ring::Ring<_>, _: &[_]| {
         let owned = ring.take_descriptor().ok_or(Error::RingFull { free: 0, needed: 1 })?;
         ring.write_descriptor(owned, head);

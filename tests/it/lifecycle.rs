@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use fuse_protocol::flags::WriteFlags;
 use lanefsd_frontend::client::{Lock, ROOT, data};
-use lanefsd_frontend::session::Sent;
+use lanefsd_frontend::session::Pending;
 use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
 
 use crate::common;
@@ -22,7 +22,7 @@ fn slow(args: &[&str]) -> (Backend, Session, u64, u64) {
     (backend, session, node, fh)
 }
 
-fn send_writes(session: &Session, node: u64, fh: u64, count: u64) -> Vec<Sent> {
+fn send_writes(session: &Session, node: u64, fh: u64, count: u64) -> Vec<Pending> {
     let bytes = vec![3; 4096];
     let client = session.client();
     let write = |i| data::write_request(node, fh, i * 4096, &bytes, WriteFlags::empty(), libc::O_RDWR);
@@ -145,7 +145,7 @@ fn what_was_acknowledged_is_on_the_host() {
     let write = |i: u64| {
         data::write_request(entry.nodeid, open.fh, i * size, &bytes, WriteFlags::empty(), libc::O_RDWR)
     };
-    let sent: Vec<Sent> = (0..64).map(|i| client.send(write(i)).unwrap()).collect();
+    let sent: Vec<Pending> = (0..64).map(|i| client.send(write(i)).unwrap()).collect();
     let mut acknowledged = Vec::new();
     for (i, sent) in sent.into_iter().enumerate().take(20) {
         session.finish(sent).unwrap();
@@ -269,7 +269,7 @@ fn destroy_ends_waits_for_locks() {
         let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
         let lock = |owner| Lock::posix(owner, libc::F_WRLCK, 0, 9);
         client.setlk(entry.nodeid, open.fh, lock(1)).unwrap();
-        let waiting: Vec<Sent> = (1..=2)
+        let waiting: Vec<Pending> = (1..=2)
             .map(|queue| {
                 client.on(queue).send(lock(1 + queue as u64).waiting_request(entry.nodeid, open.fh)).unwrap()
             })

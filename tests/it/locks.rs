@@ -4,14 +4,14 @@ use std::time::{Duration, Instant};
 
 use fuse_protocol::flags::{InitFlags, ReleaseFlags};
 use lanefsd_frontend::client::{Lock, ROOT};
-use lanefsd_frontend::session::Sent;
+use lanefsd_frontend::session::Pending;
 use lanefsd_frontend::{Backend, Client, Session};
 
 use crate::common;
 
 const END: u64 = i64::MAX as u64;
 
-fn wait_for_lock(client: &Client<'_>, node: u64, fh: u64, lock: Lock) -> Sent {
+fn wait_for_lock(client: &Client<'_>, node: u64, fh: u64, lock: Lock) -> Pending {
     let sent = client.send(lock.waiting_request(node, fh)).unwrap();
     std::thread::sleep(Duration::from_millis(50));
     assert!(!client.queue().is_done(sent.token).unwrap(), "the lock was to be waited for");
@@ -55,7 +55,7 @@ fn a_waiting_lock_holds_nobody_up_and_is_granted() {
     let (_backend, session, node, fh) = common::serve_file(&["--posix-lock"]);
     let client = session.client();
     client.setlk(node, fh, Lock::posix(1, libc::F_WRLCK, 0, END)).unwrap();
-    let waiting: Vec<Sent> = (0..80)
+    let waiting: Vec<Pending> = (0..80)
         .map(|i| client.send(Lock::posix(100 + i, libc::F_RDLCK, 0, END).waiting_request(node, fh)).unwrap())
         .collect();
     let begin = Instant::now();
@@ -164,7 +164,7 @@ fn stopping_a_queue_keeps_locks_of_others_waiting() {
     let other = session.client().on(2);
     let read_lock = |owner| Lock::posix(owner, libc::F_RDLCK, 0, END);
     let stopped = wait_for_lock(&session.client(), node, fh, read_lock(2));
-    let waiting: Vec<Sent> = (0..20).map(|i| wait_for_lock(&other, node, fh, read_lock(10 + i))).collect();
+    let waiting: Vec<Pending> = (0..20).map(|i| wait_for_lock(&other, node, fh, read_lock(10 + i))).collect();
     session.stop_queue(1).unwrap();
     std::thread::sleep(Duration::from_millis(50));
     assert!(waiting.iter().all(|sent| !session.queue(2).is_done(sent.token).unwrap()));
@@ -186,7 +186,7 @@ fn a_wait_for_a_lock_goes_on_after_a_stop() {
     // Requests before and after the waits are done: for one of these rounds the waits are the newest ones.
     for later in [0, 5] {
         client.getattr(node).unwrap();
-        let waiting: Vec<Sent> = (0..3)
+        let waiting: Vec<Pending> = (0..3)
             .map(|i| {
                 getattrs(&client, node, later);
                 wait_for_lock(&client, node, fh, Lock::posix(20 + i, libc::F_RDLCK, 0, END))
@@ -244,7 +244,7 @@ fn an_interrupt_that_comes_too_early_is_to_be_sent_again() {
     let client = session.client();
     let sent = wait_for_lock(&client, node, fh, Lock::posix(2, libc::F_WRLCK, 0, END));
     // The number of a request that nobody has sent yet.
-    let later = Sent { unique: sent.unique + 1000, ..sent };
+    let later = Pending { unique: sent.unique + 1000, ..sent };
     assert_eq!(common::errno(client.interrupt(later)), libc::EAGAIN);
     client.interrupt(sent).unwrap();
     assert_eq!(common::errno(session.finish(sent)), libc::EINTR);

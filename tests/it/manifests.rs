@@ -61,10 +61,10 @@ fn not_inherited(manifest: &Manifest) -> Vec<String> {
     let dependencies = manifest.iter().filter(|(name, _)| {
         name.ends_with("dependencies") && !name.starts_with("workspace.") && !name.starts_with("target.")
     });
-    let own = dependencies.flat_map(|(_, entries)| entries).filter_map(|(key, value)| {
-        (!key.ends_with(".workspace") && !value.contains("workspace = true"))
-            .then(|| format!("dependencies.{key}"))
-    });
+    let inherited =
+        |(key, value): &(&String, &String)| key.ends_with(".workspace") || value.contains("workspace = true");
+    let own = dependencies.flat_map(|(_, entries)| entries).filter(|entry| !inherited(entry));
+    let own = own.map(|(key, _)| format!("dependencies.{key}"));
     package.chain(lints).chain(own).collect()
 }
 

@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
 use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{Change, ROOT};
-use lanefsd_frontend::{Caller, Cut, Request};
+use lanefsd_frontend::{Caller, Request, Segmentation};
 
 use crate::common;
 
@@ -147,16 +147,22 @@ fn data_goes_in_and_out_in_every_cut() {
     let client = session.client();
     let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o644, 0).unwrap();
     let node = entry.nodeid;
-    let mut cuts = vec![Cut::Linux, Cut::Scattered, Cut::Contiguous, Cut::One, Cut::Bytes];
-    cuts.extend((0..20).map(Cut::Random));
-    for (i, cut) in cuts.into_iter().enumerate() {
-        let client = client.cut(cut);
+    let mut cuts = vec![
+        Segmentation::Linux,
+        Segmentation::Scattered,
+        Segmentation::Contiguous,
+        Segmentation::One,
+        Segmentation::Bytes,
+    ];
+    cuts.extend((0..20).map(Segmentation::Random));
+    for (i, segmentation) in cuts.into_iter().enumerate() {
+        let client = client.segmentation(segmentation);
         for len in [1, 100, 4096, 70_001] {
             let data: Vec<u8> = (0..len).map(|at| (at * 7 + i * 31 + len) as u8).collect();
-            assert_eq!(client.write(node, open.fh, 123, &data).unwrap(), len, "{cut:?}");
-            assert_eq!(client.read(node, open.fh, 123, len).unwrap(), data, "{cut:?}");
+            assert_eq!(client.write(node, open.fh, 123, &data).unwrap(), len, "{segmentation:?}");
+            assert_eq!(client.read(node, open.fh, 123, len).unwrap(), data, "{segmentation:?}");
             let host = fs::read(backend.path("file")).unwrap();
-            assert_eq!(&host[123..123 + len], data, "{cut:?}");
+            assert_eq!(&host[123..123 + len], data, "{segmentation:?}");
         }
     }
     assert!(client.read(node, open.fh, 1 << 40, 100).unwrap().is_empty());

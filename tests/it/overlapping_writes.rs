@@ -3,7 +3,7 @@
 use fuse_protocol::flags::WriteFlags;
 use lanefsd_frontend::client::{Change, ROOT, data};
 use lanefsd_frontend::random::Random;
-use lanefsd_frontend::{Backend, Cut, Session};
+use lanefsd_frontend::{Backend, Segmentation, Session};
 
 use crate::common;
 
@@ -25,13 +25,13 @@ fn mark(round: u8, writer: usize) -> u8 {
 
 /// Sends all writers' requests over all queues at once and waits for them.
 fn write_all_at_once(session: &Session, node: u64, fh: u64, flags: i32, round: u8) {
-    let cuts = [Cut::Linux, Cut::Scattered, Cut::Contiguous];
+    let cuts = [Segmentation::Linux, Segmentation::Scattered, Segmentation::Contiguous];
     let sent: Vec<_> = (0..WRITERS)
         .map(|writer| {
             let bytes = vec![mark(round, writer); STEP * STEPS_PER_WRITE];
             let offset = (writer * STEP) as u64;
             let request = data::write_request(node, fh, offset, &bytes, WriteFlags::empty(), flags);
-            session.client().on(1 + writer % 4).cut(cuts[writer % 3]).send(request).unwrap()
+            session.client().on(1 + writer % 4).segmentation(cuts[writer % 3]).send(request).unwrap()
         })
         .collect();
     for sent in sent {
@@ -64,8 +64,8 @@ fn torture(args: &[&str], flags: i32, shrinks: bool) {
     let mut random = Random::new(11);
     for round in 0..ROUNDS {
         if shrinks && random.below(2) == 0 {
-            let cut = random.below(size) & !4095;
-            client.setattr(entry.nodeid, Change::none().size(cut as u64).handle(open.fh)).unwrap();
+            let end = random.below(size) & !4095;
+            client.setattr(entry.nodeid, Change::none().size(end as u64).handle(open.fh)).unwrap();
         }
         write_all_at_once(&session, entry.nodeid, open.fh, flags, round);
         let content = std::fs::read(directory.path().join("file")).unwrap();

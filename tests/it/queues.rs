@@ -6,7 +6,7 @@ use fuse_protocol::abi::GetattrIn;
 use fuse_protocol::flags::WriteFlags;
 use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::client::{ROOT, data};
-use lanefsd_frontend::{Backend, Cut, Request, Session, SessionOptions};
+use lanefsd_frontend::{Backend, Request, Segmentation, Session, SessionOptions};
 
 use crate::common;
 
@@ -83,7 +83,7 @@ fn no_notification_that_was_not_asked_for() {
     let request = Request::new(Opcode::Getattr, ROOT).arg(&GetattrIn::default()).reply_data(104);
     let before = queue.with_ring(|ring| ring.used_index());
     for _ in 0..100 {
-        session.send(1, &request, Cut::Linux).unwrap();
+        session.send(1, &request, Segmentation::Linux).unwrap();
     }
     let deadline = Instant::now() + Duration::from_secs(5);
     while queue.with_ring(|ring| ring.used_index()).wrapping_sub(before) < 100 {
@@ -101,8 +101,9 @@ fn a_full_ring_of_requests_at_once() {
     let request = Request::new(Opcode::Getattr, ROOT).arg(&GetattrIn::default()).reply_data(104);
     for round in 0..20u64 {
         for queue in 1..=4 {
-            let chain =
-                |i| request.to_chain(session.memory(), 2 + round * 1000 + i, Cut::Linux, 256).unwrap();
+            let chain = |i| {
+                request.to_chain(session.memory(), 2 + round * 1000 + i, Segmentation::Linux, 256).unwrap()
+            };
             session.queue(queue).submit_batch((0..256).map(chain)).unwrap();
         }
         for queue in 1..=4 {
@@ -134,7 +135,7 @@ fn a_slow_request_does_not_hold_back_the_news_of_fast_ones() {
         let slow = data::write_request(entry.nodeid, open.fh, 0, b"x", WriteFlags::empty(), libc::O_RDWR);
         let requests = [&fast, &slow, &fast];
         let chain = |(i, request): (u64, &&Request<'_>)| {
-            request.to_chain(session.memory(), 90_000 + 2 * i, Cut::Linux, 64).unwrap()
+            request.to_chain(session.memory(), 90_000 + 2 * i, Segmentation::Linux, 64).unwrap()
         };
         let begin = Instant::now();
         queue.submit_batch((0..).zip(&requests).map(chain)).unwrap();
@@ -217,7 +218,8 @@ fn replies_before_the_call_descriptor_are_announced() {
             let base = session.stop_queue(1).unwrap();
             let _ = queue.call_event().read();
             queue.with_ring(|ring| ring.ask_for_call());
-            let waiting: Vec<_> = (0..3).map(|_| session.send(1, &request, Cut::Linux).unwrap()).collect();
+            let waiting: Vec<_> =
+                (0..3).map(|_| session.send(1, &request, Segmentation::Linux).unwrap()).collect();
             start_without_call(&session, base);
             wait_for_used(&session, base.wrapping_add(3));
             assert!(queue.call_event().read().is_err());

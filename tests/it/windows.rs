@@ -14,7 +14,7 @@ use fuse_protocol::abi::{
 };
 use fuse_protocol::flags::{InitFlags, SetattrValid};
 use fuse_protocol::opcode::Opcode;
-use lanefsd_frontend::chain::Cut;
+use lanefsd_frontend::chain::Segmentation;
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::{Backend, Caller, Request, Result, Session, SessionOptions};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -95,18 +95,18 @@ impl<'s> Windows<'s> {
         request.arg(&[fixed, rest].concat()[..]).last_word(self.rubbish())
     }
 
-    fn bytes(&self, request: &Request<'_>, cut: Cut) -> Result<Vec<u8>> {
-        self.session.finish(self.session.send(1, request, cut)?)
+    fn bytes(&self, request: &Request<'_>, segmentation: Segmentation) -> Result<Vec<u8>> {
+        self.session.finish(self.session.send(1, request, segmentation)?)
     }
 
     fn call<T: FromBytes>(&self, opcode: Opcode, node: u64, fixed: &[u8], rest: &[u8]) -> Result<T> {
-        let reply = self.bytes(&self.request(opcode, node, fixed, rest).reply::<T>(), Cut::One)?;
+        let reply = self.bytes(&self.request(opcode, node, fixed, rest).reply::<T>(), Segmentation::One)?;
         assert_eq!(reply.len(), size_of::<T>(), "{opcode:?}");
         Ok(T::read_from_bytes(&reply).map_err(drop).unwrap())
     }
 
     fn ask(&self, opcode: Opcode, node: u64, arg: &(impl IntoBytes + Immutable), rest: &[u8]) -> Result<()> {
-        self.bytes(&self.request(opcode, node, arg.as_bytes(), rest), Cut::One).map(drop)
+        self.bytes(&self.request(opcode, node, arg.as_bytes(), rest), Segmentation::One).map(drop)
     }
 
     fn looked_up(&self, node: u64) {
@@ -166,12 +166,12 @@ impl<'s> Windows<'s> {
         self.call(Opcode::Setattr, file.node, set.as_bytes(), &[])
     }
 
-    fn write(&self, file: &Context, mut offset: u64, data: &[u8], cut: Cut) -> Result<()> {
+    fn write(&self, file: &Context, mut offset: u64, data: &[u8], segmentation: Segmentation) -> Result<()> {
         for piece in data.chunks(self.max_write.get()) {
             let write = WriteIn { fh: file.handle, offset, size: piece.len() as u32, ..WriteIn::default() };
             let write = WriteIn { padding: self.rubbish(), ..write };
             let request = self.request(Opcode::Write, file.node, write.as_bytes(), &[]);
-            let reply = self.bytes(&Request { data: piece, ..request }.reply::<WriteOut>(), cut)?;
+            let reply = self.bytes(&Request { data: piece, ..request }.reply::<WriteOut>(), segmentation)?;
             let written = WriteOut::read_from_bytes(&reply).map_err(drop).unwrap();
             assert_eq!(written.size as usize, piece.len());
             offset += piece.len() as u64;
@@ -179,7 +179,7 @@ impl<'s> Windows<'s> {
         self.attributes(file).map(drop)
     }
 
-    fn read(&self, file: &Context, offset: u64, len: usize, cut: Cut) -> Result<Vec<u8>> {
+    fn read(&self, file: &Context, offset: u64, len: usize, segmentation: Segmentation) -> Result<Vec<u8>> {
         let mut data = Vec::new();
         while data.len() < len {
             let size = (len - data.len()).min(self.max_read.get());
@@ -188,7 +188,7 @@ impl<'s> Windows<'s> {
             let read = ReadIn { padding: self.rubbish(), ..read };
             let request = self.request(Opcode::Read, file.node, read.as_bytes(), &[]).reply_data(size);
             // The header counts what is to be read.
-            let piece = self.bytes(&request.told((size_of::<InHeader>() + size) as u32), cut)?;
+            let piece = self.bytes(&request.told((size_of::<InHeader>() + size) as u32), segmentation)?;
             if piece.is_empty() {
                 break;
             }
@@ -204,7 +204,7 @@ impl<'s> Windows<'s> {
             let size = 2 * 8192;
             let read = ReadIn { fh: directory.handle, offset, size, ..ReadIn::default() };
             let request = self.request(Opcode::Readdirplus, directory.node, read.as_bytes(), &[]);
-            let reply = self.bytes(&request.reply_data(size as usize), Cut::One)?;
+            let reply = self.bytes(&request.reply_data(size as usize), Segmentation::One)?;
             if reply.is_empty() {
                 return Ok((names, without));
             }
@@ -232,7 +232,7 @@ impl<'s> Windows<'s> {
         let size = 0x1000 - 16;
         let read = ReadIn { fh: directory.handle, size, ..ReadIn::default() };
         let request = self.request(Opcode::Readdir, directory.node, read.as_bytes(), &[]);
-        let reply = self.bytes(&request.reply_data(size as usize), Cut::One)?;
+        let reply = self.bytes(&request.reply_data(size as usize), Segmentation::One)?;
         let (mut entries, mut rest) = (0, &reply[..]);
         while rest.len() > 24 {
             entries += 1;
@@ -264,7 +264,8 @@ impl<'s> Windows<'s> {
         let forget = ForgetIn { nlookup };
         let request = self.request(Opcode::Forget, node, forget.as_bytes(), &[]);
         assert_eq!(request.reply, Some(0));
-        let completion = self.session.wait(self.session.send(1, &request, Cut::One).unwrap()).unwrap();
+        let completion =
+            self.session.wait(self.session.send(1, &request, Segmentation::One).unwrap()).unwrap();
         assert_eq!(completion.used, 0);
     }
 
@@ -328,15 +329,15 @@ fn files_are_created_written_read_renamed_and_deleted() {
         let room = FallocateIn { fh: file.handle, length: 1 << 20, mode: 1, ..FallocateIn::default() };
         windows.ask(Opcode::Fallocate, file.node, &room, &[]).unwrap();
         let data: Vec<u8> = (0..70_000u32).map(|i| (i % 251) as u8).collect();
-        windows.write(&file, 0, &data, Cut::One).unwrap();
+        windows.write(&file, 0, &data, Segmentation::One).unwrap();
         for (offset, len) in
             [(0, 1), (5, 39), (7, 40), (0, 41), (100, 80), (1, 4096), (0, 65_536), (0, 90_000)]
         {
-            let read = windows.read(&file, offset, len, Cut::One).unwrap();
+            let read = windows.read(&file, offset, len, Segmentation::One).unwrap();
             let end = (offset as usize + len).min(data.len());
             assert_eq!(read, data[offset as usize..end], "{len} bytes at {offset}");
         }
-        assert!(windows.read(&file, 70_000, 100, Cut::One).unwrap().is_empty());
+        assert!(windows.read(&file, 70_000, 100, Segmentation::One).unwrap().is_empty());
         let flush = FlushIn { fh: file.handle, ..FlushIn::default() };
         windows.ask(Opcode::Flush, file.node, &flush, &[]).unwrap();
         let attr = windows.attributes(&file).unwrap().attr;
@@ -350,9 +351,9 @@ fn files_are_created_written_read_renamed_and_deleted() {
             (attr.mode, attr.atime, attr.mtime),
             (libc::S_IFREG | 0o444, 1_000_000_000, 1_100_000_000)
         );
-        let cut = SetattrIn { size: 1000, ..SetattrIn::default() };
-        assert_eq!(windows.set(&file, SetattrValid::SIZE, cut).unwrap().attr.size, 1000);
-        assert_eq!(windows.read(&file, 0, 5000, Cut::One).unwrap(), data[..1000]);
+        let shorter = SetattrIn { size: 1000, ..SetattrIn::default() };
+        assert_eq!(windows.set(&file, SetattrValid::SIZE, shorter).unwrap().attr.size, 1000);
+        assert_eq!(windows.read(&file, 0, 5000, Segmentation::One).unwrap(), data[..1000]);
         // A new name that is free, one that is not, one that is to be replaced.
         let node = directory.node;
         windows.rename(node, "New file.txt", node, "A.txt", NOREPLACE).unwrap();
@@ -372,7 +373,7 @@ fn files_are_created_written_read_renamed_and_deleted() {
         assert_eq!(second.node, file.node);
         // It is deleted while it is open, and read on through the other handle.
         windows.delete(second, node, "C.txt").unwrap();
-        assert_eq!(windows.read(&file, 0, 10, Cut::One).unwrap(), data[..10]);
+        assert_eq!(windows.read(&file, 0, 10, Segmentation::One).unwrap(), data[..10]);
         windows.close(&file).unwrap();
         windows.delete(directory, ROOT, "New folder").unwrap();
         assert_eq!(std::fs::read_dir(backend.share()).unwrap().count(), 0);
@@ -426,10 +427,13 @@ fn large_directories_and_large_transfers() {
         assert_eq!(windows.list(&directory).unwrap().0.len(), 602);
         let file = windows.create(ROOT, "large").unwrap();
         let data: Vec<u8> = (0..9_000_001u32).map(|i| (i % 65_521) as u8).collect();
-        for cut in [Cut::One, Cut::Scattered] {
-            windows.write(&file, 0, &data, cut).unwrap();
-            assert!(windows.read(&file, 0, data.len(), cut).unwrap() == data);
-            assert!(windows.read(&file, 12_345, 8 << 20, cut).unwrap() == data[12_345..12_345 + (8 << 20)]);
+        for segmentation in [Segmentation::One, Segmentation::Scattered] {
+            windows.write(&file, 0, &data, segmentation).unwrap();
+            assert!(windows.read(&file, 0, data.len(), segmentation).unwrap() == data);
+            assert!(
+                windows.read(&file, 12_345, 8 << 20, segmentation).unwrap()
+                    == data[12_345..12_345 + (8 << 20)]
+            );
         }
         assert!(std::fs::read(backend.path("large")).unwrap() == data);
     }
@@ -447,7 +451,7 @@ fn links_are_made_and_followed() {
     for sent in [&rubbish[..], &[]] {
         let request = windows.request(Opcode::Readlink, entry.nodeid, sent, &[]).reply_data(MAX_PATH);
         let request = request.told((size_of::<InHeader>() + MAX_PATH) as u32);
-        assert_eq!(windows.bytes(&request, Cut::One).unwrap(), b"folder/target");
+        assert_eq!(windows.bytes(&request, Segmentation::One).unwrap(), b"folder/target");
     }
     // Nothing is open, and it is closed all the same.
     let closed = windows.close(&Context { node: entry.nodeid, handle: u64::MAX, directory: false });

@@ -1,4 +1,4 @@
-//! A file system on the host that fails and dawdles on demand: what a broken disk or a distant server
+//! A file system on the host that injects errors and delays: what a broken disk or a distant server
 //! is to the daemon. A FUSE file system with one file in memory, served by the test itself, or by the program
 //! of this package for a disk image that takes its time.
 #![allow(
@@ -28,7 +28,7 @@ use rustix::mount::{UnmountFlags, unmount};
 
 /// The name of the one file.
 pub const FILE: &str = "file";
-/// Its length in bytes, for ever, where nothing else is said.
+/// Default file size in bytes.
 pub const LENGTH: usize = 1 << 20;
 /// Its inode number; the root's is 1.
 const FILE_INODE: u64 = 2;
@@ -38,10 +38,10 @@ const DIRECT_IO: u32 = 1;
 const ASYNC_DIO: u32 = 1 << 15;
 /// How many asynchronous requests the kernel has under way at once.
 const MAX_BACKGROUND: u16 = 256;
-/// Nothing is to be remembered.
+/// Attributes and names are not cached.
 const NO_TIME: Duration = Duration::ZERO;
 
-/// What can be made to fail.
+/// The operations that can be made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
     /// Looking a name up.

@@ -9,13 +9,13 @@ use crate::ring::{Placement, Segment};
 
 /// How the bytes of a request and its reply are cut into descriptors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Cut {
+pub enum Segmentation {
     /// As Linux does it: each header and argument on its own, one descriptor per page of data.
     #[default]
     Linux,
-    /// As [`Cut::Linux`], but no two pages of data are neighbours.
+    /// As [`Segmentation::Linux`], but no two pages of data are neighbours.
     Scattered,
-    /// As [`Cut::Linux`], but the data is one descriptor.
+    /// As [`Segmentation::Linux`], but the data is one descriptor.
     Contiguous,
     /// One descriptor for the request, one for the reply.
     One,
@@ -27,27 +27,33 @@ pub enum Cut {
 
 /// One direction of a chain: a buffer and the pieces of it that are used, in order.
 #[derive(Debug)]
-pub struct Pieces {
+pub struct Segments {
     buffer: Option<Buffer>,
     /// Offset in the buffer and length.
     spans: Vec<(usize, usize)>,
     len: usize,
 }
 
-impl Pieces {
+impl Segments {
     /// No bytes at all.
-    pub fn none() -> Pieces {
-        Pieces { buffer: None, spans: Vec::new(), len: 0 }
+    pub fn none() -> Segments {
+        Segments { buffer: None, spans: Vec::new(), len: 0 }
     }
 
     /// Room for `parts` (headers and arguments) and then `data` bytes, in at most `limit` descriptors.
-    pub fn new(memory: &Arc<Memory>, parts: &[usize], data: usize, cut: Cut, limit: usize) -> Result<Pieces> {
+    pub fn new(
+        memory: &Arc<Memory>,
+        parts: &[usize],
+        data: usize,
+        segmentation: Segmentation,
+        limit: usize,
+    ) -> Result<Segments> {
         let total = parts.iter().sum::<usize>() + data;
         if total == 0 {
-            return Ok(Pieces::none());
+            return Ok(Segments::none());
         }
-        let mut random = Random::new(if let Cut::Random(seed) = cut { seed } else { 0 });
-        let mut lens = cut_lengths(parts, data, cut, &mut random);
+        let mut random = Random::new(if let Segmentation::Random(seed) = segmentation { seed } else { 0 });
+        let mut lens = cut_lengths(parts, data, segmentation, &mut random);
         lens.retain(|&len| len > 0);
         if lens.len() > limit {
             let tail: usize = lens.drain(limit.max(1)..).sum();
@@ -56,26 +62,26 @@ impl Pieces {
         let before_data = total - data;
         let (mut spans, mut end, mut seen) = (Vec::with_capacity(lens.len()), 0, 0);
         for len in lens {
-            let start = match cut {
-                Cut::One => end,
-                Cut::Bytes => end + 1,
-                Cut::Random(_) => end + random.below(40),
+            let start = match segmentation {
+                Segmentation::One => end,
+                Segmentation::Bytes => end + 1,
+                Segmentation::Random(_) => end + random.below(40),
                 // Data pages are pages; what comes before them is packed.
                 _ if seen < before_data => end,
-                Cut::Scattered if seen > before_data => end.next_multiple_of(PAGE) + PAGE,
+                Segmentation::Scattered if seen > before_data => end.next_multiple_of(PAGE) + PAGE,
                 _ => end.next_multiple_of(PAGE),
             };
             spans.push((start, len));
             end = start + len;
             seen += len;
         }
-        Ok(Pieces { buffer: Some(memory.allocate(end)?), spans, len: total })
+        Ok(Segments { buffer: Some(memory.allocate(end)?), spans, len: total })
     }
 
     /// Uses pieces of a buffer that the caller laid out, each `(offset, length)`.
-    pub fn of(buffer: Buffer, spans: Vec<(usize, usize)>) -> Pieces {
+    pub fn of(buffer: Buffer, spans: Vec<(usize, usize)>) -> Segments {
         let len = spans.iter().map(|&(_, len)| len).sum();
-        Pieces { buffer: Some(buffer), spans, len }
+        Segments { buffer: Some(buffer), spans, len }
     }
 
     /// Bytes in all pieces.
@@ -137,12 +143,12 @@ impl Pieces {
     }
 }
 
-fn cut_lengths(parts: &[usize], data: usize, cut: Cut, random: &mut Random) -> Vec<usize> {
+fn cut_lengths(parts: &[usize], data: usize, segmentation: Segmentation, random: &mut Random) -> Vec<usize> {
     let total = parts.iter().sum::<usize>() + data;
-    match cut {
-        Cut::One => vec![total],
-        Cut::Bytes => vec![1; total],
-        Cut::Random(_) => {
+    match segmentation {
+        Segmentation::One => vec![total],
+        Segmentation::Bytes => vec![1; total],
+        Segmentation::Random(_) => {
             let most = [3, 40, 700, 9000][random.below(4)];
             let mut lens = Vec::new();
             let mut left = total;
@@ -153,8 +159,8 @@ fn cut_lengths(parts: &[usize], data: usize, cut: Cut, random: &mut Random) -> V
             }
             lens
         }
-        Cut::Contiguous => parts.iter().copied().chain([data]).collect(),
-        Cut::Linux | Cut::Scattered => {
+        Segmentation::Contiguous => parts.iter().copied().chain([data]).collect(),
+        Segmentation::Linux | Segmentation::Scattered => {
             let pages = (0..data).step_by(PAGE).map(|at| PAGE.min(data - at));
             parts.iter().copied().chain(pages).collect()
         }
@@ -165,9 +171,9 @@ fn cut_lengths(parts: &[usize], data: usize, cut: Cut, random: &mut Random) -> V
 #[derive(Debug)]
 pub struct Chain {
     /// What the device reads.
-    pub readable: Pieces,
+    pub readable: Segments,
     /// What the device writes.
-    pub writable: Pieces,
+    pub writable: Segments,
     /// Which descriptor table is used.
     pub placement: Placement,
     /// Memory that the device needs as long as it has the chain, e.g. a table written by hand.
@@ -176,10 +182,16 @@ pub struct Chain {
 
 impl Chain {
     /// A chain of raw bytes and room for `reply` bytes, for requests that are no requests.
-    pub fn raw(memory: &Arc<Memory>, request: &[u8], reply: usize, cut: Cut, limit: usize) -> Result<Chain> {
-        let readable = Pieces::new(memory, &[request.len()], 0, cut, limit / 2)?;
+    pub fn raw(
+        memory: &Arc<Memory>,
+        request: &[u8],
+        reply: usize,
+        segmentation: Segmentation,
+        limit: usize,
+    ) -> Result<Chain> {
+        let readable = Segments::new(memory, &[request.len()], 0, segmentation, limit / 2)?;
         readable.write(0, request);
-        let writable = Pieces::new(memory, &[reply], 0, cut, limit / 2)?;
+        let writable = Segments::new(memory, &[reply], 0, segmentation, limit / 2)?;
         Ok(Chain { readable, writable, placement: Placement::Auto, keep: None })
     }
 
@@ -198,17 +210,23 @@ mod tests {
     #[test]
     fn every_cut_keeps_every_byte() {
         let memory = Memory::new(1 << 24).unwrap();
-        let mut cuts = vec![Cut::Linux, Cut::Scattered, Cut::Contiguous, Cut::One, Cut::Bytes];
-        cuts.extend((0..50).map(Cut::Random));
-        for cut in cuts {
+        let mut cuts = vec![
+            Segmentation::Linux,
+            Segmentation::Scattered,
+            Segmentation::Contiguous,
+            Segmentation::One,
+            Segmentation::Bytes,
+        ];
+        cuts.extend((0..50).map(Segmentation::Random));
+        for segmentation in cuts {
             for data in [0, 1, 4096, 10_000] {
-                let pieces = Pieces::new(&memory, &[40, 0, 17], data, cut, 64).unwrap();
+                let pieces = Segments::new(&memory, &[40, 0, 17], data, segmentation, 64).unwrap();
                 assert!(pieces.count() <= 64);
                 assert_eq!(pieces.len(), 57 + data);
                 let bytes = Random::new(7).bytes(57 + data);
                 pieces.write(0, &bytes[..30]);
                 pieces.write(30, &bytes[30..]);
-                assert_eq!(pieces.to_vec(0, bytes.len()), bytes, "{cut:?}");
+                assert_eq!(pieces.to_vec(0, bytes.len()), bytes, "{segmentation:?}");
                 assert_eq!(pieces.to_vec(50, 7), bytes[50..57]);
             }
         }
@@ -217,7 +235,7 @@ mod tests {
     #[test]
     fn linux_cut_has_one_descriptor_per_page() {
         let memory = Memory::new(1 << 24).unwrap();
-        let pieces = Pieces::new(&memory, &[40, 40], 1 << 20, Cut::Linux, 1024).unwrap();
+        let pieces = Segments::new(&memory, &[40, 40], 1 << 20, Segmentation::Linux, 1024).unwrap();
         assert_eq!(pieces.count(), 2 + 256);
         let mut segments = Vec::new();
         pieces.segments(false, &mut segments);

@@ -1,4 +1,4 @@
-//! The vhost-user socket: one method per message, and raw messages for a front end that misbehaves.
+//! The vhost-user socket: one method per message, and raw messages for a malicious front end.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};

@@ -3,7 +3,7 @@
 //! From the bottom up: [`connection`] speaks vhost-user, [`memory`] is the guest's memory, [`ring`] and
 //! [`queue`] are virtqueues, [`chain`] and [`request`] are FUSE requests in memory, [`session`] holds
 //! all of them together, [`client`] has a method per FUSE operation. [`backend`] starts the process
-//! under test, and [`misbehave`] is what a hostile guest does.
+//! under test, and [`malicious`] is what a hostile guest does.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -22,9 +22,9 @@ pub mod client;
 pub mod connection;
 pub mod errno;
 pub mod error;
+pub mod malicious;
 pub mod memory;
 pub mod message;
-pub mod misbehave;
 pub mod queue;
 pub mod random;
 pub mod request;
@@ -32,7 +32,7 @@ pub mod ring;
 pub mod session;
 
 pub use backend::Backend;
-pub use chain::Cut;
+pub use chain::Segmentation;
 pub use client::Client;
 pub use errno::Errno;
 pub use error::{Error, Result};

@@ -6,7 +6,7 @@ use fuse_protocol::abi::{EXT_GROUPS, ExtHeader, InHeader, OutHeader, Secctx, Sup
 use fuse_protocol::opcode::Opcode;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::chain::{Chain, Cut, Pieces};
+use crate::chain::{Chain, Segmentation, Segments};
 use crate::errno::Errno;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
@@ -158,24 +158,30 @@ impl<'a> Request<'a> {
     }
 
     /// Puts the request into guest memory, in a chain of at most `limit` descriptors.
-    pub fn to_chain(&self, memory: &Arc<Memory>, unique: u64, cut: Cut, limit: usize) -> Result<Chain> {
+    pub fn to_chain(
+        &self,
+        memory: &Arc<Memory>,
+        unique: u64,
+        segmentation: Segmentation,
+        limit: usize,
+    ) -> Result<Chain> {
         let parts = self.parts(unique);
         let lens: Vec<usize> = parts.iter().map(Vec::len).collect();
         let reply_parts = self.reply.map_or(vec![], |reply| vec![size_of::<OutHeader>(), reply]);
         // The side without data gets what it needs, the other one the rest.
         let left = limit.saturating_sub(2).max(1);
-        let (read_limit, write_limit) = match cut {
-            Cut::Bytes | Cut::Random(_) => (limit.div_ceil(2), limit / 2),
+        let (read_limit, write_limit) = match segmentation {
+            Segmentation::Bytes | Segmentation::Random(_) => (limit.div_ceil(2), limit / 2),
             _ if self.data.is_empty() => (lens.len().min(left), limit - lens.len().min(left)),
             _ => (left, 2),
         };
-        let readable = Pieces::new(memory, &lens, self.data.len(), cut, read_limit)?;
+        let readable = Segments::new(memory, &lens, self.data.len(), segmentation, read_limit)?;
         let mut at = 0;
         for part in parts.iter().map(Vec::as_slice).chain([self.data]) {
             readable.write(at, part);
             at += part.len();
         }
-        let writable = Pieces::new(memory, &reply_parts, self.reply_data, cut, write_limit)?;
+        let writable = Segments::new(memory, &reply_parts, self.reply_data, segmentation, write_limit)?;
         // A reply that was never written must not look like one from before.
         writable.write(0, &[0xff; size_of::<OutHeader>()]);
         Ok(Chain { readable, writable, placement: Placement::Auto, keep: None })

@@ -2,7 +2,7 @@
 //!
 //! Every chain carries a tag that comes back with the used entry. A used entry that names a chain
 //! which is not in flight, or claims more bytes than the chain has room for, is an error.
-//! Raw access to the rings is there for drivers that misbehave on purpose.
+//! Raw access to the rings is there for malicious drivers.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};

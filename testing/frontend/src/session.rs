@@ -10,7 +10,7 @@ use fuse_protocol::flags::InitFlags;
 use fuse_protocol::opcode::Opcode;
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::chain::Cut;
+use crate::chain::Segmentation;
 use crate::client::Client;
 use crate::connection::Connection;
 use crate::error::{Error, Result};
@@ -80,9 +80,9 @@ pub fn linux_init_flags() -> InitFlags {
             | InitFlags::REQUEST_TIMEOUT)
 }
 
-/// A request on its way.
+/// A request that has been sent and not been answered yet.
 #[derive(Clone, Copy, Debug)]
-pub struct Sent {
+pub struct Pending {
     /// Queue that it went to.
     pub queue: usize,
     /// Its name on that queue.
@@ -246,29 +246,34 @@ impl Session {
     }
 
     /// Puts a request onto a queue and does not wait.
-    pub fn send(&self, queue: usize, request: &Request<'_>, cut: Cut) -> Result<Sent> {
+    pub fn send(&self, queue: usize, request: &Request<'_>, segmentation: Segmentation) -> Result<Pending> {
         // Linux gives requests even numbers.
         let unique = self.unique.fetch_add(2, Ordering::Relaxed);
         let limit = usize::from(self.options.ring_size);
-        let chain = request.to_chain(&self.memory, unique, cut, limit)?;
+        let chain = request.to_chain(&self.memory, unique, segmentation, limit)?;
         let token = self.queue(queue).submit(chain)?;
-        Ok(Sent { queue, token, unique })
+        Ok(Pending { queue, token, unique })
     }
 
     /// Puts a request onto a queue that nobody will wait for.
-    pub fn send_detached(&self, queue: usize, request: &Request<'_>, cut: Cut) -> Result<()> {
+    pub fn send_detached(
+        &self,
+        queue: usize,
+        request: &Request<'_>,
+        segmentation: Segmentation,
+    ) -> Result<()> {
         let unique = self.unique.fetch_add(2, Ordering::Relaxed);
         let limit = usize::from(self.options.ring_size);
-        self.queue(queue).submit_detached(request.to_chain(&self.memory, unique, cut, limit)?)
+        self.queue(queue).submit_detached(request.to_chain(&self.memory, unique, segmentation, limit)?)
     }
 
     /// Waits for a request.
-    pub fn wait(&self, sent: Sent) -> Result<Completion> {
+    pub fn wait(&self, sent: Pending) -> Result<Completion> {
         self.queue(sent.queue).wait(sent.token)
     }
 
     /// Waits for a request and returns what follows the reply's header.
-    pub fn finish(&self, sent: Sent) -> Result<Vec<u8>> {
+    pub fn finish(&self, sent: Pending) -> Result<Vec<u8>> {
         Ok(Reply::of(&self.wait(sent)?)?.success()?.bytes())
     }
 

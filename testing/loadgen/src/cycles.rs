@@ -7,7 +7,7 @@ use fuse_protocol::abi::{
 };
 use fuse_protocol::flags::WriteFlags;
 use fuse_protocol::opcode::Opcode;
-use lanefsd_frontend::chain::Cut;
+use lanefsd_frontend::chain::Segmentation;
 use lanefsd_frontend::client::data::{read_request, read_request_with, write_request};
 use lanefsd_frontend::random::Random;
 use lanefsd_frontend::request::Request;
@@ -28,9 +28,9 @@ const CREATED_HANDLE: usize = size_of::<EntryOut>();
 /// Bytes of a small file.
 const SMALL_FILE: usize = 4096;
 
-/// What the slots of all queues work on: nodes and handles that the session knows.
+/// The nodes and handles that the slots of all queues use.
 #[derive(Debug)]
-pub struct Ground {
+pub struct Workload {
     /// The measured work.
     pub work: Work,
     /// The data file's node and handle.
@@ -56,15 +56,15 @@ pub type Step = std::result::Result<Option<usize>, String>;
 
 /// The cycle of one slot, and its requests before they lie in guest memory.
 pub fn requests<'a>(
-    ground: &Arc<Ground>,
+    workload: &Arc<Workload>,
     slot: usize,
     block: &'a [u8],
 ) -> (Box<dyn Cycle>, Vec<Request<'a>>) {
     let random = Random::new(slot as u64 + 1);
-    let work = &ground.work;
-    let (node, fh) = ground.data;
+    let work = &workload.work;
+    let (node, fh) = workload.data;
     let name = format!("s{slot:08}");
-    let dir = ground.directory;
+    let dir = workload.directory;
     match work.op {
         Op::Write => {
             let flags = if work.user == 0 { WriteFlags::empty() } else { WriteFlags::KILL_SUIDGID };
@@ -78,12 +78,12 @@ pub fn requests<'a>(
         Op::Getattr => {
             let request = Request::new(Opcode::Getattr, 0).arg(&GetattrIn::default());
             let request = request.reply::<fuse_protocol::abi::AttrOut>();
-            (Box::new(Getattr { ground: Arc::clone(ground), random }), vec![request])
+            (Box::new(Getattr { workload: Arc::clone(workload), random }), vec![request])
         }
         Op::Lookup => {
             let names = (0..work.entries).map(|i| entry_name(i).into_bytes()).collect();
             (
-                Box::new(Lookup { names, nodes: Arc::clone(ground), asked: 0, random }),
+                Box::new(Lookup { names, nodes: Arc::clone(workload), asked: 0, random }),
                 vec![lookup(dir, &entry_name(0))],
             )
         }
@@ -104,10 +104,10 @@ pub fn requests<'a>(
 }
 
 /// How the requests of an operation are cut into descriptors.
-pub fn cut(segments: Segments) -> Cut {
+pub fn segmentation(segments: Segments) -> Segmentation {
     match segments {
-        Segments::Contiguous => Cut::Contiguous,
-        Segments::Pages => Cut::Scattered,
+        Segments::Contiguous => Segmentation::Contiguous,
+        Segments::Pages => Segmentation::Scattered,
     }
 }
 
@@ -212,13 +212,13 @@ impl Cycle for Repeated {
 }
 
 struct Getattr {
-    ground: Arc<Ground>,
+    workload: Arc<Workload>,
     random: Random,
 }
 
 impl Cycle for Getattr {
     fn begin(&mut self, exchanges: &[Exchange]) -> usize {
-        exchanges[0].set_node(self.ground.nodes[self.random.below(self.ground.nodes.len())]);
+        exchanges[0].set_node(self.workload.nodes[self.random.below(self.workload.nodes.len())]);
         0
     }
 
@@ -229,7 +229,7 @@ impl Cycle for Getattr {
 
 struct Lookup {
     names: Vec<Vec<u8>>,
-    nodes: Arc<Ground>,
+    nodes: Arc<Workload>,
     asked: usize,
     random: Random,
 }
@@ -348,16 +348,17 @@ impl Cycle for Small {
     }
 }
 
-/// Finds the ground for `work` through a session's client, making what is missing.
-pub fn prepare(client: &lanefsd_frontend::client::Client<'_>, work: &Work) -> Result<Arc<Ground>> {
+/// Prepares the workload for `work` through a session's client, making what is missing.
+pub fn prepare(client: &lanefsd_frontend::client::Client<'_>, work: &Work) -> Result<Arc<Workload>> {
     use crate::layout;
-    let mut ground = Ground { work: work.clone(), data: (0, 0), directory: 0, nodes: Vec::new() };
+    let mut workload = Workload { work: work.clone(), data: (0, 0), directory: 0, nodes: Vec::new() };
     match work.op {
-        Op::Read | Op::Write => ground.data = layout::data_file(client, work)?,
-        Op::Create | Op::Small => ground.directory = layout::directory(client, layout::CHURN)?,
+        Op::Read | Op::Write => workload.data = layout::data_file(client, work)?,
+        Op::Create | Op::Small => workload.directory = layout::directory(client, layout::CHURN)?,
         Op::Getattr | Op::Lookup | Op::List => {
-            (ground.directory, ground.nodes) = layout::entries(client, work.entries, work.op != Op::List)?;
+            (workload.directory, workload.nodes) =
+                layout::entries(client, work.entries, work.op != Op::List)?;
         }
     }
-    Ok(Arc::new(ground))
+    Ok(Arc::new(workload))
 }

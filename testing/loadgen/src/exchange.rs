@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use lanefsd_frontend::chain::{Chain, Cut};
+use lanefsd_frontend::chain::{Chain, Segmentation};
 use lanefsd_frontend::memory::{Buffer, Memory};
 use lanefsd_frontend::request::Request;
 use lanefsd_frontend::ring::{Descriptor, INDIRECT, describe};
@@ -28,8 +28,13 @@ pub struct Exchange {
 
 impl Exchange {
     /// Lays the request out in guest memory, with a descriptor table of its own as Linux does it.
-    pub fn new(memory: &Arc<Memory>, request: &Request<'_>, unique: u64, cut: Cut) -> Result<Exchange> {
-        let chain = request.to_chain(memory, unique, cut, 1024)?;
+    pub fn new(
+        memory: &Arc<Memory>,
+        request: &Request<'_>,
+        unique: u64,
+        segmentation: Segmentation,
+    ) -> Result<Exchange> {
+        let chain = request.to_chain(memory, unique, segmentation, 1024)?;
         let mut segments = Vec::new();
         chain.segments(&mut segments);
         let table = memory.allocate(16 * segments.len())?;

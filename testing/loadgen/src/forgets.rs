@@ -5,7 +5,7 @@ use std::thread;
 
 use fuse_protocol::abi::ForgetIn;
 use fuse_protocol::opcode::Opcode;
-use lanefsd_frontend::chain::{Chain, Cut};
+use lanefsd_frontend::chain::{Chain, Segmentation};
 use lanefsd_frontend::queue::{Pending, Queue};
 use lanefsd_frontend::request::Request;
 use lanefsd_frontend::ring::{Descriptor, Ring};
@@ -40,7 +40,7 @@ impl<'s> Forgets<'s> {
         let request = Request::new(Opcode::Forget, 0).arg(&ForgetIn::default()).no_reply();
         let (mut chains, mut segments) = (Vec::new(), Vec::new());
         for head in 0..count {
-            let chain = request.to_chain(session.memory(), 0, Cut::One, 1)?;
+            let chain = request.to_chain(session.memory(), 0, Segmentation::One, 1)?;
             chain.segments(&mut segments);
             let (address, len) = segments.first().map_or((0, 0), |segment| (segment.address, segment.len));
             queue.with_ring(|ring| {

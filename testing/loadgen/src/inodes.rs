@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use fuse_protocol::abi::EntryOut;
 use fuse_protocol::opcode::Opcode;
 use lanefsd_frontend::backend::Backend;
-use lanefsd_frontend::chain::Cut;
+use lanefsd_frontend::chain::Segmentation;
 use lanefsd_frontend::request::{Reply, Request};
 use lanefsd_frontend::session::{Session, SessionOptions};
 use serde::Serialize;
@@ -69,7 +69,7 @@ fn look_up(session: &Session, directory: u64, files: std::ops::Range<u32>) -> Re
     let queue = session.queue(1);
     let chain = |number: u32| {
         let request = Request::new(Opcode::Lookup, directory).name(entry_name(number)).reply::<EntryOut>();
-        request.to_chain(session.memory(), 1_000_000 + 2 * u64::from(number), Cut::One, 64)
+        request.to_chain(session.memory(), 1_000_000 + 2 * u64::from(number), Segmentation::One, 64)
     };
     let chains = files.map(chain).collect::<lanefsd_frontend::Result<Vec<_>>>().map_err(LoadError::from)?;
     queue.submit_batch(chains)?;

@@ -10,19 +10,19 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use lanefsd_frontend::chain::Cut;
+use lanefsd_frontend::chain::Segmentation;
 use lanefsd_frontend::client::data::read_request;
 use lanefsd_frontend::queue::{Pending, Queue};
 use lanefsd_frontend::request::Caller;
 use lanefsd_frontend::ring::Ring;
 use lanefsd_frontend::session::Session;
 
-use crate::cycles::{Cycle, Ground, Repeated, cut, requests, written};
+use crate::cycles::{Cycle, Repeated, Workload, requests, segmentation, written};
 use crate::error::{LoadError, Result};
 use crate::exchange::Exchange;
 use crate::forgets::Forgets;
 use crate::options::Op;
-use crate::tally::{Conductor, Phase, Tally};
+use crate::tally::{Coordinator, Phase, Tally};
 
 /// An operation on its way.
 struct Slot {
@@ -37,7 +37,7 @@ struct Slot {
 pub struct Lane<'s> {
     queue: &'s Queue,
     forgets: &'s Forgets<'s>,
-    conductor: &'s Conductor,
+    coordinator: &'s Coordinator,
     op: Op,
     /// A slot's number is its descriptor in the ring.
     slots: Vec<Slot>,
@@ -53,22 +53,23 @@ impl<'s> Lane<'s> {
     pub fn new(
         session: &'s Session,
         index: usize,
-        ground: &Arc<Ground>,
+        workload: &Arc<Workload>,
         forgets: &'s Forgets<'s>,
-        conductor: &'s Conductor,
+        coordinator: &'s Coordinator,
     ) -> Result<Lane<'s>> {
-        let work = &ground.work;
+        let work = &workload.work;
         let depth = usize::from(work.depth);
         let block = vec![0xa5; written(work)];
         let mut slots = Vec::with_capacity(depth);
         for number in index * depth..(index + 1) * depth {
-            let (cycle, mut requests) = requests(ground, number, &block);
+            let (cycle, mut requests) = requests(workload, number, &block);
             for request in &mut requests {
                 request.caller = Caller { uid: work.user, gid: work.user, ..request.caller };
             }
             let unique = |step: usize| 1_000_000 + 2 * (number * 16 + step) as u64;
-            let lay =
-                |(step, request)| Exchange::new(session.memory(), request, unique(step), cut(work.segments));
+            let lay = |(step, request)| {
+                Exchange::new(session.memory(), request, unique(step), segmentation(work.segments))
+            };
             let exchanges = requests.iter().enumerate().map(lay).collect::<Result<Vec<_>>>()?;
             slots.push(Slot { cycle, exchanges, step: 0, began: Instant::now(), counted: true });
         }
@@ -77,7 +78,7 @@ impl<'s> Lane<'s> {
         Ok(Lane {
             queue,
             forgets,
-            conductor,
+            coordinator,
             op: work.op,
             slots,
             in_flight: 0,
@@ -90,7 +91,7 @@ impl<'s> Lane<'s> {
     /// Adds a READ of a file, of a node and a handle, that is sent again and again and not counted.
     pub fn add_blocked_read(&mut self, session: &Session, (node, fh): (u64, u64)) -> Result<()> {
         let request = read_request(node, fh, 0, 4096);
-        let exchange = Exchange::new(session.memory(), &request, 999_999, Cut::Contiguous)?;
+        let exchange = Exchange::new(session.memory(), &request, 999_999, Segmentation::Contiguous)?;
         let cycle = Box::new(Repeated);
         self.slots.push(Slot {
             cycle,
@@ -102,7 +103,7 @@ impl<'s> Lane<'s> {
         Ok(())
     }
 
-    /// Keeps the queue full until the conductor stops it, and empties it then.
+    /// Keeps the queue full until the coordinator stops it, and empties it then.
     pub fn run(mut self) -> Result<Tally> {
         let queue = self.queue;
         queue.with_ring(|ring| self.drive(ring))?;
@@ -156,7 +157,7 @@ impl<'s> Lane<'s> {
             return Ok(false);
         }
         let now = Instant::now();
-        self.follow(self.conductor.phase());
+        self.follow(self.coordinator.phase());
         let mut finished = 0;
         for _ in 0..there {
             let Some((head, used)) = ring.take_used_entry() else { break };
@@ -174,11 +175,11 @@ impl<'s> Lane<'s> {
                 self.start(number, now, ring);
             }
         }
-        self.conductor.finished(finished);
+        self.coordinator.finished(finished);
         Ok(true)
     }
 
-    /// Enters the conductor's phase: what is counted begins at zero, or is put by.
+    /// Enters the coordinator's phase: what is counted begins at zero, or is put by.
     fn follow(&mut self, phase: Phase) {
         if phase == self.phase {
             return;

@@ -20,7 +20,7 @@ use crate::options::{LimitOptions, Op, Segments, Work};
 use crate::process::Usage;
 use crate::report::Report;
 use crate::syscalls;
-use crate::tally::{Conductor, Phase, Tally};
+use crate::tally::{Coordinator, Phase, Tally};
 
 /// More threads than this gain nothing on any host that this is for.
 const MOST_THREADS: usize = 64;
@@ -39,20 +39,20 @@ pub fn limit(options: &LimitOptions) -> Result<Report> {
     let worker = |number| Worker::new(&options.share, work, &paths, &buffers, number);
     let workers = (0..threads).map(worker);
     let workers = workers.collect::<Result<Vec<_>>>()?;
-    let conductor = Conductor::default();
+    let coordinator = Coordinator::default();
     thread::scope(|scope| {
         let handles: Vec<_> =
-            workers.into_iter().map(|worker| scope.spawn(|| worker.run(&conductor))).collect();
+            workers.into_iter().map(|worker| scope.spawn(|| worker.run(&coordinator))).collect();
         thread::sleep(work.warmup());
         let own = std::process::id();
         let (before, begin) = (Usage::of(own), Instant::now());
-        conductor.begin(Phase::Measure);
+        coordinator.begin(Phase::Measure);
         thread::sleep(work.time());
-        conductor.begin(Phase::After);
+        coordinator.begin(Phase::After);
         let wall = begin.elapsed();
         let spent = Usage::of(own).since(&before);
-        let calls = work.syscalls.then(|| syscalls::per_operation(own, &conductor));
-        conductor.begin(Phase::Stop);
+        let calls = work.syscalls.then(|| syscalls::per_operation(own, &coordinator));
+        coordinator.begin(Phase::Stop);
         let mut tally = Tally::default();
         for handle in handles {
             let died = |_| LoadError::Options("a thread of the limit panicked".into());
@@ -152,19 +152,19 @@ impl Worker {
         })
     }
 
-    fn run(mut self, conductor: &Conductor) -> Result<Tally> {
+    fn run(mut self, coordinator: &Coordinator) -> Result<Tally> {
         let mut tally = Tally::default();
         let mut phase = Phase::Warmup;
         let mut begin = Instant::now();
         while phase != Phase::Stop {
-            let now_phase = conductor.phase();
+            let now_phase = coordinator.phase();
             self.once().map_err(LoadError::system(self.op.name()))?;
             let end = Instant::now();
             if phase == Phase::Measure && now_phase == Phase::Measure {
                 tally.finished(end - begin);
                 tally.requests += 1;
             } else if now_phase == Phase::After {
-                conductor.finished(1);
+                coordinator.finished(1);
             }
             (phase, begin) = (now_phase, end);
         }

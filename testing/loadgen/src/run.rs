@@ -17,7 +17,7 @@ use crate::options::{RunOptions, Work};
 use crate::process::{Spent, Usage};
 use crate::report::Report;
 use crate::syscalls;
-use crate::tally::{Conductor, Phase, Tally};
+use crate::tally::{Coordinator, Phase, Tally};
 
 /// How long the queues may take to run empty.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -49,11 +49,11 @@ fn measure(session: &Session, pid: u32, options: &RunOptions) -> Result<Report> 
     if session.features() & feature::INDIRECT_DESC == 0 {
         return Err(LoadError::Options("the back end does not offer INDIRECT_DESC".into()));
     }
-    let ground = prepare(&session.client(), work)?;
+    let workload = prepare(&session.client(), work)?;
     let forgets = Forgets::new(session)?;
-    let conductor = Conductor::default();
+    let coordinator = Coordinator::default();
     let queues = 0..usize::from(work.queues);
-    let lanes = queues.map(|index| Lane::new(session, index, &ground, &forgets, &conductor));
+    let lanes = queues.map(|index| Lane::new(session, index, &workload, &forgets, &coordinator));
     let mut lanes = lanes.collect::<Result<Vec<_>>>()?;
     if let (Some(file), Some(lane)) = (&options.slow_file, lanes.first_mut()) {
         lane.add_blocked_read(session, layout::file(&session.client(), file)?)?;
@@ -66,7 +66,7 @@ fn measure(session: &Session, pid: u32, options: &RunOptions) -> Result<Report> 
             // The receiver lives until all lanes have sent.
             scope.spawn(move || drop(sender.send(lane.run())));
         }
-        conduct(work, pid, &conductor, &receiver, count)
+        conduct(work, pid, &coordinator, &receiver, count)
     })
 }
 
@@ -74,7 +74,7 @@ fn measure(session: &Session, pid: u32, options: &RunOptions) -> Result<Report> 
 fn conduct(
     work: &Work,
     pid: u32,
-    conductor: &Conductor,
+    coordinator: &Coordinator,
     lanes: &Receiver<Result<Tally>>,
     count: usize,
 ) -> Result<Report> {
@@ -87,14 +87,14 @@ fn conduct(
     pause(work.warmup());
     let own = std::process::id();
     let (before, own_before, begin) = (Usage::of(pid), Usage::of(own), Instant::now());
-    conductor.begin(Phase::Measure);
+    coordinator.begin(Phase::Measure);
     pause(work.time());
-    conductor.begin(Phase::After);
+    coordinator.begin(Phase::After);
     let wall = begin.elapsed();
     let spent = Usage::of(pid).since(&before);
     let own_spent: Spent = Usage::of(own).since(&own_before);
-    let calls = work.syscalls.then(|| syscalls::per_operation(pid, conductor));
-    conductor.begin(Phase::Stop);
+    let calls = work.syscalls.then(|| syscalls::per_operation(pid, coordinator));
+    coordinator.begin(Phase::Stop);
     let mut tally = Tally::default();
     for _ in 0..count {
         match lanes.recv_timeout(PATIENCE) {

@@ -7,13 +7,13 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::tally::Conductor;
+use crate::tally::Coordinator;
 
 /// How long perf counts.
 const SECONDS: f64 = 0.5;
 
 /// System calls of process `pid` per operation while the threads go on; or why there is no count.
-pub fn per_operation(pid: u32, conductor: &Conductor) -> Result<f64, String> {
+pub fn per_operation(pid: u32, coordinator: &Coordinator) -> Result<f64, String> {
     let mut perf = Command::new("perf");
     perf.args(["stat", "-x,", "-e", "raw_syscalls:sys_enter", "-p", &pid.to_string(), "--", "sleep"]);
     perf.arg(SECONDS.to_string());
@@ -21,9 +21,9 @@ pub fn per_operation(pid: u32, conductor: &Conductor) -> Result<f64, String> {
     let child = perf.spawn().map_err(|error| format!("system calls are not counted: perf: {error}"))?;
     // The rate of operations is taken in the middle of perf's window, as its edges are not known.
     sleep(Duration::from_secs_f64(SECONDS * 0.3));
-    let (begin, before) = (Instant::now(), conductor.operations());
+    let (begin, before) = (Instant::now(), coordinator.operations());
     sleep(Duration::from_secs_f64(SECONDS * 0.5));
-    let rate = (conductor.operations() - before) as f64 / begin.elapsed().as_secs_f64();
+    let rate = (coordinator.operations() - before) as f64 / begin.elapsed().as_secs_f64();
     let output =
         child.wait_with_output().map_err(|error| format!("system calls are not counted: {error}"))?;
     let text = String::from_utf8_lossy(&output.stderr);

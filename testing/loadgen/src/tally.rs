@@ -18,15 +18,15 @@ pub enum Phase {
     Stop,
 }
 
-/// What all threads of a measurement share.
+/// The state that all threads of a measurement share: its phase and the operations so far.
 #[derive(Debug, Default)]
-pub struct Conductor {
+pub struct Coordinator {
     phase: AtomicU8,
     /// Operations finished in all phases.
     operations: AtomicU64,
 }
 
-impl Conductor {
+impl Coordinator {
     /// The current phase.
     pub fn phase(&self) -> Phase {
         match self.phase.load(Ordering::Relaxed) {

@@ -10,7 +10,7 @@ use fuse_protocol::opcode::Opcode;
 use super::Client;
 use crate::error::Result;
 use crate::request::Request;
-use crate::session::Sent;
+use crate::session::Pending;
 
 /// The fields of a SETATTR and which of them count.
 #[derive(Clone, Copy, Debug)]
@@ -141,7 +141,7 @@ impl Client<'_> {
     }
 
     /// INTERRUPT of a request under way, on the high-priority queue; EAGAIN if it does not wait.
-    pub fn interrupt(&self, sent: Sent) -> Result<()> {
+    pub fn interrupt(&self, sent: Pending) -> Result<()> {
         let arg = InterruptIn { unique: sent.unique };
         self.on(0).call_empty(Request::new(Opcode::Interrupt, 0).arg(&arg))
     }

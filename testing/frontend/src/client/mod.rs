@@ -17,11 +17,11 @@ pub use locks::Lock;
 
 use zerocopy::FromBytes;
 
-use crate::chain::Cut;
+use crate::chain::Segmentation;
 use crate::error::Result;
 use crate::queue::Queue;
 use crate::request::{Caller, Reply, Request};
-use crate::session::{Sent, Session};
+use crate::session::{Pending, Session};
 
 /// The share's root.
 pub const ROOT: u64 = fuse_protocol::abi::ROOT_ID;
@@ -32,13 +32,13 @@ pub struct Client<'s> {
     session: &'s Session,
     queue: usize,
     caller: Caller,
-    cut: Cut,
+    segmentation: Segmentation,
 }
 
 impl<'s> Client<'s> {
     /// A client on the first request queue, as root, that cuts requests as Linux does.
     pub fn new(session: &'s Session) -> Client<'s> {
-        Client { session, queue: 1, caller: Caller::default(), cut: Cut::Linux }
+        Client { session, queue: 1, caller: Caller::default(), segmentation: Segmentation::Linux }
     }
 
     /// The same on another queue.
@@ -57,8 +57,8 @@ impl<'s> Client<'s> {
     }
 
     /// The same with requests cut in another way.
-    pub fn cut(self, cut: Cut) -> Client<'s> {
-        Client { cut, ..self }
+    pub fn segmentation(self, segmentation: Segmentation) -> Client<'s> {
+        Client { segmentation, ..self }
     }
 
     /// The session.
@@ -72,8 +72,8 @@ impl<'s> Client<'s> {
     }
 
     /// Sends a request and does not wait. The request's caller becomes the client's.
-    pub fn send(&self, request: Request<'_>) -> Result<Sent> {
-        self.session.send(self.queue, &Request { caller: self.caller, ..request }, self.cut)
+    pub fn send(&self, request: Request<'_>) -> Result<Pending> {
+        self.session.send(self.queue, &Request { caller: self.caller, ..request }, self.segmentation)
     }
 
     /// Sends a request and returns the struct in its reply.

@@ -54,7 +54,7 @@ impl Client<'_> {
     /// FORGET that is not waited for, as Linux sends it.
     pub fn forget_later(&self, node: u64, lookups: u64) -> Result<()> {
         let request = Request::new(Opcode::Forget, node).arg(&ForgetIn { nlookup: lookups }).no_reply();
-        self.session.send_detached(0, &request, self.cut)
+        self.session.send_detached(0, &request, self.segmentation)
     }
 
     /// BATCH_FORGET of `(node, lookups)`, on the high-priority queue.

@@ -13,7 +13,7 @@ use lanefsd_frontend::client::{Change, Client, data};
 use lanefsd_frontend::queue::{Completion, Token};
 use lanefsd_frontend::random::Random;
 use lanefsd_frontend::request::{Reply, Request};
-use lanefsd_frontend::{Cut, Errno};
+use lanefsd_frontend::{Errno, Segmentation};
 use zerocopy::FromBytes;
 
 use crate::Failure;
@@ -136,20 +136,20 @@ impl Actor {
             Some(step) => step,
             None => self.choose(client)?,
         };
-        let cut = match self.random.below(8) {
-            0 => Cut::Random(self.random.bits()),
-            1 => Cut::One,
-            2 => Cut::Contiguous,
-            3 => Cut::Scattered,
-            4 if self.random.below(16) == 0 => Cut::Bytes,
-            _ => Cut::Linux,
+        let segmentation = match self.random.below(8) {
+            0 => Segmentation::Random(self.random.bits()),
+            1 => Segmentation::One,
+            2 => Segmentation::Contiguous,
+            3 => Segmentation::Scattered,
+            4 if self.random.below(16) == 0 => Segmentation::Bytes,
+            _ => Segmentation::Linux,
         };
         let data = match &self.step {
             Step::Write(_, data) | Step::SharedWrite(_, data) => data.clone(),
             _ => Vec::new(),
         };
         let request = self.request(&data);
-        Ok(client.cut(cut).send(request)?.token)
+        Ok(client.segmentation(segmentation).send(request)?.token)
     }
 
     fn choose(&mut self, client: &Client<'_>) -> Result<Step, Failure> {

@@ -1,10 +1,10 @@
-//! What a hostile guest does to a ring: chains that no driver would lay.
+//! Malicious guests: descriptor chains and ring indices that break the rules of virtio.
 
 use std::sync::atomic::Ordering;
 
 use zerocopy::IntoBytes;
 
-use crate::chain::Cut;
+use crate::chain::Segmentation;
 use crate::error::{Error, Result};
 use crate::queue::{Queue, Token};
 use crate::request::Request;
@@ -71,7 +71,7 @@ impl Malformed {
     pub fn submit(self, session: &Session, queue: usize, request: &Request<'_>) -> Result<Token> {
         let queue = session.queue(queue);
         let size = queue.size();
-        let mut chain = request.to_chain(session.memory(), 0x7777, Cut::One, size)?;
+        let mut chain = request.to_chain(session.memory(), 0x7777, Segmentation::One, size)?;
         let table = session.memory().allocate_zeroed(16 * (2 * size + 2))?;
         let at = Places { table: table.address(), outside: outside_memory(session), size };
         let (head, in_table) = {
