@@ -35,7 +35,7 @@ fn answered<T>(what: &str, result: lanefsd_frontend::Result<T>) -> Option<T> {
     }
 }
 
-/// Attack: READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE and SETATTR at the ends of all numbers.
+/// Attack: READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE and SETATTR at integer limits.
 /// Outcome: done to the byte, or an errno.
 #[test]
 fn offsets_and_sizes_of_data() {
@@ -132,7 +132,7 @@ fn sizes_of_attributes_and_listings() {
     client.on(2).getattr(ROOT).unwrap();
 }
 
-/// Attack: locks from and to the ends of all numbers, and backwards.
+/// Attack: lock ranges at integer limits, and reversed.
 /// Outcome: as on the host, or EINVAL.
 #[test]
 fn ranges_of_locks() {

@@ -51,7 +51,7 @@ fn open_all(client: &Client<'_>, node: u64) -> (Vec<u64>, i32) {
 
 /// Attack: a guest that takes all descriptors before memory is plugged in, queues are set up and front ends
 /// change.
-/// Outcome: EMFILE for the guest; the device works, and all of it works after the guest has let go.
+/// Outcome: EMFILE for the guest; the device works, and all of it works after the guest has released them.
 #[test]
 fn the_device_has_descriptors_when_the_guest_has_taken_all() {
     let backend = common::start(&["--rlimit-nofile=300", "--keep-listening"]);
@@ -111,7 +111,7 @@ fn the_device_has_descriptors_when_the_guest_has_taken_all() {
 }
 
 /// Attack: lock owners that take all descriptors.
-/// Outcome: ENOLCK; memory is plugged in all the same.
+/// Outcome: ENOLCK; memory can still be plugged in.
 #[test]
 fn lock_owners_leave_descriptors_to_the_device() {
     let (_backend, session) = common::serve_with(&["--posix-lock", "--rlimit-nofile=300"], common::queues(2));
@@ -243,7 +243,7 @@ fn limit_memory(backend: &Backend, more: Option<u64>) {
 }
 
 /// Attack: inodes, handles, locks and attributes until the daemon gets no memory.
-/// Outcome: ENOMEM; works again after the guest has let go.
+/// Outcome: ENOMEM; works again after the guest has released them.
 #[test]
 fn memory_runs_out_and_comes_back() {
     let (mut backend, session) = common::serve_with(&["--xattr", "--posix-lock"], common::queues(2));
@@ -300,7 +300,7 @@ fn memory_runs_out_and_comes_back() {
     backend.expect_success().unwrap();
 }
 
-/// Attack: ten thousand requests that are worth a warning, a thousand sessions, resets and broken rings.
+/// Attack: ten thousand requests that cause a warning, a thousand sessions, resets and broken rings.
 /// Outcome: a few dozen lines in the log.
 #[test]
 fn a_guest_cannot_flood_the_log() {
@@ -335,7 +335,7 @@ fn a_guest_cannot_flood_the_log() {
 }
 
 /// Attack: a guest that takes all descriptors while as many queues run as there can be, with few descriptors.
-/// Outcome: EMFILE for the guest; memory is plugged in and queues are started anew.
+/// Outcome: EMFILE for the guest; memory is plugged in and queues are restarted.
 #[test]
 fn many_queues_have_descriptors_when_the_guest_has_taken_all() {
     for (limit, queues) in [(1024, 63), (1024, 40), (1024, 1), (256, 12), (600, 30), (2048, 63), (128, 6)] {

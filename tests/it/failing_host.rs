@@ -89,9 +89,9 @@ fn of_many_requests_in_flight_each_gets_its_own_answer() {
 }
 
 /// Attack: storage that is slow.
-/// Outcome: only who waits for it waits.
+/// Outcome: only requests for it wait.
 #[test]
-fn slow_storage_holds_up_only_who_waits_for_it() {
+fn slow_storage_delays_only_requests_for_it() {
     let Host { session, mut backend, store, node, fh, _directory } = serve(&["--cache=never"]);
     let client = session.client();
     store.delay(Duration::from_secs(1));

@@ -121,7 +121,7 @@ fn any_handle_will_do() {
 /// Attack: ioctl(2) of commands for devices and file systems.
 /// Outcome: ENOTTY; the host sees none of them.
 #[test]
-fn all_other_commands_are_no_typewriter() {
+fn other_ioctl_commands_are_refused_with_enotty() {
     let (_share, _backend, session) = serve(&[], SessionOptions::default());
     let client = session.client();
     let (node, fh) = file(&client);

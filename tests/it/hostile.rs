@@ -61,10 +61,10 @@ fn malformed_chains_come_back_empty() {
     }
 }
 
-/// Attack: a head that is no descriptor.
-/// Outcome: only that queue stands still, until a reset.
+/// Attack: a head index outside the descriptor table.
+/// Outcome: only that queue stops, until a reset.
 #[test]
-fn a_head_that_is_no_descriptor_stops_at_most_its_queue() {
+fn a_head_index_out_of_range_stops_at_most_its_queue() {
     let (_backend, session) = two_queues(&[]);
     offer_head_out_of_range(session.queue(1)).unwrap();
     session.client().on(2).getattr(ROOT).unwrap();
@@ -74,7 +74,7 @@ fn a_head_that_is_no_descriptor_stops_at_most_its_queue() {
 }
 
 /// Attack: an available index that runs away.
-/// Outcome: only that queue stands still, until a reset.
+/// Outcome: only that queue stops, until a reset.
 #[test]
 fn an_available_index_that_runs_away_stops_at_most_its_queue() {
     for steps in [1025, 20_000, u16::MAX] {
@@ -125,10 +125,10 @@ fn requests_that_are_cut_off() {
     common::every_queue_answers(&session);
 }
 
-/// Attack: requests that announce more or less than they carry.
+/// Attack: requests whose length field is too large or too small.
 /// Outcome: an errno, or no length.
 #[test]
-fn lengths_that_disagree() {
+fn request_lengths_that_disagree_with_the_data() {
     let (_backend, session) = two_queues(&[]);
     let good = Request::new(Opcode::Getattr, ROOT).arg(&[0u8; 16]).parts(2).concat();
     for len in [0, 1, 39, 40, 55, 57, 1000, u32::MAX] {
@@ -157,7 +157,7 @@ fn lengths_that_disagree() {
 /// Attack: replies without room for the header, the struct, the data.
 /// Outcome: an errno, or no length; nothing is written past the room.
 #[test]
-fn replies_without_room() {
+fn reply_buffers_that_are_too_small() {
     let (backend, session) = two_queues(&[]);
     let getattr = Request::new(Opcode::Getattr, ROOT).arg(&[0u8; 16]).parts(2).concat();
     for room in 0..120 {
@@ -251,10 +251,10 @@ fn no_symlink_is_followed_and_no_special_file_opened() {
     common::every_queue_answers(&session);
 }
 
-/// Attack: numbers of nodes and handles that were never given, offsets at the end of all numbers.
+/// Attack: unknown node ids and handles, offsets at integer limits.
 /// Outcome: an errno.
 #[test]
-fn handles_and_nodes_that_are_foreign() {
+fn unknown_nodes_and_handles() {
     let (_backend, session) = two_queues(&[]);
     let client = session.client();
     let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();

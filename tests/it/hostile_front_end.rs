@@ -213,7 +213,7 @@ fn fill(pipe: &std::io::PipeWriter) {
 /// Attack: messages out of order and out of range.
 /// Outcome: the next front end is served.
 #[test]
-fn messages_in_an_order_that_makes_no_sense() {
+fn messages_out_of_order_and_out_of_range() {
     let backend = daemon();
     let memory = Memory::new(4 << 20).unwrap();
     let region = [&0u64.to_ne_bytes(), describe(&memory.regions()[0]).as_bytes()].concat();
@@ -253,10 +253,10 @@ fn messages_in_an_order_that_makes_no_sense() {
     }
 }
 
-/// Attack: a socket for a GPU.
+/// Attack: a message that sends a GPU socket.
 /// Outcome: the front end is disconnected.
 #[test]
-fn a_socket_for_a_gpu() {
+fn a_gpu_socket_is_refused() {
     // The filter of system calls has to let through what the answer takes.
     const GPU_SET_SOCKET: u32 = 33;
     let backend = daemon();

@@ -162,10 +162,10 @@ fn rings_that_lie_in_no_memory() {
     }
 }
 
-/// Attack: rings in memory that may only be read.
+/// Attack: rings in read-only memory.
 /// Outcome: the front end is disconnected.
 #[test]
-fn rings_in_memory_that_may_only_be_read() {
+fn rings_in_read_only_memory() {
     let read_only =
         |region: &Region| fs::File::open(format!("/proc/self/fd/{}", region.fd().as_raw_fd())).unwrap();
     let refuses = |request: u32, body: &[u8], fd: BorrowedFd<'_>| {
@@ -217,7 +217,7 @@ fn memory_unplugged_with_requests_in_flight() {
 }
 
 /// Attack: memory unplugged under the rings.
-/// Outcome: queues stand still until a reset.
+/// Outcome: queues stop until a reset.
 #[test]
 fn all_memory_unplugged_under_the_rings() {
     let (mut backend, session) = two_queues(&SLOW);

@@ -183,10 +183,10 @@ fn everywhere(client: Client<'_>, node: u64, name: &[u8]) -> Vec<(&'static str, 
     results
 }
 
-/// Attack: names that are none, in every operation.
+/// Attack: invalid names in every operation.
 /// Outcome: EINVAL or ENAMETOOLONG.
 #[test]
-fn names_in_every_operation() {
+fn invalid_names_in_every_operation() {
     let (backend, session) = two_queues(&[]);
     let client = session.client();
     let node = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap().0.nodeid;
@@ -231,10 +231,10 @@ fn names_in_every_operation() {
     common::every_queue_answers(&session);
 }
 
-/// Attack: names of attributes that are none.
+/// Attack: invalid attribute names.
 /// Outcome: an errno.
 #[test]
-fn names_of_attributes() {
+fn invalid_attribute_names() {
     let (_backend, session) = two_queues(&["--xattr"]);
     let client = session.client();
     let node = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap().0.nodeid;

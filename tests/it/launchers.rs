@@ -38,7 +38,7 @@ fn ends_on_a_signal(mut backend: Backend) {
 }
 
 #[test]
-fn signals_that_are_blocked_or_ignored_do_their_work_all_the_same() {
+fn blocked_and_ignored_signals_still_work() {
     for signals in ["--block-signal=USR1", "--block-signal", "--ignore-signal=USR1", "--ignore-signal=TERM"] {
         for sandbox in SANDBOXES {
             let starter = launched(&["env", signals]).args([sandbox, "--posix-lock"]);

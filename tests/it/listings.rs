@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use crate::common::fuse_host::{FuseHost, HostFile};
 use lanefsd_frontend::client::{DirEntry, ROOT};
 use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::common;
+use crate::common::fuse_host::{FuseHost, HostFile};
 
 const FILES: usize = 400;
 /// What Linux asks for at once.

@@ -274,7 +274,7 @@ fn ends_of_files_are_at_the_end_of_all_numbers() {
     }
 }
 
-/// Attack: locks of processes and open file descriptions that are never let go of.
+/// Attack: locks of processes and open file descriptions that are never released.
 /// Outcome: none is left on the host when the session ends.
 #[test]
 fn a_sessions_end_leaves_no_lock() {

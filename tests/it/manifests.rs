@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 /// Data of a package that the workspace gives.
-const INHERITED: [&str; 5] = ["version", "edition", "rust-version", "license", "publish"];
+const INHERITED: [&str; 6] = ["version", "authors", "edition", "rust-version", "license", "publish"];
 
 /// Sections of a manifest, and their `key = value` lines. Each entry stands on one line.
 type Manifest = BTreeMap<String, BTreeMap<String, String>>;

@@ -9,7 +9,7 @@ use lanefsd_frontend::client::{Change, ROOT};
 
 use crate::common;
 
-fn as_root() {
+pub fn as_root() {
     assert!(
         rustix::process::geteuid().is_root(),
         "run the tests as root: without it there are no such walls"
@@ -73,7 +73,7 @@ fn no_way_out(pid: u32, share: &Path) {
 }
 
 /// The root directory of the process is empty, stays so, and is not the share.
-fn has_an_empty_root(pid: u32, share: &Path) {
+pub fn has_an_empty_root(pid: u32, share: &Path) {
     let root = PathBuf::from(format!("/proc/{pid}/root/"));
     assert_ne!(identity(&root), identity(share));
     // In a directory that is removed nothing can be listed or made.
@@ -143,7 +143,7 @@ fn chroot_has_an_empty_root() {
 /// All mounts of the share are nodev, nosuid and noexec for the daemon, and that changes nothing of what
 /// is stored.
 #[test]
-fn devices_and_set_id_bits_are_stored_though_they_mean_nothing_to_the_daemon() {
+fn devices_and_set_id_bits_are_stored_and_have_no_effect_for_the_daemon() {
     as_root();
     common::own_mounts();
     let share = tempfile::tempdir().unwrap();
@@ -192,7 +192,7 @@ fn namespaces_work_without_the_newer_calls_for_mounts() {
 }
 
 /// The daemon under strace(1), which makes system calls fail or late.
-fn under_strace(injections: &[&str], args: &[&str]) -> lanefsd_frontend::Backend {
+pub fn under_strace(injections: &[&str], args: &[&str]) -> lanefsd_frontend::Backend {
     as_root();
     assert!(Path::new("/usr/bin/strace").exists(), "strace is missing: apt-get install strace");
     let mut strace = vec!["-f", "-o", "/dev/null"];
@@ -202,7 +202,7 @@ fn under_strace(injections: &[&str], args: &[&str]) -> lanefsd_frontend::Backend
 }
 
 /// The process that strace has started.
-fn outer_of(strace: &lanefsd_frontend::Backend) -> u32 {
+pub fn outer_of(strace: &lanefsd_frontend::Backend) -> u32 {
     common::serving_process(strace.pid())
 }
 
@@ -428,180 +428,4 @@ fn none_leaves_the_root_as_it_is() {
     in_sandbox("none", |pid, _| {
         assert_eq!(identity(format!("/proc/{pid}/root/")), identity("/"));
     });
-}
-
-#[test]
-fn a_signal_ends_the_serving_process_too() {
-    as_root();
-    let mut backend = common::starter().args(["--sandbox=namespace", "--keep-listening"]).start().unwrap();
-    let session = backend.connect(SessionOptions::default()).unwrap();
-    session.client().getattr(ROOT).unwrap();
-    let serving = common::serving_process(backend.pid());
-    assert_ne!(serving, backend.pid());
-    backend.signal(libc::SIGTERM).unwrap();
-    backend.expect_success().unwrap();
-    assert!(!Path::new(&format!("/proc/{serving}")).exists());
-    assert!(!backend.socket().exists());
-}
-
-/// A bit set out of a line of /proc/PID/status.
-fn capabilities(status: &str, set: &str) -> u64 {
-    let line = status.lines().find_map(|line| line.strip_prefix(set)).unwrap();
-    u64::from_str_radix(line.trim_start_matches(':').trim(), 16).unwrap()
-}
-
-/// The sets of all threads of a daemon in this sandbox, which have to be alike.
-fn capabilities_in(sandbox: &str, more: &[&str]) -> u64 {
-    let mut args = vec![format!("--sandbox={sandbox}")];
-    args.extend(more.iter().map(ToString::to_string));
-    let backend = common::starter().args(args).start().unwrap();
-    let session = backend.connect(SessionOptions::default()).unwrap();
-    session.client().getattr(ROOT).unwrap();
-    let tasks = fs::read_dir(format!("/proc/{}/task", common::serving_process(backend.pid()))).unwrap();
-    let status =
-        |task: std::io::Result<fs::DirEntry>| fs::read_to_string(task.unwrap().path().join("status"));
-    let all: Vec<_> = tasks.flat_map(status).collect();
-    assert!(all.len() > 1, "the main thread and a worker at least");
-    for status in &all {
-        let kept = capabilities(status, "CapEff");
-        for set in ["CapPrm", "CapBnd"] {
-            assert_eq!(capabilities(status, set), kept, "{sandbox}, {set}");
-        }
-        for set in ["CapInh", "CapAmb"] {
-            assert_eq!(capabilities(status, set), 0, "{sandbox}, {set}");
-        }
-        assert_eq!(kept, capabilities(&all[0], "CapEff"));
-        assert!(status.contains("NoNewPrivs:\t1"), "{status}");
-    }
-    capabilities(&all[0], "CapEff")
-}
-
-fn bits(numbers: &[u32]) -> u64 {
-    numbers.iter().map(|number| 1 << number).sum()
-}
-
-// The numbers are those of linux/capability.h.
-const CHOWN: u32 = 0;
-const DAC_OVERRIDE: u32 = 1;
-const DAC_READ_SEARCH: u32 = 2;
-const FOWNER: u32 = 3;
-const FSETID: u32 = 4;
-const SETGID: u32 = 6;
-const SETUID: u32 = 7;
-const SYS_ADMIN: u32 = 21;
-const MKNOD: u32 = 27;
-const SETFCAP: u32 = 31;
-
-#[test]
-fn capabilities_that_are_not_needed_are_gone() {
-    as_root();
-    let usual = [CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD];
-    for sandbox in ["namespace", "chroot", "none"] {
-        assert_eq!(capabilities_in(sandbox, &[]), bits(&usual) | bits(&[DAC_READ_SEARCH]), "{sandbox}");
-    }
-    let with = |sandbox: &str, more: &[&str]| {
-        capabilities_in(sandbox, &[&["--inode-file-handles=never"], more].concat())
-    };
-    assert_eq!(with("none", &["--xattr"]), bits(&usual) | bits(&[SETFCAP]));
-    assert_eq!(with("none", &["--xattr", "--readonly"]), bits(&[DAC_READ_SEARCH, FOWNER]));
-    let changed = bits(&usual[..6]) | bits(&[SYS_ADMIN]);
-    assert_eq!(with("chroot", &["--modcaps=+sys_admin:-cap_mknod"]), changed);
-}
-
-#[test]
-fn a_capability_that_is_not_there_cannot_be_kept() {
-    as_root();
-    let directory = tempfile::tempdir().unwrap();
-    // Without it in the bounding set, nobody below has it.
-    let output = std::process::Command::new("setpriv")
-        .args(["--bounding-set=-sys_admin,-lease", "--inh-caps=-sys_admin,-lease"])
-        .arg(common::program())
-        .args(["--sandbox=none", "--modcaps=+lease", "--socket-path"])
-        .arg(directory.path().join("socket"))
-        .arg("--shared-dir")
-        .arg(directory.path())
-        .output()
-        .unwrap();
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains("--modcaps") && stderr.contains("lease"), "{stderr}");
-}
-
-/// As root of a container may be: without the right to make namespaces and mounts.
-#[test]
-fn root_without_sys_admin_has_an_empty_root() {
-    as_root();
-    for (args, warned) in [(&["--sandbox=chroot"][..], false), (&[], true)] {
-        let starter = lanefsd_frontend::Backend::of("setpriv");
-        let starter = starter.args(["--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]);
-        let mut backend = starter.args([common::program()]).args(args).start().unwrap();
-        let session = backend.connect(SessionOptions::default()).unwrap();
-        session.client().mkdir(ROOT, "dir", 0o700, 0).unwrap();
-        let pid = common::serving_process(backend.pid());
-        has_an_empty_root(pid, &backend.path(""));
-        drop(session);
-        backend.expect_success().unwrap();
-        assert_eq!(backend.stderr().contains("--sandbox=chroot"), warned, "{}", backend.stderr());
-    }
-}
-
-/// Kata's Go runtime ends a daemon by SIGKILL.
-#[test]
-fn a_killed_parent_takes_the_serving_process_along() {
-    as_root();
-    for sandbox in ["namespace", "chroot"] {
-        let mut backend = common::starter().args([&format!("--sandbox={sandbox}")]).start().unwrap();
-        let session = backend.connect(SessionOptions::default()).unwrap();
-        session.client().getattr(ROOT).unwrap();
-        let serving = common::serving_process(backend.pid());
-        backend.signal(libc::SIGKILL).unwrap();
-        backend.wait(std::time::Duration::from_secs(5)).unwrap();
-        common::expect_end(serving);
-    }
-}
-
-/// The process that waits outside is killed before the other one can ask for a signal at its end.
-#[test]
-fn a_parent_that_is_killed_at_the_start_leaves_no_daemon() {
-    for sandbox in ["--sandbox=namespace", "--sandbox=chroot"] {
-        let mut backend = under_strace(&["inject=prctl:delay_enter=1s:when=1"], &[sandbox]);
-        let outer = outer_of(&backend);
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
-        let child = loop {
-            match common::serving_process(outer) {
-                child if child != outer => break child,
-                _ => assert!(std::time::Instant::now() < deadline, "no second process"),
-            }
-        };
-        let outer = rustix::process::Pid::from_raw(outer.cast_signed()).unwrap();
-        rustix::process::kill_process(outer, rustix::process::Signal::KILL).unwrap();
-        common::expect_end(child);
-        backend.wait(std::time::Duration::from_secs(5)).unwrap();
-    }
-}
-
-/// A terminal that is closed sends SIGHUP.
-#[test]
-fn a_closed_terminal_ends_the_daemon_in_order() {
-    as_root();
-    for sandbox in ["namespace", "chroot", "none"] {
-        let sandbox = format!("--sandbox={sandbox}");
-        let mut backend = common::starter().args([&sandbox, "--keep-listening"]).start().unwrap();
-        let session = backend.connect(SessionOptions::default()).unwrap();
-        session.client().getattr(ROOT).unwrap();
-        let serving = common::serving_process(backend.pid());
-        backend.signal(libc::SIGHUP).unwrap();
-        backend.expect_success().unwrap();
-        common::expect_end(serving);
-        assert!(!backend.socket().exists(), "{sandbox}: the socket is left behind");
-        // nohup(1) ignores the signal.
-        let starter = lanefsd_frontend::Backend::of("nohup").args([common::program()]);
-        let mut backend = starter.args([&sandbox]).start().unwrap();
-        let session = backend.connect(SessionOptions::default()).unwrap();
-        backend.signal(libc::SIGHUP).unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(50));
-        session.client().getattr(ROOT).unwrap();
-        drop(session);
-        backend.expect_success().unwrap();
-    }
 }

@@ -127,7 +127,7 @@ fn has_capabilities(backend: &Backend) -> bool {
 /// Attack: a user of the guest writes to, truncates, copies into or punches holes in a set-user-ID program.
 /// Outcome: the bits and file capabilities are gone with the change.
 #[test]
-fn who_changes_a_program_takes_its_bits_and_capabilities() {
+fn changing_a_program_clears_its_set_id_bits_and_capabilities() {
     for args in [
         &[][..],
         &["--cache=never"],
@@ -244,7 +244,7 @@ fn a_group_bit_that_nobody_executes_stays_for_members() {
 
 /// Attack: a user of the guest writes to a set-user-ID program and runs it while the guest's kernel remembers the
 /// old mode.
-/// Outcome: it does not: attributes with set-id bits are valid for no time.
+/// Outcome: it does not run: attributes with set-id bits have a validity of 0.
 #[test]
 fn attributes_with_set_id_bits_are_not_kept_by_the_guest() {
     for args in [&[][..], &["--cache=always"], &["--cache=metadata"]] {
@@ -333,7 +333,7 @@ fn a_new_file_in_a_group_directory_has_the_group_bit_if_its_maker_is_in_the_grou
     }
 }
 
-/// Attack: a user of the guest who is another one on the host creates a set-user-ID program.
+/// Attack: a guest user with another uid on the host creates a set-user-ID program.
 /// Outcome: the file is created without the bits.
 #[test]
 fn a_new_file_has_set_id_bits_only_if_its_maker_owns_it() {

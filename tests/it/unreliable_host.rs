@@ -247,7 +247,7 @@ fn the_share_is_removed_under_the_daemon() {
 }
 
 /// Attack: the share unmounted lazily.
-/// Outcome: served on.
+/// Outcome: service continues.
 #[test]
 fn the_share_is_unmounted_under_the_daemon() {
     let disk = Disk::ext4(24, &[]);
