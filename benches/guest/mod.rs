@@ -14,7 +14,6 @@ use lanefsd::device::queue::Queue;
 use lanefsd::device::ring::{Layout, Ring};
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::limits::Limits;
-use lanefsd::process;
 use lanefsd::service::Service;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{CWD, Mode, OFlags, openat};
