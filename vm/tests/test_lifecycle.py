@@ -1,14 +1,16 @@
 """Guests and daemons that come, go, and fail."""
 
 import contextlib
+import pathlib
 
-from harness import disk
 from harness.daemon import Daemon
-from harness.paths import HarnessError
+from harness.host import HarnessError
+
+from .config import TestConfig
 
 
-def a_guest_is_reset_and_mounts_again(setting):
-    with disk.directory() as share, setting.guest(share) as (guest, daemon):
+def test_a_guest_is_reset_and_mounts_again(config: TestConfig, share: pathlib.Path) -> None:
+    with config.guest(share) as (guest, daemon):
         guest.output("echo before >/mnt/file; sync; (while :; do echo more >>/mnt/noise; done) >/dev/null 2>&1 &")
         # The reset comes while it writes.
         guest.output("while ! [ -s /mnt/noise ]; do sleep 0.1; done")
@@ -20,9 +22,9 @@ def a_guest_is_reset_and_mounts_again(setting):
         assert daemon.log().count("session begins") == 2, daemon.log()
 
 
-def a_guest_that_ends_ends_the_daemon(setting):
-    with disk.directory() as share, Daemon(share, name="test") as daemon:
-        with setting.boot(daemon) as guest:
+def test_a_guest_that_ends_ends_the_daemon(config: TestConfig, share: pathlib.Path) -> None:
+    with Daemon(share, name="test") as daemon:
+        with config.boot(daemon) as guest:
             guest.mount()
             guest.output("echo written >/mnt/file")
         assert daemon.wait() == 0, daemon.log()
@@ -30,29 +32,28 @@ def a_guest_that_ends_ends_the_daemon(setting):
         assert not daemon.socket.exists()
 
 
-def a_daemon_that_keeps_listening_serves_the_next_guest(setting):
-    with disk.directory() as share, Daemon(share, ["--keep-listening"], name="test") as daemon:
+def test_a_daemon_that_keeps_listening_serves_the_next_guest(config: TestConfig, share: pathlib.Path) -> None:
+    with Daemon(share, ["--keep-listening"], name="test") as daemon:
         for number in range(2):
-            with setting.boot(daemon) as guest:
+            with config.boot(daemon) as guest:
                 guest.mount()
                 guest.output(f"echo {number} >>/mnt/file")
         assert (share / "file").read_text() == "0\n1\n"
 
 
-def a_killed_daemon_does_not_hang_the_test(setting):
+def test_a_killed_daemon_does_not_hang_the_test(config: TestConfig, share: pathlib.Path) -> None:
     """Linux guests wait for ever for a device that has gone; the host must get rid of them all the same."""
-    with disk.directory() as share:
-        with setting.guest(share) as (guest, daemon):
-            guest.output("echo kept >/mnt/file; sync")
-            daemon.kill()
-            with contextlib.suppress(HarnessError):
-                guest.run("ls /mnt", timeout=5)
-        assert guest.process.poll() is not None, "QEMU is still there"
-        assert (share / "file").read_text() == "kept\n"
+    with config.guest(share) as (guest, daemon):
+        guest.output("echo kept >/mnt/file; sync")
+        daemon.kill()
+        with contextlib.suppress(HarnessError):
+            guest.run("ls /mnt", timeout=5)
+    assert guest.running.poll() is not None, "QEMU is still there"
+    assert (share / "file").read_text() == "kept\n"
 
 
-def a_device_can_be_unbound_and_bound_again(setting):
-    with disk.directory() as share, setting.guest(share) as (guest, _):
+def test_a_device_can_be_unbound_and_bound_again(config: TestConfig, share: pathlib.Path) -> None:
+    with config.guest(share) as (guest, _):
         driver = "/sys/bus/virtio/drivers/virtiofs"
         guest.output("echo one >/mnt/file; umount /mnt")
         device = guest.output(f"cd {driver}; ls -d virtio* | head -n 1")
@@ -60,8 +61,3 @@ def a_device_can_be_unbound_and_bound_again(setting):
             guest.output(f"echo {device} >{driver}/unbind; echo {device} >{driver}/bind")
         guest.mount()
         assert guest.output("cat /mnt/file") == "one"
-
-
-TESTS = (a_guest_is_reset_and_mounts_again, a_guest_that_ends_ends_the_daemon,
-         a_daemon_that_keeps_listening_serves_the_next_guest, a_killed_daemon_does_not_hang_the_test,
-         a_device_can_be_unbound_and_bound_again)
