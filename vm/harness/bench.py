@@ -1,4 +1,4 @@
-"""What the benchmarks share: guests that stay up, fio in them, medians, and progress."""
+"""Common parts of the benchmarks: guests that stay up, fio in them, medians, and progress."""
 
 import contextlib
 import json
@@ -117,7 +117,7 @@ def file_per_job(jobs: int, runtime: int, more: Sequence[str] = ()) -> list[str]
 
 
 class Progress:
-    """Says how far a long run is, and how long it will take."""
+    """Prints the progress of a long run, and an estimate of its remaining time."""
 
     def __init__(self, points: int) -> None:
         self.points = points

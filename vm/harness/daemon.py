@@ -59,7 +59,7 @@ class Daemon:
         self.close()
 
     def log(self) -> str:
-        """What it has said so far."""
+        """Its log so far."""
         return self.logfile.read_text(errors="replace")
 
     def wait(self, timeout: float = 20) -> int:

@@ -25,9 +25,9 @@ class Root:
 
     name: str
     what: str
-    # What debootstrap installs.
+    # Packages that debootstrap installs.
     base: str
-    # What apt installs then, with the suite's security updates.
+    # Packages that apt installs afterwards, with the suite's security updates.
     packages: str = ""
     # Modules that the initramfs needs beside those that initramfs-tools finds on a running system.
     modules: str = ""
@@ -64,7 +64,7 @@ def bootstrap(root: pathlib.Path, packages: str) -> None:
     if source.main.startswith("https:"):
         packages += ",ca-certificates"
     command = ["debootstrap", "--variant=minbase", "--force-check-gpg", f"--keyring={source.keyring}"]
-    # What debootstrap mounts is gone with the namespace, also if it is killed.
+    # The namespace takes debootstrap's mounts with it, also if debootstrap is killed.
     run(
         ["unshare", "--mount", *command, f"--include={packages}", SUITE, root, source.main],
         env={**os.environ, **apt.proxies()},
@@ -80,13 +80,13 @@ def chroot(root: pathlib.Path, command: str) -> str:
     return run(["unshare", "--mount", "sh", "-ec", script, root, *environment, "/bin/sh", "-ec", command])
 
 
-# What everyday work needs.
+# Tools of everyday work.
 USERLAND = Root(
     "debian-root",
     "a Debian root for the guest",
     "git,rsync,sqlite3,make,gcc,libc6-dev,xz-utils,attr,acl,procps,bc,flex,bison,diffutils",
 )
-# Kernel, headers, initramfs, and what builds modules.
+# Kernel, headers, initramfs, and tools that build modules.
 DKMS = Root(
     "debian-system",
     "a Debian system with a kernel",
@@ -115,7 +115,7 @@ def finish_systemd(root: pathlib.Path) -> None:
     (root / "etc/hostname").write_text("guest\n")
     initramfs.write_program(root / "usr/local/sbin/lanefs-agent", initramfs.AGENT)
     (root / "etc/systemd/system/lanefs-agent.service").write_text(AGENT_SERVICE)
-    # What would begin work of its own some time after the start.
+    # Timers that would start work in the middle of a test.
     timers = "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer"
     chroot(root, f"passwd -d root; systemctl enable lanefs-agent.service; systemctl mask {timers}")
     # podman's own services fail where the share cannot be an upper layer.

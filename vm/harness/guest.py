@@ -25,16 +25,16 @@ BOOT_TIMEOUT = 90
 ACKNOWLEDGED = 20
 TRIES = 3
 COUNTER = itertools.count(1)
-# A hung guest is made to say where its CPUs are by an NMI. The clock is trusted, and the timer not tested, since
-# both look broken to an emulated guest on a busy host.
+# An NMI makes a hung guest print the stack of each CPU. The kernel neither checks its clock nor tests its timer,
+# since both look broken in an emulated guest on a busy host.
 KERNEL_OPTIONS = (
     "console=ttyS0 quiet panic=0 oops=panic unknown_nmi_panic panic_print=65 "
     "tsc=reliable no_timer_check net.ifnames=0 cryptomgr.notests"
 )
-# Lines of the console that begin a story worth telling.
+# The first lines of crash reports on the console.
 TROUBLE = ("kernel BUG", "BUG: ", "Oops", "Uhhuh. NMI")
-# What the kernel says of a CPU that gets no timer interrupts any more. Rarely an emulated CPU ends
-# like that, whatever the guest does; nothing that waits for that CPU goes on.
+# The kernel's message about a CPU without timer interrupts. An emulated CPU rarely gets into that state, whatever
+# the guest does, and blocks everything that waits for it.
 STOPPED_CLOCK = "Possible timer handling issue on cpu"
 
 
@@ -43,7 +43,7 @@ class GuestError(HarnessError):
 
     @property
     def stopped_clock(self) -> bool:
-        """Whether it is QEMU that has let the guest down."""
+        """Whether QEMU failed: one of its CPUs got no timer interrupts any more."""
         return STOPPED_CLOCK in str(self)
 
 
@@ -52,7 +52,7 @@ Device = tuple[str, pathlib.Path, int]
 
 
 class Process(Protocol):
-    """What a guest needs of the process that runs it."""
+    """The operations of a guest on the process that runs it."""
 
     def poll(self) -> int | None: ...
     def wait(self, timeout: float | None = None) -> int: ...
@@ -83,7 +83,7 @@ class Guest:
     ) -> None:
         """`devices` are (tag, socket path, request queues); `disks` are image files. All that the guest does may
         take `timeout_scale` times as long as usual. `append` goes to the kernel's command line. Without a kernel the
-        `firmware` looks for something to start; without an initramfs the kernel mounts its root itself."""
+        `firmware` chooses what it boots; without an initramfs the kernel mounts its root itself."""
         self.prepare(name, timeout_scale)
         command = [*self.machine(cpus, memory), *self.serial_lines(interactive)]
         if kernel:
@@ -205,7 +205,7 @@ class Guest:
         self.read_until(b"\nend-shell ", None, "running a shell")
 
     def send(self, word: str, encoded: str) -> None:
-        """Sends a line to the agent until it says that it has got it."""
+        """Sends a line to the agent until the agent acknowledges it."""
         for _ in range(TRIES):
             self.link.sendall(f"{word} {encoded} .\n".encode())
             deadline = time.monotonic() + ACKNOWLEDGED * self.timeout_scale
@@ -214,14 +214,14 @@ class Guest:
                     break
                 self.receive(0.5)
             else:
-                # What is left of the line is ended, and ignored.
+                # Ends the rest of the line, which the agent ignores.
                 self.link.sendall(b"\n")
                 continue
             break
         self.read_until(f"got {word}\n".encode(), ACKNOWLEDGED * self.timeout_scale, "taking a command")
 
     def receive(self, timeout: float) -> bool:
-        """Waits for what the agent says; returns whether it has said anything."""
+        """Waits for output of the agent; returns whether there was any."""
         ready, _, _ = select.select([self.link], [], [], timeout)
         if ready:
             data = self.link.recv(65536)
@@ -268,7 +268,7 @@ class Guest:
                         raise self.error(f"QMP {execute}: {answer['error']}")
 
     def interrogate(self) -> None:
-        """Makes a hung guest write to the console what each CPU is doing. It panics by that."""
+        """Makes a hung guest print the stack of each CPU on the console, and panic."""
         try:
             self.qmp("inject-nmi")
         except (HarnessError, OSError, ValueError):
@@ -304,13 +304,13 @@ class Guest:
             raise self.error(f"QEMU ended with status {status}")
 
     def log(self) -> str:
-        """What the kernel wrote to the console so far."""
+        """The console's log so far."""
         return self.console.read_text(errors="replace") if self.console.exists() else ""
 
     def error(self, what: str) -> GuestError:
         self.broken = True
         lines = self.log().splitlines()
-        # A crash begins with its cause; otherwise the end tells most.
+        # A crash report begins with its cause. Without one, the last lines are the most useful.
         crash = next((number for number, line in enumerate(lines) if any(word in line for word in TROUBLE)), None)
         tail = "\n".join(lines[-25:] if crash is None else lines[crash : crash + 60])
         qemu = self.console.with_suffix(".qemu")

@@ -12,7 +12,7 @@ from .host import HarnessError, cargo_environment, log, run
 from .kernels import Kernel
 from .paths import CACHE, REPO, TARGET
 
-# What a guest may need; built-in ones and those that a kernel lacks are passed over.
+# Modules that a guest may need; built-in ones and those that a kernel lacks are skipped.
 MODULES = ["virtio_pci", "virtio_blk", "virtiofs", "fuse", "ext4", "xfs", "overlay", "loop"]
 TOOLS_TARGET = "x86_64-unknown-linux-gnu"
 # Linked statically, they run on the host as well.
@@ -138,7 +138,7 @@ def programs(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def pack(image: pathlib.Path, fill_root: Callable[[pathlib.Path], None]) -> None:
-    """Makes an archive of what `fill_root` puts into an empty folder. The caller holds the lock of the image."""
+    """Packs the folder that `fill_root` fills. The caller holds the lock of the image."""
     root = image.with_suffix(".root")
     cache.remove(root)
     (root / "bin").mkdir(parents=True)

@@ -17,7 +17,7 @@ SLOW, FAST = "null store, 2 ms", "null store"
 SHARED, EACH = "shared file", "file per job"
 
 
-# What shared-file.json holds.
+# The content of shared-file.json.
 Results = dict[str, Any]
 # Number of jobs to the MiB/s of each run, or to a figure made of them.
 Runs = dict[str, list[float]]
@@ -50,7 +50,7 @@ def write(folder: pathlib.Path) -> None:
 
 
 def render(results: Results) -> dict[str, str]:
-    """File name to text, for everything that is made of the results."""
+    """File name to text of each document that the results make."""
     files = {"shared-file.md": markdown(results)}
     slow = rates(results, "null").get(SLOW)
     if slow:
@@ -83,7 +83,7 @@ def gains(rows: Rows, name: str) -> Points:
 
 
 def beyond_one_job(found: Points) -> Points:
-    """Gains without what a single job gains, which has other causes than writers that run side by side."""
+    """Gains beyond that of a single job, whose causes are others than parallel writers."""
     one = found.get("1")
     return {} if one is None else {number: 100 * ((100 + gain) / (100 + one) - 1) for number, gain in found.items()}
 

@@ -13,7 +13,7 @@ from harness.kernels import Kernel
 
 @dataclasses.dataclass(frozen=True)
 class TestConfig:
-    """What a test runs in."""
+    """The guest that a test runs in."""
 
     # For pytest, which would take this for a class of tests.
     __test__ = False
@@ -104,7 +104,7 @@ class TestConfig:
         return full if self.full else short
 
 
-# What a kernel says when something is wrong.
+# Parts of a kernel log that mean trouble.
 TROUBLE = (
     "BUG:",
     "WARNING:",

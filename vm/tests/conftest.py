@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Hands what is prepared to a worker of pytest-xdist."""
+    """Passes the configurations to a worker of pytest-xdist."""
     node.workerinput["prepared"] = node.config.stash[PREPARED]
 
 

@@ -1,4 +1,4 @@
-"""What a guest does with a file system, against what the host sees."""
+"""Operations of a guest on a file system, compared with the host's view."""
 
 import fcntl
 import os
@@ -133,12 +133,12 @@ def test_idmapped_mounts_have_the_right_owners(config: TestConfig) -> None:
                 "renamed": (uid + 7, gid + 8),
             }, seen
             assert not (share / "roots").exists()
-            # Who works beside the mount is who he was.
+            # The other mount keeps the caller's ids.
             guest.output("cd /mnt; su user -c 'echo >mine'")
             assert (share / "mine").stat().st_uid == 1000
 
 
-# Each changes a set-user-ID program as an ordinary user; the guest says the mode before and at once after.
+# Each changes a set-user-ID program as an ordinary user, and prints the mode before and after.
 CHANGE_PROGRAMS = """cd /mnt
 for change in 'dd if=/dev/zero of=tool bs=4096 count=1 conv=notrunc' 'fallocate -l 100000 tool' 'truncate -s 5 tool' \
     'dd if=/dev/zero of=tool bs=4096 count=1 conv=notrunc oflag=direct' ': >tool'; do
@@ -154,7 +154,7 @@ def test_programs_that_users_change_lose_their_set_id_bits(config: TestConfig) -
         with disk.directory() as share, config.guest(share, *arguments) as (guest, _):
             share.chmod(0o777)
             said = guest.output(CHANGE_PROGRAMS).split()
-            # A bit that gives nobody rights stays where its owner writes.
+            # A set-group-ID bit without group execution gives no rights, and stays when the owner writes.
             assert said == ["6777", "777"] * 5 + ["2666"], said
 
 
@@ -176,7 +176,7 @@ def test_flags_of_files_count_on_the_host(config: TestConfig, share: pathlib.Pat
             assert on_host(share / name) & nodump, name
             assert int(guest.output(f"flags /mnt/{name}").split()[0], 16) == on_host(share / name), name
         before = on_host(share / "file")
-        # Neither everybody, nor the guest's root what only the host's root could take back.
+        # An ordinary user may not change flags of others, nor the guest's root set one that only the host's root can clear.
         for command in (f"su user -c 'flags --toggle {nodump} /mnt/file'", f"flags --toggle {immutable} /mnt/file"):
             status, text = guest.run(command, check=False)
             assert status != 0 and "not permitted" in text, (command, text)

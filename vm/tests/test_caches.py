@@ -12,7 +12,7 @@ from .config import TestConfig
 
 @pytest.mark.patched
 def test_cached_readers_see_direct_writes(config: TestConfig) -> None:
-    """With a daemon that keeps one mode for a file, private mappings are what can be stale."""
+    """Private mappings can be stale even if the daemon keeps one mode for each file."""
     milliseconds = config.seconds(2, 15) * 1000
     with config.mounts("--cache=never", "--cache=metadata", "--cache=auto") as (guest, mounts):
         for point, _ in mounts:

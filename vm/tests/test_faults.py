@@ -26,7 +26,7 @@ def errors(output: str) -> dict[int, int]:
 
 
 def check_what_was_written(guest: Guest, share: pathlib.Path, size: int = SIZE) -> list[int]:
-    """All stripes that writers were told are written are there, and both sides agree on the size."""
+    """Checks that every acknowledged stripe is in the file, and that both sides agree on the size."""
     done = guest.output(f"cd /tmp/done; for i in $(seq 0 {WRITERS - 1}); do stat -c %s $i; done").split()
     verify_on_host("stripes", share / "file", *STRIPES.split(), "--size", size, "--done", ",".join(done))
     assert int(guest.output("stat -c %s /mnt/file")) == (share / "file").stat().st_size

@@ -33,7 +33,7 @@ def progress(guest: Guest) -> list[int]:
 
 
 def all_go_on(guest: Guest) -> None:
-    """Waits until every worker has come further; a lost notification would leave one of them behind for ever."""
+    """Waits until every worker has made progress; a lost notification would block one of them."""
     before = progress(guest)
     deadline = time.monotonic() + 60
     while True:
@@ -75,7 +75,7 @@ def descriptors(daemon: Daemon) -> int:
 
 
 def held_open(guest: Guest, files: int) -> None:
-    """Lets the guest hold files open, a directory, and every kind of lock."""
+    """Makes the guest hold open files, a directory, and every kind of lock."""
     guest.output(
         f"""mkdir /mnt/open; cd /mnt/open; seq {files} | xargs touch
         for group in $(seq 0 10 {files - 10}); do
@@ -92,7 +92,7 @@ def held_open(guest: Guest, files: int) -> None:
 def test_a_reset_leaves_no_lock_and_no_descriptor(config: TestConfig, share: pathlib.Path) -> None:
     files = 200
     with config.guest(share, "--posix-lock", "--flock") as (guest, daemon):
-        # The first mount has opened what a session needs.
+        # The first access opens the descriptors that each session has.
         guest.output("ls /mnt")
         idle = descriptors(daemon)
         for way in (guest.reset, guest.reboot):
@@ -121,6 +121,8 @@ def test_a_guest_reboots_again_and_again(config: TestConfig, share: pathlib.Path
             guest.output(f"echo {number} >>/mnt/boots; sync")
             guest.reboot()
             guest.mount()
+        # The reply to mount(2) does not wait for INIT; the first access does.
+        guest.output("ls /mnt")
         assert (share / "boots").read_text().split() == [str(number) for number in range(times)]
         assert descriptors(daemon) <= idle + 20, (descriptors(daemon), idle)
         assert daemon.log().count("session begins") == times + 1, daemon.log()

@@ -42,7 +42,7 @@ def test_a_daemon_that_keeps_listening_serves_the_next_guest(config: TestConfig,
 
 
 def test_a_killed_daemon_does_not_hang_the_test(config: TestConfig, share: pathlib.Path) -> None:
-    """Linux guests wait for ever for a device that has gone; the host must get rid of them all the same."""
+    """A Linux guest waits endlessly for a device that has gone; the host must still be able to end it."""
     with config.guest(share) as (guest, daemon):
         guest.output("echo kept >/mnt/file; sync")
         daemon.kill()

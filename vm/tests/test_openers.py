@@ -1,4 +1,4 @@
-"""Openers of one file are told the same, whoever is first, also when OPEN and CREATE race."""
+"""All openers of a file get the same mode, whoever is first, also when OPEN and CREATE race."""
 
 import re
 
@@ -10,7 +10,7 @@ from .config import TestConfig
 
 
 def openers(config: TestConfig, policy: str, *faults: str) -> tuple[int, int, int]:
-    """Lets openers meet; returns what the daemon saw: disagreements, and meetings in each mode."""
+    """Races openers; returns the daemon's counts of disagreements, and of meetings in each mode."""
     milliseconds = config.seconds(4, 30) * 1000
     with disk.directory() as share:
         with config.guest(share, f"--cache={policy}", faults=list(faults)) as (guest, daemon):

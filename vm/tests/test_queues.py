@@ -57,7 +57,7 @@ def test_a_full_ring_is_waited_for(config: TestConfig, share: pathlib.Path) -> N
 
 @pytest.mark.patched
 def test_requests_go_beyond_a_mebibyte(config: TestConfig, share: pathlib.Path) -> None:
-    # 1020 pages are what a ring of 1024 descriptors has room for.
+    # A ring of 1024 descriptors has room for 1020 pages.
     write = "dd if=/dev/zero of=/mnt/data bs=4080k count=16 2>/dev/null"
     with config.guest(share, "--cache=never") as (guest, daemon):
         guest.output(write)

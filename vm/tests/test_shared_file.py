@@ -14,7 +14,7 @@ WRITERS = 12
 
 
 def test_extending_writers_are_whole(config: TestConfig, share: pathlib.Path) -> None:
-    """Readers watch meanwhile: the file never shrinks, and what was written is there."""
+    """Readers check meanwhile that the file never shrinks and that it has all acknowledged data."""
     crowds = ((2, 33_333), (7, 10_007), (16, 65_537), (32, 4_099)) if config.full else ((3, 10_007), (32, 4_099))
     with config.guest(share, "--cache=never") as (guest, _):
         for writers, stripe in crowds:
@@ -65,7 +65,7 @@ def in_flight(config: TestConfig, *arguments: str, latency: str = "30ms", before
                 guest.output(command.format(file=f"/mnt/{name}"))
             guest.output("umount /mnt")
         daemon.close()
-        # The files have been known one after the other.
+        # Node ids are in the order in which the files were made.
         seen = {
             int(node): int(count) for node, count in re.findall(r"node (\d+): (\d+) writes in flight", daemon.log())
         }
@@ -74,7 +74,7 @@ def in_flight(config: TestConfig, *arguments: str, latency: str = "30ms", before
 
 
 def test_writers_of_one_file_are_in_flight_together(config: TestConfig) -> None:
-    """The guest's lock lets them through where it should, and nowhere else: seen in the null store."""
+    """The null store counts how many writes the guest's lock lets through at once."""
     together = {"overwriting": config.parallel, "extending": config.patched, "appending": False}
     for name, most in in_flight(config).items():
         if name == "extending" and config.parallel and not config.patched:
