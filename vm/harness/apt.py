@@ -88,6 +88,7 @@ def choose_archive(targets: str) -> Archive:
         uri, suite, component = line.split()
         if component != "main" or uri.startswith("cdrom:"):
             continue
+        uri = first_mirror(uri)
         if suite in MAIN:
             mains.setdefault(suite, uri)
         elif re.fullmatch(r"\w+(-security|/updates)", suite):
@@ -97,6 +98,17 @@ def choose_archive(targets: str) -> Archive:
             "apt's configuration names no Debian mirror with the component main; add one to sources.list"
         )
     return Archive(min(mains.items(), key=lambda entry: MAIN.index(entry[0]))[1], security)
+
+
+def first_mirror(uri: str) -> str:
+    """The first mirror of a list in a file, as Debian's cloud images have it, which only apt itself can read."""
+    if not uri.startswith("mirror+file:"):
+        return uri
+    lines = pathlib.Path(re.sub(r"^mirror\+file:/*", "/", uri).rstrip("/")).read_text().splitlines()
+    mirrors = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+    if not mirrors:
+        raise HarnessError(f"the list of mirrors {uri} is empty")
+    return mirrors[0]
 
 
 @functools.cache

@@ -199,6 +199,13 @@ def test_the_mirror_of_deb822_sources_is_used(etc: pathlib.Path) -> None:
     assert (found.main, found.security) == ("https://mirror.invalid/debian/", None)
 
 
+def test_the_first_of_a_list_of_mirrors_is_used(etc: pathlib.Path) -> None:
+    mirrors = etc / "mirrors.list"
+    mirrors.write_text("# near\nhttps://near.invalid/debian\tpriority:1\nhttps://far.invalid/debian\n")
+    (etc / "sources.list").write_text(f"deb mirror+file:{mirrors} bookworm main\n")
+    assert apt.archive().main == "https://near.invalid/debian"
+
+
 def test_a_host_without_a_debian_mirror_is_told_so(etc: pathlib.Path) -> None:
     (etc / "sources.list").write_text("deb https://tools.invalid/apt nodistro main\n")
     with pytest.raises(HarnessError, match="names no Debian mirror"):
