@@ -1,5 +1,5 @@
 //! What threads meet at in the parts that are checked under every order of their steps. The crate
-//! in `tests/loom` builds these parts with loom's doubles in place of the real ones.
+//! in `testing/loom` builds these parts with loom's doubles in place of the real ones.
 
 pub(crate) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
 pub(crate) use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

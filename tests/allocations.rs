@@ -28,7 +28,7 @@ use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::server::{self, Signals};
 use lanefsd::service::Service;
 use lanefsd_frontend::client::{ROOT, data};
-use lanefsd_frontend::{Cut, Request, Session, SessionOptions};
+use lanefsd_frontend::{Request, Segmentation, Session, SessionOptions};
 
 /// Allocations by all threads that are not exempt.
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
@@ -113,7 +113,9 @@ fn allocations(session: &Session, request: &Request<'_>) -> Vec<u64> {
         let before = ALLOCATIONS.load(Ordering::Relaxed);
         for _ in 0..WINDOW / DEPTH {
             let chains = (0..DEPTH).map(|i| {
-                request.to_chain(session.memory(), unique + 2 * i, Cut::Linux, 1024).expect("a chain")
+                request
+                    .to_chain(session.memory(), unique + 2 * i, Segmentation::Linux, 1024)
+                    .expect("a chain")
             });
             session.queue(1).submit_batch(chains).unwrap();
             unique += 2 * DEPTH;

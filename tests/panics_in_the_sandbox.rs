@@ -12,9 +12,8 @@
     reason = "a test fails by panicking"
 )]
 
+#[path = "it/common/mod.rs"]
 mod common;
-#[path = "common/strace.rs"]
-mod strace;
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
@@ -23,6 +22,8 @@ use std::process::Command;
 use lanefsd::config::{IdMaps, Sandbox, Seccomp};
 use lanefsd::sandbox::{self, Needs, Side};
 use lanefsd::server::Signals;
+
+use common::strace;
 
 /// Set in the process that enters the sandbox: which one, and around what.
 const INSIDE: &str = "LANEFSD_TEST_INSIDE";

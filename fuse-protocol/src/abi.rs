@@ -1,7 +1,7 @@
 //! Wire structs of the FUSE protocol, up to version 7.45 (`linux/fuse.h`).
 //!
 //! Every struct is plain little-endian memory without padding, as the kernel lays it out on a
-//! 64-bit machine. `tests/abi.rs` checks sizes, offsets and values against the kernel's own header.
+//! 64-bit machine. `tests/it/abi.rs` checks sizes, offsets and values against the kernel's own header.
 
 #[macro_use]
 mod wire;

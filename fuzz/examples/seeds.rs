@@ -1,5 +1,16 @@
 //! Writes seeds for the corpora: typical requests and conversations. `fuzz/run --seeds` calls it and
 //! keeps of its output what adds coverage.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    clippy::cast_lossless,
+    reason = "a panic is a finding"
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};

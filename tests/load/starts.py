@@ -24,7 +24,7 @@ def measure(rounds: int, share: pathlib.Path, ours: pathlib.Path, peer: pathlib.
         first = turn % len(columns)
         for column in columns[first:] + columns[:first]:
             program = peer if column.startswith("virtiofsd") else ours / "lanefsd"
-            command: list[Word] = [ours / "load", "start", "--backend", program, "--share", share]
+            command: list[Word] = [ours / "loadgen", "start", "--backend", program, "--share", share]
             command += [f"--backend-arg={argument}" for argument in COLUMNS[column]]
             done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
             found[column].append(json.loads(done.stdout)["milliseconds"])

@@ -32,7 +32,7 @@ Entry = dict[str, Any]
 INTRODUCTION = """\
 # The engine against its peer
 
-Written by `tests/load/compare`; every figure is the median of its runs. `load` plays the guest with no
+Written by `tests/load/compare`; every figure is the median of its runs. `loadgen` plays the guest with no
 VM (one thread per queue, prepared requests, EVENT_IDX), so generator and daemon share the machine's
 CPUs. *Limit* is the same work as plain system calls, with as many threads as operations in flight; it
 shares its CPUs with no generator. *Peer* is {peer}, the fastest of its pools (0 is serial), started

@@ -11,4 +11,4 @@ LOGS = CACHE / "logs"
 BACKEND = os.environ.get("LANEFSD_TEST_BACKEND")
 DAEMON = pathlib.Path(BACKEND) if BACKEND else TARGET / "release" / "lanefsd"
 FAULTY_DAEMON = TARGET / "release" / "lanefsd-faulty"
-SLOW_STORE = TARGET / "release" / "failing-store"
+SLOW_STORE = TARGET / "release" / "faultfs"

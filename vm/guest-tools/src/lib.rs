@@ -81,12 +81,12 @@ pub fn fill(buffer: &mut [u8], writer: u64, offset: u64) {
 }
 
 /// Processes of this program that wait for a common start.
-pub struct Crowd(Vec<Child>);
+pub struct Writers(Vec<Child>);
 
-impl Crowd {
+impl Writers {
     /// Starts a process for each number below `count`; its arguments are this process's own, then
     /// `--one NUMBER`. It has to call [`wait_for_start`].
-    pub fn gather(count: u64) -> Result<Crowd> {
+    pub fn spawn(count: u64) -> Result<Writers> {
         let program = std::env::current_exe().context("this program is not found")?;
         let spawn = |number: u64| {
             Command::new(&program)
@@ -104,7 +104,7 @@ impl Crowd {
             let mut byte = [0];
             std::io::Read::read_exact(stdout, &mut byte).context("a process did not get ready")?;
         }
-        Ok(Crowd(children))
+        Ok(Writers(children))
     }
 
     /// Lets all go on, and waits until all have ended well.
@@ -121,7 +121,7 @@ impl Crowd {
     }
 }
 
-/// In a process of a [`Crowd`]: says that it is ready and waits for the start.
+/// In a process of a [`Writers`]: says that it is ready and waits for the start.
 pub fn wait_for_start() -> Result<()> {
     use std::io::{Read, Write};
     let mut stdout = std::io::stdout();
@@ -141,12 +141,12 @@ pub fn limit_file_size(bytes: u64) -> Result<()> {
 }
 
 /// Small numbers that are different enough; not for secrets.
-pub struct Dice(u64);
+pub struct Rng(u64);
 
-impl Dice {
+impl Rng {
     /// The same numbers for the same seed.
-    pub fn new(seed: u64) -> Dice {
-        Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    pub fn new(seed: u64) -> Rng {
+        Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
     /// A number below `end`, which must not be 0.

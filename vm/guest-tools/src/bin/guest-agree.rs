@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use lanefsd_guest_tools::{Buffer, Crowd, Mapping, fill, open, wait_for_start};
+use lanefsd_guest_tools::{Buffer, Mapping, Writers, fill, open, wait_for_start};
 
 const PAGE: usize = 4096;
 
@@ -64,7 +64,7 @@ fn run(options: &Options) -> Result<()> {
     let file = open(&options.file, false, false)?;
     file.set_len(options.writers * u64::try_from(options.part())?)?;
     drop(file);
-    Crowd::gather(options.writers + options.readers + u64::from(options.collide))?.run()
+    Writers::spawn(options.writers + options.readers + u64::from(options.collide))?.run()
 }
 
 fn write(options: &Options, writer: u64) -> Result<()> {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
-use lanefsd_guest_tools::{Buffer, Crowd, fill, open, pattern, wait_for_start};
+use lanefsd_guest_tools::{Buffer, Writers, fill, open, pattern, wait_for_start};
 
 #[derive(Parser)]
 #[command(about)]
@@ -50,7 +50,7 @@ fn main() -> Result<()> {
     ensure!(options.record >= 16, "a record has 16 bytes at least");
     match (options.action, options.one) {
         (Action::Verify, _) => verify(&options),
-        (Action::Run, None) => Crowd::gather(options.writers)?.run(),
+        (Action::Run, None) => Writers::spawn(options.writers)?.run(),
         (Action::Run, Some(writer)) => append(&options, options.first + writer),
     }
 }

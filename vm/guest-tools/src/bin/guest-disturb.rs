@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
-use lanefsd_guest_tools::{Buffer, Crowd, Dice, fill, open, pattern, wait_for_start};
+use lanefsd_guest_tools::{Buffer, Rng, Writers, fill, open, pattern, wait_for_start};
 use rustix::fs::{FallocateFlags, fallocate};
 
 #[derive(Parser)]
@@ -71,18 +71,18 @@ fn main() -> Result<()> {
 
 fn run(options: &Options) -> Result<()> {
     open(&options.file, false, false)?;
-    Crowd::gather(options.writers + 1)?.run()
+    Writers::spawn(options.writers + 1)?.run()
 }
 
 fn write(options: &Options, writer: u64) -> Result<()> {
     let file = open(&options.file, false, false)?;
     let mut buffer = Buffer::new(usize::try_from(options.piece)?)?;
-    let mut dice = Dice::new(writer + 1);
+    let mut rng = Rng::new(writer + 1);
     wait_for_start()?;
     // The disturber ends some time before the writers.
     let end = Instant::now() + Duration::from_millis(options.time);
     while Instant::now() < end {
-        let offset = options.place(writer, dice.below(options.pieces));
+        let offset = options.place(writer, rng.below(options.pieces));
         fill(&mut buffer, writer, offset);
         file.write_all_at(&buffer, offset)?;
     }
@@ -96,15 +96,15 @@ fn write(options: &Options, writer: u64) -> Result<()> {
 
 fn disturb(options: &Options) -> Result<()> {
     let file = open(&options.file, false, false)?;
-    let mut dice = Dice::new(77);
+    let mut rng = Rng::new(77);
     let size = options.size();
     wait_for_start()?;
     let end = Instant::now() + Duration::from_millis(options.time * 2 / 3);
     while Instant::now() < end {
-        let (from, len) = (dice.below(size), 1 + dice.below(size / 4));
-        match dice.below(6) {
-            0 => file.set_len(dice.below(size)).context("truncating failed")?,
-            1 => file.set_len(size + dice.below(size)).context("growing failed")?,
+        let (from, len) = (rng.below(size), 1 + rng.below(size / 4));
+        match rng.below(6) {
+            0 => file.set_len(rng.below(size)).context("truncating failed")?,
+            1 => file.set_len(size + rng.below(size)).context("growing failed")?,
             2 => fallocate(&file, FallocateFlags::empty(), from, len).context("allocating failed")?,
             3 => fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, from, len)
                 .context("punching a hole failed")?,

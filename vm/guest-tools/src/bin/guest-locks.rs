@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
-use lanefsd_guest_tools::{Crowd, open, wait_for_start};
+use lanefsd_guest_tools::{Writers, open, wait_for_start};
 
 #[derive(Parser)]
 #[command(about)]
@@ -57,7 +57,7 @@ fn main() -> Result<()> {
         (Action::Hold, _) => hold(&options.file),
         (Action::Free, _) => check(&options.file, true),
         (Action::Held, _) => check(&options.file, false),
-        (Action::Count, None) => Crowd::gather(options.writers)?.run(),
+        (Action::Count, None) => Writers::spawn(options.writers)?.run(),
         (Action::Count, Some(_)) => count(&options),
     }
 }

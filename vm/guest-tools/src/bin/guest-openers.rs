@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use lanefsd_guest_tools::{Buffer, Crowd, Dice, fill, pattern, wait_for_start};
+use lanefsd_guest_tools::{Buffer, Rng, Writers, fill, pattern, wait_for_start};
 
 #[derive(Parser)]
 #[command(about)]
@@ -36,27 +36,27 @@ const BLOCK: u64 = 4096;
 fn main() -> Result<()> {
     let options = Options::parse();
     match options.one {
-        None => Crowd::gather(options.openers)?.run(),
+        None => Writers::spawn(options.openers)?.run(),
         Some(opener) => open_and_close(&options, opener),
     }
 }
 
 fn open_and_close(options: &Options, opener: u64) -> Result<()> {
     let mut buffer = Buffer::new(usize::try_from(BLOCK)?)?;
-    let mut dice = Dice::new(opener + 1);
+    let mut rng = Rng::new(opener + 1);
     wait_for_start()?;
     let end = Instant::now() + Duration::from_millis(options.time);
     while Instant::now() < end {
-        let path = options.directory.join(dice.below(options.files).to_string());
-        if dice.below(8) == 0 {
+        let path = options.directory.join(rng.below(options.files).to_string());
+        if rng.below(8) == 0 {
             ignore(std::fs::remove_file(&path), ErrorKind::NotFound).context("unlinking failed")?;
             continue;
         }
         let how = File::options()
             .read(true)
             .write(true)
-            .create(dice.below(2) == 0)
-            .custom_flags(if dice.below(2) == 0 { libc::O_DIRECT } else { 0 })
+            .create(rng.below(2) == 0)
+            .custom_flags(if rng.below(2) == 0 { libc::O_DIRECT } else { 0 })
             .open(&path);
         if let Some(file) = ignore(how, ErrorKind::NotFound).context("opening failed")? {
             use_block(&file, &mut buffer, opener)?;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
-use lanefsd_guest_tools::{Buffer, Crowd, open, wait_for_start};
+use lanefsd_guest_tools::{Buffer, Writers, open, wait_for_start};
 
 #[derive(Parser)]
 #[command(about)]
@@ -69,7 +69,7 @@ fn main() -> Result<()> {
             if file.metadata()?.len() == 0 {
                 file.set_len(options.unit * options.units)?;
             }
-            Crowd::gather(options.writers + options.readers)?.run()?;
+            Writers::spawn(options.writers + options.readers)?.run()?;
             verify(&options)
         }
         (Action::Run, Some(process)) if process < options.writers => write(&options, process),

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
-use lanefsd_guest_tools::{Buffer, Crowd, fill, limit_file_size, open, pattern, wait_for_start};
+use lanefsd_guest_tools::{Buffer, Writers, fill, limit_file_size, open, pattern, wait_for_start};
 
 #[derive(Parser)]
 #[command(about)]
@@ -89,9 +89,9 @@ fn write_all(options: &Options) -> Result<()> {
             File::create(folder.join(writer.to_string()))?;
         }
     }
-    let crowd = Crowd::gather(options.writers + options.watchers)?;
+    let writers = Writers::spawn(options.writers + options.watchers)?;
     let start = Instant::now();
-    crowd.run()?;
+    writers.run()?;
     println!("bytes {} seconds {:.6}", options.size, start.elapsed().as_secs_f64());
     Ok(())
 }

@@ -1,0 +1,317 @@
+//! A file system on the host that injects errors and delays: what a broken disk or a distant server
+//! is to the daemon. A FUSE file system with one file in memory, served by the test itself, or by the program
+//! of this package for a disk image that takes its time.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    clippy::cast_lossless,
+    reason = "for tests: a panic fails the test, and no guest chooses the numbers"
+)]
+#![forbid(unsafe_code)]
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    BackgroundSession, FileAttr, FileType, Filesystem, KernelConfig, MountOption, ReplyAttr, ReplyData,
+    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow,
+};
+use rustix::mount::{UnmountFlags, unmount};
+
+/// The name of the one file.
+pub const FILE: &str = "file";
+/// Default file size in bytes.
+pub const LENGTH: usize = 1 << 20;
+/// Its inode number; the root's is 1.
+const FILE_INODE: u64 = 2;
+/// `FOPEN_DIRECT_IO`: every read(2) and write(2) comes here.
+const DIRECT_IO: u32 = 1;
+/// `FUSE_ASYNC_DIO`: who writes asynchronously does not wait for each part.
+const ASYNC_DIO: u32 = 1 << 15;
+/// How many asynchronous requests the kernel has under way at once.
+const MAX_BACKGROUND: u16 = 256;
+/// Attributes and names are not cached.
+const NO_TIME: Duration = Duration::ZERO;
+
+/// The operations that can be made to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// Looking a name up.
+    Lookup,
+    /// Asking for attributes.
+    Getattr,
+    /// Opening the file.
+    Open,
+    /// Reading from it.
+    Read,
+    /// Writing to it.
+    Write,
+    /// fsync(2) and fdatasync(2).
+    Fsync,
+    /// close(2) of any of its descriptors.
+    Flush,
+}
+
+const CALLS: usize = 7;
+
+#[derive(Debug, Default)]
+struct Controls {
+    errors: [AtomicI32; CALLS],
+    calls: [AtomicU64; CALLS],
+    /// Most bytes of a read; 0 for any number.
+    longest_read: AtomicU64,
+    delay_in_ms: AtomicU64,
+    delay_of_names_in_ms: AtomicU64,
+}
+
+impl Controls {
+    fn check(&self, call: Call) -> Result<(), i32> {
+        self.calls[call as usize].fetch_add(1, Ordering::SeqCst);
+        match self.errors[call as usize].load(Ordering::SeqCst) {
+            0 => Ok(()),
+            errno => Err(errno),
+        }
+    }
+}
+
+/// A mounted store. It is unmounted when it is dropped.
+#[derive(Debug)]
+pub struct FaultFs {
+    path: PathBuf,
+    controls: Arc<Controls>,
+    session: Option<BackgroundSession>,
+}
+
+impl FaultFs {
+    /// Mounts it on a directory; takes root.
+    pub fn mount(path: &Path) -> std::io::Result<FaultFs> {
+        FaultFs::with_length(path, LENGTH)
+    }
+
+    /// The same with another length of the file, in bytes.
+    pub fn with_length(path: &Path, length: usize) -> std::io::Result<FaultFs> {
+        let controls = Arc::new(Controls::default());
+        let contents = Arc::new(Mutex::new(vec![0; length]));
+        let store = Store { controls: Arc::clone(&controls), contents, length };
+        let options = [MountOption::FSName("faultfs".into()), MountOption::DefaultPermissions];
+        let session = fuser::spawn_mount2(store, path, &options)?;
+        Ok(FaultFs { path: path.to_path_buf(), controls, session: Some(session) })
+    }
+
+    /// Lets a call fail with an errno from now on, or work again with 0.
+    pub fn fail(&self, call: Call, errno: i32) {
+        self.controls.errors[call as usize].store(errno, Ordering::SeqCst);
+    }
+
+    /// How often the host's kernel has asked for this so far.
+    pub fn calls(&self, call: Call) -> u64 {
+        self.controls.calls[call as usize].load(Ordering::SeqCst)
+    }
+
+    /// Lets a read give no more than so many bytes from now on, though there are more.
+    pub fn shorten_reads(&self, longest: u64) {
+        self.controls.longest_read.store(longest, Ordering::SeqCst);
+    }
+
+    /// Lets reads, writes and fsyncs take so long from now on.
+    pub fn delay(&self, delay: Duration) {
+        self.controls.delay_in_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
+    }
+
+    /// Lets lookups and opens take so long from now on.
+    pub fn delay_names(&self, delay: Duration) {
+        self.controls.delay_of_names_in_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
+    }
+
+    /// The store is gone for good: whatever is asked of it, now or later, fails.
+    pub fn break_down(&self) {
+        // It aborts the connection even if it cannot unmount what is in use.
+        let _ = unmount(&self.path, UnmountFlags::FORCE);
+    }
+}
+
+impl Drop for FaultFs {
+    fn drop(&mut self) {
+        self.break_down();
+        // It fails if nothing was in use, and the mount is gone already.
+        let _ = unmount(&self.path, UnmountFlags::DETACH);
+        drop(self.session.take());
+    }
+}
+
+struct Store {
+    controls: Arc<Controls>,
+    contents: Arc<Mutex<Vec<u8>>>,
+    length: usize,
+}
+
+impl Store {
+    /// Answers a call after the delay, from a thread of its own: others are not held up.
+    fn later(&self, call: Call, answer: impl FnOnce(Result<(), i32>) + Send + 'static) {
+        let controls = Arc::clone(&self.controls);
+        let delay = match call {
+            Call::Lookup | Call::Open => &controls.delay_of_names_in_ms,
+            _ => &controls.delay_in_ms,
+        };
+        match delay.load(Ordering::SeqCst) {
+            0 => answer(controls.check(call)),
+            delay => drop(std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(delay));
+                answer(controls.check(call));
+            })),
+        }
+    }
+
+    fn attributes(&self, inode: u64) -> FileAttr {
+        let time = SystemTime::UNIX_EPOCH;
+        let is_file = inode == FILE_INODE;
+        FileAttr {
+            ino: inode,
+            size: if is_file { self.length as u64 } else { 0 },
+            blocks: 0,
+            atime: time,
+            mtime: time,
+            ctime: time,
+            crtime: time,
+            kind: if is_file { FileType::RegularFile } else { FileType::Directory },
+            perm: if is_file { 0o644 } else { 0o755 },
+            nlink: if is_file { 1 } else { 2 },
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        }
+    }
+}
+
+/// The bytes of a request that lie in a file of this length.
+fn range(length: usize, offset: i64, len: usize) -> std::ops::Range<usize> {
+    let begin = usize::try_from(offset).unwrap_or(0).min(length);
+    begin..begin.saturating_add(len).min(length)
+}
+
+impl Filesystem for Store {
+    fn init(&mut self, _: &Request<'_>, config: &mut KernelConfig) -> Result<(), i32> {
+        config.add_capabilities(ASYNC_DIO).map_err(|_| libc::EPROTO)?;
+        config.set_max_background(MAX_BACKGROUND).map_err(|_| libc::EPROTO)?;
+        Ok(())
+    }
+
+    fn lookup(&mut self, _: &Request<'_>, _parent: u64, name: &OsStr, reply: ReplyEntry) {
+        let (known, attributes) = (name == FILE, self.attributes(FILE_INODE));
+        self.later(Call::Lookup, move |result| match result {
+            Ok(()) if known => reply.entry(&NO_TIME, &attributes, 0),
+            Ok(()) => reply.error(libc::ENOENT),
+            Err(errno) => reply.error(errno),
+        });
+    }
+
+    fn getattr(&mut self, _: &Request<'_>, inode: u64, _handle: Option<u64>, reply: ReplyAttr) {
+        match self.controls.check(Call::Getattr) {
+            Ok(()) => reply.attr(&NO_TIME, &self.attributes(inode)),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn setattr(
+        &mut self,
+        _: &Request<'_>,
+        inode: u64,
+        _mode: Option<u32>,
+        _uid: Option<u32>,
+        _gid: Option<u32>,
+        _size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _handle: Option<u64>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<u32>,
+        reply: ReplyAttr,
+    ) {
+        reply.attr(&NO_TIME, &self.attributes(inode));
+    }
+
+    fn open(&mut self, _: &Request<'_>, _inode: u64, _flags: i32, reply: ReplyOpen) {
+        self.later(Call::Open, move |result| match result {
+            Ok(()) => reply.opened(0, DIRECT_IO),
+            Err(errno) => reply.error(errno),
+        });
+    }
+
+    fn read(
+        &mut self,
+        _: &Request<'_>,
+        _inode: u64,
+        _handle: u64,
+        offset: i64,
+        size: u32,
+        _flags: i32,
+        _owner: Option<u64>,
+        reply: ReplyData,
+    ) {
+        let contents = Arc::clone(&self.contents);
+        let size = match self.controls.longest_read.load(Ordering::SeqCst) {
+            0 => size,
+            longest => size.min(longest as u32),
+        };
+        self.later(Call::Read, move |result| match result {
+            Ok(()) => {
+                let contents = contents.lock().unwrap_or_else(PoisonError::into_inner);
+                reply.data(&contents[range(contents.len(), offset, size as usize)]);
+            }
+            Err(errno) => reply.error(errno),
+        });
+    }
+
+    fn write(
+        &mut self,
+        _: &Request<'_>,
+        _inode: u64,
+        _handle: u64,
+        offset: i64,
+        data: &[u8],
+        _write_flags: u32,
+        _flags: i32,
+        _owner: Option<u64>,
+        reply: ReplyWrite,
+    ) {
+        let (contents, data) = (Arc::clone(&self.contents), data.to_vec());
+        self.later(Call::Write, move |result| match result {
+            Ok(()) => {
+                let mut contents = contents.lock().unwrap_or_else(PoisonError::into_inner);
+                let range = range(contents.len(), offset, data.len());
+                let written = range.len();
+                contents[range].copy_from_slice(&data[..written]);
+                reply.written(written as u32);
+            }
+            Err(errno) => reply.error(errno),
+        });
+    }
+
+    fn fsync(&mut self, _: &Request<'_>, _inode: u64, _handle: u64, _data_only: bool, reply: ReplyEmpty) {
+        self.later(Call::Fsync, move |result| answer(result, reply));
+    }
+
+    fn flush(&mut self, _: &Request<'_>, _inode: u64, _handle: u64, _owner: u64, reply: ReplyEmpty) {
+        answer(self.controls.check(Call::Flush), reply);
+    }
+}
+
+fn answer(result: Result<(), i32>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(errno) => reply.error(errno),
+    }
+}

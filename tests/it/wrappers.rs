@@ -1,0 +1,308 @@
+//! The read-only wrapper and the null store, around a real directory.
+
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
+
+use fuse_protocol::extensions::Labels;
+use fuse_protocol::flags::{InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags, WriteFlags};
+use fuse_protocol::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
+use fuse_protocol::name::{LookupName, Name};
+use fuse_protocol::reply::{DirectoryWriter, Entry};
+use fuse_protocol::request::{Create, Read, Rename, Setattr, Tmpfile, Write};
+use lanefsd::config::{CachePolicy, FsConfig};
+use lanefsd::fs::null::NullStore;
+use lanefsd::fs::passthrough::PassthroughFs;
+use lanefsd::fs::read_only::ReadOnly;
+use lanefsd::fs::{Context, FileSystem, Opened};
+use lanefsd::sys::guest_buffers::{GuestReader, GuestWriter};
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::io::Errno;
+use tempfile::TempDir;
+
+const READ: u32 = libc::O_RDONLY.cast_unsigned();
+const WRITE: u32 = libc::O_RDWR.cast_unsigned();
+const TRUNCATE: u32 = libc::O_TRUNC.cast_unsigned();
+const APPEND: u32 = libc::O_APPEND.cast_unsigned();
+const EXCLUSIVE: u32 = libc::O_EXCL.cast_unsigned();
+
+fn share() -> (TempDir, PassthroughFs) {
+    let directory = tempfile::tempdir().unwrap();
+    let open = |path: &std::path::Path| -> OwnedFd {
+        openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap()
+    };
+    let config = FsConfig {
+        cache: CachePolicy::Never,
+        writeback: true,
+        xattr: true,
+        announce_submounts: false,
+        ..FsConfig::default()
+    };
+    let proc_self_fd = open("/proc/self/fd".as_ref());
+    let fs = PassthroughFs::new(open(directory.path()), proc_self_fd, config).unwrap();
+    (directory, fs)
+}
+
+fn context() -> Context<'static> {
+    let uid = GuestUid(rustix::process::geteuid().as_raw());
+    let gid = GuestGid(rustix::process::getegid().as_raw());
+    Context { unique: Unique(1), uid, gid, pid: 1, supplementary_group: None, labels: Labels::default() }
+}
+
+fn name(name: &CStr) -> Name<'_> {
+    Name::new(name).unwrap()
+}
+
+fn create(new: &CStr, flags: u32) -> Create<'_> {
+    Create { name: name(new), flags, mode: 0o100_644, umask: 0, open_flags: OpenRequestFlags::empty() }
+}
+
+fn look_up(fs: &impl FileSystem, entry: &CStr) -> Result<Entry, Errno> {
+    fs.lookup(&context(), NodeId::ROOT, LookupName::Entry(name(entry)))
+}
+
+fn set_size(size: u64) -> Setattr {
+    Setattr {
+        handle: None,
+        mode: None,
+        uid: None,
+        gid: None,
+        size: Some(size),
+        atime: None,
+        mtime: None,
+        kill_suidgid: false,
+    }
+}
+
+/// Writes `size` bytes of 0xff.
+fn write(fs: &impl FileSystem, node: NodeId, handle: HandleId, offset: u64, size: u32, flags: u32) -> usize {
+    let mut bytes = vec![0xff_u8; size as usize];
+    let mut iov = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+    // SAFETY: `bytes` outlives the reader and is not looked at before that is gone.
+    let mut data = unsafe { GuestReader::new(&mut iov) };
+    let write = Write { handle, offset, size, write_flags: WriteFlags::empty(), flags };
+    fs.write(&context(), node, &write, &mut data).unwrap()
+}
+
+fn read(fs: &impl FileSystem, node: NodeId, handle: HandleId, offset: u64, size: u32) -> Vec<u8> {
+    let mut bytes = vec![0xee_u8; size as usize];
+    let mut iov = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+    // SAFETY: `bytes` outlives the writer and is not looked at before that is gone.
+    let mut data = unsafe { GuestWriter::new(&mut iov) };
+    let count = fs.read(&context(), node, &Read { handle, offset, size, flags: 0 }, &mut data).unwrap();
+    bytes.truncate(count);
+    bytes
+}
+
+fn size(fs: &impl FileSystem, node: NodeId) -> u64 {
+    fs.getattr(&context(), node, None).unwrap().attr.size
+}
+
+fn new_file(fs: &impl FileSystem, new: &CStr) -> (NodeId, HandleId) {
+    let (entry, opened) = fs.create(&context(), NodeId::ROOT, &create(new, WRITE)).unwrap();
+    (entry.node, opened.handle)
+}
+
+fn close(fs: &impl FileSystem, node: NodeId, handle: HandleId) {
+    fs.release(&context(), node, handle, ReleaseFlags::empty(), LockOwner(0)).unwrap();
+}
+
+#[test]
+fn the_null_store_keeps_sizes_and_drops_data() {
+    let (directory, fs) = share();
+    let fs = NullStore::new(fs, Duration::ZERO);
+    let (node, handle) = new_file(&fs, c"a");
+    assert_eq!(write(&fs, node, handle, 1000, 500, WRITE), 500);
+    assert_eq!(write(&fs, node, handle, 0, 500, WRITE), 500);
+    assert_eq!(size(&fs, node), 1500);
+    assert_eq!(look_up(&fs, c"a").unwrap().attributes.attr.size, 1500);
+    assert_eq!(std::fs::read(directory.path().join("a")).unwrap(), vec![0; 1500]);
+    // The offset of an append means nothing.
+    write(&fs, node, handle, 7, 100, WRITE | APPEND);
+    assert_eq!(size(&fs, node), 1600);
+    assert_eq!(read(&fs, node, handle, 1550, 100), vec![0; 50]);
+    assert_eq!(read(&fs, node, handle, 1600, 100), Vec::<u8>::new());
+    fs.setattr(&context(), node, &set_size(10)).unwrap();
+    assert_eq!(read(&fs, node, handle, 0, 100), vec![0; 10]);
+    write(&fs, node, handle, 5, 10, WRITE);
+    assert_eq!(size(&fs, node), 15);
+    // Another opener truncates.
+    let second = fs.open(&context(), node, WRITE | TRUNCATE, OpenRequestFlags::empty()).unwrap();
+    assert_eq!(read(&fs, node, handle, 0, 100), Vec::<u8>::new());
+    fs.fallocate(&context(), node, handle, 0, 0, 4096).unwrap();
+    assert_eq!(read(&fs, node, second.handle, 0, 100).len(), 100);
+    close(&fs, node, handle);
+    close(&fs, node, second.handle);
+    assert_eq!(size(&fs, node), 4096);
+}
+
+#[test]
+fn the_null_store_writes_only_through_handles_opened_for_it() {
+    let (_directory, fs) = share();
+    let fs = NullStore::new(fs, Duration::ZERO);
+    let (node, handle) = new_file(&fs, c"a");
+    let Opened { handle: reader, .. } = fs.open(&context(), node, READ, OpenRequestFlags::empty()).unwrap();
+    close(&fs, node, handle);
+    for (node, handle) in [(node, reader), (node, handle), (NodeId::ROOT, reader)] {
+        let write = Write { handle, offset: 0, size: 0, write_flags: WriteFlags::empty(), flags: 0 };
+        // SAFETY: there are no segments.
+        let mut data = unsafe { GuestReader::new(&mut []) };
+        assert_eq!(fs.write(&context(), node, &write, &mut data), Err(Errno::BADF));
+    }
+}
+
+#[test]
+fn writes_that_grow_a_file_at_once_never_shrink_it() {
+    let (_directory, fs) = share();
+    let fs = NullStore::new(fs, Duration::ZERO);
+    let (node, handle) = new_file(&fs, c"a");
+    std::thread::scope(|scope| {
+        for thread in 0..4_u64 {
+            let fs = &fs;
+            scope.spawn(move || {
+                for i in 0..500 {
+                    let end = (i * 4 + thread + 1) * 10;
+                    write(fs, node, handle, end - 10, 10, WRITE);
+                    assert!(size(fs, node) >= end);
+                }
+            });
+        }
+    });
+    assert_eq!(size(&fs, node), 500 * 4 * 10);
+}
+
+#[test]
+fn waits_of_the_null_store_overlap() {
+    const LATENCY: Duration = Duration::from_millis(100);
+    let (_directory, fs) = share();
+    let fs = NullStore::new(fs, LATENCY);
+    let (node, handle) = new_file(&fs, c"a");
+    let barrier = Barrier::new(8);
+    let begin = Instant::now();
+    std::thread::scope(|scope| {
+        for thread in 0..8_u64 {
+            let (fs, barrier) = (&fs, &barrier);
+            scope.spawn(move || {
+                barrier.wait();
+                write(fs, node, handle, thread * 10, 10, WRITE);
+            });
+        }
+    });
+    let took = begin.elapsed();
+    assert!(took >= LATENCY && took < LATENCY * 4, "{took:?}");
+}
+
+#[test]
+fn a_read_only_share_answers_as_a_read_only_mount() {
+    let (directory, fs) = share();
+    std::fs::write(directory.path().join("old"), "text").unwrap();
+    std::os::unix::fs::symlink("old", directory.path().join("link")).unwrap();
+    let fs = ReadOnly::new(fs);
+    let ctx = context();
+    let node = look_up(&fs, c"old").unwrap().node;
+    let none = OpenRequestFlags::empty();
+    for flags in [WRITE, libc::O_WRONLY.cast_unsigned(), READ | TRUNCATE] {
+        assert_eq!(fs.open(&ctx, node, flags, none).unwrap_err(), Errno::ROFS);
+    }
+    let opened = fs.open(&ctx, node, READ, none).unwrap();
+    assert!(opened.flags.contains(OpenReplyFlags::DIRECT_IO));
+    assert_eq!(read(&fs, node, opened.handle, 0, 100), b"text");
+
+    let root = NodeId::ROOT;
+    for (new, errno) in [(c"old", Errno::EXIST), (c"new", Errno::ROFS)] {
+        assert_eq!(fs.mkdir(&ctx, root, name(new), 0o755, 0).unwrap_err(), errno);
+        assert_eq!(fs.mknod(&ctx, root, name(new), 0o100_644, 0, 0).unwrap_err(), errno);
+        assert_eq!(fs.symlink(&ctx, root, name(new), c"x").unwrap_err(), errno);
+        assert_eq!(fs.link(&ctx, node, root, name(new)).unwrap_err(), errno);
+        assert_eq!(fs.create(&ctx, root, &create(new, READ | EXCLUSIVE)).unwrap_err(), errno);
+        assert_eq!(fs.create(&ctx, root, &create(new, WRITE)).unwrap_err(), Errno::ROFS);
+    }
+    assert_eq!(fs.create(&ctx, root, &create(c"new", READ)).unwrap_err(), Errno::ROFS);
+    let (entry, opened) = fs.create(&ctx, root, &create(c"old", READ)).unwrap();
+    assert_eq!((entry.node, read(&fs, node, opened.handle, 0, 4).len()), (node, 4));
+
+    let tmpfile = Tmpfile { flags: WRITE, mode: 0o100_644, umask: 0, open_flags: none };
+    assert_eq!(fs.tmpfile(&ctx, root, &tmpfile).unwrap_err(), Errno::ROFS);
+    assert_eq!(fs.unlink(&ctx, root, name(c"old")), Err(Errno::ROFS));
+    assert_eq!(fs.rmdir(&ctx, root, name(c"old")), Err(Errno::ROFS));
+    let rename = Rename { name: name(c"old"), new_parent: root, new_name: name(c"new"), flags: 0 };
+    assert_eq!(fs.rename(&ctx, root, &rename), Err(Errno::ROFS));
+    assert_eq!(fs.setattr(&ctx, node, &set_size(0)).unwrap_err(), Errno::ROFS);
+    assert_eq!(fs.setxattr(&ctx, node, c"user.a", b"b", 0, false), Err(Errno::ROFS));
+    assert_eq!(fs.removexattr(&ctx, node, c"user.a"), Err(Errno::ROFS));
+    assert_eq!(fs.fallocate(&ctx, node, opened.handle, 0, 0, 10), Err(Errno::ROFS));
+    let link = look_up(&fs, c"link").unwrap().node;
+    for inode in [root, node, link] {
+        assert_eq!(fs.access(&ctx, inode, 2), Err(Errno::ROFS));
+    }
+    assert_eq!(fs.access(&ctx, node, 4), Ok(()));
+    assert!(!fs.offered_flags().contains(InitFlags::WRITEBACK_CACHE));
+    assert_eq!(std::fs::read(directory.path().join("old")).unwrap(), b"text");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2);
+}
+
+/// A file system that lets everything happen, also what no wrapper knows of yet.
+#[derive(Debug)]
+struct Willing;
+
+impl FileSystem for Willing {
+    fn access(&self, _: &Context, _: NodeId, _: u32) -> Result<(), Errno> {
+        Ok(())
+    }
+}
+
+#[test]
+fn the_read_only_wrapper_passes_on_nothing_that_it_does_not_list() {
+    // What has no method of its own in a wrapper is served by the file system below it.
+    assert!(NullStore::new(Willing, Duration::ZERO).below().is_ok());
+    assert_eq!(ReadOnly::new(Willing).below().map(drop), Err(Errno::NOSYS));
+    assert_eq!(ReadOnly::new(Willing).access(&context(), NodeId::ROOT, 4), Ok(()));
+}
+
+#[test]
+fn a_read_only_share_keeps_its_access_times() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let old = rustix::fs::Timestamps {
+        last_access: rustix::fs::Timespec { tv_sec: 1000, tv_nsec: 0 },
+        last_modification: rustix::fs::Timespec { tv_sec: 2000, tv_nsec: 0 },
+    };
+    let names = ["file", "dir"].map(|name| directory.path().join(name));
+    std::fs::write(&names[0], "text").unwrap();
+    std::fs::create_dir(&names[1]).unwrap();
+    for readonly in [true, false] {
+        for name in &names {
+            rustix::fs::utimensat(CWD, name, &old, rustix::fs::AtFlags::empty()).unwrap();
+        }
+        let open = |path: &std::path::Path| -> OwnedFd {
+            openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap()
+        };
+        let config = FsConfig { readonly, ..FsConfig::default() };
+        let fs = PassthroughFs::new(open(directory.path()), open("/proc/self/fd".as_ref()), config).unwrap();
+        let fs = ReadOnly::new(fs);
+        let node = look_up(&fs, c"file").unwrap().node;
+        let opened = fs.open(&context(), node, READ, OpenRequestFlags::empty()).unwrap();
+        assert_eq!(read(&fs, node, opened.handle, 0, 4), b"text");
+        let dir = look_up(&fs, c"dir").unwrap().node;
+        let listing = fs.opendir(&context(), dir, 0).unwrap().handle;
+        let mut buffer = Vec::new();
+        fs.readdir(&context(), dir, listing, 0, &mut DirectoryWriter::new(&mut buffer, 4096, false)).unwrap();
+        for name in &names {
+            let read_at = std::os::unix::fs::MetadataExt::atime(&std::fs::metadata(name).unwrap());
+            assert_eq!(read_at == 1000, readonly, "{name:?} was read at {read_at}");
+        }
+    }
+}
+
+/// What the wrapper does not name it refuses, or leaves out where nothing is answered: that has to be a decision.
+#[test]
+fn the_read_only_wrapper_names_every_method() {
+    let methods = |source: &'static str| {
+        source.lines().filter_map(|line| line.trim_start().strip_prefix("fn ")?.split(['(', '<']).next())
+    };
+    let (_, file_system) = include_str!("../../src/fs/mod.rs").split_once("pub trait FileSystem").unwrap();
+    let named: Vec<&str> = methods(include_str!("../../src/fs/read_only.rs")).collect();
+    let missing: Vec<&str> =
+        methods(file_system).filter(|name| *name != "below" && !named.contains(name)).collect();
+    assert!(methods(file_system).count() > 40 && missing.is_empty(), "{missing:?}");
+}
