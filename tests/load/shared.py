@@ -11,44 +11,38 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+# The helpers for the host exist once.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "vm"))
+from harness.host import Word, build_workspace, log, run
+from harness.paths import REPO as ROOT
+from harness.paths import TARGET
+
+__all__ = ["ROOT", "TARGET", "Facts", "Report", "Shares", "Word", "begin", "build", "log", "machine", "measure", "run"]
+
 IMAGE_BYTES = 512 << 20
 
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
-
-
-def run(*command, **options):
-    return subprocess.run([str(part) for part in command], check=True, **options)
+# What the load generator prints.
+Report = dict[str, Any]
+# Where and of what figures were taken.
+Facts = dict[str, Any]
 
 
-def need(paths_to_packages):
-    missing = [package for path, package in paths_to_packages.items() if not os.path.exists(path)]
-    if missing:
-        say(f"installing {' '.join(missing)}")
-        run("apt-get", "update", "-q", stdout=subprocess.DEVNULL)
-        environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
-        run("apt-get", "install", "-y", "-q", "--no-install-recommends", *missing,
-            env=environment, stdout=subprocess.DEVNULL)
-
-
-def build():
+def build() -> pathlib.Path:
     """Builds the daemon and the load generator; returns their folder."""
-    say("building lanefsd and the load generator")
-    run("cargo", "build", "--release", "--locked", "--workspace", "--exclude", "lanefsd-guest-tools",
-        cwd=ROOT, env=dict(os.environ, CARGO_TARGET_DIR=str(TARGET)))
+    log.info("building lanefsd and the load generator")
+    build_workspace()
     return TARGET / "release"
 
 
 class Shares:
     """A tmpfs, and images in it with file systems of these `kinds`; all gone after `close`."""
 
-    def __init__(self, kinds=()):
+    def __init__(self, kinds: Iterable[str] = ()) -> None:
         self.base = pathlib.Path(tempfile.mkdtemp(prefix="lanefsd-load-"))
-        self.mounted = []
+        self.mounted: list[Word] = []
         atexit.register(self.close)
         self.mount("-t", "tmpfs", "-o", "size=3g", "tmpfs", self.base)
         self.of = {"tmpfs": self.base / "tmpfs"}
@@ -58,24 +52,24 @@ class Shares:
             image, share = self.base / f"{kind}.img", self.base / kind
             with open(image, "wb") as file:
                 file.truncate(IMAGE_BYTES)
-            run(*make, image)
+            run([*make, image])
             share.mkdir()
             self.mount("-o", "loop", image, share)
             self.of[kind] = share
 
-    def mount(self, *arguments):
-        run("mount", *arguments)
+    def mount(self, *arguments: Word) -> None:
+        run(["mount", *arguments])
         self.mounted.append(arguments[-1])
 
-    def close(self):
+    def close(self) -> None:
         while self.mounted:
             where = self.mounted.pop()
-            if subprocess.run(["umount", where]).returncode != 0:
-                subprocess.run(["umount", "--lazy", where])
+            if subprocess.run(["umount", str(where)]).returncode != 0:
+                subprocess.run(["umount", "--lazy", str(where)])
         shutil.rmtree(self.base, ignore_errors=True)
 
 
-def busy():
+def busy() -> tuple[float, float]:
     """CPU time of the whole machine and of our children, in seconds."""
     with open("/proc/stat") as file:
         fields = [int(field) for field in file.readline().split()[1:]]
@@ -85,9 +79,9 @@ def busy():
     return total, times.children_user + times.children_system
 
 
-def wait_for_quiet(patience):
-    """Waits until others leave most of the machine alone, at most `patience` seconds."""
-    deadline = time.monotonic() + patience
+def wait_for_quiet(quiet_timeout: float) -> None:
+    """Waits until others leave most of the machine alone, at most `quiet_timeout` seconds."""
+    deadline = time.monotonic() + quiet_timeout
     while time.monotonic() < deadline:
         before = busy()[0]
         time.sleep(0.25)
@@ -95,14 +89,14 @@ def wait_for_quiet(patience):
             return
 
 
-def measure(name, command, patience):
+def measure(name: str, command: Sequence[Word], quiet_timeout: float) -> Report | None:
     """One run of the load generator; None if it failed. Adds how many CPUs were busy with other things."""
-    wait_for_quiet(patience)
+    wait_for_quiet(quiet_timeout)
     (total, own), begin = busy(), time.monotonic()
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     (total_after, own_after), wall = busy(), time.monotonic() - begin
     if done.returncode != 0:
-        say(f"  {name}: {done.stderr.strip()}")
+        log.info(f"  {name}: {done.stderr.strip()}")
         return None
     report = json.loads(done.stdout)
     # CPU time of a back end that was killed and waited for is in that of the generator.
@@ -110,16 +104,17 @@ def measure(name, command, patience):
     return report
 
 
-def text_of(*command):
+def text_of(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     return done.stdout.strip()
 
 
-def machine():
+def machine() -> Facts:
     """Where and of what the figures were taken."""
-    model = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": text_of("git", "rev-parse", "--short=12", "HEAD"),
         "changes": bool(text_of("git", "status", "--porcelain", "--untracked-files=no")),
         "kernel": os.uname().release,
@@ -128,7 +123,7 @@ def machine():
     }
 
 
-def begin(program):
+def begin(program: str) -> None:
     """What a program does first that mounts shares."""
     if os.geteuid() != 0:
         sys.exit(f"{program}: it has to run as root, for the mounts of the shares")

@@ -1,7 +1,33 @@
 """From single runs to medians, ratios and a page in Markdown."""
 
 import json
+from collections.abc import Mapping
 from statistics import median
+from typing import Any, TypedDict
+
+from shared import Facts, Report
+
+
+class Row(TypedDict):
+    """A row: where it runs, the words for the load generator, and what it should reach."""
+
+    name: str
+    title: str
+    share: str
+    work: str
+    # Runs per round, for rows whose single runs differ a lot.
+    repeat: int
+    targets: Mapping[str, float]
+
+
+# Row name to column to its runs.
+Reports = dict[str, dict[str, list[Report]]]
+# Medians of the runs of a column; None for what it does not measure.
+Column = dict[str, Any]
+# What is compared, the ratio, the target, and whether a higher ratio is better.
+Check = dict[str, Any]
+# A row's title, columns and checks.
+Entry = dict[str, Any]
 
 INTRODUCTION = """\
 # The engine against its peer
@@ -20,16 +46,19 @@ operations per second.
 """
 
 
-def column_medians(runs):
+def column_medians(runs: list[Report]) -> Column:
     """Medians of the runs of one column."""
-    def of(*path):
+
+    def of(*path: str) -> Any:
         values = []
         for run in runs:
+            value: Any = run
             for key in path:
-                run = run[key]
-            if run is not None:
-                values.append(run)
+                value = value[key]
+            if value is not None:
+                values.append(value)
         return median(values) if values else None
+
     return {
         "rate": of("operations_per_second"),
         "p50": of("latency_us", "p50"),
@@ -49,26 +78,35 @@ def column_medians(runs):
     }
 
 
-def results(rows, reports, cpu_target):
+def results(rows: list[Row], reports: Reports, cpu_target: float) -> list[Entry]:
     """One entry per row: medians per column, and what the targets say."""
-    found = []
+    found: list[Entry] = []
     for row in rows:
         columns = {name: column_medians(runs) for name, runs in reports[row["name"]].items() if runs}
         peers = [name for name in columns if name.startswith("virtiofsd")]
         best = max(peers, key=lambda name: columns[name]["rate"], default=None)
         if "latency" in row["targets"] and "virtiofsd-0" in columns:
             best = "virtiofsd-0"
-        entry = {"name": row["name"], "title": row["title"], "options": row["work"], "columns": columns, "peer": best}
+        entry: Entry = {
+            "name": row["name"],
+            "title": row["title"],
+            "options": row["work"],
+            "columns": columns,
+            "peer": best,
+        }
         entry["checks"] = checks(row, columns, best, found, cpu_target) if "lanefsd" in columns else []
         found.append(entry)
     return found
 
 
-def checks(row, columns, best, earlier, cpu_target):
+def checks(
+    row: Row, columns: dict[str, Column], best: str | None, earlier: list[Entry], cpu_target: float
+) -> list[Check]:
     """Each: what is compared, the ratio, the target, and whether a higher ratio is better."""
-    ours, targets, found = columns["lanefsd"], row["targets"], []
+    ours, targets = columns["lanefsd"], row["targets"]
+    found: list[Check] = []
 
-    def check(what, ratio, target, higher):
+    def check(what: str, ratio: float, target: float | None, higher: bool) -> None:
         met = None if target is None else (ratio >= target if higher else ratio <= target)
         found.append({"what": what, "ratio": ratio, "target": target, "higher": higher, "met": met})
 
@@ -96,12 +134,12 @@ def checks(row, columns, best, earlier, cpu_target):
     return found
 
 
-def cpus(column):
+def cpus(column: Column) -> float:
     """CPUs that a column kept busy."""
     return column["rate"] * column["cpu"] / 1e6
 
 
-def rounded(value):
+def rounded(value: Any) -> Any:
     """Without the digits that say nothing."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items() if key not in ("work", "notes")}
@@ -110,17 +148,23 @@ def rounded(value):
     return round(value, 3) if isinstance(value, float) else value
 
 
-def data(found, facts, reports, started):
+def data(found: list[Entry], facts: Facts, reports: Reports, started: dict[str, list[float]] | None) -> str:
     """Everything as JSON, a run per line."""
-    runs = [f' "{row}": {{\n' + ",\n".join(f'  "{column}": [\n   ' + ",\n   ".join(
-        json.dumps(rounded(run)) for run in column_runs) + "]" for column, column_runs in columns.items()) + "}"
-        for row, columns in reports.items()]
+    runs = [
+        f' "{row}": {{\n'
+        + ",\n".join(
+            f'  "{column}": [\n   ' + ",\n   ".join(json.dumps(rounded(run)) for run in column_runs) + "]"
+            for column, column_runs in columns.items()
+        )
+        + "}"
+        for row, columns in reports.items()
+    ]
     head = f'"machine": {json.dumps(facts)},\n"results": {json.dumps(rounded(found), indent=1)},\n'
     head += f'"start_milliseconds": {json.dumps(rounded(started))},\n'
     return "{" + head + '"runs": {\n' + ",\n".join(runs) + "}}\n"
 
 
-def number(value, digits=1):
+def number(value: Any, digits: int = 1) -> str:
     if value is None:
         return "–"
     if abs(value) >= 1000:
@@ -128,7 +172,7 @@ def number(value, digits=1):
     return f"{value:.{digits}f}"
 
 
-def verdict(checks, what):
+def verdict(checks: list[Check], what: str) -> str:
     for check in checks:
         if check["what"] == what:
             text = f"{check['ratio']:.2f}"
@@ -140,12 +184,14 @@ def verdict(checks, what):
     return "–"
 
 
-def page(found, facts):
+def page(found: list[Entry], facts: Facts) -> str:
     """The page."""
     dirty = " with changes" if facts["changes"] else ""
     lines = [INTRODUCTION.format(dirty=dirty, **facts), "## Ratios", ""]
-    lines.append("| row | limit op/s | lanefsd op/s | peer op/s (pool) | against peer | against limit"
-                 " | p50, p99 against peer | CPU per operation against peer | and against limit |")
+    lines.append(
+        "| row | limit op/s | lanefsd op/s | peer op/s (pool) | against peer | against limit"
+        " | p50, p99 against peer | CPU per operation against peer | and against limit |"
+    )
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for entry in found:
         columns, checks = entry["columns"], entry["checks"]
@@ -159,35 +205,57 @@ def page(found, facts):
         if verdict(checks, "root CPU") != "–":
             cpu += "; against root's requests: " + verdict(checks, "root CPU")
         latency = ", ".join(text for text in (verdict(checks, "p50"), verdict(checks, "p99")) if text != "–")
-        lines.append(f"| {entry['title']} | {rate.get('limit', '–')} | {rate.get('lanefsd', '–')} | {peer}"
-                     f" | {against_peer} | {verdict(checks, 'limit')} | {latency or '–'}"
-                     f" | {cpu} | {verdict(checks, 'limit CPU')} |")
+        lines.append(
+            f"| {entry['title']} | {rate.get('limit', '–')} | {rate.get('lanefsd', '–')} | {peer}"
+            f" | {against_peer} | {verdict(checks, 'limit')} | {latency or '–'}"
+            f" | {cpu} | {verdict(checks, 'limit CPU')} |"
+        )
     targets = [check for entry in found for check in entry["checks"] if check["target"] is not None]
     unclear = sum(1 for check in targets if check["met"] is None)
     met = sum(1 for check in targets if check["met"])
     others = [column["others"] for entry in found for column in entry["columns"].values()]
-    lines += ["", f"{met} of {len(targets)} targets are met, and of {unclear} it cannot be said, since other work took more"
-              " CPU time from the limit's threads than from the daemon. While it ran, other work (loop devices of the"
-              f" O_DIRECT rows included) kept {median(others):.2f} CPUs busy in the median, {max(others):.2f}"
-              " at most. *Lowest* and *highest* below show how far the runs of one column lay apart."
-              " [notes.md](notes.md) says why targets are missed.", "", ""]
+    lines += [
+        "",
+        f"{met} of {len(targets)} targets are met, and of {unclear} it cannot be said, since other work took more"
+        " CPU time from the limit's threads than from the daemon. While it ran, other work (loop devices of the"
+        f" O_DIRECT rows included) kept {median(others):.2f} CPUs busy in the median, {max(others):.2f}"
+        " at most. *Lowest* and *highest* below show how far the runs of one column lay apart."
+        " [notes.md](notes.md) says why targets are missed.",
+        "",
+        "",
+    ]
     return "\n".join(lines) + details(found)
 
 
-def details(found):
-    lines = ["## All columns", "",
-             "Latency and CPU time in µs per operation; context switches of the daemon as voluntary/others.", ""]
-    lines.append("| row | column | op/s | lowest | highest | p50 | p99 | p99.9 | CPU (user + system)"
-                 " | switches | notifications | system calls | generator CPU | others' CPUs |")
+def details(found: list[Entry]) -> str:
+    lines = [
+        "## All columns",
+        "",
+        "Latency and CPU time in µs per operation; context switches of the daemon as voluntary/others.",
+        "",
+    ]
+    lines.append(
+        "| row | column | op/s | lowest | highest | p50 | p99 | p99.9 | CPU (user + system)"
+        " | switches | notifications | system calls | generator CPU | others' CPUs |"
+    )
     lines.append("|---" * 14 + "|")
     for entry in found:
         for name, column in entry["columns"].items():
-            cells = [entry["name"], name, number(column["rate"], 0), number(column["lowest"], 0),
-                     number(column["highest"], 0), number(column["p50"]), number(column["p99"]),
-                     number(column["p999"]),
-                     f"{number(column['cpu'], 2)} ({number(column['user'], 2)} + {number(column['system'], 2)})",
-                     f"{number(column['voluntary'], 2)}/{number(column['involuntary'], 2)}",
-                     number(column["notifications"], 2), number(column["system_calls"], 2),
-                     number(column["generator"], 2), number(column["others"], 2)]
+            cells = [
+                entry["name"],
+                name,
+                number(column["rate"], 0),
+                number(column["lowest"], 0),
+                number(column["highest"], 0),
+                number(column["p50"]),
+                number(column["p99"]),
+                number(column["p999"]),
+                f"{number(column['cpu'], 2)} ({number(column['user'], 2)} + {number(column['system'], 2)})",
+                f"{number(column['voluntary'], 2)}/{number(column['involuntary'], 2)}",
+                number(column["notifications"], 2),
+                number(column["system_calls"], 2),
+                number(column["generator"], 2),
+                number(column["others"], 2),
+            ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -1,32 +1,37 @@
 """What the clients of `vm/clients` have in common."""
 
 import contextlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 from harness import cli, debian, disk, initramfs, kernels
 from harness.daemon import Daemon
 from harness.guest import Guest
-from harness.paths import run, say
+from harness.host import log, run
 
 # An emulated system is slow at times: systemd gives up none of its units for that.
-SYSTEMD = ("systemd.default_timeout_start_sec=1800 systemd.default_device_timeout_sec=1800 systemd.service_watchdogs=false "
-           "udev.event_timeout=1800")
+SYSTEMD = (
+    "systemd.default_timeout_start_sec=1800 systemd.default_device_timeout_sec=1800 systemd.service_watchdogs=false "
+    "udev.event_timeout=1800"
+)
 # A daemon's log has none of these after a good session.
 TROUBLE = ("panicked", "ERROR", "is broken", "seccomp")
 
 
-def step(text):
+def step(text: str) -> None:
     """Progress within a client."""
-    say(f"       {text}")
+    log.info(f"       {text}")
 
 
 class Setup:
     """Shares, guests, and how long to wait for them."""
 
-    def __init__(self, patience):
-        self.patience = patience
+    def __init__(self, timeout_scale: float) -> None:
+        self.timeout_scale = timeout_scale
 
     @contextlib.contextmanager
-    def daemon(self, share, *arguments, **more):
+    def daemon(self, share: pathlib.Path, *arguments: str, **more: Any) -> Iterator[Daemon]:
         """A daemon whose log has to be clean at the end."""
         with Daemon(share, arguments, name="client", **more) as daemon:
             yield daemon
@@ -34,17 +39,17 @@ class Setup:
             assert not found, found
 
     @contextlib.contextmanager
-    def small_guest(self, *daemons, kernel=kernels.DEFAULT, **more):
+    def small_guest(self, *daemons: Daemon, kernel: str = kernels.DEFAULT, **more: Any) -> Iterator[Guest]:
         """The guest of `vm/test` with a device for each daemon: tags share, share1, share2 …"""
-        kernel, image = cli.prepare(kernel)
+        booted, image = cli.prepare(kernel)
         devices = [(f"share{number}" if number else "share", daemon.socket, 1) for number, daemon in enumerate(daemons)]
-        with Guest(kernel, image, devices, name="client", patience=self.patience, **more) as guest:
+        with Guest(booted, image, devices, name="client", timeout_scale=self.timeout_scale, **more) as guest:
             yield guest
 
     @contextlib.contextmanager
-    def debian_root(self):
+    def debian_root(self) -> Iterator[pathlib.Path]:
         """A fresh copy of the Debian tree."""
-        tree = debian.tree()
+        tree = debian.SYSTEMD.fetch()
         with disk.directory() as scratch:
             root = scratch / "root"
             run(["cp", "-a", "--reflink=auto", tree, root])
@@ -53,17 +58,28 @@ class Setup:
             yield root
 
     @contextlib.contextmanager
-    def debian_guest(self, root, *arguments, kernel=None):
+    def debian_guest(
+        self, root: pathlib.Path, *arguments: str, kernel: str | None = None
+    ) -> Iterator[tuple[Guest, Daemon]]:
         """A guest whose root is the share. Without `kernel` it starts as an installed Debian does; with the name of
         one that has virtiofs built in, that one mounts the share itself."""
         cli.prepare()
         if kernel:
-            kernel, image = kernels.fetch(kernel), None
-            run(["cp", "-a", kernel.module_file(""), root / "usr/lib/modules"])
+            booted, image = kernels.fetch(kernel), None
+            run(["cp", "-a", booted.module_file(""), root / "usr/lib/modules"])
         else:
-            kernel = debian.kernel_of(root)
-            image = root / "boot" / f"initrd.img-{kernel.release}"
-        with self.daemon(root, *arguments) as daemon, \
-                Guest(kernel, image, [("share", daemon.socket, 1)], memory="2G", name="client",
-                      patience=self.patience, append=f"root=share rootfstype=virtiofs rw {SYSTEMD}") as guest:
+            booted = debian.kernel_of(root)
+            image = root / "boot" / f"initrd.img-{booted.release}"
+        with (
+            self.daemon(root, *arguments) as daemon,
+            Guest(
+                booted,
+                image,
+                [("share", daemon.socket, 1)],
+                memory="2G",
+                name="client",
+                timeout_scale=self.timeout_scale,
+                append=f"root=share rootfstype=virtiofs rw {SYSTEMD}",
+            ) as guest,
+        ):
             yield guest, daemon

@@ -1,19 +1,42 @@
-"""What the commands share: options, signals, and messages."""
+"""What the commands share: signals, error messages, and what a guest needs on the host."""
 
+import pathlib
 import signal
 import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
 
 from . import debug_kernel, guest_modules, initramfs, kernels, qemu
-from .paths import HarnessError, build_daemon, need
+from .host import HarnessError, build_daemon, require
+from .kernels import Kernel
 
-HOST_PROGRAMS = ["busybox:busybox-static", "cpio", "fio", "depmod:kmod",
-                 "xz:xz-utils", "mkfs.xfs:xfsprogs", "mkfs.ext4:e2fsprogs", "gcc"]
+HOST_PROGRAMS = [
+    "busybox:busybox-static",
+    "cpio",
+    "fio",
+    "depmod:kmod",
+    "xz:xz-utils",
+    "mkfs.xfs:xfsprogs",
+    "mkfs.ext4:e2fsprogs",
+    "gcc",
+    "setpriv:util-linux",
+]
 
 
-def main(function):
-    """Runs a command; errors are one message, and signals unwind so that everything is cleaned up."""
+def exit_on_signals() -> None:
+    """Makes signals unwind the stack, so that everything is cleaned up."""
+
+    def leave(number: int, _frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(143))
+        signal.signal(number, leave)
+
+
+def main(function: Callable[[], int]) -> NoReturn:
+    """Runs a command; errors are one message."""
+    exit_on_signals()
     try:
         sys.exit(function())
     except HarnessError as error:
@@ -23,12 +46,14 @@ def main(function):
         sys.exit(130)
 
 
-def prepare(kernel_name=kernels.DEFAULT, stock_modules=False, daemon=True):
+def prepare(
+    kernel_name: str = kernels.DEFAULT, stock_modules: bool = False, daemon: bool = True
+) -> tuple[Kernel, pathlib.Path]:
     """Makes sure of everything that a guest needs; returns its kernel and initramfs.
 
     Kernels that we have patches for get our modules, unless `stock_modules` says otherwise.
     """
-    need(*HOST_PROGRAMS)
+    require(*HOST_PROGRAMS)
     qemu.program()
     if daemon:
         build_daemon()

@@ -9,8 +9,11 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
+from typing import Self
 
-from .paths import DAEMON, FAULTY_DAEMON, LOGS, HarnessError
+from .host import HarnessError
+from .paths import DAEMON, FAULTY_DAEMON, LOGS
 
 COUNTER = itertools.count(1)
 
@@ -18,7 +21,14 @@ COUNTER = itertools.count(1)
 class Daemon:
     """A running back end; a context manager that ends it."""
 
-    def __init__(self, share, arguments=(), command=None, name="daemon", faults=None):
+    def __init__(
+        self,
+        share: pathlib.Path,
+        arguments: Sequence[str] = (),
+        command: str | None = None,
+        name: str = "daemon",
+        faults: Sequence[str] | None = None,
+    ) -> None:
         """`command` runs another back end; {socket} and {share} in it are replaced. With `faults`, which are
         options of vm/faulty-daemon, ours runs with those."""
         LOGS.mkdir(parents=True, exist_ok=True)
@@ -31,8 +41,10 @@ class Daemon:
             words = [str(FAULTY_DAEMON), *faults, "--", "--socket-path", str(self.socket), "--shared-dir", str(share)]
         else:
             words = [str(DAEMON), "--socket-path", str(self.socket), "--shared-dir", str(share)]
-        self.process = subprocess.Popen([*words, *arguments], stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.DEVNULL, stderr=open(self.logfile, "wb"))
+        # The kernel ends it if we are killed.
+        words = ["setpriv", "--pdeathsig", "TERM", *words, *arguments]
+        with open(self.logfile, "wb") as errors:
+            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
         deadline = time.monotonic() + 10
         while not self.socket.exists():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -40,36 +52,36 @@ class Daemon:
                 raise HarnessError(f"the daemon does not listen: {self.log()}")
             time.sleep(0.01)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def log(self):
-        """What it has said so far."""
+    def log(self) -> str:
+        """Its log so far."""
         return self.logfile.read_text(errors="replace")
 
-    def wait(self, timeout=20):
+    def wait(self, timeout: float = 20) -> int:
         """Waits until it has ended by itself; returns its exit status."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise HarnessError(f"the daemon still runs after {timeout} s: {self.log()}") from None
 
-    def signal(self, number):
+    def signal(self, number: int) -> None:
         """Sends a signal to it, and to the process that serves in its place, if there is one."""
         children = pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         for child in children.read_text().split():
             os.kill(int(child), number)
         self.process.send_signal(number)
 
-    def kill(self):
+    def kill(self) -> None:
         """Ends it without warning."""
         self.signal(signal.SIGKILL)
         self.process.wait()
 
-    def close(self):
+    def close(self) -> None:
         if self.process.poll() is None:
             self.process.terminate()
             try:

@@ -1,84 +1,99 @@
-"""A Debian userland for the guest: a disk image, mounted read-write and thrown away afterwards."""
+"""Debian systems for guests: a userland on a disk image, and roots with a kernel of their own. Each is made once."""
 
-import contextlib
-import shutil
+import dataclasses
+import os
+import pathlib
 import time
+from collections.abc import Callable
 
-from . import initramfs
-from .kernels import MIRROR, SECURITY, Kernel
-from .paths import CACHE, HarnessError, need, run, say
+from . import apt, cache, initramfs
+from .guest import Guest
+from .host import log, require, run
+from .kernels import Kernel, release_of
+from .paths import CACHE
 
-PACKAGES = ["git", "rsync", "sqlite3", "make", "gcc", "libc6-dev", "xz-utils", "attr", "acl", "procps", "bc",
-            "flex", "bison", "diffutils"]
+SUITE = "bookworm"
+# Where a guest mounts the image.
 INSIDE = "/debian"
+MOUNTS = "mount -t proc proc {root}/proc; mount -t sysfs sys {root}/sys; mount -t devtmpfs dev {root}/dev"
+ENVIRONMENT = "PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C DEBIAN_FRONTEND=noninteractive"
 
 
-def image():
-    """The image, made once: Debian bookworm with what workloads need."""
-    target = CACHE / "debian.ext4"
-    if target.exists():
-        return target
-    need("debootstrap", "mkfs.ext4:e2fsprogs")
-    say("making a Debian root for the guest (a few minutes, once)")
-    root = CACHE / "debian-root"
-    shutil.rmtree(root, ignore_errors=True)
-    try:
-        run(["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", "bookworm", root, MIRROR])
-        shutil.rmtree(root / "var/cache/apt/archives", ignore_errors=True)
-        scratch = target.with_suffix(".part")
-        scratch.unlink(missing_ok=True)
-        run(["mkfs.ext4", "-q", "-d", root, scratch, "3G"])
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-    return target
+@dataclasses.dataclass(frozen=True)
+class Root:
+    """A Debian root directory in the cache."""
+
+    name: str
+    what: str
+    # Packages that debootstrap installs.
+    base: str
+    # Packages that apt installs afterwards, with the suite's security updates.
+    packages: str = ""
+    # Modules that the initramfs needs beside those that initramfs-tools finds on a running system.
+    modules: str = ""
+    finish: Callable[[pathlib.Path], None] = lambda root: None
+
+    def make(self, root: pathlib.Path) -> None:
+        """Installs it into an empty place."""
+        bootstrap(root, self.base)
+        if not self.packages:
+            return
+        # The headers have to be those of the kernel: both are the newest, which only a root with security updates has.
+        (root / "etc/kernel-img.conf").write_text("do_symlinks = no\n")
+        chroot(root, "apt-get update")
+        chroot(root, f"apt-get install -y --no-install-recommends {self.packages} initramfs-tools")
+        with open(root / "etc/initramfs-tools/modules", "a") as modules:
+            modules.write(self.modules.replace(" ", "\n") + "\n")
+        chroot(root, "update-initramfs -u -k all; apt-get clean")
+        self.finish(root)
+
+    def fetch(self) -> pathlib.Path:
+        """Its directory, made once; use a copy."""
+
+        def make(scratch: pathlib.Path) -> None:
+            log.info("making %s (some minutes, once)", self.what)
+            self.make(scratch)
+
+        require("debootstrap")
+        return cache.cached(CACHE / self.name, make)
 
 
-def enter(guest):
-    """Mounts the image, with the share at /mnt inside it too."""
-    guest.output(f"""mkdir -p {INSIDE}; mount -t ext4 /dev/vda {INSIDE}
-        for folder in proc sys dev tmp mnt; do mount --bind /$folder {INSIDE}/$folder; done""", 60)
+def bootstrap(root: pathlib.Path, packages: str) -> None:
+    """Installs a minimal Debian, verified with the archive's keyring, from the mirror of the host's apt."""
+    source = apt.archive()
+    if source.main.startswith("https:"):
+        packages += ",ca-certificates"
+    command = ["debootstrap", "--variant=minbase", "--force-check-gpg", f"--keyring={source.keyring}"]
+    # The namespace takes debootstrap's mounts with it, also if debootstrap is killed.
+    run(
+        ["unshare", "--mount", *command, f"--include={packages}", SUITE, root, source.main],
+        env={**os.environ, **apt.proxies()},
+    )
+    (root / "etc/apt/sources.list").write_text(source.sources(SUITE))
 
 
-def run_inside(guest, command, timeout=600):
-    """Runs a shell command in the Debian root; returns its output."""
-    guest.output(f"cat >/tmp/inside <<'END_OF_COMMAND'\nset -e\n{command}\nEND_OF_COMMAND")
-    environment = "PATH=/usr/bin:/bin:/usr/sbin:/sbin HOME=/root LC_ALL=C"
-    return guest.output(f"env -i {environment} chroot {INSIDE} /bin/bash /tmp/inside", timeout)
+def chroot(root: pathlib.Path, command: str) -> str:
+    """Runs a shell command in a Debian root with the host's network; /proc, /sys and /dev are there meanwhile."""
+    environment = [*ENVIRONMENT.split(), *(f"{name}={value}" for name, value in apt.proxies().items())]
+    script = f'{MOUNTS.format(root="$0")}; exec chroot "$0" /usr/bin/env -i "$@"'
+    # The mounts are in a namespace of their own, so that a killed command leaves none behind.
+    return run(["unshare", "--mount", "sh", "-ec", script, root, *environment, "/bin/sh", "-ec", command])
 
 
-def set_clock(guest):
-    """Sets the guest's clock a little ahead of the host's, which stamps the files on the share.
-
-    At boot it is behind by up to a second, and make(1) would warn of files from the future.
-    """
-    guest.output(f"chroot {INSIDE} /bin/date -s @{time.time() + 0.5}")
-
-
-def system():
-    """A directory with an installed Debian: kernel, headers, initramfs, and what builds modules. Made once."""
-    target = CACHE / "debian-system"
-    if target.exists():
-        return target
-    need("debootstrap")
-    say("making a Debian system with a kernel (a few minutes, once)")
-    scratch = target.with_suffix(".part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    run(["debootstrap", "--variant=minbase", "--include=kmod,dkms,make,gcc,libc6-dev", "bookworm", scratch, MIRROR])
-    with inside(scratch) as chroot:
-        # The headers have to be those of the kernel: both are the newest.
-        (scratch / "etc/apt/sources.list").write_text(
-            f"deb {MIRROR} bookworm main\ndeb {SECURITY} bookworm-security main\n")
-        (scratch / "etc/kernel-img.conf").write_text("do_symlinks = no\n")
-        chroot("apt-get update")
-        chroot("apt-get install -y --no-install-recommends linux-image-cloud-amd64 linux-headers-cloud-amd64 initramfs-tools")
-        # What the guest's disk needs before the root is there.
-        with open(scratch / "etc/initramfs-tools/modules", "a") as modules:
-            modules.write("virtio_pci\nvirtio_blk\next4\n")
-        chroot("update-initramfs -u -k all; apt-get clean")
-    scratch.rename(target)
-    return target
-
+# Tools of everyday work.
+USERLAND = Root(
+    "debian-root",
+    "a Debian root for the guest",
+    "git,rsync,sqlite3,make,gcc,libc6-dev,xz-utils,attr,acl,procps,bc,flex,bison,diffutils",
+)
+# Kernel, headers, initramfs, and tools that build modules.
+DKMS = Root(
+    "debian-system",
+    "a Debian system with a kernel",
+    "kmod,dkms,make,gcc,libc6-dev",
+    "linux-image-cloud-amd64 linux-headers-cloud-amd64",
+    "virtio_pci virtio_blk ext4",
+)
 
 # The agent starts when the system is up, and is ended with it.
 AGENT_SERVICE = """[Unit]
@@ -94,66 +109,81 @@ WantedBy=multi-user.target
 """
 
 
-def tree():
-    """A directory with a Debian that systemd starts, to be the root of a guest: a kernel, an initramfs that
-    knows virtiofs, podman, and the agent as a service. Made once; use a copy."""
-    target = CACHE / "debian-tree"
-    if target.exists():
-        return target
-    need("debootstrap")
-    say("making a Debian with systemd and podman (some minutes, once)")
-    scratch = target.with_suffix(".part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    packages = "systemd,systemd-sysv,dbus,udev,kmod,attr,procps"
-    run(["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", scratch, MIRROR])
-    with inside(scratch) as chroot:
-        (scratch / "etc/apt/sources.list").write_text(
-            f"deb {MIRROR} bookworm main\ndeb {SECURITY} bookworm-security main\n")
-        (scratch / "etc/kernel-img.conf").write_text("do_symlinks = no\n")
-        chroot("apt-get update")
-        chroot("apt-get install -y --no-install-recommends podman crun linux-image-cloud-amd64 initramfs-tools")
-        # The parts of the root's mount, which initramfs-tools would find only on a running system.
-        with open(scratch / "etc/initramfs-tools/modules", "a") as modules:
-            modules.write("virtio_pci\nvirtiofs\n")
-        chroot("update-initramfs -u -k all; apt-get clean; passwd -d root")
-        (scratch / "etc/fstab").write_text("share / virtiofs defaults 0 0\n")
-        (scratch / "etc/hostname").write_text("guest\n")
-        initramfs.write_program(scratch / "usr/local/sbin/lanefs-agent", initramfs.AGENT)
-        (scratch / "etc/systemd/system/lanefs-agent.service").write_text(AGENT_SERVICE)
-        # What would begin work of its own some time after the start.
-        timers = "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer"
-        chroot(f"systemctl enable lanefs-agent.service; systemctl mask {timers}")
-        # podman's own services fail where the share cannot be an upper layer.
-        chroot("systemctl disable podman.service podman.socket podman-restart.service podman-auto-update.service "
-               "podman-auto-update.timer")
-    scratch.rename(target)
-    return target
+def finish_systemd(root: pathlib.Path) -> None:
+    """Makes a root one that starts from a share, with the agent as a service."""
+    (root / "etc/fstab").write_text("share / virtiofs defaults 0 0\n")
+    (root / "etc/hostname").write_text("guest\n")
+    initramfs.write_program(root / "usr/local/sbin/lanefs-agent", initramfs.AGENT)
+    (root / "etc/systemd/system/lanefs-agent.service").write_text(AGENT_SERVICE)
+    # Timers that would start work in the middle of a test.
+    timers = "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer"
+    chroot(root, f"passwd -d root; systemctl enable lanefs-agent.service; systemctl mask {timers}")
+    # podman's own services fail where the share cannot be an upper layer.
+    chroot(
+        root,
+        "systemctl disable podman.service podman.socket podman-restart.service podman-auto-update.service "
+        "podman-auto-update.timer",
+    )
 
 
-def kernel_of(root):
+# A Debian that systemd starts, to be the root of a guest: its initramfs has virtiofs, and it has podman.
+SYSTEMD = Root(
+    "debian-tree",
+    "a Debian with systemd and podman",
+    "systemd,systemd-sysv,dbus,udev,kmod,attr,procps",
+    "podman crun linux-image-cloud-amd64",
+    "virtio_pci virtiofs",
+    finish_systemd,
+)
+
+
+def image() -> pathlib.Path:
+    """A disk image with the userland."""
+
+    def make(scratch: pathlib.Path) -> None:
+        log.info("making %s (some minutes, once)", USERLAND.what)
+        root = scratch.with_name("debian-root.part")
+        cache.remove(root)
+        try:
+            USERLAND.make(root)
+            chroot(root, "apt-get clean")
+            run(["mkfs.ext4", "-q", "-d", root, scratch, "3G"])
+        finally:
+            cache.remove(root)
+
+    require("debootstrap", "mkfs.ext4:e2fsprogs")
+    return cache.cached(CACHE / "debian.ext4", make)
+
+
+def enter(guest: Guest) -> None:
+    """Mounts the image, with the share at /mnt inside it too."""
+    guest.output(
+        f"""mkdir -p {INSIDE}; mount -t ext4 /dev/vda {INSIDE}
+        for folder in proc sys dev tmp mnt; do mount --bind /$folder {INSIDE}/$folder; done""",
+        60,
+    )
+
+
+def run_inside(guest: Guest, command: str, timeout: float = 600) -> str:
+    """Runs a shell command in the Debian root; returns its output."""
+    guest.output(f"cat >/tmp/inside <<'END_OF_COMMAND'\nset -e\n{command}\nEND_OF_COMMAND")
+    environment = "PATH=/usr/bin:/bin:/usr/sbin:/sbin HOME=/root LC_ALL=C"
+    return guest.output(f"env -i {environment} chroot {INSIDE} /bin/bash /tmp/inside", timeout)
+
+
+def set_clock(guest: Guest) -> None:
+    """Sets the guest's clock a little ahead of the host's, which stamps the files on the share.
+
+    At boot it is behind by up to a second, and make(1) would warn of files from the future.
+    """
+    guest.output(f"chroot {INSIDE} /bin/date -s @{time.time() + 0.5}")
+
+
+def kernel_of(root: pathlib.Path) -> Kernel:
     """The kernel that is installed in a Debian root."""
-    releases = [path.name for path in (root / "lib/modules").iterdir()]
-    if len(releases) != 1:
-        raise HarnessError(f"the root has kernels {releases}, not one")
-    return Kernel("debian", root, releases[0])
+    return Kernel("debian", root, release_of(root))
 
 
-def fetch(root, package):
+def fetch(root: pathlib.Path, package: str) -> None:
     """Fetches a package, with the host's network, for an `apt-get install --no-download` in the guest."""
-    with inside(root) as chroot:
-        chroot(f"apt-get -o APT::Sandbox::User=root install -y --no-install-recommends --download-only {package}")
-
-
-@contextlib.contextmanager
-def inside(root):
-    """Yields a function that runs a shell command in a Debian root; its /proc, /sys and /dev are there meanwhile."""
-    with contextlib.ExitStack() as stack:
-        for kind, folder in (("proc", "proc"), ("sysfs", "sys"), ("devtmpfs", "dev")):
-            run(["mount", "-t", kind, kind, root / folder])
-            stack.callback(run, ["umount", "--lazy", root / folder])
-
-        def chroot(command):
-            environment = "PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C DEBIAN_FRONTEND=noninteractive"
-            return run(["chroot", root, "/usr/bin/env", "-i", *environment.split(), "/bin/sh", "-ec", command])
-
-        yield chroot
+    chroot(root, f"apt-get -o APT::Sandbox::User=root install -y --no-install-recommends --download-only {package}")

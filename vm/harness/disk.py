@@ -4,12 +4,14 @@ import contextlib
 import pathlib
 import subprocess
 import tempfile
+from collections.abc import Iterator
 
-from .paths import CACHE, SLOW_STORE, HarnessError, run
+from .host import HarnessError, run
+from .paths import CACHE, SLOW_STORE
 
 
 @contextlib.contextmanager
-def mounted(kind, megabytes=512, delay=0):
+def mounted(kind: str, megabytes: int = 512, delay: int = 0) -> Iterator[pathlib.Path]:
     """A fresh `ext4` or `xfs`, mounted; yields its directory. The image lies in memory; with a delay each read and
     write of it takes so many milliseconds more, however many are under way."""
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -34,7 +36,7 @@ def mounted(kind, megabytes=512, delay=0):
 
 
 @contextlib.contextmanager
-def file_in_memory(folder, megabytes):
+def file_in_memory(folder: pathlib.Path, megabytes: int) -> Iterator[pathlib.Path]:
     """An empty file on a tmpfs of its own."""
     run(["mount", "-t", "tmpfs", "-o", f"size={megabytes + 1}m", "tmpfs", folder])
     try:
@@ -46,10 +48,11 @@ def file_in_memory(folder, megabytes):
 
 
 @contextlib.contextmanager
-def slow_file(folder, megabytes, delay):
+def slow_file(folder: pathlib.Path, megabytes: int, delay: int) -> Iterator[pathlib.Path]:
     """A file in memory that takes `delay` milliseconds for each read and write."""
-    with subprocess.Popen([SLOW_STORE, folder, str(megabytes << 20), str(delay)], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as process:
+    command = [str(SLOW_STORE), str(folder), str(megabytes << 20), str(delay)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
         try:
             if process.stdout.readline() != b"mounted\n":
                 raise HarnessError(f"{SLOW_STORE} did not mount {folder}")
@@ -59,7 +62,7 @@ def slow_file(folder, megabytes, delay):
 
 
 @contextlib.contextmanager
-def directory():
+def directory() -> Iterator[pathlib.Path]:
     """An empty directory on the host's own file system."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="share-", dir=CACHE) as folder:

@@ -1,11 +1,13 @@
 """The Debian package that builds our modules for a guest's own kernel."""
 
+import pathlib
 import re
 import shutil
 import textwrap
 
-from . import guest_modules
-from .paths import CACHE, REPO, need, run, say
+from . import cache, guest_modules
+from .host import log, require, run
+from .paths import CACHE, REPO
 
 NAME = "lanefs-fuse"
 
@@ -69,43 +71,61 @@ fi
 """
 
 
-def package():
+def package() -> pathlib.Path:
     """Builds the package; returns its path."""
-    need("dpkg-deb:dpkg", "patch", "xz:xz-utils")
+    require("dpkg-deb:dpkg", "patch", "xz:xz-utils")
     version = guest_modules.version().removeprefix("lanefsd-")
     out = guest_modules.ROOM / "out" / f"{NAME}-dkms_{version}_all.deb"
     root = CACHE / "dkms-package"
-    shutil.rmtree(root, ignore_errors=True)
-    say(f"packing {out.name}")
+    with cache.locked(root):
+        cache.remove(root)
+        log.info(f"packing {out.name}")
+        fill(root, version)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = out.with_suffix(".part")
+        run(["dpkg-deb", "--root-owner-group", "-Zgzip", "--build", root, scratch])
+        scratch.rename(out)
+        cache.remove(root)
+    return out
+
+
+def fill(root: pathlib.Path, version: str) -> None:
+    """Fills the package's tree: sources of each series, and what dpkg and dkms need."""
     source = root / "usr/src" / f"{NAME}-{version}"
     source.mkdir(parents=True)
-    words = {"@NAME@": NAME, "@VERSION@": version, "@MODULE_VERSION@": guest_modules.version(),
-             "@SERIES@": "|".join(re.escape(series) for series in guest_modules.SERIES),
-             "@SERIES_WORDS@": " and ".join(guest_modules.SERIES)}
     for series in guest_modules.SERIES:
         scratch = CACHE / f"dkms-{series}"
         guest_modules.patched_source(series, scratch)
         shutil.move(scratch / "fs/fuse", source / series)
-        shutil.rmtree(scratch)
+        cache.remove(scratch)
+    words = {
+        "@NAME@": NAME,
+        "@VERSION@": version,
+        "@MODULE_VERSION@": guest_modules.version(),
+        "@SERIES@": "|".join(re.escape(series) for series in guest_modules.SERIES),
+        "@SERIES_WORDS@": " and ".join(guest_modules.SERIES),
+    }
     for path, text, mode in (
-        (source / "Makefile", MAKEFILE, 0o644), (source / "dkms.conf", DKMS, 0o644),
-        (root / "DEBIAN/control", CONTROL, 0o644), (root / "DEBIAN/postinst", POSTINST, 0o755),
-        (root / "DEBIAN/prerm", PRERM, 0o755), (root / "usr/share/doc" / f"{NAME}-dkms" / "copyright", copyright_text(), 0o644),
+        (source / "Makefile", MAKEFILE, 0o644),
+        (source / "dkms.conf", DKMS, 0o644),
+        (root / "DEBIAN/control", CONTROL, 0o644),
+        (root / "DEBIAN/postinst", POSTINST, 0o755),
+        (root / "DEBIAN/prerm", PRERM, 0o755),
+        (root / "usr/share/doc" / f"{NAME}-dkms" / "copyright", copyright_text(), 0o644),
     ):
-        path.parent.mkdir(parents=True, exist_ok=True)
         for word, value in words.items():
             text = text.replace(word, value)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         path.chmod(mode)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    run(["dpkg-deb", "--root-owner-group", "-Zgzip", "--build", root, out])
-    shutil.rmtree(root)
-    return out
 
 
-def copyright_text():
-    return textwrap.dedent("""\
+def copyright_text() -> str:
+    return (
+        textwrap.dedent("""\
         The modules are those of Linux, with changes by the lanefsd developers.
         License: GPL-2.0-only
         On Debian systems the full text is in /usr/share/common-licenses/GPL-2.
-        """) + f"Patches: {REPO.name}/guest-kernel/patches\n"
+        """)
+        + f"Patches: {REPO.name}/guest-kernel/patches\n"
+    )

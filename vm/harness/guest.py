@@ -12,23 +12,29 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self
 
 from . import qemu
-from .paths import LOGS, HarnessError
+from .host import HarnessError
+from .kernels import Kernel
+from .paths import LOGS
 
 BOOT_TIMEOUT = 90
 # Seconds in which the agent acknowledges a command, and how often one is sent.
 ACKNOWLEDGED = 20
 TRIES = 3
 COUNTER = itertools.count(1)
-# A hung guest is made to say where its CPUs are by an NMI. The clock is trusted, and the timer not tested, since
-# both look broken to an emulated guest on a busy host.
-KERNEL_OPTIONS = ("console=ttyS0 quiet panic=0 oops=panic unknown_nmi_panic panic_print=65 "
-                  "tsc=reliable no_timer_check net.ifnames=0 cryptomgr.notests")
-# Lines of the console that begin a story worth telling.
+# An NMI makes a hung guest print the stack of each CPU. The kernel neither checks its clock nor tests its timer,
+# since both look broken in an emulated guest on a busy host.
+KERNEL_OPTIONS = (
+    "console=ttyS0 quiet panic=0 oops=panic unknown_nmi_panic panic_print=65 "
+    "tsc=reliable no_timer_check net.ifnames=0 cryptomgr.notests"
+)
+# The first lines of crash reports on the console.
 TROUBLE = ("kernel BUG", "BUG: ", "Oops", "Uhhuh. NMI")
-# What the kernel says of a CPU that gets no timer interrupts any more. Rarely an emulated CPU ends
-# like that, whatever the guest does; nothing that waits for that CPU goes on.
+# The kernel's message about a CPU without timer interrupts. An emulated CPU rarely gets into that state, whatever
+# the guest does, and blocks everything that waits for it.
 STOPPED_CLOCK = "Possible timer handling issue on cpu"
 
 
@@ -36,52 +42,89 @@ class GuestError(HarnessError):
     """The guest hangs, has panicked, or QEMU has ended; the text ends with the console's tail."""
 
     @property
-    def stopped_clock(self):
-        """Whether it is QEMU that has let the guest down."""
+    def stopped_clock(self) -> bool:
+        """Whether QEMU failed: one of its CPUs got no timer interrupts any more."""
         return STOPPED_CLOCK in str(self)
+
+
+# Tag, socket path, and request queues of a share.
+Device = tuple[str, pathlib.Path, int]
+
+
+class Process(Protocol):
+    """The operations of a guest on the process that runs it."""
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int) -> None: ...
+    def kill(self) -> None: ...
 
 
 class Guest:
     """A booted guest; a context manager that leaves nothing running."""
 
-    def __init__(self, kernel, initramfs, devices, cpus=2, memory="1G", disks=(), queue_size=1024,
-                 interactive=False, name="guest", patience=1, append="", firmware=None):
+    process: Process | None
+    agent: socket.socket | None
+
+    def __init__(
+        self,
+        kernel: Kernel | None,
+        initramfs: pathlib.Path | None,
+        devices: Sequence[Device],
+        cpus: int = 2,
+        memory: str = "1G",
+        disks: Sequence[pathlib.Path] = (),
+        queue_size: int = 1024,
+        interactive: bool = False,
+        name: str = "guest",
+        timeout_scale: float = 1,
+        append: str = "",
+        firmware: pathlib.Path | None = None,
+    ) -> None:
         """`devices` are (tag, socket path, request queues); `disks` are image files. All that the guest does may
-        take `patience` times as long as usual. `append` goes to the kernel's command line. Without a kernel the
-        `firmware` looks for something to start; without an initramfs the kernel mounts its root itself."""
-        self.prepare(name, patience)
-        command = [*qemu.machine(), "-smp", str(cpus), "-m", memory,
-                   "-object", f"memory-backend-memfd,id=mem,size={memory},share=on", "-numa", "node,memdev=mem",
-                   "-display", "none", "-nic", "none", "-monitor", "none", "-action", "reboot=reset,panic=exit-failure",
-                   "-qmp", f"unix:{self.directory}/qmp,server=on,wait=off"]
+        take `timeout_scale` times as long as usual. `append` goes to the kernel's command line. Without a kernel the
+        `firmware` chooses what it boots; without an initramfs the kernel mounts its root itself."""
+        self.prepare(name, timeout_scale)
+        command = [*self.machine(cpus, memory), *self.serial_lines(interactive)]
         if kernel:
             command += ["-kernel", str(kernel.image), "-append", f"{KERNEL_OPTIONS} {append}"]
         if initramfs:
             command += ["-initrd", str(initramfs)]
         if firmware:
             command += ["-bios", str(firmware)]
-        if interactive:
-            command += ["-chardev", f"stdio,id=console,signal=off,logfile={self.console}", "-serial", "chardev:console"]
-        else:
-            command += ["-serial", f"file:{self.console}"]
-        command += ["-serial", f"unix:{self.directory}/agent,server=on,wait=off"]
         for number, (tag, path, queues) in enumerate(devices):
-            command += ["-chardev", f"socket,id=fs{number},path={path}", "-device",
-                        f"vhost-user-fs-pci,chardev=fs{number},tag={tag},queue-size={queue_size},num-request-queues={queues}"]
+            device = f"chardev=fs{number},tag={tag},queue-size={queue_size},num-request-queues={queues}"
+            command += ["-chardev", f"socket,id=fs{number},path={path}", "-device", f"vhost-user-fs-pci,{device}"]
         for number, disk in enumerate(disks):
-            command += ["-drive", f"if=none,id=disk{number},file={disk},format=raw,snapshot=on",
-                        "-device", f"virtio-blk-pci,drive=disk{number}"]
+            command += ["-drive", f"if=none,id=disk{number},file={disk},format=raw,snapshot=on"]
+            command += ["-device", f"virtio-blk-pci,drive=disk{number}"]
         try:
-            stdin = None if interactive else subprocess.DEVNULL
-            self.process = subprocess.Popen(command, stdin=stdin, stdout=None if interactive else subprocess.DEVNULL,
-                                            stderr=open(self.console.with_suffix(".qemu"), "wb"))
+            stdin, stdout = (None, None) if interactive else (subprocess.DEVNULL, subprocess.DEVNULL)
+            with open(self.console.with_suffix(".qemu"), "wb") as errors:
+                self.process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=errors)
             self.agent = self.connect("agent")
             self.wait_for_agent()
         except BaseException:
             self.close()
             raise
 
-    def prepare(self, name, patience):
+    def machine(self, cpus: int, memory: str) -> list[str]:
+        """The words of a command line for a machine without devices. The kernel ends QEMU if we are killed."""
+        command = ["setpriv", "--pdeathsig", "TERM", *qemu.machine(), "-smp", str(cpus), "-m", memory]
+        command += ["-object", f"memory-backend-memfd,id=mem,size={memory},share=on", "-numa", "node,memdev=mem"]
+        command += ["-display", "none", "-nic", "none", "-monitor", "none"]
+        command += ["-action", "reboot=reset,panic=exit-failure"]
+        return [*command, "-qmp", f"unix:{self.directory}/qmp,server=on,wait=off"]
+
+    def serial_lines(self, interactive: bool) -> list[str]:
+        """The console and the agent's line."""
+        if interactive:
+            console = ["-chardev", f"stdio,id=console,signal=off,logfile={self.console}", "-serial", "chardev:console"]
+        else:
+            console = ["-serial", f"file:{self.console}"]
+        return [*console, "-serial", f"unix:{self.directory}/agent,server=on,wait=off"]
+
+    def prepare(self, name: str, timeout_scale: float) -> None:
         """A state of not being started yet."""
         LOGS.mkdir(parents=True, exist_ok=True)
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="lanefsd-vm-"))
@@ -90,17 +133,17 @@ class Guest:
         self.buffer = b""
         self.words = itertools.count(1)
         self.process = None
-        self.patience = patience
+        self.timeout_scale = timeout_scale
         # Set when it hangs, has panicked, or is gone.
         self.broken = False
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def connect(self, name):
+    def connect(self, name: str) -> socket.socket:
         """Connects to a socket that QEMU makes when it starts."""
         deadline = time.monotonic() + 15
         while True:
@@ -110,68 +153,86 @@ class Guest:
                 return link
             except OSError:
                 link.close()
-                if self.process.poll() is not None:
-                    raise self.error("QEMU has ended")
+                if self.running.poll() is not None:
+                    raise self.error("QEMU has ended") from None
                 if time.monotonic() > deadline:
-                    raise self.error(f"QEMU does not listen at {name}")
+                    raise self.error(f"QEMU does not listen at {name}") from None
                 time.sleep(0.02)
 
-    def wait_for_agent(self):
-        self.read_until(b"agent ready\n", BOOT_TIMEOUT * self.patience, "booting")
+    @property
+    def running(self) -> Process:
+        """The process, which has been started."""
+        if self.process is None:
+            raise HarnessError("the guest has not been started")
+        return self.process
 
-    def run(self, command, timeout=120, sink=None, check=True):
+    @property
+    def link(self) -> socket.socket:
+        """The agent's end, which has been connected."""
+        if self.agent is None:
+            raise HarnessError("the guest's agent is not connected")
+        return self.agent
+
+    def wait_for_agent(self) -> None:
+        self.read_until(b"agent ready\n", BOOT_TIMEOUT * self.timeout_scale, "booting")
+
+    def run(
+        self, command: str, timeout: float = 120, sink: Callable[[bytes], None] | None = None, check: bool = True
+    ) -> tuple[int, str]:
         """Runs a shell command; returns (status, output). With `check` a status other than 0 raises."""
         word = f"end-{next(self.words)}-{os.urandom(4).hex()}"
         encoded = base64.b64encode(command.encode()).decode()
         self.send(word, encoded)
-        output = self.read_until(f"\n{word} ".encode(), timeout * self.patience, f"running {command!r}", sink)
+        output = self.read_until(f"\n{word} ".encode(), timeout * self.timeout_scale, f"running {command!r}", sink)
         status = int(self.read_until(b"\n", 10, "waiting for the exit status"))
         text = output.decode(errors="replace").removesuffix("\n")
         if check and status != 0:
             raise HarnessError(f"{command!r} ended with status {status} in the guest:\n{text}")
         return status, text
 
-    def output(self, command, timeout=120):
+    def output(self, command: str, timeout: float = 120) -> str:
         """The output of a command that has to succeed."""
         return self.run(command, timeout)[1]
 
-    def mount(self, tag="share", at="/mnt", options=""):
+    def mount(self, tag: str = "share", at: str = "/mnt", options: str = "") -> None:
         """Mounts a share."""
         more = f"-o {options}" if options else ""
         self.run(f"mkdir -p {at} && mount -t virtiofs {more} {tag} {at}", 30)
 
-    def shell(self):
+    def shell(self) -> None:
         """A shell on the console, until it is left."""
         self.send("end-shell", "shell")
         self.read_until(b"\nend-shell ", None, "running a shell")
 
-    def send(self, word, encoded):
-        """Sends a line to the agent until it says that it has got it."""
+    def send(self, word: str, encoded: str) -> None:
+        """Sends a line to the agent until the agent acknowledges it."""
         for _ in range(TRIES):
-            self.agent.sendall(f"{word} {encoded} .\n".encode())
-            deadline = time.monotonic() + ACKNOWLEDGED * self.patience
+            self.link.sendall(f"{word} {encoded} .\n".encode())
+            deadline = time.monotonic() + ACKNOWLEDGED * self.timeout_scale
             while time.monotonic() < deadline:
                 if f"got {word}\n".encode() in self.buffer:
                     break
                 self.receive(0.5)
             else:
-                # What is left of the line is ended, and ignored.
-                self.agent.sendall(b"\n")
+                # Ends the rest of the line, which the agent ignores.
+                self.link.sendall(b"\n")
                 continue
             break
-        self.read_until(f"got {word}\n".encode(), ACKNOWLEDGED * self.patience, "taking a command")
+        self.read_until(f"got {word}\n".encode(), ACKNOWLEDGED * self.timeout_scale, "taking a command")
 
-    def receive(self, patience):
-        """Waits for what the agent says; returns whether it has said anything."""
-        ready, _, _ = select.select([self.agent], [], [], patience)
+    def receive(self, timeout: float) -> bool:
+        """Waits for output of the agent; returns whether there was any."""
+        ready, _, _ = select.select([self.link], [], [], timeout)
         if ready:
-            data = self.agent.recv(65536)
+            data = self.link.recv(65536)
             if not data:
                 raise self.error("QEMU has ended")
             self.buffer += data
         return bool(ready)
 
-    def read_until(self, end, timeout, doing, sink=None):
+    def read_until(
+        self, end: bytes, timeout: float | None, doing: str, sink: Callable[[bytes], None] | None = None
+    ) -> bytes:
         deadline = None if timeout is None else time.monotonic() + timeout
         shown = 0
         while True:
@@ -182,7 +243,7 @@ class Guest:
                 shown = max(shown, upto)
             if place >= 0:
                 before = self.buffer[:place]
-                self.buffer = self.buffer[place + len(end):]
+                self.buffer = self.buffer[place + len(end) :]
                 return before
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
@@ -190,12 +251,12 @@ class Guest:
                 raise self.error(f"the guest did not finish {doing} in {timeout:g} s")
             if self.receive(1 if left is None else min(left, 1)):
                 continue
-            if self.process.poll() is not None:
+            if self.running.poll() is not None:
                 raise self.error(f"QEMU ended while {doing}")
-            elif "Kernel panic" in self.log():
+            if "Kernel panic" in self.log():
                 raise self.error(f"the guest's kernel panicked while {doing}")
 
-    def qmp(self, *commands):
+    def qmp(self, *commands: str) -> None:
         """Runs QMP commands, one after the other."""
         with self.connect("qmp") as link, link.makefile("rw") as file:
             file.readline()
@@ -206,58 +267,58 @@ class Guest:
                     if "error" in answer:
                         raise self.error(f"QMP {execute}: {answer['error']}")
 
-    def interrogate(self):
-        """Makes a hung guest write to the console what each CPU is doing. It panics by that."""
+    def interrogate(self) -> None:
+        """Makes a hung guest print the stack of each CPU on the console, and panic."""
         try:
             self.qmp("inject-nmi")
         except (HarnessError, OSError, ValueError):
             return
-        deadline = time.monotonic() + 5 * self.patience
+        deadline = time.monotonic() + 5 * self.timeout_scale
         while "end Kernel panic" not in self.log() and time.monotonic() < deadline:
             time.sleep(0.1)
 
-    def reset(self):
+    def reset(self) -> None:
         """Resets the machine, as its button would, and waits until it has booted again."""
         self.buffer = b""
         self.qmp("system_reset")
         self.wait_for_agent()
 
-    def leave(self, command):
+    def leave(self, command: str) -> None:
         """Sends a command after which the agent does not answer any more."""
         self.send(f"end-{next(self.words)}-{os.urandom(4).hex()}", base64.b64encode(command.encode()).decode())
 
-    def reboot(self, command="reboot -f"):
+    def reboot(self, command: str = "reboot -f") -> None:
         """Lets the guest reboot itself, and waits until it has booted again."""
         self.leave(command)
         self.wait_for_agent()
 
-    def power_off(self, command="poweroff -f", timeout=30):
+    def power_off(self, command: str = "poweroff -f", timeout: float = 30) -> None:
         """Lets the guest turn itself off, and waits until QEMU has ended."""
         self.leave(command)
         try:
-            status = self.process.wait(timeout * self.patience)
+            status = self.running.wait(timeout * self.timeout_scale)
         except subprocess.TimeoutExpired:
             self.interrogate()
-            raise self.error(f"the guest did not turn itself off in {timeout * self.patience:g} s") from None
+            raise self.error(f"the guest did not turn itself off in {timeout * self.timeout_scale:g} s") from None
         if status:
             raise self.error(f"QEMU ended with status {status}")
 
-    def log(self):
-        """What the kernel wrote to the console so far."""
+    def log(self) -> str:
+        """The console's log so far."""
         return self.console.read_text(errors="replace") if self.console.exists() else ""
 
-    def error(self, what):
+    def error(self, what: str) -> GuestError:
         self.broken = True
         lines = self.log().splitlines()
-        # A crash begins with its cause; otherwise the end tells most.
+        # A crash report begins with its cause. Without one, the last lines are the most useful.
         crash = next((number for number, line in enumerate(lines) if any(word in line for word in TROUBLE)), None)
-        tail = "\n".join(lines[-25:] if crash is None else lines[crash:crash + 60])
+        tail = "\n".join(lines[-25:] if crash is None else lines[crash : crash + 60])
         qemu = self.console.with_suffix(".qemu")
         said = qemu.read_text(errors="replace")[-1000:] if qemu.exists() else ""
         clock = "".join(f"{line}\n" for line in lines if STOPPED_CLOCK in line)
         return GuestError(f"{what}; console log {self.console}:\n{clock}{tail}\n{said}")
 
-    def close(self):
+    def close(self) -> None:
         """Ends QEMU, whatever state it is in."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)

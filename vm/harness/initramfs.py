@@ -5,14 +5,14 @@ import pathlib
 import re
 import shutil
 import subprocess
-import threading
+from collections.abc import Callable, Iterable, Sequence
 
-from .paths import CACHE, REPO, TARGET, HarnessError, cargo_environment, run, say
+from . import cache
+from .host import HarnessError, cargo_environment, log, run
+from .kernels import Kernel
+from .paths import CACHE, REPO, TARGET
 
-# Guests may start side by side, and what they share is made once.
-MAKING = threading.Lock()
-
-# What a guest may need; built-in ones and those that a kernel lacks are passed over.
+# Modules that a guest may need; built-in ones and those that a kernel lacks are skipped.
 MODULES = ["virtio_pci", "virtio_blk", "virtiofs", "fuse", "ext4", "xfs", "overlay", "loop"]
 TOOLS_TARGET = "x86_64-unknown-linux-gnu"
 # Linked statically, they run on the host as well.
@@ -56,31 +56,31 @@ poweroff -f
 """
 
 
-def build_tools():
+def build_tools() -> pathlib.Path:
     """Builds the programs that run in the guest, linked statically; returns their folder."""
     environment = cargo_environment()
     environment["RUSTFLAGS"] = "-C target-feature=+crt-static -C strip=symbols"
     environment["CARGO_PROFILE_RELEASE_LTO"] = "off"
-    run(["cargo", "build", "--release", "--locked", "-p", "lanefsd-guest-tools", "--target", TOOLS_TARGET],
-        cwd=REPO, env=environment)
+    command = ["cargo", "build", "--release", "--locked", "-p", "lanefsd-guest-tools", "--target", TOOLS_TARGET]
+    run(command, cwd=REPO, env=environment)
     return TOOLS_FOLDER
 
 
-def with_dependencies(kernel, names):
+def with_dependencies(kernel: Kernel, names: Iterable[str]) -> list[str]:
     """The files of modules and of all that they depend on, in the order of modules.dep."""
     table = {}
     for line in kernel.module_file("modules.dep").read_text().splitlines():
         path, _, rest = line.partition(":")
         table[re.sub(r"\.ko.*", "", pathlib.Path(path).name).replace("-", "_")] = (path, rest.split())
-    wanted = []
+    found: list[str] = []
     for name in names:
         if name in table:
-            path, rest = table[name]
-            wanted += [path, *rest]
-    return list(dict.fromkeys(wanted))
+            path, dependencies = table[name]
+            found += [path, *dependencies]
+    return list(dict.fromkeys(found))
 
 
-def copy_with_libraries(program, root):
+def copy_with_libraries(program: str, root: pathlib.Path) -> None:
     """Copies a host program, and the shared libraries it is linked with."""
     source = shutil.which(program)
     if source is None:
@@ -93,66 +93,72 @@ def copy_with_libraries(program, root):
             shutil.copy(library, target)
 
 
-def kind(image):
+def kind(image: pathlib.Path) -> str:
     """Whether an initramfs has patched or stock modules."""
     return image.name.rpartition("-")[2].partition(".")[0]
 
 
-def make(kernel, modules=None):
+def make(kernel: Kernel, modules: pathlib.Path | None = None) -> pathlib.Path:
     """An initramfs for a kernel; `modules` is a folder with a fuse.ko and a virtiofs.ko to use."""
     tools = programs(build_tools())
     stock = "patched" if modules else "stock"
     image = CACHE / f"initramfs-{kernel.release}-{stock}.cpio.gz"
-    sources = [pathlib.Path(__file__), *tools, *(modules.glob("*.ko") if modules else [])]
-    if image.exists() and all(source.stat().st_mtime < image.stat().st_mtime for source in sources):
-        return image
-    say(f"making an initramfs for {kernel.release} ({stock} modules)")
-    pack(image, lambda root: fill(root, kernel, modules, tools))
+    sources = [pathlib.Path(__file__), *tools, kernel.image, *(modules.glob("*.ko") if modules else [])]
+    with cache.locked(image):
+        if not is_newer(image, sources):
+            log.info("making an initramfs for %s (%s modules)", kernel.release, stock)
+            pack(image, lambda root: fill(root, kernel, modules, tools))
     return image
 
 
-def with_fio(image):
+def with_fio(image: pathlib.Path) -> pathlib.Path:
     """The same initramfs with fio, which Debian links with so much that a boot takes twice as long."""
     fio = CACHE / "fio.cpio.gz"
-    source = pathlib.Path(__file__)
     both = image.with_name(image.name.replace("initramfs", "initramfs-fio"))
-    with MAKING:
-        if not fio.exists() or fio.stat().st_mtime < source.stat().st_mtime:
-            pack(fio, lambda root: copy_with_libraries("fio", root))
-        if not both.exists() or both.stat().st_mtime < max(image.stat().st_mtime, fio.stat().st_mtime):
+    with cache.locked(both):
+        with cache.locked(fio):
+            if not is_newer(fio, [pathlib.Path(__file__)]):
+                pack(fio, lambda root: copy_with_libraries("fio", root))
+        if not is_newer(both, [image, fio]):
             # The kernel unpacks one archive after the other.
-            scratch = both.with_suffix(f".{os.getpid()}")
+            scratch = both.with_suffix(".part")
             scratch.write_bytes(image.read_bytes() + fio.read_bytes())
             scratch.rename(both)
     return both
 
 
-def programs(folder):
+def is_newer(target: pathlib.Path, sources: Iterable[pathlib.Path]) -> bool:
+    """Whether a file exists and is newer than all that it is made from."""
+    return target.exists() and all(source.stat().st_mtime < target.stat().st_mtime for source in sources)
+
+
+def programs(folder: pathlib.Path) -> list[pathlib.Path]:
     """The tools in a folder of cargo's."""
     return [tool for tool in folder.glob("guest-*") if tool.suffix == "" and os.access(tool, os.X_OK)]
 
 
-def pack(image, fill_root):
-    """Makes an archive of what `fill_root` puts into an empty folder."""
-    root = CACHE / f"root-{os.getpid()}"
-    shutil.rmtree(root, ignore_errors=True)
+def pack(image: pathlib.Path, fill_root: Callable[[pathlib.Path], None]) -> None:
+    """Packs the folder that `fill_root` fills. The caller holds the lock of the image."""
+    root = image.with_suffix(".root")
+    cache.remove(root)
     (root / "bin").mkdir(parents=True)
     try:
         fill_root(root)
-        scratch = image.with_suffix(f".{os.getpid()}")
+        scratch = image.with_suffix(".part")
         with open(scratch, "wb") as out:
             find = subprocess.Popen(["find", ".", "-print0"], cwd=root, stdout=subprocess.PIPE)
-            cpio = subprocess.Popen(["cpio", "--null", "-o", "-H", "newc", "--quiet"], cwd=root,
-                                    stdin=find.stdout, stdout=subprocess.PIPE)
-            squeeze = subprocess.run(["gzip", "-1"], stdin=cpio.stdout, stdout=out)
-            if find.wait() or cpio.wait() or squeeze.returncode:
+            command = ["cpio", "--null", "-o", "-H", "newc", "--quiet"]
+            cpio = subprocess.Popen(command, cwd=root, stdin=find.stdout, stdout=subprocess.PIPE)
+            gzip = subprocess.run(["gzip", "-1"], stdin=cpio.stdout, stdout=out)
+            if find.wait() or cpio.wait() or gzip.returncode:
                 raise HarnessError(f"{image} cannot be packed")
         scratch.rename(image)
     finally:
-        shutil.rmtree(root, ignore_errors=True)
+        cache.remove(root)
 
 
-def fill(root, kernel, modules, tools):
+def fill(root: pathlib.Path, kernel: Kernel, modules: pathlib.Path | None, tools: Sequence[pathlib.Path]) -> None:
+    """Fills the root of an initramfs."""
     for folder in ("sbin", "usr/bin", "usr/sbin", "proc", "sys", "dev", "etc", "root"):
         (root / folder).mkdir(parents=True)
     shutil.copy("/bin/busybox", root / "bin/busybox")
@@ -161,25 +167,31 @@ def fill(root, kernel, modules, tools):
             (root / "bin" / applet).symlink_to("busybox")
     for tool in tools:
         shutil.copy(tool, root / "bin" / tool.name.removeprefix("guest-"))
-    for path in with_dependencies(kernel, MODULES):
-        target = root / "lib/modules" / kernel.release / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        ours = modules / pathlib.Path(path).name.removesuffix(".xz").removesuffix(".zst") if modules else None
-        if ours is not None and ours.exists():
-            shutil.copy(ours, target.with_name(ours.name))
-        else:
-            shutil.copy(kernel.module_file(path), target)
-    for table in kernel.module_file("").glob("modules.*"):
-        if table.name in ("modules.order", "modules.builtin", "modules.builtin.modinfo"):
-            (root / "lib/modules" / kernel.release).mkdir(parents=True, exist_ok=True)
-            shutil.copy(table, root / "lib/modules" / kernel.release)
-    run(["depmod", "-b", root, kernel.release])
+    copy_modules(root, kernel, modules)
     (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n")
     (root / "etc/group").write_text("root:x:0:\nuser:x:1000:\n")
     write_program(root / "init", INIT % " ".join(MODULES))
     write_program(root / "agent", AGENT)
 
 
-def write_program(path, text):
+def copy_modules(root: pathlib.Path, kernel: Kernel, modules: pathlib.Path | None) -> None:
+    """Copies the kernel's modules, or those in `modules` with the same names."""
+    place = root / "lib/modules" / kernel.release
+    place.mkdir(parents=True)
+    for path in with_dependencies(kernel, MODULES):
+        target = place / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        ours = modules / pathlib.Path(path).name.removesuffix(".xz").removesuffix(".zst") if modules else None
+        if ours is not None and ours.exists():
+            shutil.copy(ours, target.with_name(ours.name))
+        else:
+            shutil.copy(kernel.module_file(path), target)
+    for name in ("modules.order", "modules.builtin", "modules.builtin.modinfo"):
+        if kernel.module_file(name).exists():
+            shutil.copy(kernel.module_file(name), place)
+    run(["depmod", "-b", root, kernel.release])
+
+
+def write_program(path: pathlib.Path, text: str) -> None:
     path.write_text(text)
     path.chmod(0o755)

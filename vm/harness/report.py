@@ -2,7 +2,10 @@
 
 import json
 import math
+import pathlib
 import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from .plot import plot
 
@@ -14,7 +17,17 @@ SLOW, FAST = "null store, 2 ms", "null store"
 SHARED, EACH = "shared file", "file per job"
 
 
-def all_rates(results):
+# The content of shared-file.json.
+Results = dict[str, Any]
+# Number of jobs to the MiB/s of each run, or to a figure made of them.
+Runs = dict[str, list[float]]
+Points = dict[str, float]
+# Shared file or file per job to its runs; row name to these.
+Kinds = dict[str, Runs]
+Rows = dict[str, Kinds]
+
+
+def all_rates(results: Results) -> Iterator[float]:
     """Every figure that was measured."""
     for part in ("null", "real"):
         for rows in rates(results, part).values():
@@ -24,20 +37,20 @@ def all_rates(results):
                         yield from values
 
 
-def rates(results, part):
+def rates(results: Results, part: str) -> dict[str, Rows]:
     """Store or place to row to kind to jobs to MiB/s."""
     return results.get(part, {}).get("rates", {})
 
 
-def write(folder):
+def write(folder: pathlib.Path) -> None:
     """Writes the documents of a JSON file beside it."""
     results = json.loads((folder / "shared-file.json").read_text())
     for name, text in render(results).items():
         (folder / name).write_text(text)
 
 
-def render(results):
-    """File name to text, for everything that is made of the results."""
+def render(results: Results) -> dict[str, str]:
+    """File name to text of each document that the results make."""
     files = {"shared-file.md": markdown(results)}
     slow = rates(results, "null").get(SLOW)
     if slow:
@@ -46,23 +59,22 @@ def render(results):
     return files
 
 
-def medians(kinds, kind):
+def medians(kinds: Kinds, kind: str) -> Points:
     """Jobs to the median MiB/s."""
     return {jobs: statistics.median(values) for jobs, values in kinds.get(kind, {}).items()}
 
 
-def over(ours, others):
+def over(ours: Runs, others: Runs) -> Points:
     """Jobs to the median of the rounds' ratios: the machine's speed may drift from round to round."""
-    return {jobs: statistics.median(a / b for a, b in zip(ours[jobs], others[jobs]))
-            for jobs in ours if jobs in others}
+    return {jobs: statistics.median(a / b for a, b in zip(ours[jobs], others[jobs])) for jobs in ours if jobs in others}
 
 
-def ratios(kinds):
+def ratios(kinds: Kinds) -> Points:
     """Jobs to shared file over file per job."""
     return over(kinds.get(SHARED, {}), kinds.get(EACH, {}))
 
 
-def gains(rows, name):
+def gains(rows: Rows, name: str) -> Points:
     """Jobs to per cent more than the row without the feature, for the shared file."""
     if name not in rows or PAIRS[name] not in rows:
         return {}
@@ -70,32 +82,37 @@ def gains(rows, name):
     return {jobs: 100 * (ratio - 1) for jobs, ratio in found.items()}
 
 
-def beyond_one_job(found):
-    """Gains without what a single job gains, which has other causes than writers that run side by side."""
+def beyond_one_job(found: Points) -> Points:
+    """Gains beyond that of a single job, whose causes are others than parallel writers."""
     one = found.get("1")
     return {} if one is None else {number: 100 * ((100 + gain) / (100 + one) - 1) for number, gain in found.items()}
 
 
-def geometric_mean(values):
+def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(math.log(value) for value in values) / len(values)) if values else math.nan
 
 
-def table(head, rows):
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def markdown(results):
-    parts = ["""# One shared file against a file per job
+def markdown(results: Results) -> str:
+    parts = [
+        """# One shared file against a file per job
 
-Made of `shared-file.json`, as `vm/bench/shared-file` writes it. MiB/s of 1 MiB writes in guests without hardware virtualization (TCG); ratios are what counts here. A ratio is the median of those of the rounds, since the machine's speed drifts."""]
+Made of `shared-file.json`, as `vm/bench/shared-file` writes it. MiB/s of 1 MiB writes in guests without hardware virtualization (TCG); ratios are what counts here. A ratio is the median of those of the rounds, since the machine's speed drifts."""
+    ]
     if "null" in results:
         parts.append(how(results, "null"))
     for store, rows in rates(results, "null").items():
-        what = ("The null store takes 2 ms for each write: what limits is how many are in flight at once, as with remote "
-                "storage, until the CPUs do." if store == SLOW else
-                "The null store takes no time: what limits is the CPUs that guest and daemon share.")
+        what = (
+            "The null store takes 2 ms for each write: what limits is how many are in flight at once, as with remote "
+            "storage, until the CPUs do."
+            if store == SLOW
+            else "The null store takes no time: what limits is the CPUs that guest and daemon share."
+        )
         parts += [f"## {store[0].upper()}{store[1:]}", what, rate_table(rows), ratio_table(rows), gain_table(rows)]
     if "real" in results:
         parts += ["## Real data", how(results, "real"), REAL]
@@ -104,19 +121,21 @@ Made of `shared-file.json`, as `vm/bench/shared-file` writes it. MiB/s of 1 MiB 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def how(results, part):
+def how(results: Results, part: str) -> str:
     """When and how a part was measured."""
     run = results[part]
-    return (f"Measured on {run['date']} on {run['cpus']} CPUs by `vm/bench/shared-file --part {part} --runtime "
-            f"{run['runtime']:g} --repeat {run['repeat']}`: {run['runtime']:g} s a point, each point the median of "
-            f"{run['repeat']}, rows in turns. Guest kernels: {', '.join(run['kernels'])}.")
+    return (
+        f"Measured on {run['date']} on {run['cpus']} CPUs by `vm/bench/shared-file --part {part} --runtime "
+        f"{run['runtime']:g} --repeat {run['repeat']}`: {run['runtime']:g} s a point, each point the median of "
+        f"{run['repeat']}, rows in turns. Guest kernels: {', '.join(run['kernels'])}."
+    )
 
 
-def job_numbers(rows):
+def job_numbers(rows: Rows) -> list[str]:
     return sorted({jobs for kinds in rows.values() for points in kinds.values() for jobs in points}, key=int)
 
 
-def rate_table(rows):
+def rate_table(rows: Rows) -> str:
     jobs = job_numbers(rows)
     lines = []
     for name, kinds in rows.items():
@@ -126,19 +145,26 @@ def rate_table(rows):
     return table(["MiB/s", "jobs:", *jobs], lines)
 
 
-def ratio_table(rows):
+def ratio_table(rows: Rows) -> str:
     jobs = job_numbers(rows)
     lines = []
     for name, kinds in rows.items():
         found = ratios(kinds)
         many = [ratio for number, ratio in found.items() if int(number) > 1]
-        lines.append([name, *(f"{found[number]:.2f}" if number in found else "" for number in jobs),
-                      f"{geometric_mean(many):.2f}", f"{min(many, default=math.nan):.2f}"])
-    return "Shared file over file per job (geometric mean and least over 2 jobs and more):\n\n" + \
-        table(["", *jobs, "mean", "least"], lines)
+        lines.append(
+            [
+                name,
+                *(f"{found[number]:.2f}" if number in found else "" for number in jobs),
+                f"{geometric_mean(many):.2f}",
+                f"{min(many, default=math.nan):.2f}",
+            ]
+        )
+    return "Shared file over file per job (geometric mean and least over 2 jobs and more):\n\n" + table(
+        ["", *jobs, "mean", "least"], lines
+    )
 
 
-def gain_table(rows):
+def gain_table(rows: Rows) -> str:
     jobs = job_numbers(rows)
     lines = []
     for name, base in PAIRS.items():
@@ -152,7 +178,7 @@ def gain_table(rows):
     return "Gain for the shared file:\n\n" + table(["", *jobs], lines)
 
 
-def peer_table(rows):
+def peer_table(rows: Rows) -> str:
     jobs = job_numbers(rows)
     lines = []
     for kind in (SHARED, EACH):
@@ -164,7 +190,7 @@ def peer_table(rows):
     return "lanefsd over the best of virtiofsd's four settings:\n\n" + table(["", *jobs], lines)
 
 
-def bandwidth_plot(rows):
+def bandwidth_plot(rows: Rows) -> str:
     series = {}
     for name in ("5.10 unpatched", "5.10 patched", "6.1 patched"):
         for kind, dashed in ((SHARED, False), (EACH, True)):
@@ -174,7 +200,7 @@ def bandwidth_plot(rows):
     return plot("Null store with 2 ms latency: MiB/s over jobs", series)
 
 
-def gain_plot(rows):
+def gain_plot(rows: Rows) -> str:
     series = {}
     for name, base in list(PAIRS.items())[:2]:
         points = gains(rows, name)

@@ -1,1 +1,1 @@
-"""Tests that `vm/test` runs."""
+"""Tests with a guest, which `vm/test` runs."""

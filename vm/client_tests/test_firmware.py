@@ -6,9 +6,10 @@ import shutil
 
 from harness import cli, disk
 from harness.guest import KERNEL_OPTIONS, Guest
-from harness.paths import need, run
+from harness.host import require
+from harness.kernels import Kernel
 
-from .setup import step
+from .setup import Setup, step
 
 OVMF = pathlib.Path("/usr/share/ovmf/OVMF.fd")
 COUNT = 40
@@ -34,13 +35,13 @@ linux.efi initrd=\\initramfs.img OPTIONS
 """
 
 
-def shown(guest, since):
+def shown(guest: Guest, since: int) -> str:
     """What the firmware has written to the serial line from there on, without its colours."""
     text = re.sub(r"\x1b\[[0-9;?=]*[A-Za-z]", "", guest.log()[since:]).replace("\r", "")
-    return text[:text.find("THE KERNEL FOLLOWS")]
+    return text[: text.find("THE KERNEL FOLLOWS")]
 
 
-def fill(share, kernel, image):
+def fill(share: pathlib.Path, kernel: Kernel, image: pathlib.Path) -> None:
     (share / "folder").mkdir()
     for number in range(COUNT):
         (share / f"folder/entry-{number:03}").write_text(f"{number}\n")
@@ -52,10 +53,10 @@ def fill(share, kernel, image):
     (share / "startup.nsh").write_text(SCRIPT.replace("OPTIONS", KERNEL_OPTIONS).replace("\n", "\r\n"))
 
 
-def check_firmware(guest, share, since=0):
+def check_firmware(guest: Guest, share: pathlib.Path, since: int = 0) -> None:
     """The firmware has listed, read, written, copied, renamed and removed."""
     text = shown(guest, since)
-    listing = text[text.find("BEGIN LISTING"):text.find("END LISTING")]
+    listing = text[text.find("BEGIN LISTING") : text.find("END LISTING")]
     missing = [number for number in range(COUNT) if f"entry-{number:03}" not in listing]
     assert not missing and "a text for the firmware" in text, f"missing {missing} in\n{text[-3000:]}"
     written = (share / "written.txt").read_bytes()
@@ -65,17 +66,23 @@ def check_firmware(guest, share, since=0):
     assert not (share / "made/copied.bin").exists() and not (share / "folder/remove.txt").exists()
 
 
-def firmware(setup):
-    """OVMF lists, reads and writes the share, and starts a kernel from it, which mounts it"""
+def test_firmware(setup: Setup) -> None:
+    """OVMF lists, reads and writes the share, and starts a kernel from it, which mounts it."""
     if not OVMF.exists():
-        need("ovmf")
+        require("ovmf")
     kernel, image = cli.prepare()
     with disk.directory() as share:
         fill(share, kernel, image)
         with setup.daemon(share) as daemon:
             step("the firmware starts the kernel")
-            with Guest(None, None, [("share", daemon.socket, 1)], name="client", patience=2 * setup.patience,
-                       firmware=OVMF) as guest:
+            with Guest(
+                None,
+                None,
+                [("share", daemon.socket, 1)],
+                name="client",
+                timeout_scale=2 * setup.timeout_scale,
+                firmware=OVMF,
+            ) as guest:
                 check_firmware(guest, share)
                 guest.mount()
                 assert guest.output("cat /mnt/folder/text.txt").strip() == "a text for the firmware"
@@ -88,6 +95,3 @@ def firmware(setup):
                 guest.output("ls /mnt/made")
             # Each of the two, twice.
             assert daemon.log().count("session begins") == 4, daemon.log()
-
-
-CLIENTS = (firmware,)

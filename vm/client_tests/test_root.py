@@ -1,24 +1,29 @@
 """A Debian with systemd whose root file system is a share."""
 
-from harness import debian
+import pathlib
 
-from .setup import step
+from harness import debian
+from harness.guest import Guest
+
+from .setup import Setup, step
 
 # A program of one small package that needs no other.
 PACKAGE = "hello"
 
 
-def is_up(guest):
+def is_up(guest: Guest) -> None:
     """Waits until systemd has started everything; no unit may have failed."""
     status, state = guest.run("systemctl is-system-running --wait", 300, check=False)
     if status:
-        failed = guest.run("systemctl --failed --no-legend --plain; journalctl -b -p err --no-pager | tail -n 30", check=False)[1]
+        failed = guest.run(
+            "systemctl --failed --no-legend --plain; journalctl -b -p err --no-pager | tail -n 30", check=False
+        )[1]
         raise guest.error(f"the system is {state}:\n{failed}")
     found = guest.output("stat -f -c %T /; awk '$2 == \"/\" { print $3 }' /proc/mounts | tail -n 1").split()
     assert found[-1] == "virtiofs", found
 
 
-def life(setup, root, kernel=None):
+def life(setup: Setup, root: pathlib.Path, kernel: str | None = None) -> None:
     """Boots, installs a package, reboots, loses its power, and turns itself off."""
     debian.fetch(root, PACKAGE)
     with setup.debian_guest(root, "--xattr", kernel=kernel) as (guest, daemon):
@@ -46,16 +51,13 @@ def life(setup, root, kernel=None):
         assert daemon.wait() == 0, daemon.log()
 
 
-def debian_root(setup):
-    """Debian with systemd on a share, with its own kernel and initramfs"""
+def test_debian_root(setup: Setup) -> None:
+    """Debian with systemd on a share, with its own kernel and initramfs."""
     with setup.debian_root() as root:
         life(setup, root)
 
 
-def debian_root_without_initramfs(setup):
-    """the same with Linux 7.2, which mounts the share as its root itself"""
+def test_debian_root_without_initramfs(setup: Setup) -> None:
+    """The same with Linux 7.2, which mounts the share as its root itself."""
     with setup.debian_root() as root:
         life(setup, root, "7.2")
-
-
-CLIENTS = (debian_root, debian_root_without_initramfs)

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Self
 
 from harness import cli, disk
 from harness.guest import KERNEL_OPTIONS, Guest
-from harness.paths import DAEMON, LOGS, HarnessError, need, run, say
+from harness.host import HarnessError, Word, log, require, run
+from harness.paths import DAEMON, LOGS
 
-from .setup import TROUBLE, step
+from .setup import TROUBLE, Setup, step
 
 DRIVER = pathlib.Path("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so")
 NAME = "lanefsd-test"
@@ -88,15 +91,15 @@ FILESYSTEM = """<filesystem type='mount' accessmode='passthrough'>
     </filesystem>"""
 
 
-def filesystem(share, tag):
+def filesystem(share: pathlib.Path, tag: str) -> str:
     return FILESYSTEM.format(daemon=DAEMON, share=share, tag=tag)
 
 
 class Libvirt:
     """A libvirtd of our own; a context manager that ends it and all that it has started."""
 
-    def __init__(self, patience):
-        self.patience = patience
+    def __init__(self, timeout_scale: float) -> None:
+        self.timeout_scale = timeout_scale
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="lanefsd-libvirt-"))
         self.logfile = LOGS / f"libvirtd-{os.getpid()}.log"
         LOGS.mkdir(parents=True, exist_ok=True)
@@ -104,45 +107,55 @@ class Libvirt:
         (self.directory / "etc/libvirtd.conf").write_text(LIBVIRTD)
         (self.directory / "etc/qemu.conf").write_text(QEMU)
         self.had_groups = run(["unshare", "--mount", "sh", "-ec", HAS_GROUPS]) != ""
-        self.process = subprocess.Popen(
-            ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", START, "sh", self.directory],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=open(self.logfile, "wb"))
+        words = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", START, "sh"]
+        with open(self.logfile, "wb") as errors:
+            self.process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", "unshare", *words, str(self.directory)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
         try:
             self.wait_for(lambda: self.virsh("version", check=False)[0] == 0, 60, "libvirtd answers")
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def virsh(self, *words, check=True):
+    def virsh(self, *words: Word, check: bool = True) -> tuple[int, str]:
         """Runs a command of virsh; returns (status, output)."""
         socket = self.directory / "run/libvirt/libvirt-sock"
-        done = subprocess.run(["virsh", "--connect", f"qemu:///system?socket={socket}", *map(str, words)], text=True,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            ["virsh", "--connect", f"qemu:///system?socket={socket}", *map(str, words)],
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         if check and done.returncode:
             raise HarnessError(f"virsh {' '.join(map(str, words))}: {done.stdout}\n{self.log()[-2000:]}")
         return done.returncode, done.stdout.strip()
 
-    def wait_for(self, condition, seconds, what):
-        deadline = time.monotonic() + seconds * self.patience
+    def wait_for(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        deadline = time.monotonic() + seconds * self.timeout_scale
         while not condition():
             if self.process.poll() is not None:
                 raise HarnessError(f"libvirtd has ended:\n{self.log()[-2000:]}")
             if time.monotonic() > deadline:
-                raise HarnessError(f"{what}: not so after {seconds * self.patience:g} s\n{self.log()[-2000:]}")
+                raise HarnessError(f"{what}: not so after {seconds * self.timeout_scale:g} s\n{self.log()[-2000:]}")
             time.sleep(0.2)
 
-    def log(self):
+    def log(self) -> str:
         """What libvirtd and the daemons for its domains have said."""
         logs = [self.logfile, *(self.directory / "log").rglob("*.log")]
         return "\n".join(path.read_text(errors="replace") for path in logs)
 
-    def daemons(self, share):
+    def daemons(self, share: pathlib.Path) -> list[int]:
         """The processes of lanefsd that serve a directory, the outer and the inner one."""
         found = []
         for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
@@ -152,7 +165,7 @@ class Libvirt:
                     found.append(int(path.parent.name))
         return found
 
-    def close(self):
+    def close(self) -> None:
         # unshare(1) kills the first process of the namespace when it is killed, and the kernel all others.
         self.process.kill()
         self.process.wait()
@@ -167,39 +180,47 @@ class Libvirt:
 class Domain:
     """A domain in the place of a process."""
 
-    def __init__(self, libvirt):
+    def __init__(self, libvirt: Libvirt) -> None:
         self.libvirt = libvirt
 
-    def poll(self):
+    def poll(self) -> int | None:
         status, state = self.libvirt.virsh("domstate", NAME, check=False)
         return 0 if status or "shut off" in state else None
 
-    def wait(self, timeout=30):
-        deadline = time.monotonic() + timeout
+    def wait(self, timeout: float | None = 30) -> int:
+        deadline = None if timeout is None else time.monotonic() + timeout
         while self.poll() is None:
-            if time.monotonic() > deadline:
+            if timeout is not None and deadline is not None and time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired(NAME, timeout)
             time.sleep(0.5)
         return 0
 
-    def send_signal(self, _):
+    def send_signal(self, _: int) -> None:
         self.libvirt.virsh("destroy", NAME, check=False)
 
-    def kill(self):
+    def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
 
 class DomainGuest(Guest):
     """A guest that libvirt has started."""
 
-    def __init__(self, libvirt, share, patience):
+    def __init__(self, libvirt: Libvirt, share: pathlib.Path, timeout_scale: float) -> None:
         kernel, image = cli.prepare()
-        self.prepare("libvirt", patience)
+        self.prepare("libvirt", timeout_scale)
         self.libvirt = libvirt
         xml = self.directory / "domain.xml"
-        xml.write_text(DOMAIN.format(name=NAME, kernel=kernel.image, initramfs=image, options=KERNEL_OPTIONS,
-                                     filesystem=filesystem(share, "share"), console=self.console,
-                                     agent=self.directory / "agent"))
+        xml.write_text(
+            DOMAIN.format(
+                name=NAME,
+                kernel=kernel.image,
+                initramfs=image,
+                options=KERNEL_OPTIONS,
+                filesystem=filesystem(share, "share"),
+                console=self.console,
+                agent=self.directory / "agent",
+            )
+        )
         try:
             libvirt.virsh("create", xml)
             self.process = Domain(libvirt)
@@ -209,31 +230,36 @@ class DomainGuest(Guest):
             self.close()
             raise
 
-    def interrogate(self):
+    def interrogate(self) -> None:
         self.libvirt.virsh("inject-nmi", NAME, check=False)
         time.sleep(5)
 
-    def reset(self):
+    def reset(self) -> None:
         self.buffer = b""
         self.libvirt.virsh("reset", NAME)
         self.wait_for_agent()
 
-    def plug(self, share, tag):
+    def plug(self, share: pathlib.Path, tag: str) -> None:
         """Adds a share while the guest runs, and waits until its driver has it."""
         xml = self.directory / f"{tag}.xml"
         xml.write_text(filesystem(share, tag))
         self.libvirt.virsh("attach-device", NAME, xml, "--live")
-        self.output(f"""for i in $(seq 300); do
-            mkdir -p /tmp/{tag}; mount -t virtiofs {tag} /tmp/{tag} 2>/dev/null && exit; sleep 0.1; done; exit 1""", 60)
+        self.output(
+            f"""for i in $(seq 300); do
+            mkdir -p /tmp/{tag}; mount -t virtiofs {tag} /tmp/{tag} 2>/dev/null && exit; sleep 0.1; done; exit 1""",
+            60,
+        )
 
-    def unplug(self, share, tag):
+    def unplug(self, share: pathlib.Path, tag: str) -> None:
         """Takes it away again; its daemon ends."""
         self.output(f"umount /tmp/{tag}")
         self.libvirt.virsh("detach-device", NAME, self.directory / f"{tag}.xml", "--live")
-        self.libvirt.wait_for(lambda: not self.libvirt.daemons(share), 30, f"{tag} is unplugged and its daemon has ended")
+        self.libvirt.wait_for(
+            lambda: not self.libvirt.daemons(share), 30, f"{tag} is unplugged and its daemon has ended"
+        )
 
 
-def life(guest, libvirt, share, second):
+def life(guest: DomainGuest, libvirt: Libvirt, share: pathlib.Path, second: pathlib.Path) -> None:
     step("mounts, reads and writes")
     guest.mount()
     guest.output("echo one >/mnt/file; sync; locks free /mnt/locked")
@@ -246,7 +272,9 @@ def life(guest, libvirt, share, second):
         guest.unplug(second, "second")
     assert (second / "file").read_text() == "0\n1\n"
     step("is stopped and goes on")
-    guest.output("(while :; do date >>/mnt/noise; done) </dev/null >/dev/null 2>&1 & while ! [ -s /mnt/noise ]; do sleep 0.1; done")
+    guest.output(
+        "(while :; do date >>/mnt/noise; done) </dev/null >/dev/null 2>&1 & while ! [ -s /mnt/noise ]; do sleep 0.1; done"
+    )
     for _ in range(3):
         libvirt.virsh("suspend", NAME)
         libvirt.virsh("resume", NAME)
@@ -261,17 +289,16 @@ def life(guest, libvirt, share, second):
     libvirt.wait_for(lambda: not libvirt.daemons(share), 20, "the daemon has ended")
 
 
-def libvirt(setup):
-    """libvirt starts lanefsd for a domain, plugs a second share in and out, stops and resets the domain"""
-    need("libvirtd:libvirt-daemon", "virsh:libvirt-clients", "qemu-system-x86_64:qemu-system-x86")
+def test_libvirt(setup: Setup) -> None:
+    """Libvirt starts lanefsd for a domain, plugs a second share in and out, stops and resets the domain."""
+    require("libvirtd:libvirt-daemon", "virsh:libvirt-clients", "qemu-system-x86_64:qemu-system-x86")
     if not DRIVER.exists():
-        say("installing libvirt's driver for QEMU")
+        log.info("installing libvirt's driver for QEMU")
         run(["apt-get", "install", "-y", "--no-install-recommends", "libvirt-daemon-driver-qemu"])
-    with disk.directory() as share, disk.directory() as second, Libvirt(setup.patience) as server:
-        with DomainGuest(server, share, setup.patience) as guest:
+    with disk.directory() as share, disk.directory() as second, Libvirt(setup.timeout_scale) as server:
+        with DomainGuest(server, share, setup.timeout_scale) as guest:
             life(guest, server, share, second)
-        found = [line for line in server.log().splitlines() if "lanefsd" in line and any(word in line for word in TROUBLE)]
+        found = [
+            line for line in server.log().splitlines() if "lanefsd" in line and any(word in line for word in TROUBLE)
+        ]
         assert not found, found
-
-
-CLIENTS = (libvirt,)

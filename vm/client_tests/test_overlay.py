@@ -1,14 +1,16 @@
 """overlayfs with all of its layers on a share, and podman, which uses it."""
 
 import contextlib
+import pathlib
 import stat
 import subprocess
 
 from harness import disk
-from harness.paths import HarnessError, run
+from harness.guest import Guest
+from harness.host import HarnessError, run
 
-from .root import is_up
-from .setup import step
+from .setup import Setup, step
+from .test_root import is_up
 
 PREPARE = """mkdir l u w m l/dir l/gone; for f in a b c d e f dir/x dir/y gone/z; do echo lower $f >l/$f; done
     ln -s a l/link; chmod 644 l/?"""
@@ -66,7 +68,7 @@ w"""
 LATER = """sleep 2; cat m/a m/b m/e m/hard m/moved; stat -c %Y m/moved; ls -1 m"""
 
 
-def layers_on_a_share(guest, point, share, kind):
+def layers_on_a_share(guest: Guest, point: str, share: pathlib.Path, kind: str) -> None:
     """Changes an overlay whose layers are all on one share, and mounts it again."""
     mount = f"mount -t overlay overlay -o {kind}lowerdir=l,upperdir=u,workdir=w m"
     seen = guest.output(f"set -e; cd {point}; {PREPARE}\n{mount}\n{CHANGE}", 180)
@@ -78,7 +80,17 @@ def layers_on_a_share(guest, point, share, kind):
     for name in ("c", "f"):
         whiteout = (share / "u" / name).lstat()
         assert stat.S_ISCHR(whiteout.st_mode) and whiteout.st_rdev == 0, name
-    assert sorted(path.name for path in (share / "l").iterdir()) == ["a", "b", "c", "d", "dir", "e", "f", "gone", "link"]
+    assert sorted(path.name for path in (share / "l").iterdir()) == [
+        "a",
+        "b",
+        "c",
+        "d",
+        "dir",
+        "e",
+        "f",
+        "gone",
+        "link",
+    ]
     assert (share / "l/a").read_text() == "lower a\n"
 
 
@@ -97,13 +109,16 @@ WAYS = {
 KERNELS = ("6.1", "7.2")
 
 
-def overlayfs(setup):
-    """overlayfs with its lower and upper layer on one share: copy-up, and work two seconds later"""
+def test_overlayfs(setup: Setup) -> None:
+    """Overlayfs with its lower and upper layer on one share: copy-up, and work two seconds later."""
     wrong = []
     for kernel in KERNELS:
         with contextlib.ExitStack() as stack:
             shares = [stack.enter_context(disk.directory()) for _ in WAYS]
-            daemons = [stack.enter_context(setup.daemon(share, *words.split())) for share, (words, _) in zip(shares, WAYS.values())]
+            daemons = [
+                stack.enter_context(setup.daemon(share, *words.split()))
+                for share, (words, _) in zip(shares, WAYS.values())
+            ]
             guest = stack.enter_context(setup.small_guest(*daemons, kernel=kernel))
             for number, (name, (_, kind)) in enumerate(WAYS.items()):
                 step(f"Linux {kernel}, {name}")
@@ -118,7 +133,7 @@ def overlayfs(setup):
         raise HarnessError("\n".join(wrong))
 
 
-def container_image(root):
+def container_image(root: pathlib.Path) -> None:
     """A small root file system as an archive in the guest's tree, since no registry is needed for that."""
     with disk.directory() as folder:
         for name in ("bin", "etc", "tmp", "proc", "sys", "dev"):
@@ -130,8 +145,8 @@ def container_image(root):
         subprocess.run(["tar", "-C", folder, "-cf", root / "root/image.tar", "."], check=True)
 
 
-def podman(setup):
-    """podman in a Debian with Linux 7.2 whose root, and so all layers of its containers, is on a share"""
+def test_podman(setup: Setup) -> None:
+    """Podman in a Debian with Linux 7.2 whose root, and so all layers of its containers, is on a share."""
     run_one = "podman run --rm --network=none localhost/small"
     with setup.debian_root() as root:
         container_image(root)
@@ -146,13 +161,13 @@ def podman(setup):
             seen = guest.output(f"{run_one} sh -c '{inside}'", 180)
             assert seen == "root:x:0:0::/:/bin/sh\nmore\nnew", seen
             step("starts a kept container twice, and makes an image of it")
-            guest.output("podman run --name kept --network=none localhost/small sh -c 'echo $(cat /count) x >/count.new; mv /count.new /count'", 180)
+            guest.output(
+                "podman run --name kept --network=none localhost/small sh -c 'echo $(cat /count) x >/count.new; mv /count.new /count'",
+                180,
+            )
             guest.output("podman start -a kept; podman commit kept localhost/counted 2>&1", 180)
             seen = guest.output("podman run --rm --network=none localhost/counted cat /count", 180)
             assert seen == "x x", seen
             guest.output("podman rm kept; podman rmi localhost/counted localhost/small", 180)
             guest.power_off("systemctl poweroff", 120)
             assert daemon.wait() == 0, daemon.log()
-
-
-CLIENTS = (overlayfs, podman)
