@@ -1,4 +1,4 @@
-//! Options as users type them. The names are virtiofsd's wherever it has one.
+//! The command line. Option names are virtiofsd's wherever it has one.
 
 mod attributes;
 mod choices;
@@ -19,7 +19,7 @@ use self::migration::MigrationOptions;
 use self::values::{parse_cpus, parse_id_range, parse_modcaps, parse_store};
 use crate::config::{
     CapabilityChanges, Config, DeviceConfig, FsConfig, IdMaps, LEAST_DESCRIPTORS, Listen,
-    ParallelDirectWrites,
+    ParallelDirectWrites, ProcessConfig,
 };
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
@@ -28,123 +28,123 @@ use crate::mapping::xattrs::XattrMapError;
 
 /// Share a host directory with a virtual machine: a vhost-user daemon for virtio-fs.
 ///
-/// The guest mounts the share with `mount -t virtiofs TAG DIRECTORY`, where TAG is the one of
-/// QEMU's vhost-user-fs-pci device.
+/// The guest mounts the share with `mount -t virtiofs TAG DIRECTORY`. TAG is the mount tag of the VMM's
+/// device: `tag=` of QEMU's vhost-user-fs-pci, `<target dir=…>` of libvirt.
 #[derive(Clone, Debug, Parser)]
 #[command(version, about, long_about, max_term_width = 100, args_override_self = true)]
 pub struct Options {
-    /// Directory that the guest gets to see
+    /// Directory to share with the guest
     #[arg(long, value_name = "DIRECTORY", help_heading = "Share")]
     shared_dir: Option<PathBuf>,
 
-    /// Let the guest change nothing
+    /// Export the share read-only
     #[arg(long, help_heading = "Share")]
     readonly: bool,
 
-    /// Serve extended attributes
+    /// Support extended attributes
     #[arg(long, help_heading = "Share")]
     xattr: bool,
 
-    /// Take the guest's POSIX (fcntl) locks on the host, so that they count for other guests
+    /// Apply the guest's POSIX (fcntl) locks on the host, so that they also exclude other guests
     #[arg(long, help_heading = "Share")]
     posix_lock: bool,
 
-    /// Take the guest's flock(2) locks on the host, so that they count for other guests
+    /// Apply the guest's flock(2) locks on the host, so that they also exclude other guests
     #[arg(long, help_heading = "Share")]
     flock: bool,
 
-    /// Tell the guest where other file systems are mounted inside the share (the default)
+    /// Report mount points inside the share to the guest (default)
     #[arg(long, overrides_with = "no_announce_submounts", help_heading = "Share")]
     announce_submounts: bool,
 
-    /// Show other file systems inside the share as ordinary directories
+    /// Show mount points inside the share as ordinary directories
     #[arg(long, help_heading = "Share")]
     no_announce_submounts: bool,
 
     #[command(flatten)]
     attributes: AttributeOptions,
 
-    /// Make a socket at this path and listen there for the front end (QEMU's chardev); PATH.pid holds
-    /// the process to signal
+    /// Create a vhost-user socket at PATH and listen on it; PATH.pid holds the process id
     #[arg(long, alias = "socket", value_name = "PATH", help_heading = "Connection")]
     socket_path: Option<PathBuf>,
 
-    /// Listen on this descriptor, which the daemon was started with
+    /// Listen on this inherited file descriptor
     #[arg(long, value_name = "NUMBER", help_heading = "Connection")]
     fd: Option<i32>,
 
-    /// Group that may connect to the socket besides its owner
+    /// Group that may connect to the socket, besides its owner
     #[arg(long, value_name = "GROUP", requires = "socket_path", help_heading = "Connection")]
     socket_group: Option<String>,
 
-    /// Wait for the next front end when one has left, instead of exiting
+    /// Wait for the next connection when the front end disconnects, instead of exiting
     #[arg(long, help_heading = "Connection")]
     keep_listening: bool,
 
-    /// Mount tag to show in the device's configuration space; QEMU has its own, others need it here
+    /// Mount tag in the device's configuration space, and name of the share in log messages; QEMU sets a mount
+    /// tag itself, other VMMs need it here
     #[arg(long, value_name = "TAG", help_heading = "Connection")]
     tag: Option<String>,
 
-    /// What the guest may cache: nothing, all but file data, all for a second, or all
+    /// What the guest may cache
     #[arg(long, value_enum, ignore_case = true, default_value = "auto", help_heading = "Caching and data")]
     cache: Cache,
 
-    /// Which files many writers may write at once: those in direct mode, all regular files, or none
+    /// Files that several writers may write in parallel
     #[arg(long, value_enum, default_value = "auto", value_name = "WHICH", help_heading = "Caching and data")]
     parallel_direct_writes: Parallel,
 
-    /// Let the guest collect buffered writes; not for shares that others change meanwhile
+    /// Let the guest delay and combine buffered writes; not for shares that change on the host
     #[arg(long, help_heading = "Caching and data")]
     writeback: bool,
 
-    /// With --cache=never or metadata, allow shared mappings of files (Linux 6.9 and later)
+    /// Allow shared mappings of files with --cache=never or metadata (Linux 6.9 and later)
     #[arg(long, help_heading = "Caching and data")]
     allow_mmap: bool,
 
-    /// Pass O_DIRECT of the guest's programs on to the host; without it the host may cache
+    /// Pass the guest's O_DIRECT on to the host; without it the host may cache the data
     #[arg(long, help_heading = "Caching and data")]
     allow_direct_io: bool,
 
-    /// Allow O_TMPFILE; not for shares with the upper directory of an overlay in the guest
+    /// Support O_TMPFILE; not for shares that hold the upper directory of an overlay in the guest
     #[arg(long, help_heading = "Caching and data")]
     tmpfile: bool,
 
-    /// Do not let the guest look up a directory's entries while it lists them
+    /// Disable READDIRPLUS: directory listings do not carry the attributes of the entries
     #[arg(long, help_heading = "Caching and data")]
     no_readdirplus: bool,
 
-    /// Threads that serve one queue at most; 0 and 1 serve one request after the other
+    /// Maximum number of threads per queue; 0 and 1 serve one request at a time
     #[arg(long, value_name = "NUMBER", default_value_t = 16, help_heading = "Resources")]
     thread_pool_size: usize,
 
-    /// Microseconds to look for the next request before sleeping, where that has been paying; 0 for never
+    /// Adaptive busy-poll time in microseconds; 0 disables it
     #[arg(long, value_name = "NUMBER", default_value_t = 20, value_parser = value_parser!(u64).range(0..=1000),
         help_heading = "Resources")]
     poll_time: u64,
 
-    /// Request queues to offer; the guest uses as many as it has CPUs for
+    /// Number of request queues to offer; the guest uses up to one per CPU
     #[arg(long, value_name = "NUMBER", default_value_t = MAX_QUEUES - 1, help_heading = "Resources")]
     request_queues: usize,
 
-    /// Descriptors the daemon may have open; 0 for the limit that it was started with [default: what
-    /// the host allows, up to a million]
+    /// Maximum number of open files; 0 keeps the inherited limit [default: what the host allows, up to
+    /// 1000000]
     #[arg(long, value_name = "NUMBER", help_heading = "Resources")]
     rlimit_nofile: Option<u64>,
 
-    /// Whether inodes may be held by file handles when descriptors are scarce
+    /// Hold inodes by file handles instead of descriptors when descriptors are scarce
     #[arg(long, value_enum, default_value = "prefer", value_name = "WHETHER", help_heading = "Resources")]
     inode_file_handles: FileHandles,
 
-    /// CPUs to run on, as in 0-3,6
+    /// CPUs to run on, for example 0-3,6
     #[arg(long, value_name = "LIST", help_heading = "Resources")]
     cpus: Option<String>,
 
-    /// How to confine the daemon [default: the safest that can be had]
+    /// Sandbox [default: the strongest that is available]
     #[arg(long, value_enum, ignore_case = true, help_heading = "Security")]
     sandbox: Option<SandboxMode>,
 
-    /// User ids of the sandbox that stand for those of the host, as in :0:1000:1: (:INSIDE:OUTSIDE:COUNT:);
-    /// may be given several times [default: without root, the own user id as it is]
+    /// Map user ids of the sandbox to those of the host: :INSIDE:OUTSIDE:COUNT:, for example :0:1000:1:;
+    /// repeatable [default without root: the own user id, unchanged]
     #[arg(long, value_name = "RANGE", help_heading = "Security")]
     uid_map: Vec<String>,
 
@@ -152,93 +152,91 @@ pub struct Options {
     #[arg(long, value_name = "RANGE", help_heading = "Security")]
     gid_map: Vec<String>,
 
-    /// What happens at a system call that serving does not take
+    /// Action on a system call outside the allow list
     #[arg(long, value_enum, default_value = "kill", value_name = "ACTION", help_heading = "Security")]
     seccomp: SeccompMode,
 
-    /// Capabilities to keep besides the usual ones, and usual ones to give up, as in +sys_admin:-mknod
+    /// Capabilities to keep or to drop, for example +sys_admin:-mknod
     #[arg(long, value_name = "CHANGES", allow_hyphen_values = true, help_heading = "Security")]
     modcaps: Option<String>,
 
-    /// Most detailed messages to print [default: info, or what RUST_LOG says]
-    #[arg(long, value_name = "LEVEL", value_parser = log_levels(), ignore_case = true, help_heading = "Messages")]
+    /// Log level [default: RUST_LOG, or info]
+    #[arg(long, value_name = "LEVEL", value_parser = log_levels(), ignore_case = true, help_heading = "Logging")]
     log_level: Option<LevelFilter>,
 
-    /// Print messages for debugging, as --log-level=debug does
-    #[arg(short, help_heading = "Messages")]
+    /// Same as --log-level=debug
+    #[arg(short, help_heading = "Logging")]
     debug: bool,
 
-    /// Send messages to the system log instead of standard error, as far as it can be reached
-    #[arg(long, help_heading = "Messages")]
+    /// Log to syslog instead of standard error
+    #[arg(long, help_heading = "Logging")]
     syslog: bool,
 
-    /// Print what the daemon can do as JSON, and exit
-    #[arg(long, action = ArgAction::SetTrue, help_heading = "Messages")]
+    /// Print the daemon's capabilities as JSON and exit
+    #[arg(long, action = ArgAction::SetTrue, help_heading = "Logging")]
     print_capabilities: bool,
 
-    /// Options in the old form: source=DIRECTORY, cache=, sandbox=, modcaps=, xattrmap=, loglevel=, and
+    /// Options in the old form of the C virtiofsd: source=DIRECTORY, cache=, sandbox=, modcaps=, xattrmap=, loglevel=, and
     /// with or without no_: xattr, flock, posix_lock, readdirplus, writeback, allow_direct_io,
     /// announce_submounts, posix_acl, security_label, killpriv_v2
-    #[arg(short = 'o', value_name = "LIST", help_heading = "Old forms")]
+    #[arg(short = 'o', value_name = "LIST", help_heading = "Compatibility")]
     old_form: Vec<String>,
 
-    /// Stay in the foreground, as the daemon always does
-    #[arg(short, help_heading = "Old forms")]
+    /// Ignored: the daemon always runs in the foreground
+    #[arg(short, help_heading = "Compatibility")]
     foreground: bool,
 
     #[command(flatten)]
     migration: MigrationOptions,
 
-    /// Benchmarks only: with null or null:LATENCY (2ms, 50us), written data is dropped
+    /// Benchmarks only: null or null:LATENCY (2ms, 50us) drops written data
     #[arg(long, value_name = "STORE", default_value = "host", help_heading = "Benchmarks")]
     store: String,
 }
 
-/// Options that contradict each other or make no sense. Each is one sentence that says what to do.
+/// An invalid option, or a conflict between options. Each message is one sentence that says what to do.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum OptionError {
-    #[error("--shared-dir is missing: give the directory that the guest is to see")]
+    #[error("--shared-dir is missing: give the directory to share")]
     NoSharedDir,
-    #[error("give either --socket-path or --fd, so that the front end can connect")]
+    #[error("the front end needs a socket: give either --socket-path or --fd")]
     NoSocket,
-    #[error("--socket-path and --fd exclude each other: give one of them")]
+    #[error("--socket-path and --fd are mutually exclusive")]
     TwoSockets,
-    #[error("--fd {0} is no descriptor: give its number, 3 or more")]
+    #[error("--fd {0} is invalid: give the number of a descriptor, 3 or more")]
     BadFd(i32),
     #[error("--tag must have 1 to {TAG_SIZE} bytes")]
     BadTag,
-    #[error("-o {0} is unknown, or its value is; --help lists what can stand there")]
+    #[error("-o {0} is not a known option, or its value is invalid; --help lists both")]
     OldForm(String),
     #[error("--request-queues must be 1 to {}", MAX_QUEUES - 1)]
     BadQueues,
-    #[error("--writeback and --parallel-direct-writes=always exclude each other: leave one of them out")]
+    #[error("--writeback and --parallel-direct-writes=always are mutually exclusive")]
     WritebackParallel,
-    #[error("--store={0} is unknown: give host, null, or null:LATENCY with a latency like 2ms or 50us")]
+    #[error("--store={0} is invalid: give host, null, or null:LATENCY with a latency like 2ms or 50us")]
     BadStore(String),
-    #[error("--cpus {0} is no list of CPUs: give numbers and ranges like 0-3,6")]
+    #[error("--cpus {0} is not a list of CPUs: give numbers and ranges like 0-3,6")]
     BadCpus(String),
-    #[error(
-        "--modcaps {0} is not understood: give names like +sys_admin or -mknod, with colons between them"
-    )]
+    #[error("--modcaps {0} is invalid: give names like +sys_admin or -mknod, separated by colons")]
     BadCapabilities(String),
     #[error(
-        "{option} {text} is not understood: give the first id inside, the first on the host and their number, like :0:1000:1:"
+        "{option} {text} is invalid: give the first id inside, the first id on the host and the count, like :0:1000:1:"
     )]
     BadIdRange { option: &'static str, text: String },
     #[error("--uid-map and --gid-map need --sandbox=namespace")]
     MapNeedsNamespace,
-    #[error("--rlimit-nofile must be at least 64, or 0 for the limit that the daemon is started with")]
+    #[error("--rlimit-nofile must be at least 64, or 0 for the inherited limit")]
     BadLimit,
-    #[error("--translate-{ids} cannot be used")]
+    #[error("--translate-{ids} is invalid")]
     BadIdMap { ids: &'static str, source: IdMapError },
-    #[error("--{0} goes with --migration-mode=find-paths only: leave one of the two out")]
+    #[error("--{0} is for --migration-mode=find-paths only")]
     FindPathsOnly(&'static str),
-    #[error("--xattrmap cannot be used")]
+    #[error("--xattrmap is invalid")]
     BadXattrMap(#[source] XattrMapError),
 }
 
-/// What was asked for on the command line.
+/// The command line, parsed.
 #[derive(Clone, Debug)]
 pub enum Command {
     /// Print [`CAPABILITIES`] and exit with status 0.
@@ -257,8 +255,8 @@ pub const CAPABILITIES: &str = r#"{
   ]
 }"#;
 
-/// Reads a command line; the first argument is the program's name. Ends the process for --help,
-/// --version and what clap cannot make sense of.
+/// Parses a command line; the first argument is the program's name. Exits for --help, --version and options that clap
+/// rejects.
 pub fn parse(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Command, OptionError> {
     let arguments: Vec<_> = arguments.into_iter().collect();
     // Callers probe with this option and whatever else they are going to pass.
@@ -289,7 +287,10 @@ impl Options {
         }
         Ok(Config {
             store: parse_store(&self.store)?,
-            cpus: self.cpus.as_deref().map(parse_cpus).transpose()?,
+            process: ProcessConfig {
+                rlimit_nofile: self.rlimit_nofile,
+                cpus: self.cpus.as_deref().map(parse_cpus).transpose()?,
+            },
             shared_dir: self.shared_dir.ok_or(OptionError::NoSharedDir)?,
             listen,
             socket_group: self.socket_group,
@@ -306,7 +307,6 @@ impl Options {
             id_maps,
             seccomp: self.seccomp.into(),
             capabilities: self.modcaps.as_deref().map_or(Ok(CapabilityChanges::NONE), parse_modcaps)?,
-            rlimit_nofile: self.rlimit_nofile,
             log_level: if self.debug { self.log_level.max(Some(LevelFilter::Debug)) } else { self.log_level },
             syslog: self.syslog,
             remarks: self.migration.remarks()?,
@@ -395,11 +395,14 @@ mod tests {
         assert!(config.fs.readdirplus && config.fs.announce_submounts);
         assert!(!config.fs.xattr && !config.fs.writeback && !config.readonly && !config.keep_listening);
         assert_eq!((config.seccomp, config.capabilities), (Seccomp::Kill, CapabilityChanges::NONE));
-        assert_eq!((config.sandbox, config.log_level, config.rlimit_nofile), (None, None, None));
+        assert_eq!(
+            (config.sandbox, config.log_level, config.process),
+            (None, None, ProcessConfig::default())
+        );
     }
 
     #[test]
-    fn what_contradicts_itself_is_refused() {
+    fn invalid_and_conflicting_options_are_refused() {
         for (arguments, error) in [
             ("--socket-path /s", OptionError::NoSharedDir),
             ("--shared-dir /d", OptionError::NoSocket),
@@ -436,7 +439,7 @@ mod tests {
         assert_eq!(config("--store null").store, Store::Null { latency: Duration::ZERO });
         assert_eq!(config("--store null:50us").store, Store::Null { latency: Duration::from_micros(50) });
         assert_eq!(config("--store null:2ms").store, Store::Null { latency: Duration::from_millis(2) });
-        assert_eq!(config("--cpus 0-2,5").cpus, Some(vec![0, 1, 2, 5]));
+        assert_eq!(config("--cpus 0-2,5").process.cpus, Some(vec![0, 1, 2, 5]));
         assert_eq!(config("--cache none").fs.cache, CachePolicy::Never);
         assert_eq!(config("--sandbox chroot").sandbox, Some(Sandbox::Chroot));
         assert_eq!(config("--seccomp=none").seccomp, Seccomp::None);

@@ -6,14 +6,13 @@
 pub mod blocking;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod device;
 pub mod fs;
-pub mod listen;
 pub mod logging;
 pub mod mapping;
-pub mod remarks;
+pub mod process;
 pub mod sandbox;
-pub mod server;
 pub mod service;
 mod session_lock;
 mod sync;

@@ -1,5 +1,8 @@
-//! Messages: one line each, to standard error or the system log. What a guest can cause is limited.
+//! Log messages: one line each, to standard error or syslog, with the share and the queue that they are about.
+//! Messages that a guest can cause are rate-limited.
 
+mod remark;
+mod scope;
 mod system_log;
 
 use std::fmt;
@@ -11,6 +14,8 @@ use std::time::{Duration, Instant};
 use log::{LevelFilter, warn};
 use time::OffsetDateTime;
 
+pub use self::remark::Remark;
+pub use self::scope::{Scope, ScopeGuard};
 use self::system_log::SystemLog;
 
 /// Messages of one kind that are printed at once.
@@ -46,11 +51,11 @@ pub fn start(level: Option<LevelFilter>, to_syslog: bool) {
         if with_time {
             write!(out, "{} ", Now)?;
         }
-        writeln!(out, "lanefsd {}: {}", record.level(), record.args())
+        writeln!(out, "lanefsd {}: {}{}", record.level(), Scope::current(), record.args())
     });
     builder.init();
     if let Some(error) = unreachable {
-        warn!("the system log cannot be reached ({error}), so messages go to standard error");
+        warn!("cannot connect to syslog ({error}): logging to standard error");
     }
 }
 
@@ -92,7 +97,7 @@ struct Budget {
 }
 
 impl RateLimit {
-    /// A limit of [`BURST`] messages in [`PERIOD`].
+    /// A limit of ten messages in five seconds.
     pub const fn new() -> RateLimit {
         RateLimit(Mutex::new(Budget { begun: None, printed: 0, suppressed: 0 }))
     }
@@ -126,7 +131,7 @@ macro_rules! log_limited {
         match LIMIT.allow(std::time::Instant::now()) {
             Some(0) => log::log!($level, $($arg)*),
             Some(suppressed) => {
-                log::log!($level, "{} ({suppressed} messages like this were left out)", format_args!($($arg)*))
+                log::log!($level, "{} ({suppressed} messages like this were suppressed)", format_args!($($arg)*))
             }
             None => {}
         }
@@ -140,7 +145,7 @@ macro_rules! warn_limited {
 }
 pub(crate) use warn_limited;
 
-/// Tells of what a guest caused.
+/// Reports what a guest caused.
 macro_rules! info_limited {
     ($($arg:tt)*) => { $crate::logging::log_limited!(log::Level::Info, $($arg)*) };
 }

@@ -24,8 +24,9 @@ use fuse_protocol::abi::{AttrOut, EntryOut, GetattrIn};
 use fuse_protocol::flags::WriteFlags;
 use fuse_protocol::opcode::Opcode;
 use lanefsd::config::{CachePolicy, DeviceConfig, FsConfig};
+use lanefsd::daemon::{Share, Statistics, frontend};
 use lanefsd::fs::passthrough::PassthroughFs;
-use lanefsd::server::{self, Signals};
+use lanefsd::process::{self, Signals};
 use lanefsd::service::Service;
 use lanefsd_frontend::client::{ROOT, data};
 use lanefsd_frontend::{Cut, Request, Session, SessionOptions};
@@ -94,7 +95,9 @@ fn serve(share: &Path, listener: &UnixListener, workers: usize, cache: CachePoli
         openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap()
     };
     let config = FsConfig { cache, ..FsConfig::default() };
-    let fs = PassthroughFs::new(open(share), open(Path::new("/proc/self/fd")), config).unwrap();
+    let proc_self_fd = open(Path::new("/proc/self/fd"));
+    process::prepare_for_requests(&proc_self_fd).unwrap();
+    let fs = PassthroughFs::new(open(share), proc_self_fd, config).unwrap();
     let device = DeviceConfig {
         tag: None,
         request_queues: 1,
@@ -102,7 +105,16 @@ fn serve(share: &Path, listener: &UnixListener, workers: usize, cache: CachePoli
         poll_time: Duration::from_micros(20),
     };
     let service = Arc::new(Service::new(Arc::new(fs)));
-    server::serve(listener, &Signals::catch().unwrap(), &device, false, &service).unwrap();
+    let share = Share {
+        name: "test".into(),
+        directory: share.to_owned(),
+        socket: listener.try_clone().unwrap().into(),
+        keep_listening: false,
+        device,
+        service,
+        statistics: Statistics::default(),
+    };
+    frontend::serve(&share, &Signals::catch().unwrap()).unwrap();
 }
 
 /// Sends requests like `request`, [`DEPTH`] at once, until [`STEADY`] windows went by in which the

@@ -21,8 +21,8 @@ use std::path::Path;
 use std::process::Command;
 
 use lanefsd::config::{IdMaps, Sandbox, Seccomp};
-use lanefsd::sandbox::{self, Needs, Side};
-use lanefsd::server::Signals;
+use lanefsd::process::{self, Signals};
+use lanefsd::sandbox::{self, RequiredCaps, Role};
 
 /// Set in the process that enters the sandbox: which one, and around what.
 const INSIDE: &str = "LANEFSD_TEST_INSIDE";
@@ -83,15 +83,15 @@ fn outside(sandbox: &str) {
 }
 
 fn inside(sandbox: Sandbox, share: &Path) {
-    lanefsd::sys::process::prepare();
+    process::prepare_libraries();
     match sandbox::enter(Some(sandbox), share, &IdMaps::default()).unwrap() {
-        Side::Waiting(parent) => {
+        Role::Supervisor(parent) => {
             use std::os::fd::AsFd;
             let signals = Signals::catch().unwrap();
             std::process::exit(parent.wait(signals.as_fd()).unwrap());
         }
-        Side::Serving(sandboxed) => {
-            let needs = Needs { readonly: false, xattr: true, file_handles: true };
+        Role::Server(sandboxed) => {
+            let needs = RequiredCaps { readonly: false, xattr: true, file_handles: true };
             sandbox::give_up_capabilities(needs, lanefsd::config::CapabilityChanges::NONE).unwrap();
             sandbox::install_seccomp(Seccomp::Kill, true).unwrap();
             let threads: Vec<_> =

@@ -98,16 +98,16 @@ fn each_common_mistake_has_its_sentence() {
         (String::new(), "either --socket-path or --fd"),
         (format!("--shared-dir {share}"), "either --socket-path or --fd"),
         (format!("--socket-path {socket}"), "--shared-dir is missing"),
-        (both("--fd 3"), "exclude each other"),
-        (format!("--socket-path {socket} --shared-dir {}", at("none")), "it is not there"),
-        (format!("--socket-path {socket} --shared-dir {}", at("none/below")), "none is not there"),
+        (both("--fd 3"), "mutually exclusive"),
+        (format!("--socket-path {socket} --shared-dir {}", at("none")), "it does not exist"),
+        (format!("--socket-path {socket} --shared-dir {}", at("none/below")), "none does not exist"),
         (format!("--socket-path {socket} --shared-dir {}", at("file")), "share its directory"),
         (format!("--socket-path {socket} --shared-dir {}", at("file/below")), "needs a directory"),
         (format!("--socket-path {socket} --shared-dir {}", at("loop")), "symbolic links"),
-        (format!("--shared-dir {share} --socket-path {}", at("none/socket")), "is not there; make it"),
-        (format!("--shared-dir {share} --socket-path {}", at("file/socket")), "is no directory"),
+        (format!("--shared-dir {share} --socket-path {}", at("none/socket")), "does not exist; create it"),
+        (format!("--shared-dir {share} --socket-path {}", at("file/socket")), "is not a directory"),
         (format!("--shared-dir {share} --socket-path {long}"), "107"),
-        (format!("--shared-dir {share} --socket-path {share}"), "is no socket"),
+        (format!("--shared-dir {share} --socket-path {share}"), "is not a socket"),
         (format!("--shared-dir {share} --socket-path /"), "name of a socket"),
         (format!("--shared-dir {share} --socket-path {}", at("busy")), "holds no process id"),
         (format!("--shared-dir {share} --fd 99"), "--fd 99 is not open"),
@@ -116,7 +116,7 @@ fn each_common_mistake_has_its_sentence() {
         (both("--rlimit-nofile 5"), "at least 64, or 0"),
         (both("--rlimit-nofile 99999999999"), "the host allows"),
         (both("--cpus 1023"), "names no CPU"),
-        (both("--cpus 1-"), "is no list of CPUs"),
+        (both("--cpus 1-"), "is not a list of CPUs"),
         (both("--modcaps mknod"), "+sys_admin or -mknod"),
         (both("--uid-map 0:1000:1"), "like :0:1000:1:"),
         (both("--sandbox=none --uid-map :0:1000:1:"), "need --sandbox=namespace"),
@@ -159,7 +159,7 @@ fn words_that_are_not_understood_are_answered_by_those_that_are() {
 fn a_descriptor_that_is_not_what_it_should_be() {
     let share = tempfile::tempdir().unwrap();
     let line = format!("exec \"$0\" --shared-dir {} --fd 3", share.path().display());
-    for (redirection, words) in [("3</dev/null", "is no socket"), ("3<&-", "is not open")] {
+    for (redirection, words) in [("3</dev/null", "is not a socket"), ("3<&-", "is not open")] {
         let script = format!("{line} {redirection}");
         let output = Command::new("sh").args(["-c", &script]).arg(common::program()).output().unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();
@@ -210,9 +210,9 @@ fn what_a_user_may_not_do_has_its_sentence() {
     for (share, socket, more, words) in [
         ("shut/inner", "run/socket", "--sandbox=none", shut.as_str()),
         ("shut/inner", "run/socket", "--sandbox=namespace", shut.as_str()),
-        ("share", "socket", "--sandbox=none", "may not make the socket"),
-        ("share", "shut/socket", "--sandbox=none", "may not make the socket"),
-        ("share", "run/socket", "--socket-group=0", "--socket-group 0 takes root, or a user who is a member"),
+        ("share", "socket", "--sandbox=none", "may not create the socket"),
+        ("share", "shut/socket", "--sandbox=none", "may not create the socket"),
+        ("share", "run/socket", "--socket-group=0", "--socket-group 0 needs root, or a user who is a member"),
         ("share", "run/socket", "--sandbox=chroot", "needs root"),
     ] {
         let starter = user.daemon(share, socket).args([more, "--log-level=error"]);
@@ -317,8 +317,11 @@ fn migration_options_are_accepted_and_pointed_out() {
         "--migration-mode=file-handles --migration-on-error=guest-error",
         "--migration-verify-handles --migration-confirm-paths",
     ] {
-        let words = words_at_start(common::starter().args(line.split_whitespace()));
-        assert!(words.contains("WARN: --migration-") && words.contains("has no effect"), "{words}");
+        let words = words_at_start(common::starter().args(["--tag=data"]).args(line.split_whitespace()));
+        assert!(
+            words.contains("WARN: share data: --migration-") && words.contains("has no effect"),
+            "{words}"
+        );
     }
     assert!(!words_at_start(common::starter()).contains("migra"));
 }

@@ -17,6 +17,7 @@ use lanefsd::fs::null::NullStore;
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::read_only::ReadOnly;
 use lanefsd::fs::{Context, FileSystem, Opened};
+use lanefsd::process;
 use lanefsd::sys::guest_buffers::{GuestReader, GuestWriter};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
@@ -41,6 +42,7 @@ fn share() -> (TempDir, PassthroughFs) {
         ..FsConfig::default()
     };
     let proc_self_fd = open("/proc/self/fd".as_ref());
+    process::prepare_for_requests(&proc_self_fd).unwrap();
     let fs = PassthroughFs::new(open(directory.path()), proc_self_fd, config).unwrap();
     (directory, fs)
 }
@@ -279,7 +281,9 @@ fn a_read_only_share_keeps_its_access_times() {
             openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap()
         };
         let config = FsConfig { readonly, ..FsConfig::default() };
-        let fs = PassthroughFs::new(open(directory.path()), open("/proc/self/fd".as_ref()), config).unwrap();
+        let proc_self_fd = open("/proc/self/fd".as_ref());
+        process::prepare_for_requests(&proc_self_fd).unwrap();
+        let fs = PassthroughFs::new(open(directory.path()), proc_self_fd, config).unwrap();
         let fs = ReadOnly::new(fs);
         let node = look_up(&fs, c"file").unwrap().node;
         let opened = fs.open(&context(), node, READ, OpenRequestFlags::empty()).unwrap();

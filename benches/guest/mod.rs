@@ -104,7 +104,9 @@ impl Guest {
         let open = |path: &std::path::Path| {
             openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap()
         };
-        let fs = PassthroughFs::new(open(share.path()), open("/proc/self/fd".as_ref()), config).unwrap();
+        let proc_self_fd = open("/proc/self/fd".as_ref());
+        lanefsd::process::prepare_for_requests(&proc_self_fd).unwrap();
+        let fs = PassthroughFs::new(open(share.path()), proc_self_fd, config).unwrap();
         let memory = SharedMemory::new(memory());
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
         let (kick, call) = (event(), event());

@@ -27,11 +27,12 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
-use lanefsd::config::{CachePolicy, CapabilityChanges, FsConfig, InodeFileHandles, Insistence, Seccomp};
+use lanefsd::config::{CachePolicy, CapabilityChanges, FeatureMode, FsConfig, InodeFileHandles, Seccomp};
 use lanefsd::fs::FileSystem;
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::fs::read_only::ReadOnly;
-use lanefsd::sandbox::{self, Needs};
+use lanefsd::process;
+use lanefsd::sandbox::{self, RequiredCaps};
 use rustix::fs::{AtFlags, CWD, Dev, FileType, Mode, RenameFlags, mknodat, renameat_with, unlinkat};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::process::{Resource, Rlimit, getgroups, setrlimit, umask};
@@ -90,7 +91,7 @@ pub fn serve(data: &[u8]) {
     let descriptors = Rlimit { current: Some(descriptors), maximum: Some(ENOUGH) };
     setrlimit(Resource::Nofile, descriptors).expect("the limit can be set");
     let open_before = open_descriptors();
-    let outside = Outside::now();
+    let outside = ParentFd::now();
     inside.jobs.send(Job { data: data.to_vec(), choice }).expect("the threads inside run");
     loop {
         match inside.messages.recv().expect("the threads inside run") {
@@ -102,7 +103,7 @@ pub fn serve(data: &[u8]) {
         }
     }
     assert_eq!(open_descriptors(), open_before, "descriptors are left open");
-    assert_eq!(Outside::now(), outside, "something was changed outside of the share");
+    assert_eq!(ParentFd::now(), outside, "something was changed outside of the share");
 }
 
 /// Starts the thread that sets file systems up, and the one that serves them.
@@ -128,7 +129,7 @@ fn start_inside() -> Inside {
 fn set_up(jobs: &Receiver<Job>, tell: Sender<Message>, disturbed: Receiver<()>) {
     block_signals();
     let sandboxed = sandbox::enter_with_thread(Path::new(SHARE)).expect("the sandbox can be entered");
-    let needs = Needs { readonly: false, xattr: true, file_handles: true };
+    let needs = RequiredCaps { readonly: false, xattr: true, file_handles: true };
     sandbox::give_up_capabilities(needs, CapabilityChanges::NONE).expect("capabilities can be given up");
     let (serve, next) = channel::<(Job, PassthroughFs)>();
     let serving = move || {
@@ -149,6 +150,7 @@ fn set_up(jobs: &Receiver<Job>, tell: Sender<Message>, disturbed: Receiver<()>) 
         }
     };
     thread::Builder::new().name(INSIDE.into()).spawn(serving).expect("a thread can be started");
+    process::prepare_for_requests(&sandboxed.proc_self_fd).expect("a directory can be entered");
     for job in jobs {
         let copy = |fd: &OwnedFd| fd.try_clone().expect("a descriptor is free");
         let (root, proc_self_fd) = (copy(&sandboxed.root), copy(&sandboxed.proc_self_fd));
@@ -190,7 +192,7 @@ fn config(choice: u8) -> FsConfig {
         inode_file_handles: if yes(2) { InodeFileHandles::Prefer } else { InodeFileHandles::Never },
         cache: if yes(4) { CachePolicy::Never } else { CachePolicy::Auto },
         writeback: yes(8),
-        posix_acl: if yes(16) { Insistence::Auto } else { Insistence::Never },
+        posix_acl: if yes(16) { FeatureMode::Auto } else { FeatureMode::Never },
         allow_direct_io: yes(32),
         tmpfile: true,
         announce_submounts: yes(64),
@@ -252,15 +254,15 @@ fn open_descriptors() -> usize {
 
 /// What lies beside the share.
 #[derive(Debug, PartialEq, Eq)]
-struct Outside {
+struct ParentFd {
     names: Vec<String>,
     content: Vec<u8>,
     /// Mode, owner, links and times of the directory and of the file.
     attributes: Vec<[i64; 7]>,
 }
 
-impl Outside {
-    fn now() -> Outside {
+impl ParentFd {
+    fn now() -> ParentFd {
         let names = |path| {
             let entries = fs::read_dir(path).expect("the directory can be read").flatten();
             entries.map(|entry| entry.path().display().to_string())
@@ -281,7 +283,7 @@ impl Outside {
                 of.size().cast_signed(),
             ]
         });
-        Outside { names, content: fs::read(secret).expect("it is there"), attributes: attributes.to_vec() }
+        ParentFd { names, content: fs::read(secret).expect("it is there"), attributes: attributes.to_vec() }
     }
 }
 

@@ -3,35 +3,35 @@
 use clap::{Args, ValueEnum};
 
 use super::OptionError;
-use crate::config::{FsConfig, Insistence};
+use crate::config::{FeatureMode, FsConfig};
 use crate::mapping::ids::{Id, IdMap, IdMapError};
 
 /// Options about owners and extended attributes.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Owners and attributes")]
 pub(super) struct AttributeOptions {
-    /// Users who have other numbers on the host: map:GUEST:HOST:COUNT, guest:GUEST:HOST:COUNT,
+    /// Map user ids between guest and host: map:GUEST:HOST:COUNT, guest:GUEST:HOST:COUNT,
     /// host:HOST:GUEST:COUNT, squash-guest:GUEST:HOST:COUNT, squash-host:HOST:GUEST:COUNT or
-    /// forbid-guest:GUEST:COUNT; may be given several times
+    /// forbid-guest:GUEST:COUNT; repeatable
     #[arg(long, value_name = "RULE")]
     translate_uid: Vec<String>,
 
-    /// The same for groups
+    /// The same for group ids
     #[arg(long, value_name = "RULE")]
     translate_gid: Vec<String>,
 
-    /// Other names for extended attributes on the host, as in :map::user.guest.: (implies --xattr)
+    /// Rename extended attributes on the host, for example :map::user.guest.: (implies --xattr)
     #[arg(long, value_name = "RULES")]
     pub(super) xattrmap: Option<String>,
 
-    /// POSIX ACLs, which the guest evaluates (implies --xattr); without a MODE: always
+    /// Support POSIX ACLs, which the guest evaluates (implies --xattr); without MODE: always
     #[arg(
         long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true,
         default_value = "never", default_missing_value = "always"
     )]
     pub(super) posix_acl: Mode,
 
-    /// Security labels (SELinux) that the guest gives what it creates (implies --xattr); without a
+    /// Support security labels (SELinux) of files that the guest creates (implies --xattr); without
     /// MODE: always
     #[arg(
         long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true,
@@ -39,15 +39,15 @@ pub(super) struct AttributeOptions {
     )]
     pub(super) security_label: Mode,
 
-    /// Let the guest leave it to the host to clear set-id bits when a file changes (the default)
+    /// Let the host clear set-id bits when a file changes (default)
     #[arg(long, overrides_with = "no_killpriv_v2")]
     killpriv_v2: bool,
 
-    /// Let the guest clear set-id bits itself, for host file systems that do not (NFS)
+    /// Let the guest clear set-id bits, for host file systems that do not (NFS)
     #[arg(long)]
     pub(super) no_killpriv_v2: bool,
 
-    /// Pass O_NOATIME of the guest's programs on to the host, which may refuse it
+    /// Pass the guest's O_NOATIME on to the host, which may refuse it
     #[arg(long)]
     preserve_noatime: bool,
 }
@@ -56,24 +56,24 @@ pub(super) struct AttributeOptions {
 pub(super) enum Mode {
     /// Off
     Never,
-    /// If the guest and the host's file system have it
+    /// On if the guest and the host's file system support it
     Auto,
     /// Refuse to serve without it
     Always,
 }
 
-impl From<Mode> for Insistence {
-    fn from(mode: Mode) -> Insistence {
+impl From<Mode> for FeatureMode {
+    fn from(mode: Mode) -> FeatureMode {
         match mode {
-            Mode::Never => Insistence::Never,
-            Mode::Auto => Insistence::Auto,
-            Mode::Always => Insistence::Always,
+            Mode::Never => FeatureMode::Never,
+            Mode::Auto => FeatureMode::Auto,
+            Mode::Always => FeatureMode::Always,
         }
     }
 }
 
 impl AttributeOptions {
-    /// Fills in what these options say.
+    /// Applies these options to `config`.
     pub(super) fn add_to(&self, config: FsConfig) -> Result<FsConfig, OptionError> {
         Ok(FsConfig {
             uid_map: id_map(&self.translate_uid)
@@ -120,11 +120,11 @@ mod tests {
     #[test]
     fn modes_are_understood() {
         for (option, mode) in [
-            ("=never", Insistence::Never),
-            ("=auto", Insistence::Auto),
-            ("=always", Insistence::Always),
+            ("=never", FeatureMode::Never),
+            ("=auto", FeatureMode::Auto),
+            ("=always", FeatureMode::Always),
             // Without a mode; the word after it is not taken for one.
-            (" --readonly", Insistence::Always),
+            (" --readonly", FeatureMode::Always),
         ] {
             assert_eq!(fs(&format!("--posix-acl{option}")).posix_acl, mode, "{option}");
             assert_eq!(fs(&format!("--security-label{option}")).security_label, mode, "{option}");

@@ -1,4 +1,4 @@
-//! Values of options that are one of a few words.
+//! Options with a fixed set of values.
 
 use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -8,14 +8,14 @@ use crate::config::{CachePolicy, InodeFileHandles, ParallelDirectWrites, Sandbox
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum Cache {
-    /// Neither names, nor attributes, nor data
+    /// Nothing
     #[value(alias = "none")]
     Never,
-    /// Names and attributes, but no data
+    /// Names and attributes, but no file data
     Metadata,
-    /// All, checked again after a second and at each open
+    /// Everything, revalidated after a second and at each open
     Auto,
-    /// All, for as long as the guest likes; only for shares that nobody else changes
+    /// Everything, without revalidation; only for shares that do not change on the host
     Always,
 }
 
@@ -32,7 +32,7 @@ impl From<Cache> for CachePolicy {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum Parallel {
-    /// Files that the guest does not cache
+    /// Files in direct mode, which the guest does not cache
     Auto,
     /// Every regular file
     Always,
@@ -52,12 +52,12 @@ impl From<Parallel> for ParallelDirectWrites {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum FileHandles {
-    /// A descriptor for each inode that the guest knows, and an error when there are no more
+    /// Never: an error when descriptors run out
     Never,
-    /// Where the host can do it
+    /// If the host supports it
     #[value(alias = "fallback")]
     Prefer,
-    /// Do not start where the host cannot do it
+    /// Refuse to start if the host does not support it
     Mandatory,
 }
 
@@ -73,11 +73,11 @@ impl From<FileHandles> for InodeFileHandles {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum SandboxMode {
-    /// Own mount, PID and network namespaces, with the share as the root
+    /// Own mount, PID and network namespaces, with no mount but the share
     Namespace,
-    /// The share as the root directory (needs root)
+    /// chroot(2) into an empty directory (needs root)
     Chroot,
-    /// None
+    /// No sandbox, only name validation
     None,
 }
 
@@ -93,13 +93,13 @@ impl From<SandboxMode> for Sandbox {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum SeccompMode {
-    /// It is carried out
+    /// Allow: no filter is installed
     None,
-    /// The daemon ends at once
+    /// Kill the daemon
     Kill,
-    /// It is carried out, and the kernel's log tells of it
+    /// Allow, and record it in the kernel's log
     Log,
-    /// The daemon gets the signal SIGSYS, for debuggers
+    /// Raise SIGSYS, for debuggers
     Trap,
 }
 
@@ -114,7 +114,7 @@ impl From<SeccompMode> for Seccomp {
     }
 }
 
-/// The levels of messages by name, which the log crate understands and does not list.
+/// Log levels by name: the log crate parses them and does not list them.
 pub(super) fn log_levels() -> impl TypedValueParser<Value = LevelFilter> {
     PossibleValuesParser::new(["off", "error", "warn", "info", "debug", "trace"])
         .try_map(|level| level.parse::<LevelFilter>())

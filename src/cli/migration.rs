@@ -1,27 +1,27 @@
-//! virtiofsd's options about the migration of a running guest, of which there is none yet. Launchers
-//! that pass them for all guests have to be able to start this daemon.
+//! virtiofsd's options for live migration, which is not supported yet. Launchers that pass them for all guests must be
+//! able to start this daemon.
 
 use clap::{Args, ValueEnum};
 
 use super::OptionError;
-use crate::remarks::Remark;
+use crate::logging::Remark;
 
 #[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "Migration (not there yet: checked, and without effect)")]
+#[command(next_help_heading = "Migration (not supported yet: checked and ignored)")]
 pub(super) struct MigrationOptions {
-    /// How virtiofsd describes the guest's files to the destination
+    /// How virtiofsd identifies the guest's files on the destination
     #[arg(long, value_enum, value_name = "HOW")]
     migration_mode: Option<Mode>,
 
-    /// What virtiofsd does there with files that it does not find
+    /// What virtiofsd does on the destination about a missing file
     #[arg(long, value_enum, value_name = "WHAT")]
     migration_on_error: Option<OnError>,
 
-    /// With find-paths, whether virtiofsd compares file handles there
+    /// With find-paths: compare file handles on the destination
     #[arg(long)]
     migration_verify_handles: bool,
 
-    /// With find-paths, whether virtiofsd looks at the paths once more in the end
+    /// With find-paths: check the paths once more at the end
     #[arg(long)]
     migration_confirm_paths: bool,
 }
@@ -39,7 +39,7 @@ enum OnError {
 }
 
 impl MigrationOptions {
-    /// What has to be said about them.
+    /// A warning that they have no effect, if any was given.
     pub(super) fn remarks(&self) -> Result<Vec<Remark>, OptionError> {
         let given = [
             (self.migration_mode.is_some(), "migration-mode"),
@@ -57,7 +57,7 @@ impl MigrationOptions {
         let Some(first) = given.next() else { return Ok(Vec::new()) };
         let names = given.fold(format!("--{first}"), |names, name| format!("{names}, --{name}"));
         Ok(vec![Remark::warning(format!(
-            "{names} has no effect: a running guest can be neither migrated nor saved while it has this share"
+            "{names} has no effect: a VM with this share can be neither migrated nor saved"
         ))])
     }
 }

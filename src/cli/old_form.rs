@@ -1,5 +1,5 @@
-//! The old form of options, `-o source=/srv/share,cache=none,no_xattr`, as C programs of FUSE take
-//! them and libvirt before version 10 gives them.
+//! The old form of options, `-o source=/srv/share,cache=none,no_xattr`: that of libfuse and the C virtiofsd, which
+//! libvirt before version 10 uses.
 
 use clap::ValueEnum;
 use log::LevelFilter;
@@ -9,7 +9,7 @@ use super::choices::{Cache, SandboxMode};
 use super::{OptionError, Options};
 
 impl Options {
-    /// Takes what stands in `-o` into the other options. It counts over them, and the last of it most.
+    /// Applies `-o` to the other options. It takes precedence over them, and a later item over an earlier one.
     pub(super) fn take_old_form(&mut self) -> Result<(), OptionError> {
         for list in std::mem::take(&mut self.old_form) {
             for item in split(&list) {

@@ -1,4 +1,4 @@
-//! Values of options that are more than a word or a number.
+//! Options whose values have a syntax of their own.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use rustix::thread::CapabilitySet;
 use super::OptionError;
 use crate::config::{CapabilityChanges, IdRange, Store};
 
-/// What stands behind the files.
+/// `host`, `null` or `null:LATENCY`.
 pub(super) fn parse_store(text: &str) -> Result<Store, OptionError> {
     let bad = || OptionError::BadStore(text.to_owned());
     match text.split_once(':') {
@@ -88,7 +88,7 @@ mod tests {
     use crate::cli::tests::config;
 
     #[test]
-    fn ranges_of_ids_that_make_no_sense_are_refused() {
+    fn invalid_ranges_of_ids_are_refused() {
         for text in ["", ":", "0:1:1", ":0:1:1", ":0:1:1:1:", ":0:1:0:", ":0:x:1:", ":0:-1:1:", "00100010"]
             .into_iter()
             .chain([":1:4294967295:1:", ":2:1:4294967294:", ":0:4294967296:1:"])

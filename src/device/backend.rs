@@ -20,13 +20,13 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use vm_memory::GuestAddressSpace;
 
+use super::config::DeviceConfig;
 use super::config_space::{self, config_space};
 use super::memory::MemoryTable;
 use super::queue::{Queue, QueueError};
 use super::ring::{Layout, MAX_SIZE, Ring};
 use super::watch::Watch;
 use super::worker::Crew;
-use crate::config::DeviceConfig;
 use crate::fs::DeviceDescriptors;
 use crate::logging::info_limited;
 use crate::service::Service;

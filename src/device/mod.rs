@@ -8,6 +8,7 @@
 pub mod backend;
 pub mod by_hand;
 pub mod chain;
+pub mod config;
 pub mod config_space;
 mod memory;
 mod poll;

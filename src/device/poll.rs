@@ -9,7 +9,7 @@ use std::hint::spin_loop;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::sys::process::cpus;
+use crate::process::cpus;
 
 /// Credit that a look may run up.
 const MOST: i32 = 16;

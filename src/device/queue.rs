@@ -18,7 +18,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use super::SharedMemory;
 use super::poll::Polling;
 use super::ring::{Layout, Ring, RingError};
-use crate::logging::log_limited;
+use crate::logging::{Scope, log_limited};
 
 /// Why a queue cannot be started.
 #[derive(Debug, Error)]
@@ -364,7 +364,7 @@ impl Queue {
             Ok(0) => Wakeup::Idle,
             Ok(_) | Err(Errno::INTR) => Wakeup::Work,
             Err(errno) => {
-                error!("queue {}: waiting for kicks failed: {errno}; the queue stops", self.index);
+                error!("waiting for kicks failed: {errno}; the queue stops");
                 Wakeup::Stop
             }
         }
@@ -384,11 +384,8 @@ impl Queue {
     /// Logs that the guest broke the ring, and stops taking chains from it.
     fn broke(&self, state: &mut State, error: &RingError) {
         if !std::mem::replace(&mut state.broken, true) {
-            log_limited!(
-                Level::Error,
-                "queue {}: {error}; it is not served until the guest resets the device",
-                self.index
-            );
+            let _scope = Scope::of_queue(self.index).enter();
+            log_limited!(Level::Error, "{error}; it is not served until the guest resets the device");
         }
     }
 

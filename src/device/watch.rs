@@ -11,6 +11,7 @@ use std::thread::{self, Thread};
 use std::time::Duration;
 
 use super::worker::Crew;
+use crate::logging::Scope;
 
 /// How often queues with a backlog are looked at.
 const TICK: Duration = Duration::from_millis(1);
@@ -31,7 +32,12 @@ impl Watch {
     pub fn start() -> std::io::Result<Arc<Watch>> {
         let watch = Watch::nobody();
         let watcher = Arc::clone(&watch);
-        let handle = thread::Builder::new().name("lanefsd-watch".into()).spawn(move || watcher.run())?;
+        let scope = Scope::current();
+        let run = move || {
+            let _scope = scope.enter();
+            watcher.run();
+        };
+        let handle = thread::Builder::new().name("lanefsd-watch".into()).spawn(run)?;
         *watch.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle.thread().clone());
         Ok(watch)
     }

@@ -20,7 +20,7 @@ use super::queue::{Done, Next, Queue, QueueError, Wakeup};
 use super::watch::Watch;
 use super::worker_count::{Action, Parked, WorkerCount};
 use crate::blocking::{Hook, HookGuard, take_blocked};
-use crate::logging::{info_limited, warn_limited};
+use crate::logging::{Scope, info_limited, warn_limited};
 use crate::service::{Scratch, Service};
 use crate::sys::memory;
 
@@ -132,9 +132,9 @@ impl Crew {
         }
         let statistics = self.queue.statistics();
         if statistics.requests > 0 {
+            let _scope = Scope::of_queue(self.queue.index()).enter();
             info_limited!(
-                "queue {}: {} requests, {} notifications, {} requests found by looking",
-                self.queue.index(),
+                "{} requests, {} notifications, {} requests found by looking",
                 statistics.requests,
                 statistics.notifications,
                 statistics.found_by_looking
@@ -161,7 +161,8 @@ impl Crew {
     /// Wakes or spawns a worker. Failure is no more than slower service.
     fn perform(self: &Arc<Self>, action: Action) {
         if let Err(error) = self.try_perform(action) {
-            warn_limited!("queue {}: cannot start another worker: {error}", self.queue.index());
+            let _scope = Scope::of_queue(self.queue.index()).enter();
+            warn_limited!("cannot start another worker: {error}");
         }
     }
 
@@ -194,7 +195,12 @@ impl Crew {
         let mut threads = self.threads();
         threads.retain(|thread| !thread.is_finished());
         threads.try_reserve(1).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
-        threads.push(thread::Builder::new().name(name).spawn(move || run(crew))?);
+        let scope = Scope::of_queue(self.queue.index());
+        let run = move || {
+            let _scope = scope.enter();
+            run(crew);
+        };
+        threads.push(thread::Builder::new().name(name).spawn(run)?);
         Ok(())
     }
 
@@ -277,12 +283,12 @@ impl Crew {
         let (mut input, output) = match walked {
             Ok(ends) => ends,
             Err(error) => {
-                warn_limited!("queue {}: a malformed chain: {error}", self.queue.index());
+                warn_limited!("a malformed chain: {error}");
                 return Some(Done { head, written: 0 });
             }
         };
         let Some(header) = Service::read_header(&mut input) else {
-            warn_limited!("queue {}: a request without a header", self.queue.index());
+            warn_limited!("a request without a header");
             return Some(Done { head, written: 0 });
         };
         let written = if Service::may_wait_for_others(&header) {

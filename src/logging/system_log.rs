@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use log::{Level, Log, Metadata, Record};
 use syslog::{Facility, Formatter3164, Logger, LoggerBackend};
 
-use super::Now;
+use super::{Now, Scope};
 
 /// A connection to the log daemon, made once: its socket is out of reach in the sandbox. When the log
 /// daemon restarts with a new socket, messages go to standard error.
@@ -48,12 +48,12 @@ impl Log for SystemLog {
             Level::Info => 6,
             Level::Debug | Level::Trace => 7,
         };
-        let (pid, text) = (self.pid, record.args());
-        let message = format!("<{}>lanefsd[{pid}]: {text}", Facility::LOG_DAEMON as u32 | severity);
+        let (pid, scope, text) = (self.pid, Scope::current(), record.args());
+        let message = format!("<{}>lanefsd[{pid}]: {scope}{text}", Facility::LOG_DAEMON as u32 | severity);
         let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
         if connection.backend.write(message.as_bytes()).is_err() {
             // A failure here cannot be reported anywhere.
-            let _ = writeln!(io::stderr(), "{Now} lanefsd {}: {text}", record.level());
+            let _ = writeln!(io::stderr(), "{Now} lanefsd {}: {scope}{text}", record.level());
         }
     }
 

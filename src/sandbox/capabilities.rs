@@ -1,4 +1,4 @@
-//! Capabilities: what is not needed to serve is given up for good.
+//! Capabilities: drops those that are not required, in all sets.
 
 use rustix::io::Errno;
 use rustix::thread::{
@@ -8,10 +8,9 @@ use rustix::thread::{
 };
 use thiserror::Error;
 
-use crate::config::CapabilityChanges;
+use super::config::CapabilityChanges;
 
-/// To show any file to anybody: who may do what is for the guest's kernel to say. FOWNER leaves
-/// access times alone.
+/// To read any file: permissions are checked by the guest's kernel. FOWNER allows O_NOATIME.
 const TO_READ: CapabilitySet = CapabilitySet::DAC_READ_SEARCH.union(CapabilitySet::FOWNER);
 /// To make files that belong to the guest's users, and to keep set-id bits where POSIX does.
 const TO_CHANGE: CapabilitySet = CapabilitySet::DAC_OVERRIDE
@@ -22,7 +21,7 @@ const TO_CHANGE: CapabilitySet = CapabilitySet::DAC_OVERRIDE
     .union(CapabilitySet::SETUID)
     .union(CapabilitySet::MKNOD);
 
-/// Why the capabilities cannot be given up.
+/// Why the capabilities cannot be dropped.
 #[derive(Debug, Error)]
 pub enum CapabilityError {
     /// --modcaps names a capability that the process was not started with.
@@ -36,7 +35,7 @@ pub enum CapabilityError {
     )]
     NoSetuidFixup,
     /// A system call failed.
-    #[error("the daemon's capabilities cannot be given up: {step} failed")]
+    #[error("cannot drop capabilities: {step} failed")]
     Step {
         /// What was tried.
         step: &'static str,
@@ -45,9 +44,9 @@ pub enum CapabilityError {
     },
 }
 
-/// What the daemon does with the share, as far as it takes capabilities.
+/// The options that decide which capabilities serving requires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Needs {
+pub struct RequiredCaps {
     /// Nothing is changed.
     pub readonly: bool,
     /// Extended attributes are served, file capabilities among them.
@@ -56,7 +55,7 @@ pub struct Needs {
     pub file_handles: bool,
 }
 
-impl Needs {
+impl RequiredCaps {
     fn capabilities(self) -> CapabilitySet {
         let mut needed = if self.readonly { TO_READ } else { TO_CHANGE };
         if !self.readonly && self.xattr {
@@ -69,18 +68,18 @@ impl Needs {
     }
 }
 
-/// Gives up all capabilities but those that `needs` and `changes` ask for, in every set, and the
-/// ways to get others. What the process does not have it does not get.
+/// Drops all capabilities but those that are `required` and those that `changes` adds, in every set, and the
+/// ways to get others. No capability is gained.
 ///
-/// Only the calling thread and those that it starts later are meant, so there must be no others.
-pub fn give_up(needs: Needs, changes: CapabilityChanges) -> Result<(), CapabilityError> {
+/// It affects the calling thread and the threads that it starts later, so there must be no others.
+pub fn give_up(required: RequiredCaps, changes: CapabilityChanges) -> Result<(), CapabilityError> {
     let held = capabilities(None).map_err(step("capget(2)"))?;
     let missing = changes.add - held.permitted;
     if !missing.is_empty() {
         let names: Vec<_> = missing.iter_names().map(|(name, _)| name.to_ascii_lowercase()).collect();
         return Err(CapabilityError::NotHeld(names.join(" and ")));
     }
-    let kept = held.permitted & ((needs.capabilities() | changes.add) - changes.drop);
+    let kept = held.permitted & ((required.capabilities() | changes.add) - changes.drop);
     let follow = capabilities_follow_the_user_id(held.effective.contains(CapabilitySet::SETPCAP))?;
     if !follow && kept.contains(CapabilitySet::SETUID) {
         return Err(CapabilityError::NoSetuidFixup);

@@ -1,7 +1,7 @@
 //! User namespaces, and which ids of the host exist in them.
 //!
-//! What the kernel lets nobody but a privileged process map is mapped by newuidmap(1) and
-//! newgidmap(1), as far as /etc/subuid and /etc/subgid allow it.
+//! Maps that take privileges are written by newuidmap(1) and newgidmap(1), as far as /etc/subuid and /etc/subgid
+//! allow it.
 
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
@@ -14,9 +14,9 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Gid, Pid, Uid, WaitOptions, getegid, geteuid, getpid, waitpid};
 use rustix::thread::{UnshareFlags, set_thread_res_gid, set_thread_res_uid};
 
+use super::config::{IdMaps, IdRange};
 use super::process::{exit, fork};
 use super::{SandboxError, namespace, step};
-use crate::config::{IdMaps, IdRange};
 
 /// One of the two maps of a namespace.
 struct Map<'a> {
@@ -39,7 +39,7 @@ pub(super) fn unshare(flags: UnshareFlags, maps: &IdMaps) -> Result<(), SandboxE
     let target = getpid();
     let Some(helper) = fork().map_err(step("fork(2)"))? else {
         drop(start);
-        help(&started, &answering, target, maps);
+        run_helper(&started, &answering, target, maps);
     };
     drop((started, answering));
     let result = namespace::unshare(flags | UnshareFlags::NEWUSER).map_err(step("making namespaces"));
@@ -55,12 +55,12 @@ pub(super) fn unshare(flags: UnshareFlags, maps: &IdMaps) -> Result<(), SandboxE
     match (read, well, complaint.as_str()) {
         (Ok(_), true, "") => Ok(()),
         (Ok(_), true, _) => Err(SandboxError::Ids(complaint)),
-        _ => Err(SandboxError::Ids("the process that was to map them has failed".into())),
+        _ => Err(SandboxError::Ids("the helper process failed".into())),
     }
 }
 
-/// What the helper does: it waits for the word, writes the maps, and says what went wrong.
-fn help(started: &OwnedFd, answering: &OwnedFd, target: Pid, maps: &IdMaps) -> ! {
+/// The helper process: waits for the namespace, writes its maps, and reports an error.
+fn run_helper(started: &OwnedFd, answering: &OwnedFd, target: Pid, maps: &IdMaps) -> ! {
     let mut word = [0];
     if rustix::io::read(started, &mut word) == Ok(1)
         && let Err(complaint) = write_maps(target, maps)
@@ -97,8 +97,8 @@ fn write_map(target: Pid, map: &Map<'_>) -> Result<(), String> {
     if !own_alone {
         return run_tool(target, map);
     }
-    // An own group may be mapped by him who lets go of setgroups(2): leaving a group can open what
-    // is closed to it.
+    // The kernel lets a user map the own group only without setgroups(2): dropping a group may grant access that
+    // its members do not have.
     let result = write(target, "setgroups", "deny").and_then(|()| write(target, map.file, &text));
     result.map_err(|error| format!("writing {} failed: {error}", map.file))
 }
@@ -119,17 +119,17 @@ fn run_tool(target: Pid, map: &Map<'_>) -> Result<(), String> {
     match command.output() {
         Ok(output) if output.status.success() => Ok(()),
         Ok(output) => Err(format!(
-            "{tool} refuses, so see what /etc/subuid and /etc/subgid allow ({})",
+            "{tool} refuses them; check /etc/subuid and /etc/subgid ({})",
             String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ")
         )),
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            Err(format!("it takes {tool}, which is not there; install the package uidmap or shadow-utils"))
+            Err(format!("{tool} is not installed; install the package uidmap or shadow-utils"))
         }
-        Err(error) => Err(format!("{tool} cannot be run: {error}")),
+        Err(error) => Err(format!("cannot run {tool}: {error}")),
     }
 }
 
-/// Takes the ids that the process serves as: root of the user namespace if that has one, else the
+/// Takes the ids that the server runs as: root of the user namespace if that has one, else the
 /// user who started the process, else any user there is. The process has all capabilities in the
 /// namespace, whoever it is.
 ///

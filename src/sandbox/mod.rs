@@ -1,12 +1,12 @@
-//! Walls around the daemon, raised before it serves, and what it needs from outside of them:
-//! first a new root ([`enter`]), then capabilities, at last system calls.
+//! The sandbox: namespaces and an empty root directory ([`enter`]), then fewer capabilities
+//! ([`give_up_capabilities`]), then a seccomp filter ([`install_seccomp`]).
 //!
-//! The file system does not rely on them: with [`Sandbox::None`] it reaches nothing outside the
-//! share either. They are there for the day on which it has a fault.
+//! Guarantees of the file system do not depend on it: with [`Sandbox::None`] it reaches nothing outside the share
+//! either. The sandbox limits the damage of a bug in it.
 
 mod capabilities;
+pub mod config;
 mod id_map;
-mod limits;
 mod mounts;
 mod namespace;
 mod optional_calls;
@@ -24,37 +24,36 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::thread::{CapabilitySet, UnshareFlags, capabilities};
 use thiserror::Error;
 
-pub use self::capabilities::{CapabilityError, Needs, give_up as give_up_capabilities};
-pub use self::limits::{LimitError, bind_to_cpus, raise_descriptor_limit};
+pub use self::capabilities::{CapabilityError, RequiredCaps, give_up as give_up_capabilities};
+use self::config::{IdMaps, Sandbox};
 use self::process::Fork;
 pub use self::process::Parent;
 pub use self::seccomp::{
     SeccompError, install as install_seccomp, install_on_thread as install_seccomp_on_thread,
 };
-use crate::config::{IdMaps, Sandbox};
 
-/// Why a sandbox cannot be had.
+/// Why the sandbox cannot be set up.
 #[derive(Debug, Error)]
 pub enum SandboxError {
     /// The share is missing, no directory, or may not be looked at.
-    #[error("the shared directory {path} cannot be opened; {advice}", path = path.display(), advice = share::advice(path, *source))]
+    #[error("cannot open the shared directory {path}; {advice}", path = path.display(), advice = share::advice(path, *source))]
     Share {
         /// The directory.
         path: PathBuf,
         /// What the system call said.
         source: Errno,
     },
-    /// Asked for without the privilege.
+    /// chroot(2) takes a privilege.
     #[error("--sandbox=chroot needs root; start the daemon as root, or with --sandbox=none")]
     ChrootNeedsRoot,
-    /// The user namespace cannot have the ids that it is to have.
-    #[error("the ids of --uid-map and --gid-map cannot be had: {0}")]
+    /// The ids cannot be mapped into the user namespace.
+    #[error("cannot map the ids of --uid-map and --gid-map: {0}")]
     Ids(String),
-    /// The process that was started has died meanwhile.
-    #[error("the process that waits for the daemon has died")]
+    /// The supervisor has died meanwhile.
+    #[error("the parent process has died")]
     ParentDied,
     /// A step failed.
-    #[error("the sandbox cannot be set up: {step} failed; try --sandbox=chroot or --sandbox=none")]
+    #[error("cannot set up the sandbox: {step} failed; try --sandbox=chroot or --sandbox=none")]
     Step {
         /// What was tried.
         step: &'static str,
@@ -63,34 +62,34 @@ pub enum SandboxError {
     },
 }
 
-/// What the daemon serves from, once it is inside.
+/// What the daemon holds inside the sandbox.
 #[derive(Debug)]
 pub struct Sandboxed {
     /// The share: an O_PATH descriptor of its directory.
     pub root: OwnedFd,
     /// The directory `/proc/self/fd` of the serving process.
     pub proc_self_fd: OwnedFd,
-    /// Whether another process waits for this one and cleans up after it.
+    /// Whether a supervisor waits for this process and removes the socket.
     pub forked: bool,
 }
 
-/// Which side of a fork this is.
+/// What the calling process is after the fork, if there was one.
 #[derive(Debug)]
-pub enum Side {
-    /// The process that serves.
-    Serving(Sandboxed),
-    /// The process that was started; it waits for the one that serves and ends as it does.
-    Waiting(Parent),
+pub enum Role {
+    /// The process that serves requests.
+    Server(Sandboxed),
+    /// The process that was started: it waits for the server and exits with its status.
+    Supervisor(Parent),
 }
 
-/// Raises the walls that were asked for around `share`, or the best that can be had.
+/// Enters the sandbox `wanted` with `share` in it, or the strongest one that is available.
 ///
 /// Must be called while the process has one thread, since it may fork.
-pub fn enter(wanted: Option<Sandbox>, share: &Path, ids: &IdMaps) -> Result<Side, SandboxError> {
+pub fn enter(wanted: Option<Sandbox>, share: &Path, ids: &IdMaps) -> Result<Role, SandboxError> {
     let share = Share { path: share, directory: open_share(share)? };
     let is_root = rustix::process::geteuid().is_root();
-    match wanted.unwrap_or_else(|| safest(is_root, ids)) {
-        Sandbox::None => no_walls(share.directory),
+    match wanted.unwrap_or_else(|| strongest(is_root, ids)) {
+        Sandbox::None => unsandboxed(share.directory),
         Sandbox::Chroot if !is_root => Err(SandboxError::ChrootNeedsRoot),
         Sandbox::Chroot => chroot(share.directory),
         Sandbox::Namespace => namespace::enter(&share, ids),
@@ -103,7 +102,7 @@ pub fn enter_with_thread(share: &Path) -> Result<Sandboxed, SandboxError> {
     // The working directory changes first, and is to be the thread's own by then.
     namespace::unshare(UnshareFlags::FS).map_err(step("unshare(2)"))?;
     Share { path: share, directory: open_share(share)? }.enter()?;
-    namespace::build_walls()
+    namespace::enter_namespaces()
 }
 
 /// The shared directory, before the sandbox.
@@ -120,8 +119,8 @@ impl Share<'_> {
     }
 }
 
-/// The best walls that can be had here.
-fn safest(is_root: bool, ids: &IdMaps) -> Sandbox {
+/// The strongest sandbox that is available here.
+fn strongest(is_root: bool, ids: &IdMaps) -> Sandbox {
     let may = |capability| capabilities(None).is_ok_and(|sets| sets.effective.contains(capability));
     match is_root {
         // There is no other way to have these ids.
@@ -129,14 +128,14 @@ fn safest(is_root: bool, ids: &IdMaps) -> Sandbox {
         true if may(CapabilitySet::SYS_ADMIN) => Sandbox::Namespace,
         true if may(CapabilitySet::SYS_CHROOT) => {
             warn!(
-                "without CAP_SYS_ADMIN there are no namespaces, so the daemon only changes its root directory; give --sandbox=chroot to run without this message"
+                "namespaces need CAP_SYS_ADMIN: falling back to chroot(2); --sandbox=chroot silences this warning"
             );
             Sandbox::Chroot
         }
         false if namespace::user_namespaces_work() => Sandbox::Namespace,
         _ => {
             warn!(
-                "user namespaces cannot be had here, so the daemon runs without a sandbox; start it as root for one, or give --sandbox=none to run without this message"
+                "user namespaces are not available: running without a sandbox; start the daemon as root to have one, or silence this warning with --sandbox=none"
             );
             Sandbox::None
         }
@@ -150,16 +149,16 @@ fn open_share(share: &Path) -> Result<OwnedFd, SandboxError> {
         .map_err(|source| SandboxError::Share { path: share.to_owned(), source })
 }
 
-fn no_walls(root: OwnedFd) -> Result<Side, SandboxError> {
+fn unsandboxed(root: OwnedFd) -> Result<Role, SandboxError> {
     drop_groups();
-    Ok(Side::Serving(Sandboxed { root, proc_self_fd: open_proc_self_fd()?, forked: false }))
+    Ok(Role::Server(Sandboxed { root, proc_self_fd: open_proc_self_fd()?, forked: false }))
 }
 
-/// An empty directory as the root: no absolute path leads into the share, which guests fill, or to the
+/// An empty directory becomes the root: no absolute path leads into the share, which guests fill, or to the
 /// host. It forks as well: only a process outside can remove the socket at the end.
-fn chroot(root: OwnedFd) -> Result<Side, SandboxError> {
+fn chroot(root: OwnedFd) -> Result<Role, SandboxError> {
     if let Fork::Parent(parent) = process::fork_server()? {
-        return Ok(Side::Waiting(parent));
+        return Ok(Role::Supervisor(parent));
     }
     drop_groups();
     let proc_self_fd = match detach_proc_self_fd() {
@@ -167,8 +166,8 @@ fn chroot(root: OwnedFd) -> Result<Side, SandboxError> {
         Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => open_proc_self_fd()?,
         result => result.map_err(step("detaching /proc/self/fd"))?,
     };
-    mounts::live_in(mounts::empty_directory().as_ref(), &proc_self_fd)?;
-    Ok(Side::Serving(Sandboxed { root, proc_self_fd, forked: true }))
+    mounts::change_root(mounts::empty_directory().as_ref(), &proc_self_fd)?;
+    Ok(Role::Server(Sandboxed { root, proc_self_fd, forked: true }))
 }
 
 /// Lets go of the supplementary groups: a worker has those of its caller, and no others.
@@ -188,8 +187,8 @@ fn open_proc_self_fd() -> Result<OwnedFd, SandboxError> {
 }
 
 /// The same directory as the root of a mount that is mounted nowhere, so that no way leads up from
-/// it: neither to other processes nor to the switches of the kernel, which root may turn even
-/// without capabilities.
+/// it: neither to other processes nor to sysctls, which uid 0 can write even without
+/// capabilities.
 fn detach_proc_self_fd() -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     open_tree(CWD, "/proc/self/fd", flags)

@@ -1,9 +1,9 @@
-//! The mounts of the daemon's own namespace: the share at its root, and nothing else.
+//! The mounts of the daemon's mount namespace: the share at its root, and nothing else.
 //!
 //! The process's root directory is another one: empty, read-only, and mounted nowhere. So an absolute
 //! path leads nowhere, whoever opens it: our code, the standard library or the C library. The share
-//! is held by a descriptor. It has to be mounted in the namespace all the same, because mounts that
-//! the host makes below it later arrive only there (mount_namespaces(7), propagation).
+//! is held by a descriptor. It must also be mounted in the namespace, since later mounts of the host below it
+//! propagate only there (mount_namespaces(7)).
 
 use std::ffi::c_int;
 use std::fs::File;
@@ -27,7 +27,7 @@ use super::{SandboxError, step};
 
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// Lets mounts of the host arrive here, and none of ours there.
+/// Makes all mounts slaves: mounts of the host propagate here, and none of ours to the host.
 ///
 /// `/` may be no mount, but a directory that a chroot(2) has made the root. Then the process moves to
 /// the root of its mount namespace, which is a mount.
@@ -94,7 +94,7 @@ fn forbid_devices_and_programs(mounts: BorrowedFd<'_>) -> Result<(), Errno> {
     if result < 0 { Err(crate::sys::last_errno()) } else { Ok(()) }
 }
 
-/// Makes `share` (see [`copy_share`]) the root of the namespace, and lets go of all other mounts.
+/// Makes `share` (see [`copy_share`]) the root of the namespace, and unmounts everything else.
 pub(super) fn become_root(share: BorrowedFd<'_>) -> Result<(), SandboxError> {
     let old = openat(CWD, "/", DIRECTORY, Mode::empty()).map_err(step("opening the old root"))?;
     // On top of the old root, so that it does not matter where the share is, or that it is `/` itself.
@@ -145,7 +145,7 @@ fn mounted_on_root(table: &str) -> Vec<&str> {
     lines().filter(|(_, parent, place)| *parent == root && *place != "/").map(|(.., place)| place).collect()
 }
 
-/// An empty directory that nobody can put anything into; none where nothing can be mounted or written.
+/// An empty directory in which nothing can be created; `None` where nothing can be mounted or written.
 ///
 /// Made before the root changes, as it may need a path.
 pub(super) fn empty_directory() -> Option<OwnedFd> {
@@ -158,7 +158,7 @@ pub(super) fn empty_directory() -> Option<OwnedFd> {
 
 /// Makes `empty` the process's root and working directory. Where there is none, `proc_self_fd` takes
 /// its place: no name in it but numbers, which no library opens.
-pub(super) fn live_in(empty: Option<&OwnedFd>, proc_self_fd: &OwnedFd) -> Result<(), SandboxError> {
+pub(super) fn change_root(empty: Option<&OwnedFd>, proc_self_fd: &OwnedFd) -> Result<(), SandboxError> {
     fchdir(empty.unwrap_or(proc_self_fd)).map_err(step("changing to an empty directory"))?;
     chroot(".").map_err(step("chroot(2)"))
 }

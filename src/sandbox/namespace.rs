@@ -1,4 +1,4 @@
-//! Namespaces: the daemon sees no mount but the share, no other process, and no network.
+//! The namespace sandbox: no mount but the share, no other process, no network.
 
 use std::os::fd::AsFd as _;
 
@@ -8,13 +8,13 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::process::{WaitOptions, waitpid};
 use rustix::thread::UnshareFlags;
 
+use super::config::IdMaps;
 use super::process::{Fork, exit, fork, fork_server};
-use super::{SandboxError, Sandboxed, Share, Side, detach_proc_self_fd, drop_groups, id_map, mounts, step};
-use crate::config::IdMaps;
+use super::{Role, SandboxError, Sandboxed, Share, detach_proc_self_fd, drop_groups, id_map, mounts, step};
 
 /// Moves into new namespaces. The process forks: the first process of a PID namespace is a child
 /// of the one that made it.
-pub(super) fn enter(share: &Share<'_>, maps: &IdMaps) -> Result<Side, SandboxError> {
+pub(super) fn enter(share: &Share<'_>, maps: &IdMaps) -> Result<Role, SandboxError> {
     // The child makes the mount namespace: this process has to keep its root, to remove the socket.
     let flags = UnshareFlags::NEWPID;
     let own = (rustix::process::geteuid(), rustix::process::getegid());
@@ -23,18 +23,18 @@ pub(super) fn enter(share: &Share<'_>, maps: &IdMaps) -> Result<Side, SandboxErr
         true => id_map::unshare(flags, maps)?,
         false => unshare(flags).map_err(step("making namespaces"))?,
     }
-    let outside = match fork_server()? {
-        Fork::Parent(parent) => return Ok(Side::Waiting(parent)),
-        Fork::Server(outside) => outside,
+    let parent = match fork_server()? {
+        Fork::Parent(parent) => return Ok(Role::Supervisor(parent)),
+        Fork::Server(parent) => parent,
     };
     // With the rights of the user who started the daemon.
     share.enter()?;
     if own_users {
         id_map::become_server(own, maps)?;
         // With another id the signal is forgotten.
-        outside.end_with_it()?;
+        parent.die_with_it()?;
     }
-    build_walls().map(Side::Serving)
+    enter_namespaces().map(Role::Server)
 }
 
 /// Whether a user without privileges may make namespaces here. Tried in a child, which leaves this
@@ -54,9 +54,9 @@ pub(super) fn user_namespaces_work() -> bool {
     }
 }
 
-/// In the new process: a mount namespace that holds the share and nothing else, and a root directory
-/// that holds nothing at all. The share is the working directory.
-pub(super) fn build_walls() -> Result<Sandboxed, SandboxError> {
+/// Moves the new process into a mount namespace that holds the share and nothing else, with an empty root directory.
+/// The share is the working directory.
+pub(super) fn enter_namespaces() -> Result<Sandboxed, SandboxError> {
     drop_groups();
     // The working directory moves along: in the new namespace it is the same directory of the copied
     // mount, wherever its path leads by now.
@@ -69,7 +69,7 @@ pub(super) fn build_walls() -> Result<Sandboxed, SandboxError> {
     drop(share);
     let empty = mounts::empty_directory();
     mounts::become_root(root.as_fd())?;
-    mounts::live_in(empty.as_ref(), &proc_self_fd)?;
+    mounts::change_root(empty.as_ref(), &proc_self_fd)?;
     Ok(Sandboxed { root, proc_self_fd, forked: true })
 }
 

@@ -1,4 +1,4 @@
-//! System calls that C libraries and allocators make by themselves, and can do without.
+//! System calls that C libraries and allocators try by themselves, and can do without.
 //!
 //! Libraries change every year, and the filter must not end a healthy daemon because of it. A call that
 //! a library tries before an older one is answered ENOSYS, as by an older kernel; so is every call that

@@ -1,4 +1,4 @@
-//! The process that was started, and the one that serves in its place.
+//! The supervisor and the server: the process that was started, and its child in the sandbox.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
@@ -12,15 +12,15 @@ use rustix::process::{
 
 use super::{SandboxError, step};
 
-/// The process that was started, while another one serves in its place.
+/// The supervisor: it stays outside the sandbox, handles no guest input, and waits for the server.
 #[derive(Debug)]
 pub struct Parent {
     child: Pid,
 }
 
 impl Parent {
-    /// Waits for the serving process and returns its exit status. When `signalled` gets readable,
-    /// it is sent SIGTERM. No thread is used: after unshare(2) of a PID namespace a process cannot
+    /// Waits for the server and returns its exit status. When `signalled` gets readable, sends SIGTERM
+    /// to the server. No thread is used: after unshare(2) of a PID namespace a process cannot
     /// start any.
     pub fn wait(self, signalled: BorrowedFd<'_>) -> Result<i32, SandboxError> {
         let ended = pidfd_open(self.child, PidfdFlags::empty()).map_err(step("watching the daemon"))?;
@@ -46,26 +46,26 @@ impl Parent {
     }
 }
 
-/// The status to exit with for that of the serving process, as shells have it.
+/// The supervisor's exit status for that of the server, as shells have it.
 fn exit_status(status: WaitStatus) -> i32 {
     if status.terminating_signal() == Some(libc::SIGSYS) {
         error!(
-            "the daemon made a system call that its filter forbids, and was ended; the kernel's log has the call's number (type=1326). If no attack is behind it, please report it, and start with --seccomp=log meanwhile"
+            "killed by the seccomp filter; the kernel's log has the number of the system call (type=1326). Unless this is an attack, please report it, and use --seccomp=log meanwhile"
         );
     }
     status.exit_status().unwrap_or_else(|| 128 + status.terminating_signal().unwrap_or_default())
 }
 
-/// The process that was started, as the one that serves sees it.
+/// The supervisor, as a pidfd in the server.
 #[derive(Debug)]
-pub(super) struct Outside(OwnedFd);
+pub(super) struct ParentFd(OwnedFd);
 
-impl Outside {
-    /// Asks for SIGTERM when it dies, which is forgotten with a change of the user id.
+impl ParentFd {
+    /// Asks for SIGTERM when the supervisor dies. A change of the user id clears that.
     ///
     /// It may be dead already, and then no signal comes. Its id does not say so in another PID namespace,
     /// where it is always 0, but its descriptor does.
-    pub(super) fn end_with_it(&self) -> Result<(), SandboxError> {
+    pub(super) fn die_with_it(&self) -> Result<(), SandboxError> {
         set_parent_process_death_signal(Some(Signal::TERM))
             .map_err(step("asking for the parent's death signal"))?;
         let mut ended = [PollFd::new(&self.0, PollFlags::IN)];
@@ -79,18 +79,18 @@ impl Outside {
 /// The two sides of [`fork_server`].
 pub(super) enum Fork {
     Parent(Parent),
-    Server(Outside),
+    Server(ParentFd),
 }
 
-/// Forks the process that is to serve. It gets SIGTERM when the other one dies.
+/// Forks the server, which gets SIGTERM when the supervisor dies.
 pub(super) fn fork_server() -> Result<Fork, SandboxError> {
-    let outside = pidfd_open(getpid(), PidfdFlags::empty()).map_err(step("watching the daemon"))?;
+    let parent = pidfd_open(getpid(), PidfdFlags::empty()).map_err(step("watching the daemon"))?;
     if let Some(child) = fork().map_err(step("fork(2)"))? {
         return Ok(Fork::Parent(Parent { child }));
     }
-    let outside = Outside(outside);
-    outside.end_with_it()?;
-    Ok(Fork::Server(outside))
+    let parent = ParentFd(parent);
+    parent.die_with_it()?;
+    Ok(Fork::Server(parent))
 }
 
 /// The child's id in the parent, `None` in the child.
@@ -117,12 +117,12 @@ mod tests {
     fn a_parent_that_is_dead_already_is_noticed() {
         let mut parent = Command::new("true").spawn().unwrap();
         let pid = Pid::from_raw(parent.id().cast_signed()).unwrap();
-        let outside = Outside(pidfd_open(pid, PidfdFlags::empty()).unwrap());
+        let outside = ParentFd(pidfd_open(pid, PidfdFlags::empty()).unwrap());
         parent.wait().unwrap();
         // The signal is asked for by a thread of its own, which it ends with.
-        let result = std::thread::spawn(move || outside.end_with_it()).join().unwrap();
+        let result = std::thread::spawn(move || outside.die_with_it()).join().unwrap();
         assert!(matches!(result, Err(SandboxError::ParentDied)), "{result:?}");
-        let outside = Outside(pidfd_open(getpid(), PidfdFlags::empty()).unwrap());
-        std::thread::spawn(move || outside.end_with_it()).join().unwrap().unwrap();
+        let outside = ParentFd(pidfd_open(getpid(), PidfdFlags::empty()).unwrap());
+        std::thread::spawn(move || outside.die_with_it()).join().unwrap().unwrap();
     }
 }

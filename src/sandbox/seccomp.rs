@@ -1,8 +1,7 @@
-//! System calls: those that serving takes stay, all others are gone for good.
+//! The seccomp filter: an allow list of system calls.
 //!
-//! A call that is not on the list ends the daemon (`--seccomp=kill`): its own code makes none, so
-//! somebody else's must be running. Libraries may try calls that they can do without; these are answered
-//! ENOSYS (`optional_calls.rs`).
+//! A call outside the list kills the daemon (`--seccomp=kill`): the daemon's code makes none, so other code must be
+//! running in it. Libraries may try calls that they can do without; these get ENOSYS (`optional_calls.rs`).
 
 use std::collections::BTreeMap;
 
@@ -13,18 +12,18 @@ use seccompiler::{
 };
 use thiserror::Error;
 
+use super::config::Seccomp;
 use super::optional_calls::{INFORMATION, answer_unknown, optional_besides};
-use crate::config::Seccomp;
 use crate::sys::file_flags;
 
-/// Why there is no filter.
+/// Why the filter cannot be installed.
 #[derive(Debug, Error)]
 pub enum SeccompError {
-    /// There is no list for this machine, or it makes no sense.
-    #[error("the list of system calls cannot be translated; start the daemon with --seccomp=none")]
+    /// There is no list for this architecture, or it is wrong.
+    #[error("cannot build the seccomp filter; start the daemon with --seccomp=none")]
     Build(#[from] BackendError),
-    /// The kernel refuses it.
-    #[error("the kernel takes no filter of system calls; --seccomp=none starts the daemon without one")]
+    /// The kernel refuses the filter.
+    #[error("the kernel refuses the seccomp filter; start the daemon with --seccomp=none")]
     Install(#[source] seccompiler::Error),
 }
 
@@ -130,7 +129,7 @@ const RENAMEAT: c_long = libc::SYS_renameat;
 #[cfg(not(target_arch = "x86_64"))]
 const RENAMEAT: c_long = 38;
 
-/// What fcntl(2) may be asked for. Owners of descriptors, who get signals, are not among it.
+/// Allowed commands of fcntl(2). Those that set the owner of a descriptor, who gets signals, are not among them.
 const FCNTL: &[i32] = &[
     libc::F_GETFD,
     libc::F_GETFL,
@@ -149,15 +148,13 @@ const OPEN_TREE_CLONE: u64 = 1;
 /// Calls by which inodes are opened by file handles.
 const FILE_HANDLES: &[c_long] = &[libc::SYS_open_by_handle_at];
 
-/// Forbids all calls but those that serving takes, for all threads that are there or will be;
-/// those for file handles as well, unless they are used.
-///
-/// What happens at a forbidden one is for `mode` to say.
+/// Installs the filter for all threads of the process, present and future. Calls for file handles are allowed only
+/// where these are used. `mode` is the action on other calls.
 pub fn install(mode: Seccomp, file_handles: bool) -> Result<(), SeccompError> {
     install_by(apply_filter_all_threads, mode, file_handles)
 }
 
-/// The same for the calling thread and those that it will start: the other threads of a test stay free.
+/// The same for the calling thread and those that it starts later: other threads of a test are not affected.
 pub fn install_on_thread(mode: Seccomp, file_handles: bool) -> Result<(), SeccompError> {
     install_by(apply_filter, mode, file_handles)
 }
@@ -189,7 +186,7 @@ fn without_optional() -> Result<BpfProgram, BackendError> {
     SeccompFilter::new(rules, SeccompAction::Allow, enosys, architecture()?)?.try_into()
 }
 
-/// Everything that is not on the lists meets `action`.
+/// Takes `action` on every call outside the lists.
 fn allow_list(action: SeccompAction, file_handles: bool) -> Result<BpfProgram, BackendError> {
     let mut rules = restricted()?;
     let allowed = ALLOWED.iter().chain(ALLOWED_HERE).chain(INFORMATION).copied();

@@ -1,4 +1,4 @@
-//! Words about a share that cannot be opened.
+//! Advice for a share that cannot be opened.
 
 use std::path::Path;
 
@@ -10,12 +10,12 @@ pub(super) fn advice(path: &Path, errno: Errno) -> String {
     match errno {
         Errno::NOENT => match first_missing(path) {
             Some(missing) if missing != path => {
-                format!("{} is not there; check --shared-dir, or make it", missing.display())
+                format!("{} does not exist; check --shared-dir, or create it", missing.display())
             }
-            _ => "it is not there; check --shared-dir, or make it".into(),
+            _ => "it does not exist; check --shared-dir, or create it".into(),
         },
         Errno::NOTDIR if kind(path).is_ok_and(|kind| kind != FileType::Directory) => {
-            "it is no directory, and a single file cannot be shared; share its directory".into()
+            "it is not a directory; to share a single file, share its directory".into()
         }
         Errno::ACCESS => match first_shut(path) {
             Some(shut) => format!(
@@ -24,7 +24,7 @@ pub(super) fn advice(path: &Path, errno: Errno) -> String {
             ),
             None => "the user that the daemon serves as may not enter a directory on the way to it; give it the right to search (chmod o+x, setfacl), or start the daemon as another user".into(),
         },
-        _ => "--shared-dir needs a directory that is there".into(),
+        _ => "--shared-dir needs a directory that exists".into(),
     }
 }
 
@@ -59,7 +59,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         std::fs::write(at("file"), "").unwrap();
-        assert!(advice(&at("none"), Errno::NOENT).starts_with("it is not there"));
+        assert!(advice(&at("none"), Errno::NOENT).starts_with("it does not exist"));
         let parent = at("none").display().to_string();
         assert!(advice(&at("none/a/b"), Errno::NOENT).starts_with(&parent));
         assert!(advice(&at("file"), Errno::NOTDIR).contains("share its directory"));

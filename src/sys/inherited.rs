@@ -1,4 +1,4 @@
-//! Descriptors that the process has from whoever started it.
+//! Descriptors that the process has inherited from its launcher.
 
 use std::ffi::c_uint;
 use std::io::{self, Error};
@@ -10,12 +10,11 @@ use rustix::pipe::{PipeFlags, pipe_with};
 /// The first one after standard input, output and error.
 const FIRST: RawFd = 3;
 
-/// Closes all descriptors but the standard ones and `kept`, and empties standard input.
+/// Closes all descriptors but the standard ones and `kept`, and replaces standard input by an empty one.
 ///
 /// One that a launcher forgot to close would be a way out of the sandbox, and keep a file system busy that the host
-/// wants to unmount. Nothing is read from standard input, so the reading end of a pipe that nobody writes to takes
-/// its place: unlike /dev/null it belongs to no mount. Output goes on to where it went, unless that is a directory,
-/// which takes none and leads to others.
+/// wants to unmount. Standard input is replaced by the reading end of a pipe without a writer: unlike /dev/null it
+/// belongs to no mount. Output descriptors stay, unless one is a directory, which takes no output and leads to others.
 ///
 /// Must be called before the process opens anything of its own.
 pub fn close_all(kept: Option<RawFd>) -> io::Result<()> {
@@ -42,7 +41,7 @@ fn close_range(first: RawFd, last: RawFd) -> io::Result<()> {
     if from > to {
         return Ok(());
     }
-    // SAFETY: nothing of this process is open yet, so nobody counts on what is closed.
+    // SAFETY: this process has opened nothing yet, so no code uses the descriptors that are closed.
     let result = unsafe { libc::syscall(libc::SYS_close_range, from, to, 0) };
     if result == 0 {
         return Ok(());

@@ -5,8 +5,9 @@
 
 use rustix::io::{Errno, Result};
 
-/// Bytes that have to be there before anything grows: many times what one request takes.
-const HEADROOM: usize = 64 << 10;
+/// Bytes that have to be there before anything grows: many times what one request takes. From 64 KiB on, glibc's
+/// free(3) consolidates the heap each time.
+const HEADROOM: usize = 48 << 10;
 
 /// Bytes that have to be there before a thread is started: some stacks (two MiB each).
 const FOR_THREADS: usize = 16 << 20;

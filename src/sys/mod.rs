@@ -1,5 +1,6 @@
 //! What no crate wraps safely: guest memory as I/O vectors, and a few system calls.
 
+pub mod allocator;
 pub mod descriptors;
 pub mod file_flags;
 pub mod file_handles;
@@ -7,7 +8,6 @@ pub mod guest_buffers;
 pub mod inherited;
 pub mod locks;
 pub mod memory;
-pub mod process;
 pub mod signals;
 pub mod umask;
 

@@ -1,5 +1,5 @@
-//! Getting a thread out of a system call that blocks, signals that must not end the daemon, and what signals
-//! are to the daemon whoever has started it.
+//! Signals: interrupting a thread in a blocking system call, those that end the daemon, and a known state of all of
+//! them whatever the launcher has set. The process-wide ones are set by [`crate::process`] only.
 
 use std::sync::Once;
 
@@ -20,9 +20,8 @@ impl ThreadId {
     }
 }
 
-/// Brings signals to what the daemon counts on. Whoever starts it may have blocked or ignored any of them, and both
-/// survive execve(2): SIGUSR1 that is blocked wakes nobody, SIGTERM ends nothing, and a child whose SIGCHLD is
-/// ignored leaves no exit status. SIGHUP stays ignored, which is what nohup(1) does it for.
+/// Resets signals. The launcher may have blocked or ignored any of them, and both survive execve(2): a blocked SIGUSR1
+/// interrupts no thread, an ignored SIGTERM ends nothing, and with SIGCHLD ignored a child leaves no exit status. SIGHUP stays ignored, which is what nohup(1) does it for.
 ///
 /// Must be called before the first thread and the first child are started, since they get the same mask.
 pub fn reset() -> Result<()> {
@@ -75,8 +74,8 @@ fn ignore_file_size_limit() {
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
-/// The signals that end the daemon in order: SIGTERM, SIGINT, and SIGHUP (a terminal that is closed)
-/// unless whoever started the daemon ignores it, as nohup(1) does.
+/// The signals that end the daemon cleanly: SIGTERM, SIGINT, and SIGHUP (a terminal that is closed)
+/// unless the launcher ignores it, as nohup(1) does.
 pub fn endings() -> Vec<i32> {
     let mut signals = vec![libc::SIGTERM, libc::SIGINT];
     if !is_ignored(libc::SIGHUP) {
@@ -93,13 +92,12 @@ fn is_ignored(signal: i32) -> bool {
     }
 }
 
-/// Keeps the signals of [`endings`] back until [`release`]: one that comes while the daemon starts is
-/// not lost, and leaves nothing behind.
+/// Blocks the signals of [`endings`] until [`release`]: one that arrives during the start stays pending.
 pub fn hold() {
     change_mask(libc::SIG_BLOCK);
 }
 
-/// Lets them through.
+/// Unblocks them.
 pub fn release() {
     change_mask(libc::SIG_UNBLOCK);
 }

@@ -71,7 +71,7 @@ impl PassthroughFs {
             return Err(Full);
         }
         // An entry that has gone meanwhile, or cannot be looked up, is listed as READDIR would.
-        let found = self.look_up(directory, name).ok();
+        let found = self.look_up_at(handle.fd(), directory, name).ok();
         let pushed = out.push(listed, found.as_ref());
         if let (Err(Full), Some(entry)) = (pushed, found) {
             self.inodes.forget(entry.node, 1);

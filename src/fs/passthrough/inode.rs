@@ -6,11 +6,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use rustix::fs::FileType;
 
-use super::budget::Held;
 use super::io_mode::IoMode;
 use super::locks::InodeLocks;
 use super::mounts::Mount;
-use super::pins::Pin;
+use super::pins::{PathGuard, Pin};
 use super::range_lock::RangeLock;
 use crate::fs::Result;
 use fuse_protocol::ids::NodeId;
@@ -83,7 +82,7 @@ impl Inode {
 
     /// An O_PATH descriptor for system calls that take AT_EMPTY_PATH, or names relative to a
     /// directory. It stays open for as long as the caller holds it.
-    pub fn path(&self) -> Result<Arc<Held>> {
+    pub fn path(&self) -> Result<PathGuard> {
         self.pin.path(self.node)
     }
 

@@ -15,7 +15,7 @@
 //! Guests before Linux 6.9 cannot map a file with MAP_SHARED that is not in cached mode. With a policy
 //! that caches data, one opener with O_DIRECT is not to take that from all others.
 
-use crate::config::{CachePolicy, FsConfig, ParallelDirectWrites};
+use super::config::{CachePolicy, FsConfig, ParallelDirectWrites};
 use crate::sync::{AtomicU32, Ordering};
 use fuse_protocol::flags::{InitFlags, OpenReplyFlags};
 

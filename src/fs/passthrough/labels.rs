@@ -12,11 +12,11 @@ use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags, linkat, openat, removexattr,
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
+use super::config::{FeatureMode, FsConfig};
 use super::lookup::{PATH, PROC};
 use super::names::take_away;
 use super::xattr::{host_name, refused};
 use super::{Context, PassthroughFs, StartError};
-use crate::config::{FsConfig, Insistence};
 use crate::fs::Result;
 
 /// What is tried at start. Which label it is does not matter: an unknown one is refused otherwise
@@ -26,7 +26,7 @@ const PROBE: &[u8] = b"system_u:object_r:unlabeled_t:s0\0";
 
 /// Whether labels are to be offered to guests: if they were asked for and can be written.
 pub(super) fn can_be_had(root: impl AsFd, config: &FsConfig) -> std::result::Result<bool, StartError> {
-    if config.security_label == Insistence::Never {
+    if config.security_label == FeatureMode::Never {
         return Ok(false);
     }
     let missing = match host_name(config, PROBED) {
@@ -40,7 +40,7 @@ pub(super) fn can_be_had(root: impl AsFd, config: &FsConfig) -> std::result::Res
             _ => return Ok(true),
         },
     };
-    if config.security_label == Insistence::Always {
+    if config.security_label == FeatureMode::Always {
         return Err(missing);
     }
     log::info!("security labels are not offered to the guest: {missing}");

@@ -129,9 +129,9 @@ impl Listing {
     /// Goes behind the entry whose next offset is this, if it is here.
     fn find(&mut self, offset: u64) -> bool {
         let mut at = 0;
-        while let Some((entry, next)) = decode(&self.records, at) {
+        while let Some((header, next)) = Header::decode(&self.records, at) {
             at = next;
-            if entry.next_offset == offset {
+            if header.next_offset == offset {
                 (self.next, self.position) = (next, offset);
                 return true;
             }
@@ -141,14 +141,16 @@ impl Listing {
 
     /// The next entry of those that were read.
     pub fn next(&self) -> Option<Listed<'_>> {
-        decode(&self.records, self.next).map(|(entry, _)| entry)
+        let (header, next) = Header::decode(&self.records, self.next)?;
+        let name = self.records.get(self.next.saturating_add(HEADER)..next)?;
+        let name = CStr::from_bytes_with_nul(name).ok()?;
+        Some(Listed { ino: header.ino, next_offset: header.next_offset, kind: header.kind, name })
     }
 
     /// The next entry was given to the guest.
     pub fn given(&mut self) {
-        if let Some((entry, next)) = decode(&self.records, self.next) {
-            let position = entry.next_offset;
-            (self.next, self.position) = (next, position);
+        if let Some((header, next)) = Header::decode(&self.records, self.next) {
+            (self.next, self.position) = (next, header.next_offset);
         }
     }
 
@@ -226,21 +228,25 @@ fn encode(entry: &Listed<'_>, to: &mut Vec<u8>) {
     to.extend_from_slice(name);
 }
 
-/// The entry that begins at `at`, and where the next one does.
-fn decode(records: &[u8], at: usize) -> Option<(Listed<'_>, usize)> {
-    let (ino, rest) = records.get(at..)?.split_first_chunk()?;
-    let (next_offset, rest) = rest.split_first_chunk()?;
-    let (len, rest) = rest.split_first_chunk()?;
-    let (kind, rest) = rest.split_first()?;
-    let len = usize::from(u16::from_ne_bytes(*len));
-    let name = CStr::from_bytes_with_nul(rest.get(..len)?).ok()?;
-    let entry = Listed {
-        ino: u64::from_ne_bytes(*ino),
-        next_offset: u64::from_ne_bytes(*next_offset),
-        kind: *kind,
-        name,
-    };
-    Some((entry, at.saturating_add(HEADER).saturating_add(len)))
+/// What stands before a name.
+struct Header {
+    ino: u64,
+    next_offset: u64,
+    kind: u8,
+}
+
+impl Header {
+    /// The header that begins at `at`, and where the next one does.
+    fn decode(records: &[u8], at: usize) -> Option<(Header, usize)> {
+        let (ino, rest) = records.get(at..)?.split_first_chunk()?;
+        let (next_offset, rest) = rest.split_first_chunk()?;
+        let (len, rest) = rest.split_first_chunk()?;
+        let kind = *rest.first()?;
+        let header =
+            Header { ino: u64::from_ne_bytes(*ino), next_offset: u64::from_ne_bytes(*next_offset), kind };
+        let len = usize::from(u16::from_ne_bytes(*len));
+        Some((header, at.saturating_add(HEADER).saturating_add(len)))
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! From names to inodes.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Statx, StatxFlags, openat, statx};
@@ -77,13 +77,17 @@ impl PassthroughFs {
     /// Looks up an entry: one system call for an inode that the guest knows (two if it has no descriptor),
     /// three for a new one.
     pub(super) fn look_up(&self, parent: &Inode, name: &CStr) -> Result<Entry> {
-        let directory = parent.path()?;
+        self.look_up_at(parent.path()?.as_fd(), parent, name)
+    }
+
+    /// As [`PassthroughFs::look_up`], where a descriptor of `parent` is at hand.
+    pub(super) fn look_up_at(&self, directory: BorrowedFd<'_>, parent: &Inode, name: &CStr) -> Result<Entry> {
         let before = self.inodes.ids_given();
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
-        let stat = statx(&*directory, name, flags, WANTED)?;
+        let stat = statx(directory, name, flags, WANTED)?;
         let seen = Seen { key: key(&stat), kind: kind(&stat), before };
         if self.numbers_tell(parent, seen.key.mount)
-            && let Some(inode) = self.inodes.find(&seen, || entry_to_handle(directory.as_fd(), name))
+            && let Some(inode) = self.inodes.find(&seen, || entry_to_handle(directory, name))
         {
             return Ok(self.entry(&inode, &stat, Some(parent)));
         }
@@ -91,7 +95,7 @@ impl PassthroughFs {
             Ok(slot) => self.open_new(parent, name, slot),
             // What the guest knows already it may look up when it has all descriptors that it may have.
             Err(Errno::MFILE) => {
-                let path = openat(&*directory, name, PATH, Mode::empty())?;
+                let path = openat(directory, name, PATH, Mode::empty())?;
                 let (inode, stat) = self.find_open(&path, Some(parent))?.ok_or(Errno::MFILE)?;
                 Ok(self.entry(&inode, &stat, Some(parent)))
             }

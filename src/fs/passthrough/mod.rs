@@ -8,6 +8,7 @@
 mod attributes;
 mod budget;
 mod close;
+pub mod config;
 mod credentials;
 mod data;
 mod directories;
@@ -39,10 +40,10 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use log::debug;
-use rustix::fs::Mode;
 use rustix::io::Errno;
 
 use self::budget::Budget;
+use self::config::{FeatureMode, FsConfig};
 use self::credentials::OwnIds;
 use self::handles::HandleTable;
 use self::inodes::{Inode, InodeTable};
@@ -52,7 +53,6 @@ use self::locks::Waits;
 pub use self::start::StartError;
 use self::start::{descriptors, open_descriptors};
 use super::{Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply};
-use crate::config::{FsConfig, Insistence};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
 use fuse_protocol::flags::{FsyncFlags, InitFlags, OpenRequestFlags, ReleaseFlags};
@@ -109,16 +109,14 @@ impl PassthroughFs {
     /// Serves the directory `root` (an O_PATH descriptor is enough). `proc_self_fd` is the
     /// directory `/proc/self/fd` of this process.
     ///
-    /// Two things of the process change: the umask becomes 0, since guests apply their callers',
-    /// and the working directory becomes `proc_self_fd`, which gives the system calls that know no
-    /// descriptors a way to name one.
+    /// The process must be prepared by [`prepare_for_requests`](crate::process::prepare_for_requests): its umask is 0,
+    /// and its working directory is `proc_self_fd`, which gives the system calls that take no descriptor a way to
+    /// name one. Nothing of the process is changed here, so it can have several of these.
     pub fn new(
         root: OwnedFd,
         proc_self_fd: OwnedFd,
         config: FsConfig,
     ) -> std::result::Result<PassthroughFs, StartError> {
-        rustix::process::umask(Mode::empty());
-        rustix::process::fchdir(&proc_self_fd)?;
         let stat = lookup::stat(&root)?;
         let offers_acls = xattr::acls_can_be_had(&root, &config)?;
         let budget = Arc::new(Budget::of_the_process(open_descriptors(&proc_self_fd)?));
@@ -202,8 +200,8 @@ impl FileSystem for PassthroughFs {
 
     fn required_flags(&self) -> InitFlags {
         let mut flags = InitFlags::empty();
-        flags.set(InitFlags::POSIX_ACL, self.config.posix_acl == Insistence::Always);
-        flags.set(InitFlags::SECURITY_CTX, self.config.security_label == Insistence::Always);
+        flags.set(InitFlags::POSIX_ACL, self.config.posix_acl == FeatureMode::Always);
+        flags.set(InitFlags::SECURITY_CTX, self.config.security_label == FeatureMode::Always);
         flags
     }
 

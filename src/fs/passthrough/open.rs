@@ -6,13 +6,13 @@ use std::sync::Arc;
 use rustix::fs::{FileType, OFlags, openat};
 use rustix::io::Errno;
 
+use super::config::CachePolicy;
 use super::handles::Handle;
 use super::host_file::HostFile;
 use super::inodes::Inode;
 use super::io_mode::Mode;
 use super::names::take_away;
 use super::{Context, PassthroughFs};
-use crate::config::CachePolicy;
 use crate::fs::{Opened, Result};
 use fuse_protocol::flags::{OpenReplyFlags, OpenRequestFlags};
 use fuse_protocol::ids::HandleId;

@@ -10,11 +10,12 @@
 //! by its handle alone, which has a generation in it: see [`Pin::is`].
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::ops::Deref;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwapOption, Guard};
 use log::{debug, info};
 use rustix::fs::FileType;
 use rustix::io::Errno;
@@ -232,6 +233,33 @@ fn half_of(budget: &Budget) -> usize {
     (budget.most() / 2).max(1)
 }
 
+/// The descriptor of an inode, which stays open for as long as this lives.
+///
+/// It is borrowed from the inode, not counted: that takes no atomic change of a line that all workers share.
+#[derive(Debug)]
+pub struct PathGuard(Guard<Option<Arc<Held>>>);
+
+impl PathGuard {
+    fn of(path: Arc<Held>) -> PathGuard {
+        PathGuard(Guard::from_inner(Some(path)))
+    }
+}
+
+impl Deref for PathGuard {
+    type Target = Held;
+
+    #[allow(clippy::expect_used, reason = "a guard is made of a descriptor only")]
+    fn deref(&self) -> &Held {
+        self.0.as_ref().expect("a guard has a descriptor")
+    }
+}
+
+impl AsFd for PathGuard {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        (**self).as_fd()
+    }
+}
+
 /// What keeps hold of one inode.
 #[derive(Debug)]
 pub struct Pin {
@@ -264,28 +292,27 @@ impl Pin {
 
     /// An O_PATH descriptor, which stays open for as long as the caller holds it; ESTALE if the
     /// inode had none and has been deleted on the host. `node` is the inode's.
-    pub fn path(&self, node: NodeId) -> Result<Arc<Held>> {
+    pub fn path(&self, node: NodeId) -> Result<PathGuard> {
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::Relaxed);
         }
-        match self.path.load_full() {
-            Some(path) => Ok(path),
-            None => self.open_again(node),
-        }
+        let path = self.path.load();
+        if path.is_some() { Ok(PathGuard(path)) } else { self.open_again(node) }
     }
 
-    fn open_again(&self, node: NodeId) -> Result<Arc<Held>> {
+    #[cold]
+    fn open_again(&self, node: NodeId) -> Result<PathGuard> {
         let (handle, directory) = self.handle.get().zip(self.mount.directory()).ok_or(Errno::STALE)?;
         let slot = self.mount.all.budget.take();
         let path = open_by_handle(directory.as_fd(), handle)?;
         // Where the guest holds all that it may hold, the inode is found again by each request.
-        let Ok(slot) = slot else { return Ok(Arc::new(Held::for_a_request(path))) };
+        let Ok(slot) = slot else { return Ok(PathGuard::of(Arc::new(Held::for_a_request(path)))) };
         let path = Arc::new(slot.hold(path));
         if self.path.swap(Some(Arc::clone(&path))).is_none() {
             self.mount.all.take_one();
             self.enter_clock(node);
         }
-        Ok(path)
+        Ok(PathGuard::of(path))
     }
 
     /// From now on the inode is asked now and then to give up its descriptor.

@@ -8,8 +8,8 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use super::budget::Budget;
+use super::config::InodeFileHandles;
 use super::pins::Descriptors;
-use crate::config::InodeFileHandles;
 
 /// Why a directory cannot be served as it was asked for.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]

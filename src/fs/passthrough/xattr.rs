@@ -12,11 +12,11 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 use rustix::thread::CapabilitySet;
 
+use super::config::{FeatureMode, FsConfig};
 use super::credentials::{self, SetIdBits, set_id_bits};
 use super::inodes::Inode;
 use super::lookup::{PROC, proc_name, stat};
 use super::{Context, PassthroughFs, StartError};
-use crate::config::{FsConfig, Insistence};
 use crate::fs::{Result, XattrReply};
 use crate::mapping::acl::{
     ACCESS, CAPABILITY, DEFAULT, ValueError, holds_ids, is_acl, value_to_guest, value_to_host,
@@ -47,7 +47,7 @@ pub(super) fn acls_can_be_had(root: &OwnedFd, config: &FsConfig) -> std::result:
                 && map.to_guest(name.to_bytes()) == Some(name.to_bytes())
         })
     };
-    let missing = if config.posix_acl == Insistence::Never {
+    let missing = if config.posix_acl == FeatureMode::Never {
         return Ok(false);
     } else if !as_they_are(ACCESS) || !as_they_are(DEFAULT) {
         StartError::AclsAreMapped
@@ -56,7 +56,7 @@ pub(super) fn acls_can_be_had(root: &OwnedFd, config: &FsConfig) -> std::result:
     } else {
         return Ok(true);
     };
-    if config.posix_acl == Insistence::Always {
+    if config.posix_acl == FeatureMode::Always {
         return Err(missing);
     }
     info!("POSIX ACLs are not offered to the guest: {missing}");

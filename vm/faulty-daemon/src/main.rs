@@ -7,6 +7,7 @@
 mod openers;
 
 use std::ffi::OsString;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -18,16 +19,10 @@ use fuse_protocol::ids::{HandleId, LockOwner, NodeId};
 use fuse_protocol::reply::Entry;
 use fuse_protocol::request::{Create, Write};
 use lanefsd::cli::{self, Command};
-use lanefsd::config::Sandbox;
-use lanefsd::fs::passthrough::PassthroughFs;
+use lanefsd::config::{Config, Sandbox, Seccomp};
+use lanefsd::daemon;
 use lanefsd::fs::{Context, FileSystem, Opened};
-use lanefsd::listen::Socket;
-use lanefsd::sandbox::{self, Side};
-use lanefsd::server::{self, Signals};
-use lanefsd::service::Service;
 use lanefsd::sys::guest_buffers::GuestReader;
-use lanefsd::sys::signals;
-use lanefsd::{logging, sandbox::raise_descriptor_limit};
 use openers::Openers;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -53,13 +48,13 @@ struct Faults {
 }
 
 /// The file system below, with faults.
-struct Faulty<F> {
-    inner: F,
+struct Faulty {
+    inner: Arc<dyn FileSystem>,
     faults: Faults,
     openers: Openers,
 }
 
-impl<F: FileSystem> Faulty<F> {
+impl Faulty {
     fn opened(&self, node: NodeId, mut opened: Opened, flags: u32) -> Opened {
         if self.faults.mixed_modes {
             opened.flags = match flags & OFlags::DIRECT.bits() != 0 {
@@ -72,9 +67,9 @@ impl<F: FileSystem> Faulty<F> {
     }
 }
 
-impl<F: FileSystem> FileSystem for Faulty<F> {
+impl FileSystem for Faulty {
     fn below(&self) -> Result<&dyn FileSystem, Errno> {
-        Ok(&self.inner)
+        Ok(&*self.inner)
     }
 
     fn open(&self, ctx: &Context, node: NodeId, flags: u32, more: OpenRequestFlags) -> Result<Opened, Errno> {
@@ -119,24 +114,15 @@ impl<F: FileSystem> FileSystem for Faulty<F> {
     }
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let faults = Faults::parse();
     let program = OsString::from("lanefsd");
     let Command::Serve(config) = cli::parse(std::iter::once(program).chain(faults.options.iter().cloned()))?
     else {
         bail!("this daemon only serves");
     };
-    logging::start(config.log_level, config.syslog);
-    raise_descriptor_limit(config.rlimit_nofile)?;
-    signals::hold();
-    let socket = Socket::open(&config.listen, config.socket_group.as_deref())?;
-    let Side::Serving(sandboxed) = sandbox::enter(Some(Sandbox::None), &config.shared_dir, &config.id_maps)?
-    else {
-        bail!("without a sandbox there is nobody who waits");
-    };
-    let signals = Signals::catch()?;
-    let inner = PassthroughFs::new(sandboxed.root, sandboxed.proc_self_fd, config.fs.clone())?;
-    let service = Arc::new(Service::new(Arc::new(Faulty { inner, faults, openers: Openers::default() })));
-    server::serve(socket.listener(), &signals, &config.device, config.keep_listening, &service)?;
-    Ok(())
+    // Its own code may make other system calls than lanefsd.
+    let config = Config { sandbox: Some(Sandbox::None), seccomp: Seccomp::None, ..*config };
+    let wrap = |inner| Arc::new(Faulty { inner, faults, openers: Openers::default() }) as Arc<dyn FileSystem>;
+    Ok(daemon::run(config, wrap)?.into())
 }

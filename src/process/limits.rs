@@ -1,16 +1,18 @@
-//! Descriptors and CPUs.
+//! The limit of open files, and the CPUs.
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use thiserror::Error;
 
-use crate::config::LEAST_DESCRIPTORS;
-use crate::remarks::Remark;
+use crate::logging::Remark;
 
-/// Descriptors that are asked for when nothing else was said: a million inodes.
+/// With fewer descriptors there is no point in serving.
+pub const LEAST_DESCRIPTORS: u64 = 64;
+
+/// The default: descriptors for a million inodes.
 const WANTED: u64 = 1_000_000;
-/// A limit that a guest meets in ordinary use, such as a search through a source tree.
+/// A guest reaches a lower limit in ordinary use, such as a search through a source tree.
 const FEW: u64 = 100_000;
 
 /// Why a limit cannot be set.
@@ -26,19 +28,19 @@ pub enum LimitError {
         /// What the system call said.
         source: Errno,
     },
-    /// The limit that is there does not do.
+    /// The inherited limit is too low.
     #[error(
-        "the daemon may open {0} files at once, which does not do; give --rlimit-nofile, or raise the limit where it is started (LimitNOFILE= of systemd, ulimit -n)"
+        "the daemon may open {0} files at once, which is too few; give --rlimit-nofile, or raise the limit of the launcher (LimitNOFILE= of systemd, ulimit -n)"
     )]
     TooFew(u64),
     /// sched_setaffinity(2) failed.
-    #[error("--cpus names no CPU that the host has")]
+    #[error("--cpus names no CPU of the host")]
     Cpus(#[source] Errno),
 }
 
-/// Sets RLIMIT_NOFILE to `wanted`, or as high as the host allows. 0 leaves it as it is. What there is to
-/// be said about it is returned.
-pub fn raise_descriptor_limit(wanted: Option<u64>) -> Result<Option<Remark>, LimitError> {
+/// Sets RLIMIT_NOFILE to `wanted`, or as high as the host allows. 0 keeps the inherited limit. Returns a remark if the
+/// host allows less than a million.
+pub(super) fn raise_descriptor_limit(wanted: Option<u64>) -> Result<Option<Remark>, LimitError> {
     let remark = match wanted {
         Some(0) => None,
         Some(wanted) => {
@@ -46,7 +48,7 @@ pub fn raise_descriptor_limit(wanted: Option<u64>) -> Result<Option<Remark>, Lim
             set(wanted).map_err(refused)?;
             None
         }
-        None => raise(most_of_the_host().min(WANTED)),
+        None => raise(host_maximum().min(WANTED)),
     };
     match getrlimit(Resource::Nofile).current {
         Some(limit) if limit < LEAST_DESCRIPTORS => Err(LimitError::TooFew(limit)),
@@ -54,15 +56,15 @@ pub fn raise_descriptor_limit(wanted: Option<u64>) -> Result<Option<Remark>, Lim
     }
 }
 
-/// Raises the limit to `wanted` if that can be had, or else as far as it goes.
+/// Raises the limit to `wanted`, or as far as possible.
 fn raise(wanted: u64) -> Option<Remark> {
-    // Without the privilege to pass the hard limit, that is the best.
+    // Raising the hard limit takes a privilege.
     if set(wanted).is_ok() || (set(hard_limit().min(wanted)).is_ok() && hard_limit() >= wanted) {
         return None;
     }
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let text = format!(
-        "the daemon may open {limit} files at once and not {wanted}, since the hard limit of descriptors is lower; raise that where it is started (LimitNOFILE= of systemd, ulimit -Hn) if the guest uses many files"
+        "the daemon may open {limit} files at once and not {wanted}, since the hard limit of descriptors is lower; raise that limit in the launcher (LimitNOFILE= of systemd, ulimit -Hn) if the guest uses many files"
     );
     Some(if limit < FEW { Remark::warning(text) } else { Remark::information(text) })
 }
@@ -77,14 +79,14 @@ fn hard_limit() -> u64 {
     getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX)
 }
 
-/// What nobody can raise the limit above.
-fn most_of_the_host() -> u64 {
+/// The limit of the kernel (fs.nr_open), which no process can exceed.
+fn host_maximum() -> u64 {
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok();
     most.and_then(|most| most.trim().parse().ok()).unwrap_or(WANTED)
 }
 
 /// Lets the process, and all threads that it starts later, run on `cpus` alone.
-pub fn bind_to_cpus(cpus: &[usize]) -> Result<(), LimitError> {
+pub(super) fn bind_to_cpus(cpus: &[usize]) -> Result<(), LimitError> {
     let mut set = CpuSet::new();
     cpus.iter().filter(|cpu| **cpu < CpuSet::MAX_CPU).for_each(|cpu| set.set(*cpu));
     sched_setaffinity(None, &set).map_err(LimitError::Cpus)

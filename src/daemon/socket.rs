@@ -9,7 +9,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use rustix::fs::Mode;
+use rustix::fs::{Mode, fchmod};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use thiserror::Error;
 
 use self::group::Group;
@@ -17,7 +19,7 @@ use self::path::{FileId, SocketPath};
 use self::pid_file::PidFile;
 use crate::config::Listen;
 
-/// Why there is nothing to listen on.
+/// Why the daemon cannot listen.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum ListenError {
@@ -25,16 +27,16 @@ pub enum ListenError {
         "the socket {path} is in use by another daemon{holder}; end that one, or choose another --socket-path"
     )]
     InUse { path: String, holder: String },
-    #[error("{0} is there and is no socket; remove it, or choose another --socket-path")]
+    #[error("{0} exists and is not a socket; remove it, or choose another --socket-path")]
     NoSocket(String),
-    #[error("{0} is there and holds no process id; remove it, or choose another --socket-path")]
+    #[error("{0} exists and holds no process id; remove it, or choose another --socket-path")]
     NoPidFile(String),
-    #[error("the directory of the socket {0} is not there; make it, or choose another --socket-path")]
+    #[error("the directory of the socket {0} does not exist; create it, or choose another --socket-path")]
     NoDirectory(String),
-    #[error("the directory of the socket {0} is no directory; choose another --socket-path")]
+    #[error("the directory of the socket {0} is not a directory; choose another --socket-path")]
     NotADirectory(String),
     #[error(
-        "this user may not make the socket {0}; choose a --socket-path in a directory of its own, such as the one that XDG_RUNTIME_DIR names"
+        "this user may not create the socket {0}; choose a --socket-path in a directory of the user, such as $XDG_RUNTIME_DIR"
     )]
     NotAllowed(String),
     #[error("--socket-path {0} does not end with the name of a socket; add one")]
@@ -44,38 +46,36 @@ pub enum ListenError {
         path::MAX_LENGTH
     )]
     TooLong { path: String, length: usize },
-    #[error("{path} cannot be made")]
-    Make { path: String, source: io::Error },
+    #[error("cannot create {path}")]
+    Create { path: String, source: io::Error },
     #[error(
-        "the socket {0} was replaced while it was made; choose a --socket-path in a directory that nobody else writes to"
+        "the socket {0} was replaced while it was created; choose a --socket-path in a directory that no other user can write to"
     )]
     Replaced(String),
     #[error("--socket-group: there is no group {0}")]
     NoGroup(String),
-    #[error("--socket-group {0} takes root, or a user who is a member of that group")]
+    #[error("--socket-group {0} needs root, or a user who is a member of that group")]
     ForeignGroup(String),
-    #[error(
-        "--fd {0} is not open; whoever starts the daemon has to pass a listening socket as that descriptor"
-    )]
+    #[error("--fd {0} is not open; the launcher must pass a listening socket as that descriptor")]
     ClosedFd(RawFd),
-    #[error("--fd {0} is no socket; whoever starts the daemon has to pass a listening one")]
+    #[error("--fd {0} is not a socket; the launcher must pass a listening socket")]
     NoSocketFd(RawFd),
     #[error(
-        "--fd {0} is a socket that does not listen; call listen(2) before the start, and do not pass a connection"
+        "--fd {0} is a socket that does not listen; the launcher must call listen(2), and must not pass a connection"
     )]
-    DeafFd(RawFd),
+    NotListening(RawFd),
 }
 
-/// A listening socket. If the daemon made it, its path is removed when this is dropped.
+/// A listening socket. If the daemon created it, its path is removed when this is dropped.
 #[derive(Debug)]
 pub struct Socket {
     listener: UnixListener,
-    made: Option<Made>,
+    created: Option<Created>,
 }
 
-/// Files of this daemon, which are removed with it.
+/// Files that the daemon has created and removes at its end.
 #[derive(Debug)]
-struct Made {
+struct Created {
     place: SocketPath,
     socket: FileId,
     pid_file: PidFile,
@@ -84,15 +84,12 @@ struct Made {
 }
 
 impl Socket {
-    /// Listens as was asked.
-    pub fn open(listen: &Listen, group: Option<&str>) -> Result<Socket, ListenError> {
-        let socket = match listen {
-            Listen::Path(path) => make(path, group)?,
-            Listen::Fd(fd) => Socket { listener: take_over(*fd)?, made: None },
-        };
-        // accept(2) must not block when another process that shares the socket was faster.
-        let _ = socket.listener.set_nonblocking(true);
-        Ok(socket)
+    /// Creates or takes over the socket `wanted`.
+    pub fn open(wanted: &Listen, group: Option<&str>) -> Result<Socket, ListenError> {
+        match wanted {
+            Listen::Path(path) => create(path, group),
+            Listen::Fd(fd) => Ok(take_over(*fd)?.into()),
+        }
     }
 
     /// The socket itself.
@@ -100,15 +97,24 @@ impl Socket {
         &self.listener
     }
 
-    /// Leaves the removal of the paths to another process, and keeps nothing open of their directory.
+    /// Leaves the removal of the paths to the supervisor, and closes their directory.
     pub fn keep_path(&mut self) {
-        if let Some(mut made) = self.made.take() {
-            made.owned = false;
+        if let Some(mut created) = self.created.take() {
+            created.owned = false;
         }
     }
 }
 
-impl Drop for Made {
+/// A socket that another process has created and removes.
+impl From<UnixListener> for Socket {
+    fn from(listener: UnixListener) -> Socket {
+        // accept(2) must not block when another process that shares the socket was faster.
+        let _ = listener.set_nonblocking(true);
+        Socket { listener, created: None }
+    }
+}
+
+impl Drop for Created {
     fn drop(&mut self) {
         if self.owned {
             self.place.remove_if(self.place.name(), self.socket);
@@ -117,41 +123,49 @@ impl Drop for Made {
     }
 }
 
-fn make(path: &Path, group: Option<&str>) -> Result<Socket, ListenError> {
+fn create(path: &Path, group: Option<&str>) -> Result<Socket, ListenError> {
     let group = group.map(Group::find).transpose()?;
     let place = SocketPath::of(path)?;
-    let pid_file = PidFile::make(&place)?;
-    let (listener, socket) = match bind(&place, path) {
+    let pid_file = PidFile::create(&place)?;
+    let (listener, socket) = match bind_and_check(&place, path) {
         Ok(bound) => bound,
         Err(error) => {
             pid_file.remove(&place);
             return Err(error);
         }
     };
-    let made = Made { socket: socket.id(), place, pid_file, owned: true };
+    let created = Created { socket: socket.id(), place, pid_file, owned: true };
     if let Some(group) = group {
-        group.may_connect_to(&socket, &made.place)?;
+        group.may_connect_to(&socket, &created.place)?;
     }
-    Ok(Socket { listener, made: Some(made) })
+    Ok(Socket { created: Some(created), ..Socket::from(listener) })
 }
 
-/// Makes the socket, for its owner alone.
-fn bind(place: &SocketPath, path: &Path) -> Result<(UnixListener, path::Node), ListenError> {
-    clear_the_way(place)?;
-    // Nobody else may connect before owner and mode are right.
-    let umask = rustix::process::umask(Mode::RWXG | Mode::RWXO);
+/// Creates the socket, accessible to its owner only.
+fn bind_and_check(place: &SocketPath, path: &Path) -> Result<(UnixListener, path::Node), ListenError> {
+    remove_stale_socket(place)?;
     // By the path as it was given, which may be much shorter than the whole one.
-    let bound = UnixListener::bind(path);
-    rustix::process::umask(umask);
-    let listener = bound.map_err(|source| place.failed(source))?;
+    let listener = listen_at(path).map_err(|errno| place.failed(errno.into()))?;
     match place.lookup(place.name()).map_err(|source| place.failed(source))? {
         Some(node) if node.is_socket() => Ok((listener, node)),
         _ => Err(ListenError::Replaced(place.display())),
     }
 }
 
-/// Removes a socket that nobody listens on any more.
-fn clear_the_way(place: &SocketPath) -> Result<(), ListenError> {
+/// Nobody else may connect before owner and mode are right: on Linux bind(2) gives the path the mode of the socket,
+/// less the umask, which belongs to the process and stays as it is.
+fn listen_at(path: &Path) -> Result<UnixListener, Errno> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    fchmod(&socket, Mode::RWXU)?;
+    bind(&socket, &address)?;
+    // As many as the host allows.
+    listen(&socket, -1)?;
+    Ok(socket.into())
+}
+
+/// Removes a socket without a listener.
+fn remove_stale_socket(place: &SocketPath) -> Result<(), ListenError> {
     let Some(node) = place.lookup(place.name()).map_err(|source| place.failed(source))? else {
         return Ok(());
     };
@@ -171,15 +185,15 @@ fn clear_the_way(place: &SocketPath) -> Result<(), ListenError> {
 }
 
 fn take_over(fd: RawFd) -> Result<UnixListener, ListenError> {
-    // SAFETY: borrowed for some questions only; a descriptor that is not open answers EBADF.
+    // SAFETY: borrowed for two system calls only; a descriptor that is not open answers EBADF.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
     match rustix::net::sockopt::socket_acceptconn(borrowed) {
         Ok(true) => {}
-        Ok(false) => return Err(ListenError::DeafFd(fd)),
-        Err(rustix::io::Errno::BADF) => return Err(ListenError::ClosedFd(fd)),
+        Ok(false) => return Err(ListenError::NotListening(fd)),
+        Err(Errno::BADF) => return Err(ListenError::ClosedFd(fd)),
         Err(_) => return Err(ListenError::NoSocketFd(fd)),
     }
-    // A caller may have left it open for the children of the daemon, of which there are none.
+    // The daemon starts no program that needs it.
     let _ = rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC);
     // SAFETY: the caller passed the descriptor to this process for this use, and the command line
     // names it once.
@@ -282,7 +296,7 @@ mod tests {
     #[test]
     fn a_descriptor_that_does_not_listen_is_refused() {
         let (one, _other) = UnixStream::pair().unwrap();
-        assert!(matches!(take_over(one.as_raw_fd()), Err(ListenError::DeafFd(_))));
+        assert!(matches!(take_over(one.as_raw_fd()), Err(ListenError::NotListening(_))));
         let file = std::fs::File::open("/").unwrap();
         assert!(matches!(take_over(file.as_raw_fd()), Err(ListenError::NoSocketFd(_))));
         assert!(matches!(take_over(9999), Err(ListenError::ClosedFd(9999))));

@@ -1,7 +1,7 @@
 //! The socket's path as a directory descriptor and a name, without races.
 //!
-//! The directory may belong to another user, who can replace its entries at any time. So symbolic links
-//! are not followed, and an object that was checked is used through the descriptor that it was checked by.
+//! The directory may belong to another user, who can replace its entries at any time. So symbolic links are not
+//! followed, and a file that was checked is used through the descriptor that was checked.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -29,7 +29,7 @@ pub(super) struct SocketPath {
     path: PathBuf,
 }
 
-/// A directory entry, pinned by an O_PATH descriptor.
+/// A directory entry, held by an O_PATH descriptor.
 #[derive(Debug)]
 pub(super) struct Node {
     fd: OwnedFd,
@@ -51,7 +51,7 @@ impl SocketPath {
             Errno::NOENT => ListenError::NoDirectory(shown()),
             Errno::NOTDIR => ListenError::NotADirectory(shown()),
             Errno::ACCESS => ListenError::NotAllowed(shown()),
-            errno => ListenError::Make { path: shown(), source: errno.into() },
+            errno => ListenError::Create { path: shown(), source: errno.into() },
         })?;
         Ok(SocketPath { directory, name, path: path.to_owned() })
     }
@@ -71,11 +71,11 @@ impl SocketPath {
         self.path.display().to_string()
     }
 
-    /// An error that keeps the socket from being made.
+    /// The error for a failed creation of the socket.
     pub(super) fn failed(&self, source: io::Error) -> ListenError {
         match source.raw_os_error() {
             Some(libc::EACCES | libc::EPERM | libc::EROFS) => ListenError::NotAllowed(self.display()),
-            _ => ListenError::Make { path: format!("the socket {}", self.display()), source },
+            _ => ListenError::Create { path: format!("the socket {}", self.display()), source },
         }
     }
 
@@ -103,7 +103,7 @@ impl SocketPath {
     /// Removes `name` if it is this file.
     pub(super) fn remove_if(&self, name: &OsStr, file: FileId) {
         if self.is(name, file) {
-            // Somebody else may be faster.
+            // Another process may be faster.
             let _ = self.remove(name);
         }
     }

@@ -1,4 +1,4 @@
-//! The pid file SOCKET.pid: the process to signal, and a lock that is held while the daemon runs.
+//! The pid file SOCKET.pid: the process id of the supervisor, and a lock that is held while the daemon runs.
 //!
 //! Name, content and lock (flock(2)) are those of virtiofsd, so that each detects the other.
 
@@ -14,7 +14,7 @@ use super::ListenError;
 use super::path::{FileId, SocketPath};
 
 const SUFFIX: &str = ".pid";
-/// More bytes than a process id and the end of its line have.
+/// More bytes than a process id and a newline.
 const MORE_THAN_A_PID: u64 = 32;
 /// Attempts while other starts interfere.
 const TRIES: usize = 100;
@@ -28,8 +28,8 @@ pub(super) struct PidFile {
 }
 
 impl PidFile {
-    /// Makes the file in place of one that a dead daemon has left.
-    pub(super) fn make(place: &SocketPath) -> Result<PidFile, ListenError> {
+    /// Creates the file, in place of one that a dead daemon has left.
+    pub(super) fn create(place: &SocketPath) -> Result<PidFile, ListenError> {
         let name = place.beside(SUFFIX);
         for _ in 0..TRIES {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -112,7 +112,7 @@ fn identity(file: &File) -> Result<FileId, Errno> {
 fn failed(place: &SocketPath, errno: Errno) -> ListenError {
     match errno {
         Errno::ACCESS | Errno::PERM | Errno::ROFS => ListenError::NotAllowed(place.display_beside(SUFFIX)),
-        errno => ListenError::Make { path: place.display_beside(SUFFIX), source: errno.into() },
+        errno => ListenError::Create { path: place.display_beside(SUFFIX), source: errno.into() },
     }
 }
 
@@ -124,7 +124,7 @@ mod tests {
     use super::*;
 
     fn make(directory: &Path) -> Result<PidFile, ListenError> {
-        PidFile::make(&SocketPath::of(&directory.join("socket")).unwrap())
+        PidFile::create(&SocketPath::of(&directory.join("socket")).unwrap())
     }
 
     #[test]

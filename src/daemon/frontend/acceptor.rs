@@ -1,7 +1,7 @@
 //! Accepts connections and picks the next front end: the first one that sends a message.
 //!
-//! Health checks and port scanners connect to the socket without a word, or with less than a message. Such a
-//! connection is not a front end: it may close without an effect, and it does not block others while it is open.
+//! Health checks and port scanners connect to the socket and send nothing, or less than a message. Such a connection
+//! is not a front end: closing it has no effect, and it does not block others while it is open.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -14,17 +14,17 @@ use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
 
-use super::ServerError;
+use super::FrontendError;
 use crate::logging::info_limited;
 
 /// Pending connections at most. Further ones replace an idle one, or stay in the listen backlog.
 const MAX_PENDING: usize = 8;
 /// Bytes of a message's header in the vhost-user protocol.
-const HEADER: usize = 12;
-/// Bytes that may follow it. Whoever announces more is disconnected at once when it is served.
-const LONGEST_BODY: usize = 4096;
-/// How long nothing is accepted after the host was out of descriptors or memory.
-const PAUSE: Duration = Duration::from_secs(1);
+const HEADER_SIZE: usize = 12;
+/// Maximum number of bytes after the header. A front end that announces more is disconnected when it is served.
+const MAX_BODY: usize = 4096;
+/// How long to accept no connection after the host ran out of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// What happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,25 +56,25 @@ struct Pending {
 pub(super) struct Acceptor<'a> {
     listener: &'a UnixListener,
     pending: Vec<Pending>,
-    /// Tells, once each time, that a pending connection has sent something or was closed. What it has sent is left in
-    /// the socket, so poll(2) would end at once as long as part of a message is there, and SO_RCVLOWAT does not
-    /// change that for this kind of socket.
-    news: OwnedFd,
+    /// An edge-triggered epoll of the pending connections. Their data stays in the socket until they are served, so
+    /// poll(2) on them would return at once as long as part of a message is there, and SO_RCVLOWAT has no effect on
+    /// Unix sockets.
+    readiness: OwnedFd,
     paused_until: Option<Instant>,
 }
 
 impl<'a> Acceptor<'a> {
     pub(super) fn new(listener: &'a UnixListener) -> Result<Acceptor<'a>, Errno> {
-        let news = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        Ok(Acceptor { listener, pending: Vec::new(), news, paused_until: None })
+        let readiness = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        Ok(Acceptor { listener, pending: Vec::new(), readiness, paused_until: None })
     }
 
     /// The oldest connection that has sent a message.
     pub(super) fn next(&mut self) -> Option<UnixStream> {
         let at = self.pending.iter().position(|connection| connection.has_message)?;
         let stream = self.pending.remove(at).stream;
-        // The connection stays open, and is no news any more.
-        let _ = epoll::delete(&self.news, &stream);
+        // The connection stays open, and is not polled here any more.
+        let _ = epoll::delete(&self.readiness, &stream);
         Some(stream)
     }
 
@@ -83,7 +83,7 @@ impl<'a> Acceptor<'a> {
         &mut self,
         signals: BorrowedFd<'_>,
         watched: Option<BorrowedFd<'_>>,
-    ) -> Result<Event, ServerError> {
+    ) -> Result<Event, FrontendError> {
         loop {
             let ready = self.poll(signals, watched)?;
             if ready.signal {
@@ -95,7 +95,7 @@ impl<'a> Acceptor<'a> {
             if ready.listener {
                 self.accept()?;
             }
-            self.hear_news()?;
+            self.drain_readiness()?;
             if self.process_pending(watched.is_some()) {
                 return Ok(Event::Pending);
             }
@@ -107,13 +107,13 @@ impl<'a> Acceptor<'a> {
         &mut self,
         signals: BorrowedFd<'_>,
         watched: Option<BorrowedFd<'_>>,
-    ) -> Result<Ready, ServerError> {
+    ) -> Result<Ready, FrontendError> {
         let entry = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
         self.paused_until = self.paused_until.filter(|until| *until > Instant::now());
         let rest = self.paused_until.map(|until| until.saturating_duration_since(Instant::now()));
         let mut fds = vec![entry(signals)];
         fds.extend(watched.map(entry));
-        fds.push(entry(self.news.as_fd()));
+        fds.push(entry(self.readiness.as_fd()));
         let listens = rest.is_none() && self.has_room();
         if listens {
             fds.push(entry(self.listener.as_fd()));
@@ -121,7 +121,7 @@ impl<'a> Acceptor<'a> {
         let timeout = rest.map(|rest| Timespec { tv_sec: 0, tv_nsec: i64::from(rest.subsec_nanos()).max(1) });
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(ServerError::SetUp(errno.into())),
+            Err(errno) => return Err(FrontendError::SetUp(errno.into())),
         }
         let ready = |fd: Option<&PollFd<'_>>| fd.is_some_and(|fd| !fd.revents().is_empty());
         Ok(Ready {
@@ -131,16 +131,16 @@ impl<'a> Acceptor<'a> {
         })
     }
 
-    /// Takes the news off the list: all pending connections are looked at next, whichever they are of.
-    fn hear_news(&self) -> Result<(), ServerError> {
+    /// Consumes the edges. All pending connections are peeked at next, so it does not matter whose they are.
+    fn drain_readiness(&self) -> Result<(), FrontendError> {
         let mut events = [const { MaybeUninit::uninit() }; MAX_PENDING];
-        match epoll::wait(&self.news, &mut events[..], Some(&Timespec::default())) {
+        match epoll::wait(&self.readiness, &mut events[..], Some(&Timespec::default())) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(errno) => Err(ServerError::SetUp(errno.into())),
+            Err(errno) => Err(FrontendError::SetUp(errno.into())),
         }
     }
 
-    /// Whether another connection can be accepted, if need be in place of an idle one.
+    /// Whether another connection can be accepted, if necessary in place of an idle one.
     fn has_room(&self) -> bool {
         self.pending.len() < MAX_PENDING || self.pending.iter().any(|connection| !connection.has_message)
     }
@@ -152,20 +152,20 @@ impl<'a> Acceptor<'a> {
             if connection.has_message {
                 return true;
             }
-            match look_at(&connection.stream) {
-                Ok(Sent::Message) => {
+            match peek(&connection.stream) {
+                Ok(Peeked::Message) => {
                     connection.has_message = true;
                     got_message = true;
                     if busy {
                         info_limited!(
-                            "another front end waits at the socket: one daemon serves one VM at a time; start another daemon for another VM"
+                            "another front end is waiting: a share serves one VM at a time; start another daemon for the other VM"
                         );
                     }
                     true
                 }
-                Ok(Sent::Part) if !is_closed(&connection.stream) => true,
+                Ok(Peeked::Part) if !is_closed(&connection.stream) => true,
                 Ok(_) => {
-                    debug!("a connection was closed before it sent a message");
+                    debug!("a connection was closed before its first message");
                     false
                 }
                 Err(Errno::AGAIN | Errno::INTR) => true,
@@ -179,7 +179,7 @@ impl<'a> Acceptor<'a> {
     }
 
     /// Accepts one connection.
-    fn accept(&mut self) -> Result<(), ServerError> {
+    fn accept(&mut self) -> Result<(), FrontendError> {
         let stream = match self.listener.accept() {
             Ok((stream, _)) => stream,
             Err(error) => return self.accept_failed(error),
@@ -187,60 +187,60 @@ impl<'a> Acceptor<'a> {
         if self.pending.len() >= MAX_PENDING
             && let Some(idle) = self.pending.iter().position(|connection| !connection.has_message)
         {
-            info_limited!("too many idle connections at the socket; the oldest one was closed");
+            info_limited!("too many idle connections; closed the oldest one");
             self.pending.remove(idle);
         }
         let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
-        match epoll::add(&self.news, &stream, epoll::EventData::new_u64(0), flags) {
+        match epoll::add(&self.readiness, &stream, epoll::EventData::new_u64(0), flags) {
             Ok(()) => self.pending.push(Pending { stream, has_message: false }),
-            Err(errno) => warn!("a connection was closed: it cannot be waited for: {errno}"),
+            Err(errno) => warn!("closed a connection that cannot be polled: {errno}"),
         }
         Ok(())
     }
 
     /// Only permanent errors end the daemon.
-    fn accept_failed(&mut self, error: io::Error) -> Result<(), ServerError> {
+    fn accept_failed(&mut self, error: io::Error) -> Result<(), FrontendError> {
         match Errno::from_io_error(&error) {
             Some(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(()),
             Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                 warn!("no connections are accepted for a second: {error}");
-                self.paused_until = Some(Instant::now() + PAUSE);
+                self.paused_until = Some(Instant::now() + ACCEPT_PAUSE);
                 Ok(())
             }
-            _ => Err(ServerError::Listen(error)),
+            _ => Err(FrontendError::Listen(error)),
         }
     }
 }
 
 /// What can be read from a connection.
-enum Sent {
+enum Peeked {
     End,
     Part,
     Message,
 }
 
-/// Finds out without reading it.
-fn look_at(stream: &UnixStream) -> Result<Sent, Errno> {
-    let mut buffer = [0; HEADER + LONGEST_BODY];
+/// Peeks at the data without consuming it.
+fn peek(stream: &UnixStream) -> Result<Peeked, Errno> {
+    let mut buffer = [0; HEADER_SIZE + MAX_BODY];
     // Without a control buffer no descriptors are received, and the flags say whether there are any.
     let mut none = RecvAncillaryBuffer::default();
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
     let peeked = recvmsg(stream, &mut [IoSliceMut::new(&mut buffer)], &mut none, flags)?;
-    // What was sent after descriptors cannot be seen before these are received.
+    // Data behind descriptors is not visible before these are received.
     let all = !peeked.flags.contains(ReturnFlags::CTRUNC);
     Ok(match buffer.get(..peeked.bytes) {
-        Some([]) | None => Sent::End,
-        Some(bytes) if lacks_something(bytes, all) => Sent::Part,
-        Some(_) => Sent::Message,
+        Some([]) | None => Peeked::End,
+        Some(bytes) if is_partial(bytes, all) => Peeked::Part,
+        Some(_) => Peeked::Message,
     })
 }
 
-/// Whether the first message has not come as a whole. `all` says whether these are all bytes that have come.
-fn lacks_something(bytes: &[u8], all: bool) -> bool {
-    let Some((header, body)) = bytes.split_first_chunk::<HEADER>() else { return true };
+/// Whether the first message is incomplete. `all`: `bytes` is all that has been received.
+fn is_partial(bytes: &[u8], all: bool) -> bool {
+    let Some((header, body)) = bytes.split_first_chunk::<HEADER_SIZE>() else { return true };
     let [.., a, b, c, d] = *header;
     let announced = usize::try_from(u32::from_ne_bytes([a, b, c, d])).unwrap_or(usize::MAX);
-    all && announced <= LONGEST_BODY && body.len() < announced
+    all && announced <= MAX_BODY && body.len() < announced
 }
 
 /// Whether the other side will send nothing more.
@@ -279,7 +279,7 @@ mod tests {
 
         fn connect_and_send(&self, word: u8) -> UnixStream {
             let mut stream = self.connect();
-            stream.write_all(&[word; HEADER]).unwrap();
+            stream.write_all(&[word; HEADER_SIZE]).unwrap();
             stream
         }
     }
@@ -311,21 +311,21 @@ mod tests {
         let message = |size: u32, body: usize| {
             let mut bytes = vec![1, 0, 0, 0, 1, 0, 0, 0];
             bytes.extend(size.to_ne_bytes());
-            bytes.resize(HEADER + body, 0);
+            bytes.resize(HEADER_SIZE + body, 0);
             bytes
         };
-        for length in 1..HEADER {
+        for length in 1..HEADER_SIZE {
             assert!(
-                lacks_something(&message(0, 0)[..length], true)
-                    && lacks_something(&[0xff; HEADER][..length], false)
+                is_partial(&message(0, 0)[..length], true)
+                    && is_partial(&[0xff; HEADER_SIZE][..length], false)
             );
         }
         for (size, body, lacks) in [(0, 0, false), (0, 9, false), (8, 0, true), (8, 7, true), (8, 8, false)] {
-            assert_eq!(lacks_something(&message(size, body), true), lacks, "{body} of {size}");
-            assert!(!lacks_something(&message(size, body), false));
+            assert_eq!(is_partial(&message(size, body), true), lacks, "{body} of {size}");
+            assert!(!is_partial(&message(size, body), false));
         }
-        assert!(lacks_something(&message(4096, 4095), true) && !lacks_something(&message(4096, 4096), true));
-        assert!(!lacks_something(&message(4097, 0), true) && !lacks_something(&message(u32::MAX, 0), true));
+        assert!(is_partial(&message(4096, 4095), true) && !is_partial(&message(4096, 4096), true));
+        assert!(!is_partial(&message(4097, 0), true) && !is_partial(&message(u32::MAX, 0), true));
     }
 
     #[test]
@@ -337,9 +337,9 @@ mod tests {
         let descriptors = [theirs.as_fd()];
         assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
         sendmsg(&theirs, &[IoSlice::new(&header)], &mut control, SendFlags::empty()).unwrap();
-        assert!(matches!(look_at(&ours), Ok(Sent::Message)));
+        assert!(matches!(peek(&ours), Ok(Peeked::Message)));
         (&theirs).write_all(&[0; 8]).unwrap();
-        assert!(matches!(look_at(&ours), Ok(Sent::Message)));
+        assert!(matches!(peek(&ours), Ok(Peeked::Message)));
     }
 
     #[test]
@@ -347,9 +347,9 @@ mod tests {
         let place = Place::new();
         let mut acceptor = Acceptor::new(&place.listener).unwrap();
         let mut slow = place.connect();
-        slow.write_all(&[1; HEADER - 1]).unwrap();
+        slow.write_all(&[1; HEADER_SIZE - 1]).unwrap();
         let mut gone = place.connect();
-        gone.write_all(&[2; HEADER - 1]).unwrap();
+        gone.write_all(&[2; HEADER_SIZE - 1]).unwrap();
         drop(gone);
         let _whole = place.connect_and_send(3);
         while acceptor.pending.len() != 2 || !acceptor.pending.iter().any(|one| one.has_message) {
@@ -358,8 +358,8 @@ mod tests {
         assert_eq!(word(acceptor.next()), 3);
         assert!(acceptor.next().is_none());
         // Nobody is woken for what was there before.
-        let mut news = [PollFd::new(&acceptor.news, PollFlags::IN)];
-        assert_eq!(poll(&mut news, Some(&Timespec::default())), Ok(0));
+        let mut readiness = [PollFd::new(&acceptor.readiness, PollFlags::IN)];
+        assert_eq!(poll(&mut readiness, Some(&Timespec::default())), Ok(0));
         slow.write_all(&[1]).unwrap();
         assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
         assert_eq!(word(acceptor.next()), 1);
@@ -375,7 +375,7 @@ mod tests {
         while acceptor.pending.is_empty() {
             acceptor.accept().unwrap();
         }
-        next.write_all(&[5; HEADER]).unwrap();
+        next.write_all(&[5; HEADER_SIZE]).unwrap();
         drop((other, signal));
         assert_eq!(acceptor.wait(signals.as_fd(), None).unwrap(), Event::Signal);
         assert_eq!(acceptor.wait(place.signals.as_fd(), Some(watched.as_fd())).unwrap(), Event::Watched);

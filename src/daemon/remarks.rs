@@ -1,53 +1,20 @@
-//! Warnings about likely mistakes, for a daemon that can serve nevertheless.
+//! Warnings about likely mistakes in a configuration that works.
 
-use std::fmt;
 use std::path::Path;
 
-use log::{Level, log};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 
 use crate::config::{Config, Listen};
-
-/// A log message about the configuration.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Remark {
-    level: Level,
-    text: String,
-}
-
-impl Remark {
-    /// A likely mistake.
-    pub fn warning(text: impl Into<String>) -> Remark {
-        Remark { level: Level::Warn, text: text.into() }
-    }
-
-    /// A limitation that may be intended.
-    pub fn information(text: impl Into<String>) -> Remark {
-        Remark { level: Level::Info, text: text.into() }
-    }
-}
-
-impl fmt::Display for Remark {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str(&self.text)
-    }
-}
-
-/// Logs the remarks. Called when the start has succeeded: a failing one prints a single sentence.
-pub fn print(remarks: &[Remark]) {
-    for Remark { level, text } in remarks {
-        log!(*level, "{text}");
-    }
-}
+use crate::logging::Remark;
 
 /// Checks `config` for likely mistakes. Called before the sandbox is entered, since it resolves paths.
-pub fn about(config: &Config) -> Vec<Remark> {
+pub(super) fn about(config: &Config) -> Vec<Remark> {
     let mut remarks = Vec::new();
     if let Listen::Path(socket) = &config.listen
         && is_inside(socket, &config.shared_dir)
     {
         remarks.push(Remark::warning(format!(
-            "the socket {} is inside the share, where the guest can remove it and change its pid file; choose a --socket-path elsewhere",
+            "the socket {} is inside the share, where the guest can remove it and change its pid file; choose another --socket-path",
             socket.display()
         )));
     }
@@ -55,11 +22,11 @@ pub fn about(config: &Config) -> Vec<Remark> {
     let may = |access| accessat(CWD, &config.shared_dir, access, AtFlags::EACCESS).is_ok();
     if !may(Access::READ_OK | Access::EXEC_OK) {
         remarks.push(Remark::warning(format!(
-            "this user may not list {share}, and neither may the guest; give it the right to (chmod, setfacl)"
+            "this user may not list {share}, so the guest cannot list it either; give the user the permission (chmod, setfacl)"
         )));
     } else if !config.readonly && !may(Access::WRITE_OK) {
         remarks.push(Remark::information(format!(
-            "this user may not write to {share}, so the guest cannot create anything at the top of the share"
+            "this user may not write to {share}, so the guest cannot create files in the root directory of the share"
         )));
     }
     remarks
@@ -68,7 +35,7 @@ pub fn about(config: &Config) -> Vec<Remark> {
 fn is_inside(socket: &Path, share: &Path) -> bool {
     let parent = socket.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
     match (parent.canonicalize(), share.canonicalize()) {
-        // Who shares all of the host knows that its sockets are there, too.
+        // With the whole host as the share it is intended.
         (Ok(_), Ok(share)) if share == Path::new("/") => false,
         (Ok(parent), Ok(share)) => parent.starts_with(share),
         _ => false,
