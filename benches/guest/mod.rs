@@ -9,7 +9,7 @@ use fuse_protocol::flags::InitFlags;
 use fuse_protocol::opcode::Opcode;
 use lanefsd::config::FsConfig;
 use lanefsd::device::SharedMemory;
-use lanefsd::device::by_hand::ByHand;
+use lanefsd::device::inline_queue::InlineQueue;
 use lanefsd::device::queue::Queue;
 use lanefsd::device::ring::{Layout, Ring};
 use lanefsd::fs::passthrough::PassthroughFs;
@@ -89,7 +89,7 @@ pub struct Request<'a> {
 /// A guest that sends one request after the other, and the device that serves it.
 pub struct Guest {
     memory: SharedMemory,
-    device: ByHand,
+    device: InlineQueue,
     kick: OwnedFd,
     call: OwnedFd,
     unique: u64,
@@ -111,7 +111,7 @@ impl Guest {
         let ring = Ring::new(&self::memory_of(&memory), LAYOUT, 0, true).unwrap();
         let theirs = (kick.try_clone().unwrap(), call.try_clone().unwrap());
         let queue = Queue::new(1, memory.clone(), ring, theirs.0, Some(theirs.1)).unwrap();
-        let device = ByHand::new(queue, Arc::new(Service::new(Arc::new(fs))));
+        let device = InlineQueue::new(queue, Arc::new(Service::new(Arc::new(fs))));
         let mut guest = Guest { memory, device, kick, call, unique: 2, _share: share };
         let init = InitIn {
             major: KERNEL_VERSION,
@@ -201,7 +201,7 @@ impl Guest {
 
     /// From the kick to the notification, all of it on this thread.
     pub fn serve(&mut self) {
-        self.device.serve_a_kick();
+        self.device.process_kick();
     }
 
     /// Checks that `count` requests were answered with success and the guest was told.

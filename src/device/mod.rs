@@ -1,19 +1,22 @@
 //! The vhost-user device: descriptor chains in, used entries out.
 //!
-//! [`backend`] speaks vhost-user with the front end and starts and stops queues. A [`queue`] is a
-//! [`ring`] and the [`worker`]s that serve it, counted by the [`worker_count`]; [`chain`] turns a descriptor chain into the two ends
-//! of a request. What a request means is the [`service`](crate::service)'s business. [`by_hand`] serves
-//! a queue without threads, for benchmarks.
+//! [`backend`] speaks vhost-user with the front end and starts and stops queues. A [`queue`] is a [`ring`]
+//! and the events of its workers, a [`worker`] serves it, and the [`worker_count`] says how many do.
+//! [`chain`] turns a descriptor chain into the readable and the writable part of a request; the
+//! [`service`](crate::service) handles the request. [`busy_poll`], [`coalesce`] and [`watchdog`] decide when
+//! a worker sleeps, when the guest is notified and when a stalled queue gets another worker.
+//! [`inline_queue`] serves a queue without threads, for benchmarks.
 
 pub mod backend;
-pub mod by_hand;
+mod busy_poll;
 pub mod chain;
+mod coalesce;
 pub mod config_space;
+pub mod inline_queue;
 mod memory;
-mod poll;
 pub mod queue;
 pub mod ring;
-mod watch;
+mod watchdog;
 mod worker;
 mod worker_count;
 

@@ -3,7 +3,7 @@
 //! A queue begins with one worker and grows: a worker that is about to serve while nobody sleeps
 //! on the queue starts another one, up to the limit. When chains wait and requests are slow, the
 //! worker wakes an idle one at once; when requests are fast, waking costs more than it gains, and
-//! only the [`Watch`] wakes one if the queue stands still for a tick. [`WorkerCount`] keeps count.
+//! only the [`Watchdog`] wakes one if the queue stands still for a tick. [`WorkerCount`] keeps count.
 
 use std::mem;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -16,16 +16,16 @@ use rustix::io::Errno;
 use vm_memory::GuestAddressSpace;
 
 use super::chain::ChainBuffers;
-use super::queue::{Done, Next, Queue, QueueError, Wakeup};
-use super::watch::Watch;
+use super::queue::{Completion, Popped, Queue, QueueError, Wakeup};
+use super::watchdog::Watchdog;
 use super::worker_count::{Action, Parked, WorkerCount};
 use crate::blocking::{Hook, HookGuard, take_blocked};
 use crate::logging::{info_limited, warn_limited};
-use crate::service::{Scratch, Service};
+use crate::service::{self, Service};
 use crate::sys::memory;
 
 /// How long a worker is idle or parked before it exits.
-const LINGER: Duration = Duration::from_secs(10);
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Workers of all queues that are replaced at once while they are blocked: each is a thread, and the
 /// host has only so many.
 const MAX_BLOCKED: usize = 1024;
@@ -36,16 +36,16 @@ const INTERRUPT_INTERVAL: Duration = Duration::from_millis(2);
 static BLOCKED: AtomicUsize = AtomicUsize::new(0);
 
 /// A queue, and the threads that serve it until it is stopped.
-pub(super) struct Crew {
+pub(super) struct WorkerPool {
     queue: Queue,
     service: Arc<Service>,
-    watch: Arc<Watch>,
+    watchdog: Arc<Watchdog>,
     worker_count: WorkerCount,
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// Requests that may wait for others, each on a thread of its own, in the order of their arrival.
     apart: Mutex<Vec<Apart>>,
     /// Requests taken when the watch looked last.
-    seen_by_watch: AtomicU64,
+    checked_requests: AtomicU64,
 }
 
 /// A request that is served apart.
@@ -59,50 +59,50 @@ struct Apart {
 
 /// What a worker keeps from request to request, so that none allocates.
 #[derive(Default)]
-pub(super) struct Kit {
+pub(super) struct Scratch {
     chain: ChainBuffers,
-    scratch: Scratch,
+    service: service::Scratch,
 }
 
-impl Crew {
+impl WorkerPool {
     /// Starts serving `queue` with one worker that may grow to `limit` (at least one). Chains in
     /// `put_back` were taken from the ring before it was stopped, and come first.
     pub fn start(
         queue: Queue,
         service: Arc<Service>,
-        watch: &Arc<Watch>,
+        watchdog: &Arc<Watchdog>,
         limit: usize,
         put_back: &[u16],
-    ) -> Result<Arc<Crew>, QueueError> {
-        let crew = Crew::new(queue, service, watch, limit.max(1));
-        crew.try_perform(crew.worker_count.spawn_if_allowed())
-            .map_err(|source| QueueError::Thread { index: crew.queue.index(), source })?;
-        watch.add(&crew);
-        put_back.iter().for_each(|head| crew.serve_again(*head));
-        Ok(crew)
+    ) -> Result<Arc<WorkerPool>, QueueError> {
+        let pool = WorkerPool::new(queue, service, watchdog, limit.max(1));
+        pool.try_perform(pool.worker_count.spawn_if_allowed())
+            .map_err(|source| QueueError::Thread { index: pool.queue.index(), source })?;
+        watchdog.add(&pool);
+        put_back.iter().for_each(|head| pool.serve_again(*head));
+        Ok(pool)
     }
 
-    /// A crew whose only worker is the caller, by [`Crew::wait_and_serve`].
-    pub fn without_workers(queue: Queue, service: Arc<Service>, watch: &Arc<Watch>) -> Arc<Crew> {
-        Crew::new(queue, service, watch, 1)
+    /// A pool whose only worker is the caller, by [`WorkerPool::wait_and_process`].
+    pub fn without_workers(queue: Queue, service: Arc<Service>, watchdog: &Arc<Watchdog>) -> Arc<WorkerPool> {
+        WorkerPool::new(queue, service, watchdog, 1)
     }
 
-    fn new(queue: Queue, service: Arc<Service>, watch: &Arc<Watch>, limit: usize) -> Arc<Crew> {
-        Arc::new(Crew {
+    fn new(queue: Queue, service: Arc<Service>, watchdog: &Arc<Watchdog>, limit: usize) -> Arc<WorkerPool> {
+        Arc::new(WorkerPool {
             queue,
             service,
-            watch: Arc::clone(watch),
+            watchdog: Arc::clone(watchdog),
             worker_count: WorkerCount::new(limit),
             threads: Mutex::default(),
             apart: Mutex::default(),
-            seen_by_watch: AtomicU64::new(0),
+            checked_requests: AtomicU64::new(0),
         })
     }
 
     /// Waits for a kick and serves what has come.
-    pub fn wait_and_serve(self: &Arc<Self>, kit: &mut Kit) {
+    pub fn wait_and_process(self: &Arc<Self>, scratch: &mut Scratch) {
         if self.sleep(None) == Wakeup::Work {
-            self.serve_what_waits(kit);
+            self.process_queue(scratch);
         }
     }
 
@@ -118,7 +118,7 @@ impl Crew {
     pub fn stop(self: &Arc<Self>) -> Vec<u16> {
         self.queue.begin_stop();
         self.worker_count.stop();
-        self.watch.remove(self);
+        self.watchdog.remove(self);
         self.worker_count.wait_until_empty(INTERRUPT_INTERVAL, || {
             for apart in self.apart().iter().filter(|apart| !apart.put_back) {
                 self.service.put_back(apart.unique);
@@ -133,11 +133,11 @@ impl Crew {
         let statistics = self.queue.statistics();
         if statistics.requests > 0 {
             info_limited!(
-                "queue {}: {} requests, {} notifications, {} requests found by looking",
+                "queue {}: {} requests, {} notifications, {} busy-poll hits",
                 self.queue.index(),
                 statistics.requests,
                 statistics.notifications,
-                statistics.found_by_looking
+                statistics.busy_poll_hits
             );
         }
         self.queue.put_back(mem::take(&mut *self.apart()).into_iter().map(|apart| apart.head).collect())
@@ -147,10 +147,10 @@ impl Crew {
     /// given back, and wakes a worker if chains wait. Returns whether chains wait.
     pub fn check_progress(self: &Arc<Self>) -> bool {
         let requests = self.queue.statistics().requests;
-        let stands_still = self.seen_by_watch.swap(requests, Ordering::Relaxed) == requests;
+        let stands_still = self.checked_requests.swap(requests, Ordering::Relaxed) == requests;
         let backlog = self.queue.has_backlog();
         if stands_still {
-            self.queue.flush_held();
+            self.queue.flush_coalesced();
             if backlog {
                 self.perform(self.worker_count.wake_or_spawn());
             }
@@ -169,11 +169,11 @@ impl Crew {
         match action {
             Action::Nothing => Ok(()),
             Action::WakeOne => {
-                self.queue.call_for_help();
+                self.queue.wake_one();
                 Ok(())
             }
             Action::Spawn => {
-                let started = self.start_thread("q", |crew| crew.work());
+                let started = self.start_thread("q", |pool| pool.run());
                 if started.is_err() {
                     self.worker_count.exit();
                 }
@@ -182,31 +182,31 @@ impl Crew {
         }
     }
 
-    /// Starts a thread that [`Crew::stop`] will join.
+    /// Starts a thread that [`WorkerPool::stop`] will join.
     fn start_thread(
         self: &Arc<Self>,
         kind: &str,
-        run: impl FnOnce(Arc<Crew>) + Send + 'static,
+        run: impl FnOnce(Arc<WorkerPool>) + Send + 'static,
     ) -> std::io::Result<()> {
         memory::ask_for_a_thread()?;
-        let crew = Arc::clone(self);
+        let pool = Arc::clone(self);
         let name = format!("lanefsd-{kind}{}", self.queue.index());
         let mut threads = self.threads();
         threads.retain(|thread| !thread.is_finished());
         threads.try_reserve(1).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
-        threads.push(thread::Builder::new().name(name).spawn(move || run(crew))?);
+        threads.push(thread::Builder::new().name(name).spawn(move || run(pool))?);
         Ok(())
     }
 
     /// A worker's life.
-    fn work(self: Arc<Self>) {
+    fn run(self: Arc<Self>) {
         let _hook = HookGuard::install(Box::new(Worker(Arc::clone(&self))));
-        let mut kit = Kit::default();
+        let mut scratch = Scratch::default();
         loop {
-            if self.serve_what_waits(&mut kit) == Parked::Exit {
+            if self.process_queue(&mut scratch) == Parked::Exit {
                 return;
             }
-            let longest = Timespec { tv_sec: LINGER.as_secs().cast_signed(), tv_nsec: 0 };
+            let longest = Timespec { tv_sec: KEEP_ALIVE.as_secs().cast_signed(), tv_nsec: 0 };
             match self.sleep(if self.worker_count.is_at_core_size() { None } else { Some(longest) }) {
                 Wakeup::Work => {}
                 Wakeup::Idle if self.worker_count.try_exit() => return,
@@ -225,18 +225,18 @@ impl Crew {
     }
 
     /// Serves chains until none waits, or until the worker is one too many.
-    fn serve_what_waits(self: &Arc<Self>, kit: &mut Kit) -> Parked {
+    fn process_queue(self: &Arc<Self>, scratch: &mut Scratch) -> Parked {
         let (mut done, mut took) = (None, None);
         let mut begin = Instant::now();
-        while let Some(next) = self.queue.advance(done, took) {
-            self.see_to_the_others(next);
-            done = self.serve(next.head, kit);
+        while let Some(next) = self.queue.complete_and_pop(done, took) {
+            self.ensure_listener(next);
+            done = self.serve(next.head, scratch);
             let end = Instant::now();
-            took = Some(u32::try_from((end - begin).as_nanos()).unwrap_or(u32::MAX));
+            took = Some(end - begin);
             begin = end;
             if take_blocked() && self.worker_count.is_over_limit() {
                 if let Some(done) = done.take() {
-                    self.queue.give_back(done);
+                    self.queue.complete(done);
                 }
                 if self.park() == Parked::Exit {
                     return Parked::Exit;
@@ -251,12 +251,12 @@ impl Crew {
         if self.queue.has_backlog() {
             self.perform(self.worker_count.wake_or_spawn());
         }
-        self.worker_count.park(LINGER)
+        self.worker_count.park(KEEP_ALIVE)
     }
 
     /// Makes sure that while this worker serves, somebody hears the next kick, and that chains
     /// which wait already do not wait for this one.
-    fn see_to_the_others(self: &Arc<Self>, next: Next) {
+    fn ensure_listener(self: &Arc<Self>, next: Popped) {
         let may_grow = self.worker_count.limit() > 1;
         if may_grow && self.worker_count.idle() == 0 {
             self.perform(self.worker_count.spawn_if_allowed());
@@ -265,25 +265,25 @@ impl Crew {
             if may_grow && next.slow {
                 self.perform(self.worker_count.wake_or_spawn());
             } else {
-                self.watch.wake();
+                self.watchdog.arm();
             }
         }
     }
 
     /// Serves one chain; `None` if it went to a thread of its own.
-    fn serve(self: &Arc<Self>, head: u16, kit: &mut Kit) -> Option<Done> {
+    fn serve(self: &Arc<Self>, head: u16, scratch: &mut Scratch) -> Option<Completion> {
         let memory = self.queue.memory().memory();
-        let walked = kit.chain.walk(&memory, self.queue.layout(), head);
+        let walked = scratch.chain.walk(&memory, self.queue.layout(), head);
         let (mut input, output) = match walked {
             Ok(ends) => ends,
             Err(error) => {
                 warn_limited!("queue {}: a malformed chain: {error}", self.queue.index());
-                return Some(Done { head, written: 0 });
+                return Some(Completion { head, written: 0 });
             }
         };
         let Some(header) = Service::read_header(&mut input) else {
             warn_limited!("queue {}: a request without a header", self.queue.index());
-            return Some(Done { head, written: 0 });
+            return Some(Completion { head, written: 0 });
         };
         let written = if Service::may_wait_for_others(&header) {
             if self.serve_apart(head, header.unique) {
@@ -291,9 +291,9 @@ impl Crew {
             }
             Service::refuse(&header, output, Errno::NOLCK)
         } else {
-            self.service.serve(&header, input, output, &mut kit.scratch)
+            self.service.serve(&header, input, output, &mut scratch.service)
         };
-        Some(Done { head, written })
+        Some(Completion { head, written })
     }
 
     /// Serves a chain on a thread of its own, since it may have to wait for another request.
@@ -303,12 +303,12 @@ impl Crew {
             return false;
         }
         self.apart().push(Apart { unique, head, put_back: false });
-        let started = self.start_thread("w", move |crew| {
-            let written = crew.serve_and_wait(head);
+        let started = self.start_thread("w", move |pool| {
+            let written = pool.serve_and_wait(head);
             if let Some(written) = written {
-                crew.queue.give_back(Done { head, written });
+                pool.queue.complete(Completion { head, written });
             }
-            crew.end_apart(head, written.is_none());
+            pool.end_apart(head, written.is_none());
         });
         if started.is_err() {
             self.end_apart(head, false);
@@ -336,22 +336,22 @@ impl Crew {
     /// It is walked anew, as the segments of the first walk belong to the worker. A guest that has
     /// changed the chain meanwhile is served what stands there now.
     fn serve_and_wait(&self, head: u16) -> Option<u32> {
-        let mut kit = Kit::default();
+        let mut scratch = Scratch::default();
         let memory = self.queue.memory().memory();
-        let Ok((mut input, output)) = kit.chain.walk(&memory, self.queue.layout(), head) else {
+        let Ok((mut input, output)) = scratch.chain.walk(&memory, self.queue.layout(), head) else {
             return Some(0);
         };
         let Some(header) = Service::read_header(&mut input) else { return Some(0) };
-        self.service.serve_and_wait(&header, input, output, &mut kit.scratch)
+        self.service.serve_and_wait(&header, input, output, &mut scratch.service)
     }
 
     /// Serves a chain that was put back when the queue was stopped. Whatever the guest has made of it
     /// since, it does not block the calling thread.
     fn serve_again(self: &Arc<Self>, head: u16) {
-        let mut kit = Kit::default();
+        let mut scratch = Scratch::default();
         let memory = self.queue.memory().memory();
         let mut written = 0;
-        if let Ok((mut input, output)) = kit.chain.walk(&memory, self.queue.layout(), head)
+        if let Ok((mut input, output)) = scratch.chain.walk(&memory, self.queue.layout(), head)
             && let Some(header) = Service::read_header(&mut input)
         {
             if self.serve_apart(head, header.unique) {
@@ -359,7 +359,7 @@ impl Crew {
             }
             written = Service::refuse(&header, output, Errno::NOLCK);
         }
-        self.queue.give_back(Done { head, written });
+        self.queue.complete(Completion { head, written });
     }
 
     fn apart(&self) -> MutexGuard<'_, Vec<Apart>> {
@@ -372,7 +372,7 @@ impl Crew {
 }
 
 /// Replaces its worker while that is blocked.
-struct Worker(Arc<Crew>);
+struct Worker(Arc<WorkerPool>);
 
 impl Hook for Worker {
     fn begin_blocking(&self) -> bool {
