@@ -62,6 +62,15 @@ struct Buffers {
     listing: Vec<u8>,
 }
 
+/// On which thread a request is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// On the worker's that popped it.
+    Inline,
+    /// On one of its own: it may wait for another request of the same guest.
+    Blocking,
+}
+
 /// Serves requests out of a file system.
 pub struct Service {
     fs: Arc<dyn FileSystem>,
@@ -79,11 +88,11 @@ impl Service {
         Service { fs, session: AtomicU8::new(NO_SESSION), session_lock: Arc::default() }
     }
 
-    /// The header of the request in `input`, or `None` if it is shorter than that.
-    pub fn read_header(input: &mut GuestReader<'_>) -> Option<abi::InHeader> {
+    /// The header of the request in `input`, where it stays, or `None` if `input` is shorter than that.
+    pub fn read_header(input: &GuestReader<'_>) -> Option<abi::InHeader> {
         let mut header = abi::InHeader::new_zeroed();
         let bytes = header.as_mut_bytes();
-        (input.read(bytes) == bytes.len()).then_some(header)
+        (input.peek(bytes) == bytes.len()).then_some(header)
     }
 
     /// The device has more descriptors than before, or fewer.
@@ -91,10 +100,13 @@ impl Service {
         self.fs.keep_back(device);
     }
 
-    /// Whether a request may wait for another one of the same guest, and so needs a thread of its
-    /// own.
-    pub fn may_wait_for_others(header: &abi::InHeader) -> bool {
-        Opcode::from_number(header.opcode) == Some(Opcode::Setlkw)
+    /// On which thread the request is served.
+    pub fn class(header: &abi::InHeader) -> Class {
+        if Opcode::from_number(header.opcode) == Some(Opcode::Setlkw) {
+            Class::Blocking
+        } else {
+            Class::Inline
+        }
     }
 
     /// Ends the wait of request `unique`, if it waits: [`Service::serve_and_wait`] returns `None`.
@@ -115,7 +127,7 @@ impl Service {
         }
     }
 
-    /// Serves the request whose `header` was read off `input`, and returns how many bytes of
+    /// Serves the request with `header`, which stands before `input`, and returns how many bytes of
     /// `output` are valid.
     pub fn serve(
         &self,

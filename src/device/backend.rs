@@ -25,7 +25,7 @@ use super::memory::MemoryTable;
 use super::queue::{Queue, QueueError};
 use super::ring::{Layout, MAX_SIZE, Ring};
 use super::watchdog::Watchdog;
-use super::worker::WorkerPool;
+use super::worker_pool::WorkerPool;
 use crate::config::DeviceConfig;
 use crate::fs::DeviceDescriptors;
 use crate::logging::info_limited;

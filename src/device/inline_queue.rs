@@ -4,27 +4,30 @@
 
 use std::sync::Arc;
 
+use super::inflight::Scratch;
 use super::queue::Queue;
-use super::watchdog::Watchdog;
-use super::worker::{Scratch, WorkerPool};
+use super::worker::Worker;
+use super::worker_pool::WorkerPool;
 use crate::service::Service;
 
-/// A queue, and the scratch memory of its only worker.
+/// A queue, and its only worker.
 pub struct InlineQueue {
-    pool: Arc<WorkerPool>,
-    scratch: Scratch,
+    worker: Worker,
+    /// `None` while the worker serves.
+    scratch: Option<Scratch>,
 }
 
 impl InlineQueue {
     /// Serves `queue` from now on.
     pub fn new(queue: Queue, service: Arc<Service>) -> InlineQueue {
-        let pool = WorkerPool::without_workers(queue, service, &Watchdog::disabled());
-        InlineQueue { pool, scratch: Scratch::default() }
+        let worker = Worker::new(WorkerPool::without_threads(queue, service));
+        InlineQueue { worker, scratch: None }
     }
 
     /// What a worker does from one sleep to the next: waits for a kick, pops all chains, serves them, adds
     /// the used entries, notifies the guest.
     pub fn process_kick(&mut self) {
-        self.pool.wait_and_process(&mut self.scratch);
+        let scratch = self.scratch.take().unwrap_or_else(|| self.worker.scratch());
+        self.scratch = self.worker.process_kick(scratch);
     }
 }

@@ -1,9 +1,10 @@
 //! The vhost-user device: descriptor chains in, used entries out.
 //!
 //! [`backend`] speaks vhost-user with the front end and starts and stops queues. A [`queue`] is a [`ring`]
-//! and the events of its workers, a [`worker`] serves it, and the [`worker_count`] says how many do.
-//! [`chain`] turns a descriptor chain into the readable and the writable part of a request; the
-//! [`service`](crate::service) handles the request. [`busy_poll`], [`coalesce`] and [`watchdog`] decide when
+//! and the events of its workers. A [`worker_pool`] owns the threads that serve it, each a [`worker`];
+//! [`worker_count`] says how many there are. A descriptor chain becomes a request in flight
+//! ([`inflight`]): [`chain`] finds its readable and its writable part, and the [`service`](crate::service)
+//! handles it. [`busy_poll`], [`coalesce`] and [`watchdog`] decide when
 //! a worker sleeps, when the guest is notified and when a stalled queue gets another worker.
 //! [`inline_queue`] serves a queue without threads, for benchmarks.
 
@@ -12,6 +13,7 @@ mod busy_poll;
 pub mod chain;
 mod coalesce;
 pub mod config_space;
+mod inflight;
 pub mod inline_queue;
 mod memory;
 pub mod queue;
@@ -19,6 +21,7 @@ pub mod ring;
 mod watchdog;
 mod worker;
 mod worker_count;
+mod worker_pool;
 
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 

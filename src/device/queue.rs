@@ -61,10 +61,10 @@ pub(super) enum Wakeup {
     Stop,
 }
 
-/// A chain that was served.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Completion {
-    /// Its first descriptor.
+/// A used entry.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Used {
+    /// First descriptor of the chain.
     pub head: u16,
     /// Valid bytes of its device-writable part.
     pub written: u32,
@@ -72,10 +72,17 @@ pub(super) struct Completion {
 
 /// A chain that was popped.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Popped {
+pub(super) struct PoppedChain {
     /// Its first descriptor, unchecked.
     pub head: u16,
-    /// How many more wait behind it.
+    /// The chains behind it.
+    pub backlog: Backlog,
+}
+
+/// The chains that wait behind one that was popped.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Backlog {
+    /// Their number.
     pub waiting: u32,
     /// Whether requests are slow by now. The answer decides both whether a notification is coalesced and
     /// whether the watchdog has to send it, so it is given once.
@@ -231,32 +238,28 @@ impl Queue {
         (state.ring.next_available(), state.ring.next_used())
     }
 
-    /// Adds the used entry of the chain that was served, if any, and pops the next chain. The request took
-    /// `took`. While more chains wait and are fast, the guest gets one notification for several entries. If
+    /// Adds the used entry of the chain that was `served`, if any, and pops the next chain. The time is that
+    /// of serving. While more chains wait and are fast, the guest gets one notification for several entries. If
     /// one of these chains is slow after all, [`Queue::flush_coalesced`] has to be called.
-    pub(super) fn complete_and_pop(
-        &self,
-        done: Option<Completion>,
-        took: Option<Duration>,
-    ) -> Option<Popped> {
+    pub(super) fn complete_and_pop(&self, served: Option<(Used, Duration)>) -> Option<PoppedChain> {
         let memory = self.memory.memory();
         let (notify, popped, may_poll) = {
             let mut state = self.lock();
-            if let Some(took) = took {
-                state.coalescing.record(took);
+            if let Some((used, service_time)) = served {
+                state.coalescing.record(service_time);
+                state.add_used(&memory, used).unwrap_or_else(|e| self.mark_broken(&mut state, &e));
             }
-            let added = done.map_or(Ok(()), |done| state.add_used(&memory, done));
-            added.unwrap_or_else(|e| self.mark_broken(&mut state, &e));
             // A guest often answers a reply with the next request at once. Without a kick this worker
             // finds it at its next attempt; a kick would wake another worker.
-            let if_empty = if done.is_none() { IfEmpty::EnableKicks } else { IfEmpty::DisableKicks };
+            let if_empty = if served.is_none() { IfEmpty::EnableKicks } else { IfEmpty::DisableKicks };
             let popped = self.pop(&mut state, &memory, if_empty);
-            let may_coalesce = popped.is_some_and(|popped| state.coalescing.may_coalesce(popped.waiting));
+            let may_coalesce =
+                popped.is_some_and(|popped| state.coalescing.may_coalesce(popped.backlog.waiting));
             let notify = if may_coalesce { None } else { self.flush(&mut state, &memory) };
             (notify, popped, state.coalescing.is_faster_than_guest())
         };
         self.notify(notify);
-        if popped.is_some() || done.is_none() {
+        if popped.is_some() || served.is_none() {
             return popped;
         }
         let found = if may_poll { self.busy_poll(&memory) } else { None };
@@ -265,7 +268,7 @@ impl Queue {
 
     /// Polls for the guest's answer to the last reply. A guest does not answer a FORGET, and after slow
     /// requests it sleeps, too.
-    fn busy_poll(&self, memory: &GuestMemoryMmap) -> Option<Popped> {
+    fn busy_poll(&self, memory: &GuestMemoryMmap) -> Option<PoppedChain> {
         if self.index == HIGH_PRIORITY {
             return None;
         }
@@ -279,7 +282,7 @@ impl Queue {
 
     /// Pops the next chain, if there is one.
     #[inline]
-    fn pop(&self, state: &mut State, memory: &GuestMemoryMmap, if_empty: IfEmpty) -> Option<Popped> {
+    fn pop(&self, state: &mut State, memory: &GuestMemoryMmap, if_empty: IfEmpty) -> Option<PoppedChain> {
         if state.broken || self.stopping.load(Ordering::Relaxed) {
             return None;
         }
@@ -314,11 +317,11 @@ impl Queue {
     }
 
     /// Adds the used entry of a chain and pops no other one.
-    pub(super) fn complete(&self, done: Completion) {
+    pub(super) fn complete(&self, used: Used) {
         let memory = self.memory.memory();
         let notify = {
             let mut state = self.lock();
-            state.add_used(&memory, done).unwrap_or_else(|e| self.mark_broken(&mut state, &e));
+            state.add_used(&memory, used).unwrap_or_else(|e| self.mark_broken(&mut state, &e));
             self.flush(&mut state, &memory)
         };
         self.notify(notify);
@@ -388,9 +391,9 @@ impl Queue {
 /// All accesses to the ring that serving makes.
 impl State {
     /// Adds the used entry. The guest is notified by the next [`State::flush`].
-    fn add_used(&mut self, memory: &GuestMemoryMmap, done: Completion) -> Result<(), RingError> {
+    fn add_used(&mut self, memory: &GuestMemoryMmap, used: Used) -> Result<(), RingError> {
         self.coalescing.add_used();
-        self.ring.give_back(memory, done.head, done.written)
+        self.ring.give_back(memory, used.head, used.written)
     }
 
     /// Returns the eventfd to signal for the used entries, if the guest wants a notification.
@@ -413,7 +416,7 @@ impl State {
 
     /// Pops a chain. The guest kicks for the next one exactly if none waits behind this one.
     #[inline]
-    fn pop(&mut self, memory: &GuestMemoryMmap, if_empty: IfEmpty) -> Result<Option<Popped>, RingError> {
+    fn pop(&mut self, memory: &GuestMemoryMmap, if_empty: IfEmpty) -> Result<Option<PoppedChain>, RingError> {
         let mut waiting = self.ring.waiting(memory)?;
         if waiting == 0 && if_empty == IfEmpty::EnableKicks {
             self.ring.ask_for_kick(memory)?;
@@ -434,7 +437,8 @@ impl State {
             waiting = self.ring.waiting(memory)?;
         }
         self.statistics.requests += 1;
-        Ok(Some(Popped { head, waiting: u32::from(waiting), slow: self.coalescing.is_slow() }))
+        let backlog = Backlog { waiting: u32::from(waiting), slow: self.coalescing.is_slow() };
+        Ok(Some(PoppedChain { head, backlog }))
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
-use super::worker::WorkerPool;
+use super::worker_pool::WorkerPool;
 
 /// Time between two checks.
 const TICK: Duration = Duration::from_millis(1);
