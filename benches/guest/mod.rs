@@ -1,4 +1,4 @@
-//! A guest's memory and one ring in it, laid by hand: no front end, no other thread.
+//! A guest's memory and one ring in it, without a front end and without another thread.
 #![allow(dead_code, reason = "every benchmark uses its own part")]
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -65,16 +65,16 @@ pub fn offer(memory: &GuestMemoryMmap, count: u16) {
         memory.write_obj(0u16, GuestAddress(LAYOUT.available + 4 + 2 * slot)).unwrap();
     }
     memory.write_obj(index.wrapping_add(count), GuestAddress(LAYOUT.available + 2)).unwrap();
-    // The guest wants to hear of the last one: the used event stands behind the available ring.
+    // The guest wants a notification for the last one: the used event follows the available ring.
     let event = index.wrapping_add(count).wrapping_sub(1);
     memory.write_obj(event, GuestAddress(LAYOUT.available + 4 + 2 * u64::from(RING_SIZE))).unwrap();
 }
 
-/// A request as it is to be sent.
+/// A request to send.
 pub struct Request<'a> {
-    /// What it asks for.
+    /// The operation.
     pub opcode: Opcode,
-    /// About which inode.
+    /// The inode.
     pub node: u64,
     /// Arguments, each in a buffer of its own as Linux sends them.
     pub arguments: Vec<&'a [u8]>,
@@ -161,7 +161,7 @@ impl Guest {
         u64::read_from_bytes(&reply[..8]).unwrap()
     }
 
-    /// Puts a request into memory. Every [`Guest::serve`] from now on is about it.
+    /// Puts a request into memory. Every [`Guest::serve`] from now on serves it.
     pub fn prepare(&mut self, request: &Request<'_>) {
         let memory = memory_of(&self.memory);
         let arguments: usize = request.arguments.iter().map(|argument| argument.len()).sum();
@@ -204,7 +204,7 @@ impl Guest {
         self.device.process_kick();
     }
 
-    /// Checks that `count` requests were answered with success and the guest was told.
+    /// Checks that `count` requests were answered with success and the guest was notified.
     pub fn check(&self, count: u16) -> u32 {
         let memory = memory_of(&self.memory);
         let [available, used] = [LAYOUT.available, LAYOUT.used]
@@ -212,9 +212,10 @@ impl Guest {
         assert_eq!(available, used, "a request was not served");
         let [len, error]: [u32; 2] = memory.read_obj(GuestAddress(REPLY)).unwrap();
         assert_eq!(error, 0, "a request was refused");
-        let mut told = [0; 8];
-        rustix::io::read(self.call.as_fd(), &mut told).unwrap();
-        assert!((1..=u64::from(count)).contains(&u64::from_ne_bytes(told)), "{told:?} notifications");
+        let mut count_bytes = [0; 8];
+        rustix::io::read(self.call.as_fd(), &mut count_bytes).unwrap();
+        let notifications = u64::from_ne_bytes(count_bytes);
+        assert!((1..=u64::from(count)).contains(&notifications), "{notifications} notifications");
         len
     }
 

@@ -23,8 +23,8 @@ const MISS_COST: i32 = 2;
 const MIN_CREDIT: i32 = -256;
 /// A sleep is short up to this multiple of the longest poll.
 const SHORT_SLEEP: u32 = 3;
-/// Pauses of the CPU between two looks at the ring.
-const PAUSES_PER_LOOK: usize = 20;
+/// Pauses of the CPU between two attempts to pop.
+const PAUSES_PER_ATTEMPT: usize = 20;
 
 /// Workers of all queues that poll now; [`BusyPoll::max_polling`] at most.
 static POLLING_WORKERS: AtomicUsize = AtomicUsize::new(0);
@@ -72,7 +72,7 @@ impl BusyPoll {
     fn poll_now<T>(&self, mut find: impl FnMut() -> Option<T>) -> Option<T> {
         let begin = Instant::now();
         loop {
-            for _ in 0..PAUSES_PER_LOOK {
+            for _ in 0..PAUSES_PER_ATTEMPT {
                 spin_loop();
             }
             let found = find();

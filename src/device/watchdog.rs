@@ -1,6 +1,6 @@
 //! Wakes a worker when a queue with pending requests makes no progress.
 //!
-//! While requests are fast, a worker that leaves chains in the ring wakes nobody. If one of its requests
+//! While requests are fast, a worker that leaves chains in the ring wakes no other one. If one of its requests
 //! is slow after all, the rest would wait behind it. So while any queue has a backlog, the watchdog checks
 //! every millisecond that the queues make progress. It also sends the notifications that coalescing held
 //! back before such a request. Without a backlog it sleeps.
@@ -62,7 +62,7 @@ impl Watchdog {
         self.pools().retain(|other| !Arc::ptr_eq(other, pool));
     }
 
-    /// Starts the checks: a worker left a backlog and woke nobody.
+    /// Starts the checks: a worker left a backlog and woke no other one.
     pub fn arm(&self) {
         if !self.armed.load(Ordering::Relaxed) && !self.armed.swap(true, Ordering::SeqCst) {
             self.unpark();
