@@ -1,4 +1,4 @@
-//! What the decoder costs: one request of each usual kind, out of bytes that lie in our memory.
+//! Cost of the decoder: one request of each usual kind, from bytes in our own memory.
 #![allow(missing_docs, clippy::unwrap_used, reason = "a benchmark; a failed step ends it")]
 
 use std::hint::black_box;
@@ -44,7 +44,7 @@ fn decode(criterion: &mut Criterion) {
     ];
     for (name, opcode, arguments, data) in requests {
         let header = RawHeader::from(header(opcode, arguments.len(), data));
-        // What is measured has to be a request.
+        // A malformed request would measure an early error.
         Request::decode(&header, &arguments, layout).unwrap();
         group.bench_function(name, |bench| {
             bench.iter(|| {

@@ -1,8 +1,7 @@
 //! Instructions in user mode for one request, from the kick to the notification.
 //!
-//! One thread does all of it: epoll_pwait(2) returns, the chain is taken, walked and decoded, the
-//! request is served, the used entry is published, the guest is notified, and the ring is looked at
-//! once more. What the kernel does in system calls is not counted. `benches/instructions` compares
+//! One thread does all of it: epoll_pwait(2) returns, the chain is popped, walked and decoded, the
+//! request is served, the used entry is added, the guest is notified, and the ring is polled once more. What the kernel does in system calls is not counted. `benches/instructions` compares
 //! the counts with those in the repository.
 #![allow(
     missing_docs,

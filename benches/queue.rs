@@ -1,4 +1,4 @@
-//! What a ring costs without what it carries: taking a chain, walking it, giving it back.
+//! Cost of a ring without the requests: to pop a chain, to walk it, to add its used entry.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -23,7 +23,7 @@ fn queue(criterion: &mut Criterion) {
     let memory = memory();
 
     let mut ring = Ring::new(&memory, LAYOUT, 0, true).unwrap();
-    group.bench_function("take_and_give_back", |bench| {
+    group.bench_function("pop_and_add_used", |bench| {
         bench.iter(|| {
             offer(&memory, 1);
             assert_eq!(ring.waiting(&memory).unwrap(), 1);

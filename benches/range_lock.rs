@@ -1,4 +1,4 @@
-//! What a range lock costs: alone, and with 16 threads on disjoint ranges and on one range.
+//! Cost of a range lock: alone, and with 16 threads on disjoint ranges and on one range.
 #![allow(missing_docs, clippy::unwrap_used, reason = "a benchmark; a failed step ends it")]
 
 use std::hint::black_box;

@@ -15,7 +15,6 @@ pub mod mapping;
 pub mod process;
 pub mod sandbox;
 pub mod server;
-pub use server as service;
 mod session_lock;
 mod sync;
 pub mod sys;

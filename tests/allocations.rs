@@ -28,7 +28,7 @@ use lanefsd::daemon::{Share, Statistics, frontend};
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::limits::Limits;
 use lanefsd::process::{self, Signals};
-use lanefsd::service::Service;
+use lanefsd::server::Server;
 use lanefsd_frontend::client::{ROOT, data};
 use lanefsd_frontend::{Request, Segmentation, Session, SessionOptions};
 
@@ -106,7 +106,7 @@ fn serve(share: &Path, listener: &UnixListener, workers: usize, cache: CachePoli
         thread_pool_size: workers,
         poll_time: Duration::from_micros(20),
     };
-    let service = Arc::new(Service::new(Arc::new(fs)));
+    let service = Arc::new(Server::new(Arc::new(fs)));
     let share = Share {
         name: "test".into(),
         directory: share.to_owned(),

@@ -1,4 +1,4 @@
-//! A guest's memory and one ring in it, laid by hand: no front end, no other thread.
+//! A guest's memory and one ring in it, without a front end and without another thread.
 #![allow(dead_code, reason = "every benchmark uses its own part")]
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,12 +9,12 @@ use fuse_protocol::flags::InitFlags;
 use fuse_protocol::opcode::Opcode;
 use lanefsd::config::FsConfig;
 use lanefsd::device::SharedMemory;
-use lanefsd::device::by_hand::ByHand;
+use lanefsd::device::inline_queue::InlineQueue;
 use lanefsd::device::queue::Queue;
 use lanefsd::device::ring::{Layout, Ring};
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::limits::Limits;
-use lanefsd::service::Service;
+use lanefsd::server::Server;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -66,16 +66,16 @@ pub fn offer(memory: &GuestMemoryMmap, count: u16) {
         memory.write_obj(0u16, GuestAddress(LAYOUT.available + 4 + 2 * slot)).unwrap();
     }
     memory.write_obj(index.wrapping_add(count), GuestAddress(LAYOUT.available + 2)).unwrap();
-    // The guest wants to hear of the last one: the used event stands behind the available ring.
+    // The guest wants a notification for the last one: the used event follows the available ring.
     let event = index.wrapping_add(count).wrapping_sub(1);
     memory.write_obj(event, GuestAddress(LAYOUT.available + 4 + 2 * u64::from(RING_SIZE))).unwrap();
 }
 
-/// A request as it is to be sent.
+/// A request to send.
 pub struct Request<'a> {
-    /// What it asks for.
+    /// The operation.
     pub opcode: Opcode,
-    /// About which inode.
+    /// The inode.
     pub node: u64,
     /// Arguments, each in a buffer of its own as Linux sends them.
     pub arguments: Vec<&'a [u8]>,
@@ -90,7 +90,7 @@ pub struct Request<'a> {
 /// A guest that sends one request after the other, and the device that serves it.
 pub struct Guest {
     memory: SharedMemory,
-    device: ByHand,
+    device: InlineQueue,
     kick: OwnedFd,
     call: OwnedFd,
     unique: u64,
@@ -115,7 +115,7 @@ impl Guest {
         let ring = Ring::new(&self::memory_of(&memory), LAYOUT, 0, true).unwrap();
         let theirs = (kick.try_clone().unwrap(), call.try_clone().unwrap());
         let queue = Queue::new(1, memory.clone(), ring, theirs.0, Some(theirs.1)).unwrap();
-        let device = ByHand::new(queue, Arc::new(Service::new(Arc::new(fs))));
+        let device = InlineQueue::new(queue, Arc::new(Server::new(Arc::new(fs))));
         let mut guest = Guest { memory, device, kick, call, unique: 2, _share: share };
         let init = InitIn {
             major: KERNEL_VERSION,
@@ -165,7 +165,7 @@ impl Guest {
         u64::read_from_bytes(&reply[..8]).unwrap()
     }
 
-    /// Puts a request into memory. Every [`Guest::serve`] from now on is about it.
+    /// Puts a request into memory. Every [`Guest::serve`] from now on serves it.
     pub fn prepare(&mut self, request: &Request<'_>) {
         let memory = memory_of(&self.memory);
         let arguments: usize = request.arguments.iter().map(|argument| argument.len()).sum();
@@ -205,10 +205,10 @@ impl Guest {
 
     /// From the kick to the notification, all of it on this thread.
     pub fn serve(&mut self) {
-        self.device.serve_a_kick();
+        self.device.process_kick();
     }
 
-    /// Checks that `count` requests were answered with success and the guest was told.
+    /// Checks that `count` requests were answered with success and the guest was notified.
     pub fn check(&self, count: u16) -> u32 {
         let memory = memory_of(&self.memory);
         let [available, used] = [LAYOUT.available, LAYOUT.used]
@@ -216,9 +216,10 @@ impl Guest {
         assert_eq!(available, used, "a request was not served");
         let [len, error]: [u32; 2] = memory.read_obj(GuestAddress(REPLY)).unwrap();
         assert_eq!(error, 0, "a request was refused");
-        let mut told = [0; 8];
-        rustix::io::read(self.call.as_fd(), &mut told).unwrap();
-        assert!((1..=u64::from(count)).contains(&u64::from_ne_bytes(told)), "{told:?} notifications");
+        let mut count_bytes = [0; 8];
+        rustix::io::read(self.call.as_fd(), &mut count_bytes).unwrap();
+        let notifications = u64::from_ne_bytes(count_bytes);
+        assert!((1..=u64::from(count)).contains(&notifications), "{notifications} notifications");
         len
     }
 

@@ -23,7 +23,7 @@ use crate::config::DeviceConfig;
 use crate::device::backend::Backend;
 use crate::logging::{Scope, info_limited};
 use crate::process::Signals;
-use crate::service::Service;
+use crate::server::Server;
 use crate::sys::descriptors;
 
 /// Why serving front ends failed.
@@ -133,7 +133,7 @@ impl Connection {
     fn begin(
         stream: UnixStream,
         config: &DeviceConfig,
-        service: &Arc<Service>,
+        service: &Arc<Server>,
     ) -> Result<Connection, FrontendError> {
         let backend = Backend::new(config, Arc::clone(service)).map_err(FrontendError::SetUp)?;
         let ours = Arc::new(stream.try_clone().map_err(FrontendError::SetUp)?);

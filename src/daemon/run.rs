@@ -21,7 +21,7 @@ use crate::process::{self, ProcessError, Signals};
 use crate::sandbox::{
     self, CapabilityError, Parent, RequiredCaps, Role, SandboxError, Sandboxed, SeccompError,
 };
-use crate::service::Service;
+use crate::server::Server;
 
 /// Why the daemon did not start, or failed.
 #[derive(Debug, Error)]
@@ -96,7 +96,7 @@ fn serve(
     sandbox::give_up_capabilities(required, config.capabilities)?;
     fs.try_labels()?;
     let signals = Signals::catch()?;
-    let service = Arc::new(Service::new(wrap(stack(fs, config.store, config.readonly))));
+    let service = Arc::new(Server::new(wrap(stack(fs, config.store, config.readonly))));
     sandbox::install_seccomp(config.seccomp, file_handles)?;
     config.remarks.iter().for_each(Remark::log);
     let share = Share {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::socket::Socket;
 use crate::config::DeviceConfig;
-use crate::service::Service;
+use crate::server::Server;
 
 /// Everything that belongs to one share. Nothing in it belongs to the process, which can have several.
 pub struct Share {
@@ -21,7 +21,7 @@ pub struct Share {
     /// Limits of the device that front ends see: its queues and their workers.
     pub device: DeviceConfig,
     /// Answers the requests.
-    pub service: Arc<Service>,
+    pub service: Arc<Server>,
     /// Counters.
     pub statistics: Statistics,
 }

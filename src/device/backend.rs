@@ -25,11 +25,11 @@ use super::config_space::{self, config_space};
 use super::memory::MemoryTable;
 use super::queue::{Queue, QueueError};
 use super::ring::{Layout, MAX_SIZE, Ring};
-use super::watch::Watch;
-use super::worker::Crew;
+use super::watchdog::Watchdog;
+use super::worker_pool::WorkerPool;
 use crate::fs::DeviceDescriptors;
 use crate::logging::info_limited;
-use crate::service::Service;
+use crate::server::Server;
 use crate::sys::descriptors;
 
 /// Most queues that a device has: the high-priority queue and 63 request queues.
@@ -45,7 +45,7 @@ const EVENT_IDX: u64 = 1 << 29;
 /// `VIRTIO_F_VERSION_1`.
 const VERSION_1: u64 = 1 << 32;
 
-/// What the front end said about one queue, and the crew that serves it while it runs.
+/// What the front end said about one queue, and the worker pool that serves it while it runs.
 #[derive(Default)]
 struct Vring {
     layout: Layout,
@@ -56,7 +56,7 @@ struct Vring {
     /// The guest has not heard of all that was given back.
     owes_notification: bool,
     put_back: PutBack,
-    crew: Option<Arc<Crew>>,
+    pool: Option<Arc<WorkerPool>>,
 }
 
 /// Chains that were taken from a ring and are served when it goes on: requests that waited for locks
@@ -89,8 +89,8 @@ impl PutBack {
 
 /// The device, between one front end and the service.
 pub struct Backend {
-    service: Arc<Service>,
-    watch: Arc<Watch>,
+    service: Arc<Server>,
+    watchdog: Arc<Watchdog>,
     workers: usize,
     poll_time: Duration,
     config_space: Option<[u8; config_space::SIZE]>,
@@ -103,12 +103,12 @@ pub struct Backend {
 
 impl Backend {
     /// A device that no front end has spoken to.
-    pub fn new(config: &DeviceConfig, service: Arc<Service>) -> io::Result<Backend> {
+    pub fn new(config: &DeviceConfig, service: Arc<Server>) -> io::Result<Backend> {
         let queues = config.request_queues.clamp(1, MAX_QUEUES - 1);
         let count = u32::try_from(queues).unwrap_or(1);
         Ok(Backend {
             service,
-            watch: Watch::start()?,
+            watchdog: Watchdog::start()?,
             workers: config.thread_pool_size,
             poll_time: config.poll_time,
             config_space: config.tag.as_deref().map(|tag| config_space(tag, count)),
@@ -154,7 +154,7 @@ impl Backend {
     fn update(&mut self, index: usize) -> Result<()> {
         let memory = self.memory.shared().clone();
         let event_idx = self.features & EVENT_IDX != 0;
-        let (service, watch) = (Arc::clone(&self.service), Arc::clone(&self.watch));
+        let (service, watchdog) = (Arc::clone(&self.service), Arc::clone(&self.watchdog));
         let (workers, poll_time) = (self.workers, self.poll_time);
         let vring = self.vring(index)?;
         let ready = vring.enabled && vring.layout.size > 0 && vring.layout.descriptors != 0;
@@ -162,7 +162,7 @@ impl Backend {
             vring.stop();
             return Ok(());
         };
-        if vring.crew.is_some() {
+        if vring.pool.is_some() {
             return Ok(());
         }
         let ring = Ring::new(&memory.memory(), vring.layout, vring.base, event_idx);
@@ -171,13 +171,14 @@ impl Backend {
         let call = vring.call.as_ref().map(copy).transpose()?;
         let put_back = std::mem::take(&mut vring.put_back);
         let heads = put_back.of(&mut ring);
-        let crew = Queue::new(index, memory, ring, kick, call)
-            .and_then(|queue| Crew::start(queue.polled_for(poll_time), service, &watch, workers, heads));
-        let crew = crew.map_err(|error| refuse(describe(&error)))?;
+        let pool = Queue::new(index, memory, ring, kick, call).and_then(|queue| {
+            WorkerPool::start(queue.with_busy_poll(poll_time), service, &watchdog, workers, heads)
+        });
+        let pool = pool.map_err(|error| refuse(describe(&error)))?;
         if std::mem::take(&mut vring.owes_notification) {
-            crew.queue().announce();
+            pool.queue().notify_guest();
         }
-        vring.crew = Some(crew);
+        vring.pool = Some(pool);
         debug!("queue {index} runs with {} descriptors", vring.layout.size);
         Ok(())
     }
@@ -193,25 +194,25 @@ impl Backend {
 impl Drop for Backend {
     fn drop(&mut self) {
         self.shut_down();
-        self.watch.end();
+        self.watchdog.shutdown();
         self.service.keep_back(DeviceDescriptors::default());
     }
 }
 
 impl Vring {
-    /// How many descriptors it has. A crew has copies of kick and call, and three of its own.
+    /// How many descriptors it has. A worker pool has copies of kick and call, and three of its own.
     fn descriptors(&self) -> usize {
-        let crew = if self.crew.is_some() { 4 + usize::from(self.call.is_some()) } else { 0 };
-        crew + usize::from(self.kick.is_some()) + usize::from(self.call.is_some())
+        let pool = if self.pool.is_some() { 4 + usize::from(self.call.is_some()) } else { 0 };
+        pool + usize::from(self.kick.is_some()) + usize::from(self.call.is_some())
     }
 
     /// Stops after what is in flight, and remembers where the ring stood.
     fn stop(&mut self) {
-        if let Some(crew) = self.crew.take() {
-            let heads = crew.stop();
-            let (available, used) = crew.queue().position();
+        if let Some(pool) = self.pool.take() {
+            let heads = pool.stop();
+            let (available, used) = pool.queue().position();
             self.base = available;
-            self.owes_notification = crew.queue().owes_notification();
+            self.owes_notification = pool.queue().owes_notification();
             self.put_back = PutBack { heads, layout: self.layout, available, used };
         }
     }
@@ -290,7 +291,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= MAX_SIZE);
         let size = size.ok_or_else(|| refuse(format!("queue {index} cannot have {num} descriptors")))?;
         let vring = self.vring(index)?;
-        if vring.crew.is_some() {
+        if vring.pool.is_some() {
             return Err(refuse(format!("queue {index} runs; its size cannot change")));
         }
         vring.layout.size = size;
@@ -311,7 +312,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
             (translate(descriptor)?, translate(available)?, translate(used)?);
         let vring = self.vring(index)?;
         let layout = Layout { descriptors, available, used, size: vring.layout.size };
-        if vring.crew.is_some() && layout != vring.layout {
+        if vring.pool.is_some() && layout != vring.layout {
             return Err(refuse(format!("queue {index} runs; its addresses cannot change")));
         }
         vring.layout = layout;
@@ -321,7 +322,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
         let vring = self.vring(index)?;
-        if vring.crew.is_none() {
+        if vring.pool.is_none() {
             vring.base = base;
         }
         Ok(())
@@ -352,8 +353,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
         if let Some(call) = &vring.call {
             never_wait(call).map_err(|errno| Error::ReqHandlerError(errno.into()))?;
         }
-        if let Some(crew) = &vring.crew {
-            crew.queue().set_call(vring.call.as_ref().map(copy).transpose()?);
+        if let Some(pool) = &vring.pool {
+            pool.queue().set_call(vring.call.as_ref().map(copy).transpose()?);
         }
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! From a descriptor chain to the two ends of a request: one walk, and neighbours are merged.
+//! From a descriptor chain to the readable and the writable part of a request: one walk, and neighbours are
+//! merged.
 
 use libc::iovec;
 use thiserror::Error;
@@ -98,28 +99,46 @@ impl<'a> Table<'a> {
     }
 }
 
-/// Room for the segments of one chain; kept by a worker so that no request allocates.
+/// The segments of one chain. The room for them is used again, so that no request allocates.
 #[derive(Debug, Default)]
 pub struct ChainBuffers {
     readable: Vec<iovec>,
     writable: Vec<iovec>,
 }
 
+// SAFETY: a segment is an address in a mapping that all threads share. Whoever accesses the memory behind it
+// says that it is still mapped ([`ChainBuffers::ends`]).
+unsafe impl Send for ChainBuffers {}
+
 impl ChainBuffers {
-    /// Walks the chain that starts at descriptor `head` and gives its two ends.
+    /// Walks the chain that starts at descriptor `head`, and returns its readable and its writable part.
     pub fn walk<'a>(
         &'a mut self,
         memory: &'a GuestMemoryMmap,
         ring: Layout,
         head: u16,
     ) -> Result<(GuestReader<'a>, GuestWriter<'a>), ChainError> {
+        self.collect(memory, ring, head)?;
+        // SAFETY: the segments were taken from `memory`, which lives during 'a.
+        Ok(unsafe { self.ends() })
+    }
+
+    /// Walks the chain that starts at descriptor `head`, and keeps its segments.
+    pub fn collect(&mut self, memory: &GuestMemoryMmap, ring: Layout, head: u16) -> Result<(), ChainError> {
         self.readable.clear();
         self.writable.clear();
         let table = Table::new(memory, ring.descriptors, u32::from(ring.size));
-        self.walk_table(&table, u32::from(head), true)?;
-        // SAFETY: every segment was cut from a mapped region of `memory`, which lives during 'a
-        // and is only ever accessed through raw pointers.
-        unsafe { Ok((GuestReader::new(&mut self.readable), GuestWriter::new(&mut self.writable))) }
+        self.walk_table(&table, u32::from(head), true)
+    }
+
+    /// The readable and the writable part of the chain that was walked last.
+    ///
+    /// # Safety
+    /// The memory of that walk stays mapped during `'a`.
+    pub unsafe fn ends<'a>(&'a mut self) -> (GuestReader<'a>, GuestWriter<'a>) {
+        // SAFETY: every segment lies in a region of the memory of the last walk, which is mapped during 'a,
+        // and no Rust reference to guest memory exists.
+        unsafe { (GuestReader::new(&mut self.readable), GuestWriter::new(&mut self.writable)) }
     }
 
     fn walk_table(&mut self, table: &Table<'_>, head: u32, indirect_allowed: bool) -> Result<(), ChainError> {
@@ -142,7 +161,7 @@ impl ChainBuffers {
         Err(ChainError::Loop)
     }
 
-    /// Adds a buffer to its end of the chain; it may span regions of guest memory.
+    /// Adds a buffer to its part of the chain; it may span regions of guest memory.
     fn add(&mut self, memory: &GuestMemoryMmap, descriptor: Descriptor) -> Result<(), ChainError> {
         let Descriptor { address, len, flags, .. } = descriptor;
         let segments = if flags & WRITE != 0 {
@@ -273,7 +292,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever stands in the table, a walk ends, and both ends lie in memory.
+        /// Whatever the table contains, a walk ends, and both parts lie in memory.
         #[test]
         fn any_table_is_walked(table: [[u8; 16]; 8], small in proptest::collection::vec(0u64..0x11000, 8), head: u16) {
             let memory = memory();

@@ -1,22 +1,28 @@
 //! The vhost-user device: descriptor chains in, used entries out.
 //!
-//! [`backend`] speaks vhost-user with the front end and starts and stops queues. A [`queue`] is a
-//! [`ring`] and the [`worker`]s that serve it, counted by the [`worker_count`]; [`chain`] turns a descriptor chain into the two ends
-//! of a request. What a request means is the [`service`](crate::service)'s business. [`by_hand`] serves
-//! a queue without threads, for benchmarks.
+//! [`backend`] speaks vhost-user with the front end and starts and stops queues. A [`queue`] is a [`ring`]
+//! and the events of its workers. A [`worker_pool`] owns the threads that serve it, each a [`worker`];
+//! [`worker_count`] says how many there are. A descriptor chain becomes a request in flight
+//! ([`inflight`]): [`chain`] finds its readable and its writable part, and the [`service`](crate::server)
+//! handles it. [`busy_poll`], [`coalesce`] and [`watchdog`] decide when
+//! a worker sleeps, when the guest is notified and when a stalled queue gets another worker.
+//! [`inline_queue`] serves a queue without threads, for benchmarks.
 
 pub mod backend;
-pub mod by_hand;
+mod busy_poll;
 pub mod chain;
+mod coalesce;
 pub mod config;
 pub mod config_space;
+mod inflight;
+pub mod inline_queue;
 mod memory;
-mod poll;
 pub mod queue;
 pub mod ring;
-mod watch;
+mod watchdog;
 mod worker;
 mod worker_count;
+mod worker_pool;
 
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 

@@ -1,8 +1,8 @@
-//! A queue that is being served: the ring, and the means by which its workers wait and wake.
+//! A virtqueue from its start to its stop: the ring, and the events that its workers wait for.
 //!
 //! All idle workers wait on one epoll instance, edge-triggered, so that the kernel wakes exactly
 //! one of them for each kick, and at depth 1 the worker that is woken also serves: there is no
-//! hand-off. Before a worker serves, it makes sure that somebody else hears the next kick.
+//! hand-off. Before a worker serves, it makes sure that another worker waits for the next kick.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +16,8 @@ use thiserror::Error;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::SharedMemory;
-use super::poll::Polling;
+use super::busy_poll::BusyPoll;
+use super::coalesce::Coalescing;
 use super::ring::{Layout, Ring, RingError};
 use crate::logging::{Scope, log_limited};
 
@@ -49,111 +50,101 @@ pub enum QueueError {
     },
 }
 
-/// What a worker woke up for.
+/// Why a worker woke up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wakeup {
     /// There may be chains to take.
     Work,
-    /// Nothing came for the time that was given.
+    /// The timeout is over.
     Idle,
     /// The queue is stopping.
     Stop,
 }
 
-/// A chain that was served.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Done {
-    /// Its first descriptor.
+/// A used entry.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Used {
+    /// First descriptor of the chain.
     pub head: u16,
     /// Valid bytes of its device-writable part.
     pub written: u32,
 }
 
-/// What [`Queue::advance`] found.
+/// A chain that was popped.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Next {
-    /// First descriptor of the next chain, unchecked.
+pub(super) struct PoppedChain {
+    /// Its first descriptor, unchecked.
     pub head: u16,
-    /// How many more wait behind it.
+    /// The chains behind it.
+    pub backlog: Backlog,
+}
+
+/// The chains that wait behind one that was popped.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Backlog {
+    /// Their number.
     pub waiting: u32,
-    /// Whether requests are slow by now. Who holds notifications back and who looks after those that
-    /// are held have to go by one and the same answer.
+    /// Whether requests are slow by now. The answer decides both whether a notification is coalesced and
+    /// whether the watchdog has to send it, so it is given once.
     pub slow: bool,
 }
 
-/// How a worker looks at the ring.
+/// What an attempt to pop does if the ring is empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Look {
-    /// It looks again afterwards: the guest need not kick.
-    Early,
-    /// It sleeps afterwards: the guest has to kick.
-    Last,
+enum IfEmpty {
+    /// The worker tries again: kicks are disabled.
+    DisableKicks,
+    /// The worker sleeps: the guest has to kick for the next chain.
+    EnableKicks,
 }
 
-/// What of a queue changes under its lock.
+/// The part of a queue that its lock protects.
 struct State {
     ring: Ring,
     call: Option<Arc<OwnedFd>>,
-    /// Chains given back since the guest was last considered for a notification.
-    held: u32,
+    coalescing: Coalescing,
     /// The guest wanted a notification while there was no `call`.
-    unannounced: bool,
-    /// Moving average of the time that a request takes, in nanoseconds.
-    service_time: u32,
+    owes_notification: bool,
     statistics: Statistics,
-    /// Set when the guest broke the ring: nothing is taken from it until it is started anew.
+    /// The guest broke the ring: nothing is popped until the queue starts anew.
     broken: bool,
 }
 
-/// Requests and chains that a queue has seen since its start.
+/// Counts since the start of a queue.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Statistics {
-    /// Chains taken.
+    /// Chains popped.
     pub requests: u64,
     /// Notifications sent to the guest.
     pub notifications: u64,
-    /// Chains taken by a worker that looked a little longer before it slept ([`Polling`]).
-    pub found_by_looking: u64,
+    /// Chains that a worker popped while it polled the ring before its sleep ([`BusyPoll`]).
+    pub busy_poll_hits: u64,
 }
 
-/// Something that changes with every request, in cache lines of its own.
+/// A value that changes with every request, in cache lines of its own.
 #[repr(align(128))]
-struct Apart<T>(T);
+struct CachePadded<T>(T);
 
 /// A queue from its start to its stop.
 pub struct Queue {
     index: usize,
     memory: SharedMemory,
     layout: Layout,
-    state: Apart<Mutex<State>>,
+    state: CachePadded<Mutex<State>>,
     epoll: OwnedFd,
-    /// Kept open for `epoll`.
+    /// Open for `epoll`.
     _kick: OwnedFd,
-    help: OwnedFd,
+    wake: OwnedFd,
     stop: OwnedFd,
     stopping: AtomicBool,
-    polling: Apart<Polling>,
+    busy_poll: CachePadded<BusyPoll>,
 }
 
 /// Index of the high-priority queue.
 const HIGH_PRIORITY: usize = 0;
-/// How long, in nanoseconds, a notification may be put off while more chains wait.
-const HOLD: u32 = 30_000;
-/// Most chains that are given back meanwhile.
-const MOST_HELD: u32 = 32;
-/// A guest takes about so long, in nanoseconds, from a notification to its next request: it has to hear of what
-/// was given back while there is still as much to do, or the queue runs empty.
-const ANSWER: u32 = 20_000;
-/// The least work, in nanoseconds, that is worth a notification while more chains wait.
-const WORTH: u32 = 10_000;
-
-/// Requests that take longer than this on average, in nanoseconds, are worth a wake-up each.
-const SLOW: u32 = 30_000;
-/// The most of a request's time, in nanoseconds, that goes into the average: one that sleeps says nothing of others.
-const MOST_COUNTED: u32 = 120_000;
 
 const KICK: u64 = 0;
-const HELP: u64 = 1;
+const WAKE: u64 = 1;
 const STOP: u64 = 2;
 
 impl Queue {
@@ -167,38 +158,37 @@ impl Queue {
     ) -> Result<Queue, QueueError> {
         let events = |source| QueueError::Events { index, source };
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let help = eventfd(0, flags).map_err(events)?;
+        let wake = eventfd(0, flags).map_err(events)?;
         let stop = eventfd(0, flags).map_err(events)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(events)?;
         let edge = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&epoll, &kick, epoll::EventData::new_u64(KICK), edge).map_err(events)?;
-        epoll::add(&epoll, &help, epoll::EventData::new_u64(HELP), edge).map_err(events)?;
+        epoll::add(&epoll, &wake, epoll::EventData::new_u64(WAKE), edge).map_err(events)?;
         epoll::add(&epoll, &stop, epoll::EventData::new_u64(STOP), epoll::EventFlags::IN).map_err(events)?;
         Ok(Queue {
             index,
             memory,
             layout: ring.layout(),
-            state: Apart(Mutex::new(State {
+            state: CachePadded(Mutex::new(State {
                 ring,
                 call: call.map(Arc::new),
-                held: 0,
-                unannounced: false,
-                service_time: 0,
+                coalescing: Coalescing::default(),
+                owes_notification: false,
                 statistics: Statistics::default(),
                 broken: false,
             })),
             epoll,
             _kick: kick,
-            help,
+            wake,
             stop,
             stopping: AtomicBool::new(false),
-            polling: Apart(Polling::new(Duration::ZERO)),
+            busy_poll: CachePadded(BusyPoll::new(Duration::ZERO)),
         })
     }
 
-    /// The same, whose workers look at the empty ring for `time` before they sleep, where that pays.
-    pub fn polled_for(self, time: Duration) -> Queue {
-        Queue { polling: Apart(Polling::new(time)), ..self }
+    /// The same queue; its workers poll the empty ring for up to `time` before they sleep, where that pays.
+    pub fn with_busy_poll(self, time: Duration) -> Queue {
+        Queue { busy_poll: CachePadded(BusyPoll::new(time)), ..self }
     }
 
     /// Number of the queue; 0 is the high-priority queue.
@@ -206,7 +196,7 @@ impl Queue {
         self.index
     }
 
-    /// Where the ring is.
+    /// Addresses and size of the ring.
     pub fn layout(&self) -> Layout {
         self.layout
     }
@@ -216,106 +206,106 @@ impl Queue {
         &self.memory
     }
 
-    /// What the queue has seen.
+    /// The counts since the start.
     pub fn statistics(&self) -> Statistics {
         self.lock().statistics
     }
 
-    /// Replaces the eventfd by which the guest is notified. What it was to hear of while there was none
-    /// is announced at once.
+    /// Replaces the eventfd that notifies the guest. A notification that was due without one is sent now.
     pub fn set_call(&self, call: Option<OwnedFd>) {
         let notify = {
             let mut state = self.lock();
             state.call = call.map(Arc::new);
-            state.announce(false)
+            state.notification(false)
         };
         self.notify(notify);
     }
 
-    /// Whether the guest has to hear of something as soon as there is an eventfd for that.
+    /// Whether a notification is due as soon as there is an eventfd.
     pub fn owes_notification(&self) -> bool {
-        self.lock().unannounced
+        self.lock().owes_notification
     }
 
-    /// The guest has to hear of something that was given back before the queue was started anew.
-    pub fn announce(&self) {
-        let notify = self.lock().announce(true);
+    /// Notifies the guest of entries that were added before the queue started anew.
+    pub fn notify_guest(&self) {
+        let notify = self.lock().notification(true);
         self.notify(notify);
     }
 
-    /// Indices of the next chain and of the next used entry: where a ring stands once the workers are gone.
+    /// Indices of the next chain and of the next used entry: the ring's state after the workers have ended.
     pub fn position(&self) -> (u16, u16) {
         let state = self.lock();
         (state.ring.next_available(), state.ring.next_used())
     }
 
-    /// Gives back the chain that was served, if any, and takes the next one. The last request took
-    /// `took` nanoseconds. While more chains wait and are served fast, the guest is notified of several
-    /// at once; should one of them turn out slow, [`Queue::flush_held`] has to be called.
-    pub(super) fn advance(&self, done: Option<Done>, took: Option<u32>) -> Option<Next> {
+    /// Adds the used entry of the chain that was `served`, if any, and pops the next chain. The time is that
+    /// of serving. While more chains wait and are fast, the guest gets one notification for several entries. If
+    /// one of these chains is slow after all, [`Queue::flush_coalesced`] has to be called.
+    pub(super) fn complete_and_pop(&self, served: Option<(Used, Duration)>) -> Option<PoppedChain> {
         let memory = self.memory.memory();
-        let (notify, next, service_time) = {
+        let (notify, popped, may_poll) = {
             let mut state = self.lock();
-            if let Some(took) = took {
-                state.service_time = moved_average(state.service_time, took);
+            if let Some((used, service_time)) = served {
+                state.coalescing.record(service_time);
+                state.add_used(&memory, used).unwrap_or_else(|e| self.mark_broken(&mut state, &e));
             }
-            let given = done.map_or(Ok(()), |done| state.give_back(&memory, done));
-            given.unwrap_or_else(|e| self.broke(&mut state, &e));
-            // A guest that hears of a reply often sends the next request at once. Without a kick
-            // this worker finds it when it looks again; a kick would wake another one.
-            let look = if done.is_none() { Look::Last } else { Look::Early };
-            let next = self.take(&mut state, &memory, look);
-            let time = state.service_time;
-            let may_hold = next.is_some_and(|next| may_hold(state.held, next.waiting, time));
-            (if may_hold { None } else { self.flush(&mut state, &memory) }, next, time)
+            // A guest often answers a reply with the next request at once. Without a kick this worker
+            // finds it at its next attempt; a kick would wake another worker.
+            let if_empty = if served.is_none() { IfEmpty::EnableKicks } else { IfEmpty::DisableKicks };
+            let popped = self.pop(&mut state, &memory, if_empty);
+            let may_coalesce =
+                popped.is_some_and(|popped| state.coalescing.may_coalesce(popped.backlog.waiting));
+            let notify = if may_coalesce { None } else { self.flush(&mut state, &memory) };
+            (notify, popped, state.coalescing.is_faster_than_guest())
         };
         self.notify(notify);
-        if next.is_some() || done.is_none() {
-            return next;
+        if popped.is_some() || served.is_none() {
+            return popped;
         }
-        self.look_longer(&memory, service_time).or_else(|| self.take(&mut self.lock(), &memory, Look::Last))
+        let found = if may_poll { self.busy_poll(&memory) } else { None };
+        found.or_else(|| self.pop(&mut self.lock(), &memory, IfEmpty::EnableKicks))
     }
 
-    /// Looks for what the guest sends as an answer to the last reply. It answers no FORGETs, and after slow requests
-    /// it sleeps, too.
-    fn look_longer(&self, memory: &GuestMemoryMmap, service_time: u32) -> Option<Next> {
-        if self.index == HIGH_PRIORITY || service_time >= ANSWER {
+    /// Polls for the guest's answer to the last reply. A guest does not answer a FORGET, and after slow
+    /// requests it sleeps, too.
+    fn busy_poll(&self, memory: &GuestMemoryMmap) -> Option<PoppedChain> {
+        if self.index == HIGH_PRIORITY {
             return None;
         }
-        self.polling.0.look(|| {
+        self.busy_poll.0.poll(|| {
             let mut state = self.lock();
-            let found = self.take(&mut state, memory, Look::Early)?;
-            state.statistics.found_by_looking += 1;
-            Some(found)
+            let popped = self.pop(&mut state, memory, IfEmpty::DisableKicks)?;
+            state.statistics.busy_poll_hits += 1;
+            Some(popped)
         })
     }
 
-    /// Takes the next chain, if there is one.
+    /// Pops the next chain, if there is one.
     #[inline]
-    fn take(&self, state: &mut State, memory: &GuestMemoryMmap, look: Look) -> Option<Next> {
+    fn pop(&self, state: &mut State, memory: &GuestMemoryMmap, if_empty: IfEmpty) -> Option<PoppedChain> {
         if state.broken || self.stopping.load(Ordering::Relaxed) {
             return None;
         }
-        state.take(memory, look).unwrap_or_else(|e| {
-            self.broke(state, &e);
+        state.pop(memory, if_empty).unwrap_or_else(|e| {
+            self.mark_broken(state, &e);
             None
         })
     }
 
-    /// Notifies the guest of what was given back without its hearing of it.
-    pub(super) fn flush_held(&self) {
+    /// Sends the notification that coalescing held back.
+    pub(super) fn flush_coalesced(&self) {
         let memory = self.memory.memory();
         let notify = {
             let mut state = self.lock();
-            if state.held > 0 { self.flush(&mut state, &memory) } else { None }
+            if state.coalescing.has_used() { self.flush(&mut state, &memory) } else { None }
         };
         self.notify(notify);
     }
 
-    /// Whom to notify of what was given back, if the guest wants that.
+    /// The eventfd to signal for the used entries, if the guest wants a notification.
     fn flush(&self, state: &mut State, memory: &GuestMemoryMmap) -> Option<Arc<OwnedFd>> {
         state.flush(memory).unwrap_or_else(|e| {
-            self.broke(state, &e);
+            self.mark_broken(state, &e);
             None
         })
     }
@@ -326,24 +316,25 @@ impl Queue {
         }
     }
 
-    /// Gives back a chain without taking the next one.
-    pub(super) fn give_back(&self, done: Done) {
+    /// Adds the used entry of a chain and pops no other one.
+    pub(super) fn complete(&self, used: Used) {
         let memory = self.memory.memory();
         let notify = {
             let mut state = self.lock();
-            state.give_back(&memory, done).unwrap_or_else(|e| self.broke(&mut state, &e));
+            state.add_used(&memory, used).unwrap_or_else(|e| self.mark_broken(&mut state, &e));
             self.flush(&mut state, &memory)
         };
         self.notify(notify);
     }
 
-    /// Puts chains back that were taken last and not served; returns them if others were taken later.
+    /// Undoes the pops of chains that were popped last and not served; returns the chains if later ones
+    /// were popped, too.
     pub(super) fn put_back(&self, heads: Vec<u16>) -> Vec<u16> {
         let memory = self.memory.memory();
         if self.lock().ring.put_back(&memory, &heads).unwrap_or(false) { Vec::new() } else { heads }
     }
 
-    /// Whether chains wait that nobody has taken.
+    /// Whether chains wait in the ring.
     pub(super) fn has_backlog(&self) -> bool {
         let memory = self.memory.memory();
         let state = self.lock();
@@ -354,9 +345,9 @@ impl Queue {
     pub(super) fn wait(&self, timeout: Option<Timespec>) -> Wakeup {
         let mut events =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
-        let asleep_since = self.polling.0.goes_to_sleep();
+        let asleep_since = self.busy_poll.0.begin_sleep();
         let woken = epoll::wait(&self.epoll, &mut events[..], timeout.as_ref());
-        self.polling.0.wakes_up(asleep_since);
+        self.busy_poll.0.end_sleep(asleep_since);
         if self.stopping.load(Ordering::SeqCst) {
             return Wakeup::Stop;
         }
@@ -371,18 +362,18 @@ impl Queue {
     }
 
     /// Wakes one sleeping worker.
-    pub(super) fn call_for_help(&self) {
-        signal(&self.help);
+    pub(super) fn wake_one(&self) {
+        signal(&self.wake);
     }
 
-    /// Tells all workers to finish what they serve and to take nothing more.
+    /// Makes all workers end after the requests that they serve: they pop no more chains.
     pub(super) fn begin_stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);
         signal(&self.stop);
     }
 
-    /// Logs that the guest broke the ring, and stops taking chains from it.
-    fn broke(&self, state: &mut State, error: &RingError) {
+    /// Logs that the guest broke the ring, and pops no more chains from it.
+    fn mark_broken(&self, state: &mut State, error: &RingError) {
         if !std::mem::replace(&mut state.broken, true) {
             let _scope = Scope::of_queue(self.index).enter();
             log_limited!(Level::Error, "{error}; it is not served until the guest resets the device");
@@ -394,42 +385,42 @@ impl Queue {
     }
 }
 
+/// All accesses to the ring that serving makes.
 impl State {
-    /// Writes the used entry. The guest hears of it with the next [`State::flush`].
-    fn give_back(&mut self, memory: &GuestMemoryMmap, done: Done) -> Result<(), RingError> {
-        self.held = self.held.saturating_add(1);
-        self.ring.give_back(memory, done.head, done.written)
+    /// Adds the used entry. The guest is notified by the next [`State::flush`].
+    fn add_used(&mut self, memory: &GuestMemoryMmap, used: Used) -> Result<(), RingError> {
+        self.coalescing.add_used();
+        self.ring.give_back(memory, used.head, used.written)
     }
 
-    /// Returns whom to notify of all that was given back, if the guest wants that.
+    /// Returns the eventfd to signal for the used entries, if the guest wants a notification.
     fn flush(&mut self, memory: &GuestMemoryMmap) -> Result<Option<Arc<OwnedFd>>, RingError> {
-        if std::mem::take(&mut self.held) == 0 {
+        if self.coalescing.take_used() == 0 {
             return Ok(None);
         }
         let wanted = self.ring.wants_notification(memory)?;
-        Ok(if wanted { self.announce(true) } else { None })
+        Ok(if wanted { self.notification(true) } else { None })
     }
 
-    /// Whom to notify: of something `new`, or of what was given back while there was nobody. With
-    /// EVENT_IDX the guest wants to hear of one entry alone: it would not hear of the next ones either.
-    fn announce(&mut self, new: bool) -> Option<Arc<OwnedFd>> {
-        let wanted = new || self.unannounced;
-        self.unannounced = wanted && self.call.is_none();
+    /// The eventfd to signal for a `new` notification, or for one that was due without an eventfd. With
+    /// EVENT_IDX the guest wants one for a certain entry only: if that is lost, none follows.
+    fn notification(&mut self, new: bool) -> Option<Arc<OwnedFd>> {
+        let wanted = new || self.owes_notification;
+        self.owes_notification = wanted && self.call.is_none();
         self.statistics.notifications += u64::from(wanted && self.call.is_some());
         if wanted { self.call.clone() } else { None }
     }
 
-    /// Takes a chain. The guest kicks for the next one exactly if none waits behind this one. If
-    /// there is none at all, it kicks only if this is the last look before the worker sleeps.
+    /// Pops a chain. The guest kicks for the next one exactly if none waits behind this one.
     #[inline]
-    fn take(&mut self, memory: &GuestMemoryMmap, look: Look) -> Result<Option<Next>, RingError> {
+    fn pop(&mut self, memory: &GuestMemoryMmap, if_empty: IfEmpty) -> Result<Option<PoppedChain>, RingError> {
         let mut waiting = self.ring.waiting(memory)?;
-        if waiting == 0 && look == Look::Last {
+        if waiting == 0 && if_empty == IfEmpty::EnableKicks {
             self.ring.ask_for_kick(memory)?;
             waiting = self.ring.waiting(memory)?;
         }
         if waiting == 0 {
-            if look == Look::Early {
+            if if_empty == IfEmpty::DisableKicks {
                 self.ring.refuse_kicks(memory)?;
             }
             return Ok(None);
@@ -443,53 +434,12 @@ impl State {
             waiting = self.ring.waiting(memory)?;
         }
         self.statistics.requests += 1;
-        Ok(Some(Next { head, waiting: u32::from(waiting), slow: self.service_time > SLOW }))
+        let backlog = Backlog { waiting: u32::from(waiting), slow: self.coalescing.is_slow() };
+        Ok(Some(PoppedChain { head, backlog }))
     }
 }
 
-/// Whether the guest may hear later of the `held` chains that were given back, since `waiting` more follow, which take
-/// `each` nanoseconds.
-fn may_hold(held: u32, waiting: u32, each: u32) -> bool {
-    if waiting == 0 || held >= MOST_HELD {
-        return false;
-    }
-    let (done, left) = (held.saturating_mul(each), waiting.saturating_mul(each));
-    done < if left < ANSWER { WORTH } else { HOLD }
-}
-
-/// An average with one more value, which has an eighth of the weight.
-fn moved_average(average: u32, value: u32) -> u32 {
-    average - average / 8 + value.min(MOST_COUNTED) / 8
-}
-
-/// Adds one to an eventfd. It only fails when the counter is full, and then somebody is woken anyway.
+/// Adds one to an eventfd. It only fails when the counter is full, and then a wake-up is due anyway.
 fn signal(eventfd: impl AsFd) {
     let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_request_that_sleeps_does_not_make_a_queue_slow() {
-        let fast = (0..100).fold(0, |average, _| moved_average(average, 2_000));
-        assert!(moved_average(fast, 100_000_000) < ANSWER.min(SLOW));
-        assert!((0..100).fold(fast, |average, _| moved_average(average, 200_000)) > SLOW);
-    }
-
-    #[test]
-    fn notifications_are_held_while_there_is_enough_to_do() {
-        // Requests of one microsecond: with many behind them, the guest hears of 30 at once.
-        assert!(may_hold(29, 100, 1_000));
-        assert!(!may_hold(30, 100, 1_000));
-        // With less to do than the guest takes to answer, it hears of ten.
-        assert!(may_hold(9, 19, 1_000));
-        assert!(!may_hold(10, 19, 1_000));
-        assert!(!may_hold(1, 0, 1_000));
-        // Slow ones are told of at once, and however fast they are, not more than 32 are held.
-        assert!(!may_hold(1, 1, 10_000));
-        assert!(!may_hold(1, 100, 30_000));
-        assert!(!may_hold(32, 100, 0));
-    }
 }

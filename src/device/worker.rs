@@ -1,390 +1,164 @@
-//! The threads that serve a queue.
+//! A worker: a thread that pops chains, serves them and sleeps in between.
 //!
-//! A queue begins with one worker and grows: a worker that is about to serve while nobody sleeps
-//! on the queue starts another one, up to the limit. When chains wait and requests are slow, the
-//! worker wakes an idle one at once; when requests are fast, waking costs more than it gains, and
-//! only the [`Watch`] wakes one if the queue stands still for a tick. [`WorkerCount`] keeps count.
+//! A worker that is about to serve while no other one is idle starts another one, up to the pool's limit:
+//! there has to be a listener for the next kick. When chains wait and requests are slow, the worker wakes an
+//! idle one at once. When requests are fast, a wake-up costs more than it gains, and only the
+//! [watchdog](super::watchdog) wakes a worker, if the queue makes no progress for a tick.
 
-use std::mem;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use rustix::event::Timespec;
 use rustix::io::Errno;
-use vm_memory::GuestAddressSpace;
 
-use super::chain::ChainBuffers;
-use super::queue::{Done, Next, Queue, QueueError, Wakeup};
-use super::watch::Watch;
-use super::worker_count::{Action, Parked, WorkerCount};
+use super::inflight::{Completion, InFlight, Popped, Scratch};
+use super::queue::{Backlog, Wakeup};
+use super::worker_count::Parked;
+use super::worker_pool::WorkerPool;
 use crate::blocking::{Hook, HookGuard, take_blocked};
-use crate::logging::{Scope, info_limited, warn_limited};
-use crate::service::{Scratch, Service};
-use crate::sys::memory;
-use fuse_protocol::ids::Unique;
+use crate::logging::warn_limited;
+use crate::server::Class;
 
 /// How long a worker is idle or parked before it exits.
-const LINGER: Duration = Duration::from_secs(10);
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Workers of all queues that are replaced at once while they are blocked: each is a thread, and the
 /// host has only so many.
 const MAX_BLOCKED: usize = 1024;
-/// How often a stop repeats its interruption of waits for locks, which may begin at any moment.
-const INTERRUPT_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Workers that are blocked and replaced.
 static BLOCKED: AtomicUsize = AtomicUsize::new(0);
 
-/// A queue, and the threads that serve it until it is stopped.
-pub(super) struct Crew {
-    queue: Queue,
-    service: Arc<Service>,
-    watch: Arc<Watch>,
-    worker_count: WorkerCount,
-    threads: Mutex<Vec<JoinHandle<()>>>,
-    /// Requests that may wait for others, each on a thread of its own, in the order of their arrival.
-    apart: Mutex<Vec<Apart>>,
-    /// Requests taken when the watch looked last.
-    seen_by_watch: AtomicU64,
+/// A worker of a pool.
+pub(super) struct Worker {
+    pool: Arc<WorkerPool>,
 }
 
-/// A request that is served apart.
-#[derive(Debug)]
-struct Apart {
-    unique: Unique,
-    head: u16,
-    /// It was to wait on when the queue was stopped.
-    put_back: bool,
-}
-
-/// What a worker keeps from request to request, so that none allocates.
-#[derive(Default)]
-pub(super) struct Kit {
-    chain: ChainBuffers,
-    scratch: Scratch,
-}
-
-impl Crew {
-    /// Starts serving `queue` with one worker that may grow to `limit` (at least one). Chains in
-    /// `put_back` were taken from the ring before it was stopped, and come first.
-    pub fn start(
-        queue: Queue,
-        service: Arc<Service>,
-        watch: &Arc<Watch>,
-        limit: usize,
-        put_back: &[u16],
-    ) -> Result<Arc<Crew>, QueueError> {
-        let crew = Crew::new(queue, service, watch, limit.max(1));
-        crew.try_perform(crew.worker_count.spawn_if_allowed())
-            .map_err(|source| QueueError::Thread { index: crew.queue.index(), source })?;
-        watch.add(&crew);
-        put_back.iter().for_each(|head| crew.serve_again(*head));
-        Ok(crew)
+impl Worker {
+    /// A worker of `pool`, which counts it already.
+    pub fn new(pool: Arc<WorkerPool>) -> Worker {
+        Worker { pool }
     }
 
-    /// A crew whose only worker is the caller, by [`Crew::wait_and_serve`].
-    pub fn without_workers(queue: Queue, service: Arc<Service>, watch: &Arc<Watch>) -> Arc<Crew> {
-        Crew::new(queue, service, watch, 1)
+    /// Memory for the worker's requests.
+    pub fn scratch(&self) -> Scratch {
+        Scratch::new(self.pool.shared_queue())
     }
 
-    fn new(queue: Queue, service: Arc<Service>, watch: &Arc<Watch>, limit: usize) -> Arc<Crew> {
-        Arc::new(Crew {
-            queue,
-            service,
-            watch: Arc::clone(watch),
-            worker_count: WorkerCount::new(limit),
-            threads: Mutex::default(),
-            apart: Mutex::default(),
-            seen_by_watch: AtomicU64::new(0),
-        })
-    }
-
-    /// Waits for a kick and serves what has come.
-    pub fn wait_and_serve(self: &Arc<Self>, kit: &mut Kit) {
-        if self.sleep(None) == Wakeup::Work {
-            self.serve_what_waits(kit);
-        }
-    }
-
-    /// The queue that is served.
-    pub fn queue(&self) -> &Queue {
-        &self.queue
-    }
-
-    /// Stops: nothing more is taken, and what is in flight is finished, but for requests that wait for
-    /// locks: their chains are put back into the ring or, where later ones are done already, returned,
-    /// to be served when the queue goes on. Nothing touches the ring after the return, and the caller
-    /// has the last reference.
-    pub fn stop(self: &Arc<Self>) -> Vec<u16> {
-        self.queue.begin_stop();
-        self.worker_count.stop();
-        self.watch.remove(self);
-        self.worker_count.wait_until_empty(INTERRUPT_INTERVAL, || {
-            for apart in self.apart().iter().filter(|apart| !apart.put_back) {
-                self.service.put_back(apart.unique);
-            }
-        });
-        // Its descriptors have to be free before the queue is started anew: there may be no others.
-        let threads = mem::take(&mut *self.threads());
-        for thread in threads {
-            // A worker that failed has left a message already.
-            let _ = thread.join();
-        }
-        let statistics = self.queue.statistics();
-        if statistics.requests > 0 {
-            let _scope = Scope::of_queue(self.queue.index()).enter();
-            info_limited!(
-                "{} requests, {} notifications, {} requests found by looking",
-                statistics.requests,
-                statistics.notifications,
-                statistics.found_by_looking
-            );
-        }
-        self.queue.put_back(mem::take(&mut *self.apart()).into_iter().map(|apart| apart.head).collect())
-    }
-
-    /// Called by the watch: if no chain was taken since the last call, notifies the guest of those
-    /// given back, and wakes a worker if chains wait. Returns whether chains wait.
-    pub fn check_progress(self: &Arc<Self>) -> bool {
-        let requests = self.queue.statistics().requests;
-        let stands_still = self.seen_by_watch.swap(requests, Ordering::Relaxed) == requests;
-        let backlog = self.queue.has_backlog();
-        if stands_still {
-            self.queue.flush_held();
-            if backlog {
-                self.perform(self.worker_count.wake_or_spawn());
-            }
-        }
-        backlog
-    }
-
-    /// Wakes or spawns a worker. Failure is no more than slower service.
-    fn perform(self: &Arc<Self>, action: Action) {
-        if let Err(error) = self.try_perform(action) {
-            let _scope = Scope::of_queue(self.queue.index()).enter();
-            warn_limited!("cannot start another worker: {error}");
-        }
-    }
-
-    fn try_perform(self: &Arc<Self>, action: Action) -> std::io::Result<()> {
-        match action {
-            Action::Nothing => Ok(()),
-            Action::WakeOne => {
-                self.queue.call_for_help();
-                Ok(())
-            }
-            Action::Spawn => {
-                let started = self.start_thread("q", |crew| crew.work());
-                if started.is_err() {
-                    self.worker_count.exit();
-                }
-                started
-            }
-        }
-    }
-
-    /// Starts a thread that [`Crew::stop`] will join.
-    fn start_thread(
-        self: &Arc<Self>,
-        kind: &str,
-        run: impl FnOnce(Arc<Crew>) + Send + 'static,
-    ) -> std::io::Result<()> {
-        memory::ask_for_a_thread()?;
-        let crew = Arc::clone(self);
-        let name = format!("lanefsd-{kind}{}", self.queue.index());
-        let mut threads = self.threads();
-        threads.retain(|thread| !thread.is_finished());
-        threads.try_reserve(1).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
-        let scope = Scope::of_queue(self.queue.index());
-        let run = move || {
-            let _scope = scope.enter();
-            run(crew);
-        };
-        threads.push(thread::Builder::new().name(name).spawn(run)?);
-        Ok(())
-    }
-
-    /// A worker's life.
-    fn work(self: Arc<Self>) {
-        let _hook = HookGuard::install(Box::new(Worker(Arc::clone(&self))));
-        let mut kit = Kit::default();
+    /// Serves the queue until it stops, or until the worker is not needed any more.
+    pub fn run(self) {
+        let _hook = HookGuard::install(Box::new(Replacement(Arc::clone(&self.pool))));
+        let count = self.pool.worker_count();
+        let mut scratch = self.scratch();
         loop {
-            if self.serve_what_waits(&mut kit) == Parked::Exit {
-                return;
+            match self.process_queue(scratch) {
+                Some(vacant) => scratch = vacant,
+                None => return,
             }
-            let longest = Timespec { tv_sec: LINGER.as_secs().cast_signed(), tv_nsec: 0 };
-            match self.sleep(if self.worker_count.is_at_core_size() { None } else { Some(longest) }) {
+            let keep_alive = Timespec { tv_sec: KEEP_ALIVE.as_secs().cast_signed(), tv_nsec: 0 };
+            match self.sleep(if count.is_at_core_size() { None } else { Some(keep_alive) }) {
                 Wakeup::Work => {}
-                Wakeup::Idle if self.worker_count.try_exit() => return,
+                Wakeup::Idle if count.try_exit() => return,
                 Wakeup::Idle => {}
                 Wakeup::Stop => break,
             }
         }
-        self.worker_count.exit();
+        count.exit();
+    }
+
+    /// Waits for a kick and serves the chains that have come. Returns the scratch memory, unless the worker
+    /// exits.
+    pub fn process_kick(&self, scratch: Scratch) -> Option<Scratch> {
+        if self.sleep(None) == Wakeup::Work { self.process_queue(scratch) } else { Some(scratch) }
     }
 
     fn sleep(&self, timeout: Option<Timespec>) -> Wakeup {
-        self.worker_count.begin_idle();
-        let woken = self.queue.wait(timeout);
-        self.worker_count.end_idle();
-        woken
+        let count = self.pool.worker_count();
+        count.begin_idle();
+        let wakeup = self.pool.queue().wait(timeout);
+        count.end_idle();
+        wakeup
     }
 
-    /// Serves chains until none waits, or until the worker is one too many.
-    fn serve_what_waits(self: &Arc<Self>, kit: &mut Kit) -> Parked {
-        let (mut done, mut took) = (None, None);
-        let mut begin = Instant::now();
-        while let Some(next) = self.queue.advance(done, took) {
-            self.see_to_the_others(next);
-            done = self.serve(next.head, kit);
-            let end = Instant::now();
-            took = Some(u32::try_from((end - begin).as_nanos()).unwrap_or(u32::MAX));
-            begin = end;
-            if take_blocked() && self.worker_count.is_over_limit() {
-                if let Some(done) = done.take() {
-                    self.queue.give_back(done);
-                }
+    /// Serves chains until the ring is empty. Returns the scratch memory, unless the worker exits.
+    fn process_queue(&self, scratch: Scratch) -> Option<Scratch> {
+        let mut found = scratch.pop();
+        loop {
+            let (popped, backlog) = match found {
+                Ok(found) => found,
+                Err(scratch) => return Some(scratch),
+            };
+            self.ensure_listener(backlog);
+            let completion = self.serve(popped);
+            found = if take_blocked() && self.pool.worker_count().is_over_limit() {
+                let scratch = completion.map(Completion::add_used);
                 if self.park() == Parked::Exit {
-                    return Parked::Exit;
+                    return None;
                 }
-            }
-        }
-        Parked::Resume
-    }
-
-    /// Parks the worker, which is one too many. Chains that wait are left to others.
-    fn park(self: &Arc<Self>) -> Parked {
-        if self.queue.has_backlog() {
-            self.perform(self.worker_count.wake_or_spawn());
-        }
-        self.worker_count.park(LINGER)
-    }
-
-    /// Makes sure that while this worker serves, somebody hears the next kick, and that chains
-    /// which wait already do not wait for this one.
-    fn see_to_the_others(self: &Arc<Self>, next: Next) {
-        let may_grow = self.worker_count.limit() > 1;
-        if may_grow && self.worker_count.idle() == 0 {
-            self.perform(self.worker_count.spawn_if_allowed());
-        }
-        if next.waiting > 0 {
-            if may_grow && next.slow {
-                self.perform(self.worker_count.wake_or_spawn());
+                scratch.unwrap_or_else(|| self.scratch()).pop()
             } else {
-                self.watch.wake();
-            }
+                match completion {
+                    Some(completion) => completion.pop_next(),
+                    None => self.scratch().pop(),
+                }
+            };
         }
     }
 
-    /// Serves one chain; `None` if it went to a thread of its own.
-    fn serve(self: &Arc<Self>, head: u16, kit: &mut Kit) -> Option<Done> {
-        let memory = self.queue.memory().memory();
-        let walked = kit.chain.walk(&memory, self.queue.layout(), head);
-        let (mut input, output) = match walked {
-            Ok(ends) => ends,
-            Err(error) => {
-                warn_limited!("a malformed chain: {error}");
-                return Some(Done { head, written: 0 });
-            }
-        };
-        let Some(header) = Service::read_header(&mut input) else {
-            warn_limited!("a request without a header");
-            return Some(Done { head, written: 0 });
-        };
-        let written = if Service::may_wait_for_others(&header) {
-            if self.serve_apart(head, header.unique()) {
-                return None;
-            }
-            Service::refuse(&header, output, Errno::NOLCK)
-        } else {
-            self.service.serve(&header, input, output, &mut kit.scratch)
-        };
-        Some(Done { head, written })
+    /// Parks the worker, which is one too many. Other workers serve the chains that wait.
+    fn park(&self) -> Parked {
+        let pool = &self.pool;
+        if pool.queue().has_backlog() {
+            pool.wake_or_spawn();
+        }
+        pool.worker_count().park(KEEP_ALIVE)
     }
 
-    /// Serves a chain on a thread of its own, since it may have to wait for another request.
-    /// Returns false if there are too many of these already.
-    fn serve_apart(self: &Arc<Self>, head: u16, unique: Unique) -> bool {
-        if !self.worker_count.begin_apart() {
-            return false;
+    /// Makes sure that while this worker serves, another one waits for the next kick, and that chains
+    /// in the ring do not wait for this request.
+    fn ensure_listener(&self, backlog: Backlog) {
+        let (pool, count) = (&self.pool, self.pool.worker_count());
+        let may_grow = count.limit() > 1;
+        if may_grow && count.idle() == 0 {
+            pool.perform(count.spawn_if_allowed());
         }
-        self.apart().push(Apart { unique, head, put_back: false });
-        let started = self.start_thread("w", move |crew| {
-            let written = crew.serve_and_wait(head);
-            if let Some(written) = written {
-                crew.queue.give_back(Done { head, written });
-            }
-            crew.end_apart(head, written.is_none());
-        });
-        if started.is_err() {
-            self.end_apart(head, false);
-        }
-        started.is_ok()
-    }
-
-    /// A request that was served apart is done, or put back. (That happens to one of a queue that runs
-    /// only if its number is that of another request: then the guest waits for what it has lost.)
-    fn end_apart(&self, head: u16, put_back: bool) {
-        let mut apart = self.apart();
-        if let Some(place) = apart.iter().position(|apart| apart.head == head && !apart.put_back) {
-            if put_back {
-                apart.iter_mut().skip(place).take(1).for_each(|apart| apart.put_back = true);
+        if backlog.waiting > 0 {
+            if may_grow && backlog.slow {
+                pool.wake_or_spawn();
             } else {
-                apart.remove(place);
+                pool.arm_watchdog();
             }
         }
-        drop(apart);
-        self.worker_count.end_apart();
     }
 
-    /// Serves a chain that may wait; `None` if it is to be served again.
-    ///
-    /// It is walked anew, as the segments of the first walk belong to the worker. A guest that has
-    /// changed the chain meanwhile is served what stands there now.
-    fn serve_and_wait(&self, head: u16) -> Option<u32> {
-        let mut kit = Kit::default();
-        let memory = self.queue.memory().memory();
-        let Ok((mut input, output)) = kit.chain.walk(&memory, self.queue.layout(), head) else {
-            return Some(0);
+    /// Serves one chain; `None` if its request went to a thread of its own.
+    fn serve(&self, popped: Popped) -> Option<Completion> {
+        let request = match popped.decode() {
+            Ok(request) => request,
+            Err((error, completion)) => {
+                warn_limited!("{error}");
+                return Some(completion);
+            }
         };
-        let Some(header) = Service::read_header(&mut input) else { return Some(0) };
-        self.service.serve_and_wait(&header, input, output, &mut kit.scratch)
-    }
-
-    /// Serves a chain that was put back when the queue was stopped. Whatever the guest has made of it
-    /// since, it does not block the calling thread.
-    fn serve_again(self: &Arc<Self>, head: u16) {
-        let mut kit = Kit::default();
-        let memory = self.queue.memory().memory();
-        let mut written = 0;
-        if let Ok((mut input, output)) = kit.chain.walk(&memory, self.queue.layout(), head)
-            && let Some(header) = Service::read_header(&mut input)
-        {
-            if self.serve_apart(head, header.unique()) {
-                return;
-            }
-            written = Service::refuse(&header, output, Errno::NOLCK);
+        match request.class() {
+            Class::Inline => Some(request.serve(self.pool.service())),
+            Class::Blocking => self.spawn_blocking(request),
         }
-        self.queue.give_back(Done { head, written });
     }
 
-    fn apart(&self) -> MutexGuard<'_, Vec<Apart>> {
-        self.apart.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Serves a request on a thread of its own, or refuses it if there are too many of these.
+    fn spawn_blocking(&self, request: InFlight) -> Option<Completion> {
+        self.pool.spawn_blocking(request).err().map(|request| request.refuse(Errno::NOLCK))
     }
 }
 
 /// Replaces its worker while that is blocked.
-struct Worker(Arc<Crew>);
+struct Replacement(Arc<WorkerPool>);
 
-impl Hook for Worker {
+impl Hook for Replacement {
     fn begin_blocking(&self) -> bool {
         if BLOCKED.fetch_add(1, Ordering::Relaxed) < MAX_BLOCKED
-            && let Some(action) = self.0.worker_count.begin_blocking()
+            && let Some(action) = self.0.worker_count().begin_blocking()
         {
             self.0.perform(action);
             return true;
@@ -394,7 +168,7 @@ impl Hook for Worker {
     }
 
     fn end_blocking(&self) {
-        self.0.worker_count.end_blocking();
+        self.0.worker_count().end_blocking();
         BLOCKED.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -1,14 +1,14 @@
-//! How many threads serve a queue, and which of them may exit.
+//! The number of threads that serve a queue, and which of them may exit.
 //!
-//! A worker that is about to serve spawns another one if no worker is idle, and a worker that finds
-//! chains waiting wakes an idle one. Both rely on idle workers to come. So a worker whose idle time is
-//! over exits only if another worker is idle after it has been taken off the count of idle ones;
-//! otherwise it looks at the ring once more and is idle again. The check and the update of the count are
-//! one step under the lock: of the workers that time out together, not too many can exit.
+//! A worker that is about to serve spawns another one if no worker is idle, and a worker that leaves chains
+//! in the ring wakes an idle one. Both rely on it that an idle worker wakes up. So a worker whose idle time
+//! is over exits only if another worker is idle, itself not counted; otherwise it polls the ring once more
+//! and is idle again. The check and the update of the count are one step under the lock: of the workers that
+//! time out together, not too many can exit.
 //!
-//! A worker that is blocked by another request does not count against the limit. When it goes on, there
-//! may be one too many. Then it parks: it takes no more chains until it is needed, or until it has been
-//! parked for long.
+//! A worker that is blocked by another request does not count against the limit. When it continues, the
+//! limit may be exceeded. Then it parks: it pops no more chains until it is unparked, or it exits after the
+//! keep-alive time.
 
 use std::time::Duration;
 
@@ -16,9 +16,10 @@ use crate::sync::{AtomicBool, AtomicUsize, Condvar, Mutex, MutexGuard, Ordering,
 
 /// Workers that never exit: one that serves and one that waits for the next kick.
 const CORE_WORKERS: usize = 2;
-/// Workers of one queue that are replaced while they are blocked; also requests that are served on
-/// threads of their own.
-const MAX_BLOCKED: usize = 256;
+/// Workers of one queue that are replaced while they are blocked.
+const MAX_BLOCKED_WORKERS: usize = 256;
+/// Requests of one queue that are served on threads of their own.
+const MAX_BLOCKING_REQUESTS: usize = 256;
 
 /// The threads of a queue.
 #[derive(Debug)]
@@ -30,12 +31,12 @@ pub struct WorkerCount {
     unparked: Condvar,
 }
 
-/// What changes whenever a worker goes to sleep or wakes up, in a cache line of its own.
+/// The state that every sleep and every wake-up changes, in cache lines of its own.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Idle {
     count: AtomicUsize,
-    /// One was woken and has not come yet.
+    /// A worker was woken and is not awake yet.
     woken: AtomicBool,
 }
 
@@ -43,21 +44,21 @@ struct Idle {
 struct Threads {
     /// All workers.
     workers: usize,
-    /// Workers that are blocked by another request, and do not count.
+    /// Workers that are blocked by another request. They do not count against the limit.
     blocked: usize,
     /// Workers that are parked.
     parked: usize,
-    /// Workers that were unparked, and have not noticed yet.
+    /// Workers that were unparked and do not run yet.
     unparked: usize,
-    /// Requests that are served apart.
-    apart: usize,
+    /// Requests that are served on threads of their own.
+    blocking_requests: usize,
     stopping: bool,
 }
 
-/// What the caller has to do so that another worker comes.
+/// How the caller gets another worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Nothing: one comes anyway, or there may be no more.
+    /// Nothing to do: one is on its way, or the limit is reached.
     Nothing,
     /// Wake one that is idle.
     WakeOne,
@@ -65,7 +66,7 @@ pub enum Action {
     Spawn,
 }
 
-/// What a worker does after it was parked.
+/// How a worker continues after it was parked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parked {
     /// It serves.
@@ -108,13 +109,13 @@ impl WorkerCount {
         self.idle.count.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// It is awake. It has to look at the ring afterwards, unless it exits.
+    /// It is awake. It has to poll the ring afterwards, unless it exits.
     pub fn end_idle(&self) {
         self.idle.count.fetch_sub(1, Ordering::SeqCst);
         self.idle.woken.store(false, Ordering::SeqCst);
     }
 
-    /// Whether a worker that is about to sleep would never exit.
+    /// Whether there are so few workers that none exits: their sleeps need no timeout.
     pub fn is_at_core_size(&self) -> bool {
         self.lock().active() <= self.core_size()
     }
@@ -139,7 +140,7 @@ impl WorkerCount {
         if self.idle() == 0 {
             return self.spawn_if_allowed();
         }
-        // One that was woken and has not come yet is enough.
+        // One worker that was woken and is not awake yet is enough.
         if self.idle.woken.swap(true, Ordering::SeqCst) { Action::Nothing } else { Action::WakeOne }
     }
 
@@ -165,27 +166,27 @@ impl WorkerCount {
     /// The calling worker is about to block. `None` if too many are blocked: then it still counts.
     pub fn begin_blocking(&self) -> Option<Action> {
         let mut threads = self.lock();
-        if threads.blocked >= MAX_BLOCKED {
+        if threads.blocked >= MAX_BLOCKED_WORKERS {
             return None;
         }
         threads.blocked += 1;
         Some(if self.idle() == 0 { self.spawn_locked(&mut threads) } else { Action::Nothing })
     }
 
-    /// It goes on.
+    /// The worker continues.
     pub fn end_blocking(&self) {
         let mut threads = self.lock();
         threads.blocked = threads.blocked.saturating_sub(1);
     }
 
-    /// Whether there is one worker too many, after one was blocked.
+    /// Whether the limit is exceeded, after a worker was blocked.
     pub fn is_over_limit(&self) -> bool {
         let threads = self.lock();
         threads.active() > self.limit && !threads.stopping
     }
 
-    /// Parks the calling worker until it is needed; it exits after `longest`.
-    pub fn park(&self, longest: Duration) -> Parked {
+    /// Parks the calling worker until it is unparked; it exits after `keep_alive`.
+    pub fn park(&self, keep_alive: Duration) -> Parked {
         let mut threads = self.lock();
         if threads.active() <= self.limit {
             return Parked::Resume;
@@ -199,7 +200,7 @@ impl WorkerCount {
             if threads.stopping {
                 break;
             }
-            let waited = self.unparked.wait_timeout(threads, longest);
+            let waited = self.unparked.wait_timeout(threads, keep_alive);
             let result;
             (threads, result) = waited.unwrap_or_else(PoisonError::into_inner);
             if result.timed_out() && threads.unparked == 0 {
@@ -211,36 +212,36 @@ impl WorkerCount {
         Parked::Exit
     }
 
-    /// A request is to be served apart; false if too many are.
-    pub fn begin_apart(&self) -> bool {
+    /// Counts a request that is served on a thread of its own; false if there are too many.
+    pub fn begin_blocking_request(&self) -> bool {
         let mut threads = self.lock();
-        let room = threads.apart < MAX_BLOCKED;
-        threads.apart += usize::from(room);
+        let room = threads.blocking_requests < MAX_BLOCKING_REQUESTS;
+        threads.blocking_requests += usize::from(room);
         room
     }
 
-    /// It is done.
-    pub fn end_apart(&self) {
+    /// The request is completed, or has got no thread.
+    pub fn end_blocking_request(&self) {
         let mut threads = self.lock();
-        threads.apart = threads.apart.saturating_sub(1);
+        threads.blocking_requests = threads.blocking_requests.saturating_sub(1);
         self.exited.notify_all();
     }
 
-    /// No worker is spawned or parked any more.
+    /// Unparks all workers; none is spawned or parked any more.
     pub fn stop(&self) {
         self.lock().stopping = true;
         self.unparked.notify_all();
     }
 
-    /// Waits until all have exited; while requests are served apart, calls `interrupt` every `interval`.
+    /// Waits until all threads have ended; while there are blocking requests, calls `interrupt` every `interval`.
     pub fn wait_until_empty(&self, interval: Duration, interrupt: impl Fn()) {
         let mut threads = self.lock();
-        while threads.workers > 0 || threads.apart > 0 {
-            if threads.apart > 0 {
+        while threads.workers > 0 || threads.blocking_requests > 0 {
+            if threads.blocking_requests > 0 {
                 drop(threads);
                 interrupt();
                 threads = self.lock();
-                if threads.workers == 0 && threads.apart == 0 {
+                if threads.workers == 0 && threads.blocking_requests == 0 {
                     return;
                 }
             }
@@ -325,16 +326,16 @@ mod tests {
     }
 
     #[test]
-    fn so_many_are_replaced_and_no_more() {
+    fn the_number_of_replaced_workers_is_limited() {
         let worker_count = with(1, 1);
-        for _ in 0..MAX_BLOCKED {
+        for _ in 0..MAX_BLOCKED_WORKERS {
             assert_eq!(worker_count.begin_blocking(), Some(Action::Spawn));
         }
         assert_eq!(worker_count.begin_blocking(), None);
     }
 
     #[test]
-    fn a_stop_unparks_and_spawns_nobody() {
+    fn a_stop_unparks_workers_and_spawns_none() {
         let worker_count = with(1, 1);
         assert_eq!(worker_count.begin_blocking(), Some(Action::Spawn));
         worker_count.end_blocking();
@@ -348,6 +349,6 @@ mod tests {
         });
         assert_eq!(worker_count.spawn_if_allowed(), Action::Nothing);
         worker_count.exit();
-        worker_count.wait_until_empty(Duration::ZERO, || panic!("nobody is apart"));
+        worker_count.wait_until_empty(Duration::ZERO, || panic!("there is no blocking request"));
     }
 }

@@ -41,14 +41,20 @@ struct Buffers {
     listing: Vec<u8>,
 }
 
+/// On which thread a request is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// On the worker's that popped it.
+    Inline,
+    /// On one of its own: it may wait for another request of the same guest.
+    Blocking,
+}
+
 /// Serves FUSE requests out of a file system.
 pub struct Server {
     fs: Arc<dyn FileSystem>,
     session: Session,
 }
-
-/// The name of [`Server`] until its users have the new one.
-pub use Server as Service;
 
 impl Server {
     /// A server without a session; it begins with INIT.
@@ -57,11 +63,11 @@ impl Server {
         Server { fs, session }
     }
 
-    /// The header of the request in `input`, or `None` if it is shorter than that.
-    pub fn read_header(input: &mut GuestReader<'_>) -> Option<RawHeader> {
+    /// The header of the request in `input`, where it stays, or `None` if `input` is shorter than that.
+    pub fn read_header(input: &GuestReader<'_>) -> Option<RawHeader> {
         let mut header = abi::InHeader::new_zeroed();
         let bytes = header.as_mut_bytes();
-        (input.read(bytes) == bytes.len()).then(|| RawHeader::from(header))
+        (input.peek(bytes) == bytes.len()).then(|| RawHeader::from(header))
     }
 
     /// The device has more descriptors than before, or fewer.
@@ -69,10 +75,9 @@ impl Server {
         self.fs.keep_back(device);
     }
 
-    /// Whether a request may wait for another one of the same guest, and so needs a thread of its
-    /// own.
-    pub fn may_wait_for_others(header: &RawHeader) -> bool {
-        header.opcode() == Some(Opcode::Setlkw)
+    /// On which thread the request is served.
+    pub fn class(header: &RawHeader) -> Class {
+        if header.opcode() == Some(Opcode::Setlkw) { Class::Blocking } else { Class::Inline }
     }
 
     /// Ends the wait of request `unique`, if it waits: [`Server::serve_and_wait`] returns `None`.
@@ -86,7 +91,7 @@ impl Server {
         self.session.exclusive(&*self.fs, || self.session.destroy(&*self.fs));
     }
 
-    /// Serves the request whose `header` was read off `input`, and returns how many bytes of
+    /// Serves the request with `header`, which stands before `input`, and returns how many bytes of
     /// `output` are valid.
     pub fn serve(
         &self,

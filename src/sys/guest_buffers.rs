@@ -119,6 +119,11 @@ impl<'a> GuestReader<'a> {
         self.segments.advance(count);
     }
 
+    /// Copies bytes from the front into `buffer`, and leaves them there; returns how many there were.
+    pub fn peek(&self, buffer: &mut [u8]) -> usize {
+        copy_in(self.segments.iov, buffer)
+    }
+
     /// Copies bytes from the front into `buffer` and moves on; returns how many there were.
     pub fn read(&mut self, buffer: &mut [u8]) -> usize {
         let done = copy_in(self.segments.iov, buffer);

@@ -147,38 +147,38 @@ fn a_slow_request_does_not_hold_back_the_news_of_fast_ones() {
     }
 }
 
-/// Requests of 500 one after the other that queue 1 found by looking at the ring longer.
-fn found_by_looking(backend: &mut Backend, session: Session) -> u64 {
+/// Busy-poll hits of queue 1 in 500 requests one after the other.
+fn busy_poll_hits(backend: &mut Backend, session: Session) -> u64 {
     let client = session.client();
     for _ in 0..500 {
-        // What is refused at once is fast on any machine, and slow requests are not followed by a look.
+        // What is refused at once is fast on any machine, and no worker polls after slow requests.
         assert_eq!(common::errno(client.read(ROOT, 99_999, 0, 1)), libc::EBADF);
     }
     drop(session);
-    common::wait_for_words(backend, "requests found by looking");
+    common::wait_for_words(backend, "busy-poll hits");
     let stderr = backend.stderr();
     let line = stderr.lines().rfind(|line| line.contains("queue 1: ")).unwrap();
-    let count = line.strip_suffix(" requests found by looking").unwrap().rsplit(' ').next().unwrap();
+    let count = line.strip_suffix(" busy-poll hits").unwrap().rsplit(' ').next().unwrap();
     count.parse().unwrap()
 }
 
 #[test]
-fn a_guest_that_answers_at_once_is_found_by_looking() {
+fn busy_polling_finds_a_guest_that_answers_at_once() {
     if std::thread::available_parallelism().map_or(1, usize::from) < 2 {
-        println!("with one CPU no worker looks: not tested");
+        println!("with one CPU no worker polls: not tested");
         return;
     }
     // Where other programs take the CPUs, a request may look slow: then once more.
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         let (mut backend, session) = common::serve(&["--poll-time=1000"]);
-        if found_by_looking(&mut backend, session) > 0 {
+        if busy_poll_hits(&mut backend, session) > 0 {
             break;
         }
-        assert!(Instant::now() < deadline, "no request was found by looking at the ring");
+        assert!(Instant::now() < deadline, "there was no busy-poll hit");
     }
     let (mut backend, session) = common::serve(&["--poll-time=0"]);
-    assert_eq!(found_by_looking(&mut backend, session), 0);
+    assert_eq!(busy_poll_hits(&mut backend, session), 0);
 }
 
 /// Sets queue 1 up as QEMU does when it goes on without irqfds: the guest's call comes last.

@@ -1,7 +1,7 @@
 //! The workers of a queue and the end of a session under every order of their threads' steps.
 //!
-//! loom also fails a run in which a thread sleeps for ever, so each of these tests shows that no
-//! call and no kick is lost.
+//! loom also fails a run in which a thread never wakes up, so each of these tests shows that no
+//! wake-up and no kick is lost.
 #![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::time::Duration;
@@ -29,11 +29,11 @@ enum Wakeup {
 /// An edge-triggered epoll instance, and the ring.
 #[derive(Default)]
 struct Events {
-    /// Kicks and wake-ups that no worker has taken.
+    /// Kicks and wake-ups that have woken no worker yet.
     edges: usize,
     /// Workers whose idle time is over.
     timeouts: usize,
-    /// Chains that no worker has taken.
+    /// Chains in the ring.
     chains: usize,
     /// The guest kicks for the next chain.
     kick_wanted: bool,
@@ -66,8 +66,8 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    /// Takes a chain. If there is none, the guest is asked to kick for the next one.
-    fn take(&self) -> bool {
+    /// Pops a chain. If there is none, the guest kicks for the next one.
+    fn pop(&self) -> bool {
         let mut events = self.events.lock().unwrap();
         let found = events.chains > 0;
         events.chains -= usize::from(found);
@@ -100,14 +100,14 @@ impl Queue {
     }
 }
 
-/// A worker that sleeps already: until it has taken a chain, or has left.
+/// A worker that sleeps already. It ends after it has popped a chain or exited.
 fn idle_worker(queue: &Arc<Queue>) -> thread::JoinHandle<()> {
     queue.worker_count.begin_idle();
     let queue = Arc::clone(queue);
     thread::spawn(move || {
         let mut woken = queue.sleep_on();
         while woken == Wakeup::Work || !queue.worker_count.try_exit() {
-            if queue.take() {
+            if queue.pop() {
                 return;
             }
             woken = queue.sleep();
@@ -131,7 +131,7 @@ fn perform(queue: &Arc<Queue>, action: Action) -> Option<thread::JoinHandle<()>>
         }
         Action::Spawn => {
             let queue = Arc::clone(queue);
-            Some(thread::spawn(move || while !queue.take() && queue.sleep() == Wakeup::Work {}))
+            Some(thread::spawn(move || while !queue.pop() && queue.sleep() == Wakeup::Work {}))
         }
     }
 }
@@ -158,24 +158,24 @@ fn workers_that_time_out_together_never_all_exit() {
     });
 }
 
-/// One worker serves for long, one more finds a chain waiting behind its own, and the third one's
-/// time to sleep is over at that moment. Somebody has to take the chain.
+/// One worker serves for long, a second one leaves a chain in the ring, and the third one's idle time is
+/// over at that moment. A worker has to pop the chain.
 #[test]
-fn a_worker_that_is_about_to_exit_hears_a_call_for_help() {
+fn a_wake_up_reaches_a_worker_that_is_about_to_exit() {
     check(3, || {
         let queue = Queue::new(3, 3);
         let threads = [idle_worker(&queue), clock(&queue)];
         queue.signal(Events::offer);
         assert!(perform(&queue, queue.worker_count.wake_or_spawn()).is_none());
         threads.into_iter().for_each(|thread| thread.join().unwrap());
-        assert_eq!(queue.events.lock().unwrap().chains, 0, "nobody came");
+        assert_eq!(queue.events.lock().unwrap().chains, 0, "no worker popped the chain");
     });
 }
 
-/// One worker serves for long, one more makes sure that somebody hears the next kick, and serves too.
-/// The third one's time to sleep is over at that moment, and then the guest kicks.
+/// One worker serves for long, a second one makes sure that another worker waits for the next kick, and
+/// serves too. The third one's idle time is over at that moment, and then the guest kicks.
 #[test]
-fn a_kick_is_heard_while_all_but_one_serve() {
+fn a_kick_wakes_a_worker_while_all_but_one_serve() {
     check(3, || {
         let queue = Queue::new(3, 3);
         let threads = [idle_worker(&queue), clock(&queue)];
@@ -184,16 +184,16 @@ fn a_kick_is_heard_while_all_but_one_serve() {
         } else {
             None
         };
-        // From here on the worker serves, and hears nothing.
+        // From here on the worker serves, and a kick does not wake it.
         let listeners = 1 + usize::from(added.is_some());
         queue.signal(|events| (events.edges, events.chains) = (listeners, listeners));
         threads.into_iter().chain(added).for_each(|thread| thread.join().unwrap());
-        assert!(queue.events.lock().unwrap().chains < listeners, "nobody heard the kick");
+        assert!(queue.events.lock().unwrap().chains < listeners, "the kick woke no worker");
     });
 }
 
-/// With one worker at most: it waits for what the next request brings about. Afterwards there are two,
-/// of whom one is parked.
+/// The limit is one worker, and it waits for the next request. Afterwards there are two workers, and one of
+/// them is parked.
 #[test]
 fn a_blocked_worker_is_replaced() {
     check(3, || {

@@ -1,0 +1,308 @@
+//! The threads that serve a queue, from its start to its stop.
+//!
+//! A pool begins with one [`Worker`]; [`WorkerCount`] says when it grows and shrinks. A request that may wait
+//! for another one of the same guest gets a thread of its own, so that it occupies no worker. The pool owns
+//! all its threads, and [`WorkerPool::stop`] joins them.
+
+use std::io;
+use std::mem;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use fuse_protocol::ids::Unique;
+use rustix::io::Errno;
+
+use super::inflight::{InFlight, Popped};
+use super::queue::{Queue, QueueError};
+use super::watchdog::Watchdog;
+use super::worker::Worker;
+use super::worker_count::{Action, WorkerCount};
+use crate::logging::{Scope, info_limited, warn_limited};
+use crate::server::Server;
+use crate::sys::memory;
+
+/// How often a stop repeats its interruption of waits for locks, which may begin at any moment.
+const INTERRUPT_INTERVAL: Duration = Duration::from_millis(2);
+
+/// A queue, and the threads that serve it until it is stopped.
+pub(super) struct WorkerPool {
+    queue: Arc<Queue>,
+    service: Arc<Server>,
+    watchdog: Arc<Watchdog>,
+    worker_count: WorkerCount,
+    workers: Mutex<Vec<JoinHandle<()>>>,
+    /// In the order of their arrival.
+    blocking: Mutex<Vec<BlockingRequest>>,
+    /// Requests popped before the watchdog's last check.
+    checked_requests: AtomicU64,
+}
+
+/// A request on a thread of its own.
+struct BlockingRequest {
+    unique: Unique,
+    /// `None` after it was joined. The thread returns a request that was put back.
+    thread: Option<JoinHandle<Option<Popped>>>,
+    put_back: Option<Popped>,
+}
+
+impl WorkerPool {
+    /// Starts serving `queue` with one worker that may grow to `limit` (at least one). Chains in
+    /// `put_back` were popped from the ring before it was stopped, and come first.
+    pub fn start(
+        queue: Queue,
+        service: Arc<Server>,
+        watchdog: &Arc<Watchdog>,
+        limit: usize,
+        put_back: &[u16],
+    ) -> Result<Arc<WorkerPool>, QueueError> {
+        let pool = WorkerPool::new(queue, service, watchdog, limit.max(1));
+        pool.try_perform(pool.worker_count.spawn_if_allowed())
+            .map_err(|source| QueueError::Thread { index: pool.queue.index(), source })?;
+        watchdog.add(&pool);
+        put_back.iter().for_each(|head| pool.resume(*head));
+        Ok(pool)
+    }
+
+    /// A pool without threads. Its only worker is the caller's.
+    pub fn without_threads(queue: Queue, service: Arc<Server>) -> Arc<WorkerPool> {
+        WorkerPool::new(queue, service, &Watchdog::disabled(), 1)
+    }
+
+    fn new(queue: Queue, service: Arc<Server>, watchdog: &Arc<Watchdog>, limit: usize) -> Arc<WorkerPool> {
+        Arc::new(WorkerPool {
+            queue: Arc::new(queue),
+            service,
+            watchdog: Arc::clone(watchdog),
+            worker_count: WorkerCount::new(limit),
+            workers: Mutex::default(),
+            blocking: Mutex::default(),
+            checked_requests: AtomicU64::new(0),
+        })
+    }
+
+    /// The queue that is served.
+    pub fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// The same, for its requests.
+    pub fn shared_queue(&self) -> &Arc<Queue> {
+        &self.queue
+    }
+
+    /// The service that handles the requests.
+    pub fn service(&self) -> &Server {
+        &self.service
+    }
+
+    /// The number of workers and their states.
+    pub fn worker_count(&self) -> &WorkerCount {
+        &self.worker_count
+    }
+
+    /// Stops: no more chains are popped, and requests in flight are finished, except those that wait for
+    /// locks. Their chains go back into the ring or, where later ones were completed already, are returned,
+    /// so that they are served when the queue starts again. After the return no thread accesses the ring,
+    /// and the caller has the last reference.
+    pub fn stop(self: &Arc<Self>) -> Vec<u16> {
+        self.queue.begin_stop();
+        self.worker_count.stop();
+        self.watchdog.remove(self);
+        self.worker_count.wait_until_empty(INTERRUPT_INTERVAL, || {
+            for request in self.blocking().iter().filter(|request| request.is_running()) {
+                self.service.put_back(request.unique);
+            }
+        });
+        // Its descriptors have to be free before the queue starts anew: there may be no others.
+        let workers = mem::take(&mut *self.workers());
+        for worker in workers {
+            // A worker that failed has left a message already.
+            let _ = worker.join();
+        }
+        let blocking = mem::take(&mut *self.blocking());
+        let put_back = blocking.into_iter().filter_map(BlockingRequest::join);
+        let put_back = put_back.map(Popped::into_head).collect();
+        self.log_statistics();
+        self.queue.put_back(put_back)
+    }
+
+    fn log_statistics(&self) {
+        let statistics = self.queue.statistics();
+        if statistics.requests > 0 {
+            let _scope = Scope::of_queue(self.queue.index()).enter();
+            info_limited!(
+                "{} requests, {} notifications, {} busy-poll hits",
+                statistics.requests,
+                statistics.notifications,
+                statistics.busy_poll_hits
+            );
+        }
+    }
+
+    /// The watchdog's check: if no chain was popped since the last call, sends the notification that
+    /// coalescing held back, and wakes a worker if chains wait. Returns whether chains wait.
+    pub fn check_progress(self: &Arc<Self>) -> bool {
+        let requests = self.queue.statistics().requests;
+        let stalls = self.checked_requests.swap(requests, Ordering::Relaxed) == requests;
+        let backlog = self.queue.has_backlog();
+        if stalls {
+            self.queue.flush_coalesced();
+            if backlog {
+                self.wake_or_spawn();
+            }
+        }
+        backlog
+    }
+
+    /// Makes the watchdog check the queue until the ring is empty.
+    pub fn arm_watchdog(&self) {
+        self.watchdog.arm();
+    }
+
+    /// Wakes an idle worker or, if there is none, spawns one.
+    pub fn wake_or_spawn(self: &Arc<Self>) {
+        self.perform(self.worker_count.wake_or_spawn());
+    }
+
+    /// Wakes or spawns a worker. Failure is not fatal; the queue is only slower.
+    pub fn perform(self: &Arc<Self>, action: Action) {
+        if let Err(error) = self.try_perform(action) {
+            let _scope = Scope::of_queue(self.queue.index()).enter();
+            warn_limited!("cannot start another worker: {error}");
+        }
+    }
+
+    fn try_perform(self: &Arc<Self>, action: Action) -> io::Result<()> {
+        match action {
+            Action::Nothing => Ok(()),
+            Action::WakeOne => {
+                self.queue.wake_one();
+                Ok(())
+            }
+            Action::Spawn => {
+                let spawned = self.spawn_worker();
+                if spawned.is_err() {
+                    self.worker_count.exit();
+                }
+                spawned
+            }
+        }
+    }
+
+    fn spawn_worker(self: &Arc<Self>) -> io::Result<()> {
+        let thread = self.thread("q")?;
+        let worker = Worker::new(Arc::clone(self));
+        let mut workers = self.workers();
+        workers.retain(|worker| !worker.is_finished());
+        workers.try_reserve(1).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let scope = Scope::of_queue(self.queue.index());
+        let run = move || {
+            let _scope = scope.enter();
+            worker.run();
+        };
+        workers.push(thread.spawn(run)?);
+        Ok(())
+    }
+
+    /// A thread that can be spawned; an error if there is no memory for it.
+    fn thread(&self, kind: &str) -> io::Result<thread::Builder> {
+        memory::ask_for_a_thread()?;
+        Ok(thread::Builder::new().name(format!("lanefsd-{kind}{}", self.queue.index())))
+    }
+
+    /// Serves a request on a thread of its own, since it may wait for another one. The request comes back
+    /// if there are too many of these, or no thread.
+    pub fn spawn_blocking(self: &Arc<Self>, mut request: InFlight) -> Result<(), InFlight> {
+        let Ok(thread) = self.thread("w") else { return Err(request) };
+        if !self.worker_count.begin_blocking_request() {
+            return Err(request);
+        }
+        request.detach();
+        let unique = request.unique();
+        // The request stays here until the thread runs: if that cannot be spawned, it is refused.
+        let place = Arc::new(Mutex::new(Some(request)));
+        let Err(_) = self.try_spawn_blocking(thread, unique, &place) else { return Ok(()) };
+        self.worker_count.end_blocking_request();
+        lock(&place).take().map_or(Ok(()), Err)
+    }
+
+    fn try_spawn_blocking(
+        self: &Arc<Self>,
+        thread: thread::Builder,
+        unique: Unique,
+        place: &Arc<Mutex<Option<InFlight>>>,
+    ) -> io::Result<()> {
+        let (pool, place) = (Arc::clone(self), Arc::clone(place));
+        let mut blocking = self.blocking();
+        blocking.retain_mut(|request| !request.is_done());
+        blocking.try_reserve(1).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let scope = Scope::of_queue(self.queue.index());
+        let thread = thread.spawn(move || {
+            let _scope = scope.enter();
+            let request = lock(&place).take();
+            let put_back = request.and_then(|request| pool.serve_blocking(request));
+            pool.worker_count.end_blocking_request();
+            put_back
+        })?;
+        blocking.push(BlockingRequest { unique, thread: Some(thread), put_back: None });
+        Ok(())
+    }
+
+    /// Serves a request that may wait, and returns it if it was put back. (That happens to a request of a
+    /// queue that runs only if the guest gave its number to another request, too: then the guest waits.)
+    fn serve_blocking(&self, request: InFlight) -> Option<Popped> {
+        match request.serve_blocking(&self.service) {
+            Ok(completion) => {
+                completion.add_used();
+                None
+            }
+            Err(popped) => Some(popped),
+        }
+    }
+
+    /// Serves a chain that was put back when the queue was stopped. Whatever the guest has made of it
+    /// since, it does not block the calling thread.
+    fn resume(self: &Arc<Self>, head: u16) {
+        let completion = match Popped::from_head(&self.queue, head).decode() {
+            Ok(request) => self.spawn_blocking(request).err().map(|request| request.refuse(Errno::NOLCK)),
+            Err((_, completion)) => Some(completion),
+        };
+        // Adds the used entry.
+        drop(completion);
+    }
+
+    fn workers(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        lock(&self.workers)
+    }
+
+    fn blocking(&self) -> MutexGuard<'_, Vec<BlockingRequest>> {
+        lock(&self.blocking)
+    }
+}
+
+impl BlockingRequest {
+    fn is_running(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    /// Whether it was completed. Joins its thread if that has ended.
+    fn is_done(&mut self) -> bool {
+        if let Some(thread) = self.thread.take_if(|thread| thread.is_finished()) {
+            self.put_back = thread.join().ok().flatten();
+        }
+        self.thread.is_none() && self.put_back.is_none()
+    }
+
+    /// Waits for the end of its thread; the chain, if it was put back.
+    fn join(self) -> Option<Popped> {
+        // The request of a thread that failed is completed.
+        self.put_back.or_else(|| self.thread?.join().ok().flatten())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The contents are consistent at any time, also after a panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
