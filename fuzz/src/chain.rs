@@ -1,9 +1,10 @@
 //! The ring and the chain reader over memory of the fuzzer's making. What a walk gives is compared
 //! with a reading of the specification that is as plain as can be.
 
+use lanefsd::device::GuestMemoryMmap;
 use lanefsd::device::chain::ChainBuffers;
 use lanefsd::device::ring::{DESCRIPTOR_SIZE, Layout, Ring};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::guarded;
 use crate::input::Input;

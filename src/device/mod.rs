@@ -9,6 +9,7 @@ pub mod backend;
 pub mod by_hand;
 pub mod chain;
 pub mod config_space;
+pub mod dirty_bitmap;
 mod memory;
 mod poll;
 pub mod queue;
@@ -17,7 +18,12 @@ mod watch;
 mod worker;
 mod worker_count;
 
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::GuestMemoryAtomic;
+
+use self::dirty_bitmap::DirtyBitmap;
+
+/// Regions of guest memory, each with a bitmap of what was written.
+pub type GuestMemoryMmap = vm_memory::GuestMemoryMmap<DirtyBitmap>;
 
 /// The guest's memory as it is now; replaced as a whole when regions come and go, while requests
 /// in flight keep the one they began with.

@@ -13,11 +13,11 @@ use log::{Level, error};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::io::Errno;
 use thiserror::Error;
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 
-use super::SharedMemory;
 use super::poll::Polling;
 use super::ring::{Layout, Ring, RingError};
+use super::{GuestMemoryMmap, SharedMemory};
 use crate::logging::log_limited;
 
 /// Why a queue cannot be started.

@@ -6,7 +6,9 @@
 use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
+
+use super::GuestMemoryMmap;
 
 /// Largest ring that virtio allows, in descriptors.
 pub const MAX_SIZE: u16 = 32_768;
