@@ -82,7 +82,7 @@ impl PutBack {
         if self.heads.is_empty() || !stood || !(behind || ring.next_available() == self.available) {
             return &[];
         }
-        ring.go_on_at(self.available);
+        ring.set_next_available(self.available);
         &self.heads
     }
 }

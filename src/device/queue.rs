@@ -347,7 +347,7 @@ impl Queue {
     pub(super) fn has_backlog(&self) -> bool {
         let memory = self.memory.memory();
         let state = self.lock();
-        !state.broken && state.ring.waiting(&memory).is_ok_and(|waiting| waiting > 0)
+        !state.broken && state.ring.avail_len(&memory).is_ok_and(|waiting| waiting > 0)
     }
 
     /// Sleeps until there may be work. Of all sleeping workers a kick wakes one.
@@ -401,7 +401,7 @@ impl State {
     /// Writes the used entry. The guest hears of it with the next [`State::flush`].
     fn give_back(&mut self, memory: &GuestMemoryMmap, done: Done) -> Result<(), RingError> {
         self.held = self.held.saturating_add(1);
-        self.ring.give_back(memory, done.head, done.written)
+        self.ring.add_used(memory, done.head, done.written)
     }
 
     /// Returns whom to notify of all that was given back, if the guest wants that.
@@ -409,7 +409,7 @@ impl State {
         if std::mem::take(&mut self.held) == 0 {
             return Ok(None);
         }
-        let wanted = self.ring.wants_notification(memory)?;
+        let wanted = self.ring.needs_notification(memory)?;
         Ok(if wanted { self.announce(true) } else { None })
     }
 
@@ -426,10 +426,9 @@ impl State {
     /// there is none at all, it kicks only if this is the last look before the worker sleeps.
     #[inline]
     fn take(&mut self, memory: &GuestMemoryMmap, look: Look) -> Result<Option<Next>, RingError> {
-        let mut waiting = self.ring.waiting(memory)?;
-        if waiting == 0 && look == Look::Last {
-            self.ring.ask_for_kick(memory)?;
-            waiting = self.ring.waiting(memory)?;
+        let mut waiting = self.ring.avail_len(memory)?;
+        if waiting == 0 && look == Look::Last && self.ring.enable_notification(memory)? {
+            waiting = self.ring.avail_len(memory)?;
         }
         if waiting == 0 {
             if look == Look::Early {
@@ -437,13 +436,12 @@ impl State {
             }
             return Ok(None);
         }
-        let head = self.ring.take(memory)?;
+        let head = self.ring.pop(memory)?;
         waiting -= 1;
         if waiting > 0 {
-            self.ring.spare_kicks(memory)?;
-        } else {
-            self.ring.ask_for_kick(memory)?;
-            waiting = self.ring.waiting(memory)?;
+            self.ring.disable_notification(memory)?;
+        } else if self.ring.enable_notification(memory)? {
+            waiting = self.ring.avail_len(memory)?;
         }
         self.statistics.requests += 1;
         Ok(Some(Next { head, waiting: u32::from(waiting), slow: self.service_time > SLOW }))
