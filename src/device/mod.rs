@@ -1,6 +1,6 @@
 //! The vhost-user device: descriptor chains in, used entries out.
 //!
-//! [`backend`] speaks vhost-user with the front end and starts and stops queues. A [`queue`] is a
+//! [`backend`] speaks vhost-user with the front end; a [`vring`] starts and stops its queue. A [`queue`] is a
 //! [`ring`] and the [`worker`]s that serve it, counted by the [`worker_count`]; [`chain`] turns a descriptor chain into the two ends
 //! of a request. What a request means is the [`service`](crate::service)'s business. [`by_hand`] serves
 //! a queue without threads, for benchmarks.
@@ -14,6 +14,7 @@ mod memory;
 mod poll;
 pub mod queue;
 pub mod ring;
+mod vring;
 mod watch;
 mod worker;
 mod worker_count;
