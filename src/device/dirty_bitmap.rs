@@ -54,11 +54,10 @@ impl DirtyBitmap {
         self.region.store(None);
     }
 
+    /// One relaxed load, while there is no log.
     #[inline]
-    fn mark(&self, offset: usize, len: usize) {
-        if self.is_logging.load(Ordering::Relaxed) {
-            self.record(offset, len);
-        }
+    fn is_logging(&self) -> bool {
+        self.is_logging.load(Ordering::Relaxed)
     }
 
     #[cold]
@@ -100,7 +99,9 @@ impl<'a> WithBitmapSlice<'a> for DirtyBitmap {
 impl Bitmap for DirtyBitmap {
     #[inline]
     fn mark_dirty(&self, offset: usize, len: usize) {
-        self.mark(offset, len);
+        if self.is_logging() {
+            self.record(offset, len);
+        }
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
@@ -128,7 +129,9 @@ impl BitmapSlice for DirtySlice<'_> {}
 impl<'a> Bitmap for DirtySlice<'a> {
     #[inline]
     fn mark_dirty(&self, offset: usize, len: usize) {
-        self.bitmap.mark(self.offset.saturating_add(offset), len);
+        if self.bitmap.is_logging() {
+            self.bitmap.record(self.offset.saturating_add(offset), len);
+        }
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
@@ -137,7 +140,8 @@ impl<'a> Bitmap for DirtySlice<'a> {
 
     #[inline]
     fn slice_at(&self, offset: usize) -> DirtySlice<'a> {
-        DirtySlice { bitmap: self.bitmap, offset: self.offset.saturating_add(offset) }
+        // It lies in the region: vm-memory has checked that.
+        DirtySlice { bitmap: self.bitmap, offset: self.offset.wrapping_add(offset) }
     }
 }
 

@@ -426,6 +426,10 @@ impl State {
     /// there is none at all, it kicks only if this is the last look before the worker sleeps.
     #[inline]
     fn take(&mut self, memory: &GuestMemoryMmap, look: Look) -> Result<Option<Next>, RingError> {
+        // The ring was empty a moment ago: most often this is all that is read of it before the worker sleeps.
+        if look == Look::Last && self.ring.has_refused_kicks() && !self.ring.enable_notification(memory)? {
+            return Ok(None);
+        }
         let mut waiting = self.ring.avail_len(memory)?;
         if waiting == 0 && look == Look::Last && self.ring.enable_notification(memory)? {
             waiting = self.ring.avail_len(memory)?;
