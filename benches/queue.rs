@@ -26,11 +26,11 @@ fn queue(criterion: &mut Criterion) {
     group.bench_function("pop_and_add_used", |bench| {
         bench.iter(|| {
             offer(&memory, 1);
-            assert_eq!(ring.waiting(&memory).unwrap(), 1);
-            let head = ring.take(&memory).unwrap();
-            ring.ask_for_kick(&memory).unwrap();
-            ring.give_back(&memory, head, 16).unwrap();
-            black_box(ring.wants_notification(&memory).unwrap())
+            assert_eq!(ring.avail_len(&memory).unwrap(), 1);
+            let head = ring.pop(&memory).unwrap();
+            ring.enable_notification(&memory).unwrap();
+            ring.add_used(&memory, head, 16).unwrap();
+            black_box(ring.needs_notification(&memory).unwrap())
         });
     });
 

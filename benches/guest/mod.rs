@@ -8,16 +8,16 @@ use fuse_protocol::abi::{InHeader, InitIn, KERNEL_VERSION, OpenIn};
 use fuse_protocol::flags::InitFlags;
 use fuse_protocol::opcode::Opcode;
 use lanefsd::config::FsConfig;
-use lanefsd::device::SharedMemory;
 use lanefsd::device::inline_queue::InlineQueue;
 use lanefsd::device::queue::Queue;
 use lanefsd::device::ring::{Layout, Ring};
+use lanefsd::device::{GuestMemoryMmap, SharedMemory};
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::limits::Limits;
 use lanefsd::server::Server;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{CWD, Mode, OFlags, openat};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Descriptors of the ring.

@@ -1,9 +1,10 @@
 //! The ring and the chain reader over memory of the fuzzer's making. What a walk gives is compared
 //! with a reading of the specification that is as plain as can be.
 
+use lanefsd::device::GuestMemoryMmap;
 use lanefsd::device::chain::ChainBuffers;
 use lanefsd::device::ring::{DESCRIPTOR_SIZE, Layout, Ring};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::guarded;
 use crate::input::Input;
@@ -42,7 +43,7 @@ pub fn serve(data: &[u8]) {
     }
     let mut input = Input::new(data);
     let flags = input.byte();
-    // Any size up to 256; the front end's is checked to be a power of two, but nothing hangs on it.
+    // Any size up to 256; one that is no power of two is refused.
     let size = if flags & 2 == 0 { 1 << (flags >> 4 & 7) } else { u16::from(input.byte()) };
     let mut layout = Layout { size, ..PLACE };
     if flags & 4 != 0 {
@@ -82,8 +83,8 @@ fn step(
                 memory.write_obj(index.wrapping_add(ahead), GuestAddress(layout.available.wrapping_add(2)));
         }
         step::SERVE => serve_one(input, memory, layout, ring, buffers)?,
-        step::ASK => ring.ask_for_kick(memory).ok()?,
-        step::SPARE => ring.spare_kicks(memory).ok()?,
+        step::ASK => drop(ring.enable_notification(memory).ok()?),
+        step::SPARE => ring.disable_notification(memory).ok()?,
         step::REFUSE => ring.refuse_kicks(memory).ok()?,
         _ => walk(memory, layout, input.short(), buffers),
     }
@@ -112,18 +113,18 @@ fn serve_one(
     ring: &mut Ring,
     buffers: &mut ChainBuffers,
 ) -> Option<()> {
-    let waiting = ring.waiting(memory).ok()?;
+    let waiting = ring.avail_len(memory).ok()?;
     assert!(waiting <= layout.size, "more chains than descriptors");
     if waiting == 0 {
         return Some(());
     }
     let before = ring.next_available();
-    let head = ring.take(memory).ok()?;
+    let head = ring.pop(memory).ok()?;
     assert_eq!(ring.next_available(), before.wrapping_add(1));
     walk(memory, layout, head, buffers);
-    ring.give_back(memory, head, input.word()).ok()?;
-    ring.wants_notification(memory).ok()?;
-    assert!(!ring.wants_notification(memory).ok()?, "notified twice");
+    ring.add_used(memory, head, input.word()).ok()?;
+    ring.needs_notification(memory).ok()?;
+    assert!(!ring.needs_notification(memory).ok()?, "notified twice");
     Some(())
 }
 

@@ -3,7 +3,9 @@
 use std::cell::OnceCell;
 use std::ptr::null_mut;
 
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use lanefsd::device::GuestMemoryMmap;
+use lanefsd::device::dirty_bitmap::DirtyBitmap;
+use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
 
 const PAGE: usize = 4096;
 
@@ -22,7 +24,7 @@ fn map(regions: &[(u64, usize)]) -> GuestMemoryMmap {
     GuestMemoryMmap::from_regions(regions.collect()).expect("regions do not overlap")
 }
 
-fn guarded(size: usize) -> MmapRegion {
+fn guarded(size: usize) -> MmapRegion<DirtyBitmap> {
     let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: a new mapping, which is never unmapped; only its inner pages become accessible, and
     // they are whole pages that lie in it.

@@ -1,16 +1,12 @@
-//! The vhost-user protocol: what the front end says about memory and queues.
+//! The vhost-user protocol: what the front end says about the device, its memory and its queues.
 //!
-//! A queue runs while it is enabled, has a kick and knows its addresses. Everything else here
-//! stores what was said until that is the case, or stops the queue and stores where it stood.
+//! vhost-user-backend does the same, but takes no connection that is there already (docs/upstream.md). Its words are
+//! used: a [`Vring`] is a queue as the front end sets it up.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
-use log::debug;
-use rustix::fs::OFlags;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -18,15 +14,12 @@ use vhost::vhost_user::message::{
     VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
-use vm_memory::GuestAddressSpace;
 
 use super::config::DeviceConfig;
 use super::config_space::{self, config_space};
 use super::memory::MemoryTable;
-use super::queue::{Queue, QueueError};
-use super::ring::{Layout, MAX_SIZE, Ring};
+use super::vring::{self, Serving, Vring};
 use super::watchdog::Watchdog;
-use super::worker_pool::WorkerPool;
 use crate::fs::DeviceDescriptors;
 use crate::logging::info_limited;
 use crate::server::Server;
@@ -34,8 +27,6 @@ use crate::sys::descriptors;
 
 /// Most queues that a device has: the high-priority queue and 63 request queues.
 pub const MAX_QUEUES: usize = 64;
-/// Descriptors of a queue that runs.
-const QUEUE_DESCRIPTORS: usize = 7;
 /// Regions of guest memory that a front end may share (KVM's limit less its own).
 const MAX_MEMORY_SLOTS: u64 = 509;
 /// `VIRTIO_RING_F_INDIRECT_DESC`.
@@ -45,60 +36,14 @@ const EVENT_IDX: u64 = 1 << 29;
 /// `VIRTIO_F_VERSION_1`.
 const VERSION_1: u64 = 1 << 32;
 
-/// What the front end said about one queue, and the worker pool that serves it while it runs.
-#[derive(Default)]
-struct Vring {
-    layout: Layout,
-    base: u16,
-    kick: Option<OwnedFd>,
-    call: Option<OwnedFd>,
-    enabled: bool,
-    /// The guest has not heard of all that was given back.
-    owes_notification: bool,
-    put_back: PutBack,
-    pool: Option<Arc<WorkerPool>>,
-}
-
-/// Chains that were taken from a ring and are served when it goes on: requests that waited for locks
-/// when it was stopped, while later ones were done. To answer them would be to make programs fail that
-/// have done nothing wrong.
-#[derive(Default)]
-struct PutBack {
-    heads: Vec<u16>,
-    layout: Layout,
-    /// Where the ring stood.
-    available: u16,
-    used: u16,
-}
-
-impl PutBack {
-    /// The chains, if `ring` is the one that they were taken from, and not one that was made anew. The
-    /// front end lets it go on where it stood, or else behind the last used entry; it goes on where it
-    /// stood.
-    fn of(&self, ring: &mut Ring) -> &[u16] {
-        let stood = ring.layout() == self.layout && ring.next_used() == self.used;
-        // A new ring begins with 0.
-        let behind = ring.next_available() == self.used && self.used != 0;
-        if self.heads.is_empty() || !stood || !(behind || ring.next_available() == self.available) {
-            return &[];
-        }
-        ring.go_on_at(self.available);
-        &self.heads
-    }
-}
-
 /// The device, between one front end and the service.
 pub struct Backend {
-    service: Arc<Server>,
-    watchdog: Arc<Watchdog>,
-    workers: usize,
-    poll_time: Duration,
+    serving: Serving,
     config_space: Option<[u8; config_space::SIZE]>,
-    features: u64,
     memory: MemoryTable,
     vrings: Vec<Vring>,
-    /// What the file system knows of the device's descriptors.
-    told: DeviceDescriptors,
+    /// The device's descriptors, as the file system was told of them last.
+    declared: DeviceDescriptors,
 }
 
 impl Backend {
@@ -106,115 +51,70 @@ impl Backend {
     pub fn new(config: &DeviceConfig, service: Arc<Server>) -> io::Result<Backend> {
         let queues = config.request_queues.clamp(1, MAX_QUEUES - 1);
         let count = u32::try_from(queues).unwrap_or(1);
-        Ok(Backend {
+        let memory = MemoryTable::new();
+        let serving = Serving {
+            memory: memory.shared().clone(),
+            event_idx: false,
             service,
             watchdog: Watchdog::start()?,
             workers: config.thread_pool_size,
             poll_time: config.poll_time,
+        };
+        Ok(Backend {
+            serving,
             config_space: config.tag.as_deref().map(|tag| config_space(tag, count)),
-            features: 0,
-            memory: MemoryTable::new(),
-            vrings: (0..=queues).map(|_| Vring::default()).collect(),
-            told: DeviceDescriptors::default(),
+            memory,
+            vrings: (0..=queues).map(Vring::new).collect(),
+            declared: DeviceDescriptors::default(),
         })
     }
 
     /// Stops all queues after what is in flight, and ends the session.
     pub fn shut_down(&mut self) {
         self.stop_all();
-        self.service.end_session();
+        self.serving.service.end_session();
     }
 
     fn stop_all(&mut self) {
         self.vrings.iter_mut().for_each(Vring::stop);
     }
 
-    fn vring(&mut self, index: impl TryInto<usize>) -> Result<&mut Vring> {
+    /// The queue that a message is about, and what it is served with.
+    fn vring(&mut self, index: impl TryInto<usize>) -> Result<(&mut Vring, &Serving)> {
         let count = self.vrings.len();
         let vring = index.try_into().ok().and_then(|index| self.vrings.get_mut(index));
-        vring.ok_or_else(|| {
-            refuse(format!("the front end wants more queues than the {} that the device has", count))
-        })
+        let vring = vring.ok_or_else(|| {
+            refuse(format!("the front end wants more queues than the {count} that the device has"))
+        })?;
+        Ok((vring, &self.serving))
     }
 
     /// Lets the file system know what the device needs, which the guest is not to have.
     pub fn keep_descriptors_back(&mut self) {
         let queues = self.vrings.iter().map(Vring::descriptors).fold(0, usize::saturating_add);
         let device = DeviceDescriptors {
-            queues: queues.max(self.told.queues),
-            all_queues: self.vrings.len().saturating_mul(QUEUE_DESCRIPTORS),
+            queues: queues.max(self.declared.queues),
+            all_queues: self.vrings.len().saturating_mul(vring::DESCRIPTORS),
             memory: self.memory.regions(),
         };
-        if std::mem::replace(&mut self.told, device) != device {
-            self.service.keep_back(device);
+        if std::mem::replace(&mut self.declared, device) != device {
+            self.serving.service.keep_back(device);
         }
-    }
-
-    /// Starts the queue if it has all it needs, and stops it if not.
-    fn update(&mut self, index: usize) -> Result<()> {
-        let memory = self.memory.shared().clone();
-        let event_idx = self.features & EVENT_IDX != 0;
-        let (service, watchdog) = (Arc::clone(&self.service), Arc::clone(&self.watchdog));
-        let (workers, poll_time) = (self.workers, self.poll_time);
-        let vring = self.vring(index)?;
-        let ready = vring.enabled && vring.layout.size > 0 && vring.layout.descriptors != 0;
-        let Some(kick) = vring.kick.as_ref().filter(|_| ready) else {
-            vring.stop();
-            return Ok(());
-        };
-        if vring.pool.is_some() {
-            return Ok(());
-        }
-        let ring = Ring::new(&memory.memory(), vring.layout, vring.base, event_idx);
-        let mut ring = ring.map_err(|e| refuse(describe(&QueueError::Ring { index, source: e })))?;
-        let kick = copy(kick)?;
-        let call = vring.call.as_ref().map(copy).transpose()?;
-        let put_back = std::mem::take(&mut vring.put_back);
-        let heads = put_back.of(&mut ring);
-        let pool = Queue::new(index, memory, ring, kick, call).and_then(|queue| {
-            WorkerPool::start(queue.with_busy_poll(poll_time), service, &watchdog, workers, heads)
-        });
-        let pool = pool.map_err(|error| refuse(describe(&error)))?;
-        if std::mem::take(&mut vring.owes_notification) {
-            pool.queue().notify_guest();
-        }
-        vring.pool = Some(pool);
-        debug!("queue {index} runs with {} descriptors", vring.layout.size);
-        Ok(())
     }
 
     /// Forgets what was said about queues, as at the start.
     fn reset_queues(&mut self) {
         self.stop_all();
-        self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
-        self.features = 0;
+        self.vrings.iter_mut().enumerate().for_each(|(index, vring)| *vring = Vring::new(index));
+        self.serving.event_idx = false;
     }
 }
 
 impl Drop for Backend {
     fn drop(&mut self) {
         self.shut_down();
-        self.watchdog.shutdown();
-        self.service.keep_back(DeviceDescriptors::default());
-    }
-}
-
-impl Vring {
-    /// How many descriptors it has. A worker pool has copies of kick and call, and three of its own.
-    fn descriptors(&self) -> usize {
-        let pool = if self.pool.is_some() { 4 + usize::from(self.call.is_some()) } else { 0 };
-        pool + usize::from(self.kick.is_some()) + usize::from(self.call.is_some())
-    }
-
-    /// Stops after what is in flight, and remembers where the ring stood.
-    fn stop(&mut self) {
-        if let Some(pool) = self.pool.take() {
-            let heads = pool.stop();
-            let (available, used) = pool.queue().position();
-            self.base = available;
-            self.owes_notification = pool.queue().owes_notification();
-            self.put_back = PutBack { heads, layout: self.layout, available, used };
-        }
+        self.serving.watchdog.shutdown();
+        self.serving.service.keep_back(DeviceDescriptors::default());
     }
 }
 
@@ -223,14 +123,9 @@ fn refuse(why: impl Into<String>) -> Error {
     Error::ReqHandlerError(io::Error::other(why.into()))
 }
 
-fn copy(descriptor: &OwnedFd) -> Result<OwnedFd> {
-    descriptor.try_clone().map_err(|error| refuse(describe(&error)))
-}
-
-/// Makes notifications that find no room get lost: one is on its way then. A worker that waited for
-/// room could be stopped by nobody but a front end that reads what it was sent.
-fn never_wait(call: &OwnedFd) -> rustix::io::Result<()> {
-    rustix::fs::fcntl_setfl(call, OFlags::NONBLOCK)
+/// The same with the reason of an error.
+fn refused(error: impl std::error::Error + 'static) -> Error {
+    refuse(describe(&error))
 }
 
 fn unsupported<T>(what: &'static str) -> Result<T> {
@@ -250,7 +145,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     fn reset_device(&mut self) -> Result<()> {
         info_limited!("the front end resets the device");
         self.reset_queues();
-        self.service.end_session();
+        self.serving.service.end_session();
         Ok(())
     }
 
@@ -266,12 +161,11 @@ impl VhostUserBackendReqHandlerMut for Backend {
                 features & !offered
             )));
         }
-        self.features = features;
+        self.serving.event_idx = features & EVENT_IDX != 0;
         // Without protocol features there is no SET_VRING_ENABLE, and queues begin enabled.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
-            for index in 0..self.vrings.len() {
-                self.vring(index)?.enabled = true;
-                self.update(index)?;
+            for vring in &mut self.vrings {
+                vring.set_enabled(true, &self.serving).map_err(refused)?;
             }
         }
         Ok(())
@@ -283,19 +177,12 @@ impl VhostUserBackendReqHandlerMut for Backend {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        self.memory.set(regions, files).map_err(|error| refuse(describe(&error)))?;
+        self.memory.set(regions, files).map_err(refused)?;
         Ok(None)
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= MAX_SIZE);
-        let size = size.ok_or_else(|| refuse(format!("queue {index} cannot have {num} descriptors")))?;
-        let vring = self.vring(index)?;
-        if vring.pool.is_some() {
-            return Err(refuse(format!("queue {index} runs; its size cannot change")));
-        }
-        vring.layout.size = size;
-        Ok(())
+        self.vring(index)?.0.set_size(num).map_err(refused)
     }
 
     fn set_vring_addr(
@@ -307,56 +194,30 @@ impl VhostUserBackendReqHandlerMut for Backend {
         available: u64,
         _log: u64,
     ) -> Result<()> {
-        let translate = |user| self.memory.guest_address(user).map_err(|error| refuse(describe(&error)));
+        let translate = |user| self.memory.guest_address(user).map_err(refused);
         let (descriptors, available, used) =
             (translate(descriptor)?, translate(available)?, translate(used)?);
-        let vring = self.vring(index)?;
-        let layout = Layout { descriptors, available, used, size: vring.layout.size };
-        if vring.pool.is_some() && layout != vring.layout {
-            return Err(refuse(format!("queue {index} runs; its addresses cannot change")));
-        }
-        vring.layout = layout;
-        Ok(())
+        self.vring(index)?.0.set_addresses(descriptors, available, used).map_err(refused)
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
-        let vring = self.vring(index)?;
-        if vring.pool.is_none() {
-            vring.base = base;
-        }
+        self.vring(index)?.0.set_base(base);
         Ok(())
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        let vring = self.vring(index)?;
-        vring.stop();
-        // The queue starts again with the next SET_VRING_KICK.
-        vring.kick = None;
-        vring.call = None;
-        Ok(VhostUserVringState::new(index, u32::from(vring.base)))
+        let base = self.vring(index)?.0.take_base();
+        Ok(VhostUserVringState::new(index, u32::from(base)))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let vring = self.vring(index)?;
-        let Some(fd) = fd else {
-            return Err(refuse(format!("queue {index} has no kick; polled queues are not supported")));
-        };
-        vring.stop();
-        vring.kick = Some(fd.into());
-        self.update(usize::from(index))
+        let (vring, serving) = self.vring(index)?;
+        vring.set_kick(fd, serving).map_err(refused)
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let vring = self.vring(index)?;
-        vring.call = fd.map(OwnedFd::from);
-        if let Some(call) = &vring.call {
-            never_wait(call).map_err(|errno| Error::ReqHandlerError(errno.into()))?;
-        }
-        if let Some(pool) = &vring.pool {
-            pool.queue().set_call(vring.call.as_ref().map(copy).transpose()?);
-        }
-        Ok(())
+        self.vring(index)?.0.set_call(fd).map_err(refused)
     }
 
     fn set_vring_err(&mut self, index: u8, _fd: Option<File>) -> Result<()> {
@@ -389,8 +250,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
-        self.vring(index)?.enabled = enable;
-        self.update(usize::try_from(index).map_err(|_| Error::InvalidParam)?)
+        let (vring, serving) = self.vring(index)?;
+        vring.set_enabled(enable, serving).map_err(refused)
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
@@ -428,12 +289,12 @@ impl VhostUserBackendReqHandlerMut for Backend {
         file: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        self.memory.add(region, file).map_err(|error| refuse(describe(&error)))?;
+        self.memory.add(region, file).map_err(refused)?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        self.memory.remove(region).map_err(|error| refuse(describe(&error)))
+        self.memory.remove(region).map_err(refused)
     }
 
     fn set_device_state_fd(

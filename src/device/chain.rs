@@ -3,8 +3,10 @@
 
 use libc::iovec;
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileMemory, VolatileSlice};
 
+use super::GuestMemoryMmap;
+use super::dirty_bitmap::DirtySlice;
 use super::ring::{DESCRIPTOR_SIZE, Layout};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 
@@ -64,7 +66,7 @@ struct Table<'a> {
     size: u32,
     /// The whole table, if it lies in one region as it always does with Linux: then it has to be
     /// found only once.
-    slice: Option<VolatileSlice<'a>>,
+    slice: Option<VolatileSlice<'a, DirtySlice<'a>>>,
 }
 
 impl<'a> Table<'a> {

@@ -407,7 +407,7 @@ mod tests {
         let guest = Guest::new();
         guest.offer(5, Opcode::Setlkw, setlkw().as_bytes());
         let mut request = guest.in_flight();
-        assert_eq!((request.class(), request.unique()), (Class::Blocking, 5));
+        assert_eq!((request.class(), request.unique()), (Class::Blocking, Unique(5)));
         request.detach();
         let popped = request.serve_blocking(&guest.service).err().unwrap();
         let head = popped.into_head();
@@ -423,7 +423,7 @@ mod tests {
         guest.offer(0, Opcode::Statfs, &[]);
         let request = guest.in_flight();
         guest.memory.memory().write_slice(&[0xff; 40], GuestAddress(0x4000)).unwrap();
-        assert_eq!((request.class(), request.unique()), (Class::Inline, 0));
+        assert_eq!((request.class(), request.unique()), (Class::Inline, Unique(0)));
         assert_eq!(request.serve(&guest.service).0.used.written, REPLY);
     }
 }

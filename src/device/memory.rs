@@ -7,9 +7,12 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 use thiserror::Error;
 use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryRegion};
 
-use super::SharedMemory;
+use super::dirty_bitmap::DirtyBitmap;
+use super::{GuestMemoryMmap, SharedMemory};
+
+type GuestRegionMmap = vm_memory::GuestRegionMmap<DirtyBitmap>;
 
 /// Why a region is refused.
 #[derive(Debug, Error)]

@@ -13,12 +13,12 @@ use log::{Level, error};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::io::Errno;
 use thiserror::Error;
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 
-use super::SharedMemory;
 use super::busy_poll::BusyPoll;
 use super::coalesce::Coalescing;
 use super::ring::{Layout, Ring, RingError};
+use super::{GuestMemoryMmap, SharedMemory};
 use crate::logging::{Scope, log_limited};
 
 /// Why a queue cannot be started.
@@ -338,7 +338,7 @@ impl Queue {
     pub(super) fn has_backlog(&self) -> bool {
         let memory = self.memory.memory();
         let state = self.lock();
-        !state.broken && state.ring.waiting(&memory).is_ok_and(|waiting| waiting > 0)
+        !state.broken && state.ring.avail_len(&memory).is_ok_and(|waiting| waiting > 0)
     }
 
     /// Sleeps until there may be work. Of all sleeping workers a kick wakes one.
@@ -390,7 +390,7 @@ impl State {
     /// Adds the used entry. The guest is notified by the next [`State::flush`].
     fn add_used(&mut self, memory: &GuestMemoryMmap, used: Used) -> Result<(), RingError> {
         self.coalescing.add_used();
-        self.ring.give_back(memory, used.head, used.written)
+        self.ring.add_used(memory, used.head, used.written)
     }
 
     /// Returns the eventfd to signal for the used entries, if the guest wants a notification.
@@ -398,7 +398,7 @@ impl State {
         if self.coalescing.take_used() == 0 {
             return Ok(None);
         }
-        let wanted = self.ring.wants_notification(memory)?;
+        let wanted = self.ring.needs_notification(memory)?;
         Ok(if wanted { self.notification(true) } else { None })
     }
 
@@ -414,10 +414,14 @@ impl State {
     /// Pops a chain. The guest kicks for the next one exactly if none waits behind this one.
     #[inline]
     fn pop(&mut self, memory: &GuestMemoryMmap, if_empty: IfEmpty) -> Result<Option<PoppedChain>, RingError> {
-        let mut waiting = self.ring.waiting(memory)?;
-        if waiting == 0 && if_empty == IfEmpty::EnableKicks {
-            self.ring.ask_for_kick(memory)?;
-            waiting = self.ring.waiting(memory)?;
+        let sleeps = if_empty == IfEmpty::EnableKicks;
+        // The ring was empty a moment ago: most often this is all that is read of it before the worker sleeps.
+        if sleeps && self.ring.has_refused_kicks() && !self.ring.enable_notification(memory)? {
+            return Ok(None);
+        }
+        let mut waiting = self.ring.avail_len(memory)?;
+        if waiting == 0 && sleeps && self.ring.enable_notification(memory)? {
+            waiting = self.ring.avail_len(memory)?;
         }
         if waiting == 0 {
             if if_empty == IfEmpty::DisableKicks {
@@ -425,13 +429,12 @@ impl State {
             }
             return Ok(None);
         }
-        let head = self.ring.take(memory)?;
+        let head = self.ring.pop(memory)?;
         waiting -= 1;
         if waiting > 0 {
-            self.ring.spare_kicks(memory)?;
-        } else {
-            self.ring.ask_for_kick(memory)?;
-            waiting = self.ring.waiting(memory)?;
+            self.ring.disable_notification(memory)?;
+        } else if self.ring.enable_notification(memory)? {
+            waiting = self.ring.avail_len(memory)?;
         }
         self.statistics.requests += 1;
         let backlog = Backlog { waiting: u32::from(waiting), slow: self.coalescing.is_slow() };
