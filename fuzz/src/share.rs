@@ -30,8 +30,8 @@ use std::thread;
 use lanefsd::config::{CachePolicy, CapabilityChanges, FeatureMode, FsConfig, InodeFileHandles, Seccomp};
 use lanefsd::fs::FileSystem;
 use lanefsd::fs::passthrough::PassthroughFs;
-use lanefsd::limits::Limits;
 use lanefsd::fs::read_only::ReadOnly;
+use lanefsd::limits::Limits;
 use lanefsd::process;
 use lanefsd::sandbox::{self, RequiredCaps};
 use rustix::fs::{AtFlags, CWD, Dev, FileType, Mode, RenameFlags, mknodat, renameat_with, unlinkat};
@@ -156,7 +156,8 @@ fn set_up(jobs: &Receiver<Job>, tell: Sender<Message>, disturbed: Receiver<()>) 
         let copy = |fd: &OwnedFd| fd.try_clone().expect("a descriptor is free");
         let (root, proc_self_fd) = (copy(&sandboxed.root), copy(&sandboxed.proc_self_fd));
         let limits = Limits::of_the_process(&proc_self_fd).expect("descriptors can be counted");
-        let fs = PassthroughFs::new(root, proc_self_fd, limits, config(job.choice)).expect("the share can be served");
+        let fs = PassthroughFs::new(root, proc_self_fd, limits, config(job.choice))
+            .expect("the share can be served");
         serve.send((job, fs)).expect("the serving thread runs");
     }
 }
