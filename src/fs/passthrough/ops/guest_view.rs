@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use rustix::fs::{FileType, Statx};
 
+use crate::fs::Agreement;
 use crate::fs::passthrough::caller::identity::{Identity, Owner};
 use crate::fs::passthrough::caller::set_id::has_set_id_bits;
+use crate::fs::passthrough::config::FsConfig;
 use crate::fs::passthrough::host::kind;
 use crate::fs::passthrough::inode::Inode;
 use crate::fs::passthrough::session::Session;
@@ -18,7 +20,9 @@ use fuse_protocol::reply::{Attributes, Entry};
 #[derive(Clone, Copy, Debug)]
 pub struct GuestView<'a> {
     identity: &'a Identity,
-    session: Session,
+    /// What a [`Session`] is made of: most requests need nothing of it.
+    config: &'a FsConfig,
+    agreement: &'a Agreement,
     timeout: Duration,
     /// The device of the share's root.
     root_device: (u32, u32),
@@ -29,7 +33,8 @@ impl PassthroughFs {
     pub(in crate::fs::passthrough) fn view(&self) -> GuestView<'_> {
         GuestView {
             identity: &self.identity,
-            session: self.session(),
+            config: &self.config,
+            agreement: &self.agreement,
             timeout: self.config.cache.timeout(),
             root_device: self.inodes.root().key().device,
         }
@@ -37,6 +42,10 @@ impl PassthroughFs {
 }
 
 impl GuestView<'_> {
+    fn session(&self) -> Session {
+        Session::new(self.config, self.agreement)
+    }
+
     /// The owners of an inode.
     pub fn owner(&self, stat: &Statx) -> Owner {
         self.identity.owner(stat)
@@ -73,7 +82,7 @@ impl GuestView<'_> {
         // A subvolume (btrfs) has a device for itself on its parent's mount.
         let place = |inode: &Inode| (inode.key().mount, inode.key().device);
         let is_submount = inode.is_directory() && parent.is_some_and(|parent| place(parent) != place(inode));
-        if is_submount && self.session.submounts {
+        if is_submount && self.session().submounts {
             attributes.attr.flags |= AttrFlags::SUBMOUNT.bits();
         }
         Entry { node: inode.node(), generation: 0, entry_valid: self.timeout, attributes }
@@ -91,7 +100,7 @@ impl GuestView<'_> {
     /// numbers of both for one inode: the difference of the devices goes to the upper bits.
     pub fn number(&self, inode: &Inode, number: u64) -> u64 {
         let (root, device) = (self.root_device, inode.key().device);
-        if device == root || (self.session.submounts && !inode.mount().is_of_a_file()) {
+        if device == root || (self.session().submounts && !inode.mount().is_of_a_file()) {
             return number;
         }
         let bits = |(major, minor): (u32, u32)| u64::from((major & 0xf) << 12 | minor & 0xfff);
@@ -102,7 +111,7 @@ impl GuestView<'_> {
     /// tar(1) and others take a file with none for one hole, and do not read it.
     pub fn blocks(&self, stat: &Statx) -> u64 {
         let unsent =
-            stat.stx_blocks == 0 && self.session.policy.writeback && kind(stat) == FileType::RegularFile;
+            stat.stx_blocks == 0 && self.session().policy.writeback && kind(stat) == FileType::RegularFile;
         if unsent { 1 } else { stat.stx_blocks }
     }
 }
