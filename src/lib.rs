@@ -3,7 +3,6 @@
 //! One request goes straight through: [`device`] takes a descriptor chain, [`fuse_protocol`] decodes it,
 //! [`server`] calls the [`fs::FileSystem`], and the reply goes back into the chain.
 
-pub mod blocking;
 pub mod cli;
 pub mod config;
 pub mod daemon;
@@ -15,6 +14,5 @@ pub mod mapping;
 pub mod process;
 pub mod sandbox;
 pub mod server;
-mod session_lock;
-mod sync;
+pub mod sync;
 pub mod sys;

@@ -1,11 +1,13 @@
 //! What threads meet at in the parts that are checked under every order of their steps. The crate
 //! in `testing/loom` builds these parts with loom's doubles in place of the real ones.
 
+pub mod blocking;
+
 pub(crate) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
 pub(crate) use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 pub(crate) use std::thread::{Thread, current, park};
 
-pub(crate) use crate::blocking::block_in_place;
+pub(crate) use self::blocking::block_in_place;
 
 /// Lets time pass for whoever looks again and again at what another thread does.
 pub(crate) fn pause() {

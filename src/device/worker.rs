@@ -16,9 +16,9 @@ use super::inflight::{Completion, InFlight, Popped, Scratch};
 use super::queue::{Backlog, Wakeup};
 use super::worker_count::Parked;
 use super::worker_pool::WorkerPool;
-use crate::blocking::{Hook, HookGuard, take_blocked};
 use crate::logging::warn_limited;
 use crate::server::Class;
+use crate::sync::blocking::{Hook, HookGuard, take_blocked};
 
 /// How long a worker is idle or parked before it exits.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);

@@ -6,6 +6,7 @@
 mod dispatch;
 mod reply;
 mod session;
+mod session_lock;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -16,9 +17,9 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use self::reply::{BodyWriter, fill_header};
 use self::session::Session;
+use self::session_lock::Slot;
 use crate::fs::{DeviceDescriptors, FileSystem, PUT_BACK, Result, errno};
 use crate::logging::warn_limited;
-use crate::session_lock::Slot;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use crate::sys::memory;
 use fuse_protocol::abi;

@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::session_lock::{SessionLock, SharedGuard, Slot};
 use crate::fs::{Agreement, FileSystem, Result};
 use crate::logging::{info_limited, warn_limited};
-use crate::session_lock::{SessionLock, SharedGuard, Slot};
 use fuse_protocol::abi::InitOut;
 use fuse_protocol::init::{self, negotiate};
 use fuse_protocol::request::Init;

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use crate::blocking::block_in_place;
 use crate::fs::{PUT_BACK, Result};
+use crate::sync::blocking::block_in_place;
 use crate::sys::signals::{ThreadId, wake};
 use fuse_protocol::ids::Unique;
 

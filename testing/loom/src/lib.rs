@@ -7,7 +7,7 @@ pub use lanefsd::fs;
 pub mod io_mode;
 #[path = "../../../src/fs/passthrough/inode/range_lock.rs"]
 pub mod range_lock;
-#[path = "../../../src/session_lock.rs"]
+#[path = "../../../src/server/session_lock.rs"]
 pub mod session_lock;
 #[path = "../../../src/device/worker_count.rs"]
 pub mod worker_count;

@@ -62,38 +62,6 @@ const FOLDERS: Rooms = &[
     ),
 ];
 
-/// PRESENT EXCEPTIONS, to be emptied: files that still stand outside the room that they belong to.
-const MISPLACED: &[(&str, &str)] = &[
-    ("blocking", "sync"),
-    ("frontend", "daemon"),
-    ("listen", "daemon"),
-    ("remarks", "config"),
-    ("server", "daemon"),
-    ("service", "server"),
-    ("session_lock", "server"),
-];
-
-/// PRESENT EXCEPTIONS, to be emptied: arrows of a file to a room that it will not use. One that nothing needs any
-/// more fails the test.
-const EXCEPTIONS: &[(&str, &str)] = &[
-    ("device/backend.rs", "config"),
-    ("fs/passthrough/io_mode.rs", "config"),
-    ("fs/passthrough/labels.rs", "config"),
-    ("fs/passthrough/mod.rs", "config"),
-    ("fs/passthrough/open.rs", "config"),
-    ("fs/passthrough/start.rs", "config"),
-    ("fs/passthrough/xattr.rs", "config"),
-    ("main.rs", "fs"),
-    ("main.rs", "sandbox"),
-    ("main.rs", "server"),
-    ("sandbox/capabilities.rs", "config"),
-    ("sandbox/id_map.rs", "config"),
-    ("sandbox/limits.rs", "config"),
-    ("sandbox/mod.rs", "config"),
-    ("sandbox/namespace.rs", "config"),
-    ("sandbox/seccomp.rs", "config"),
-];
-
 /// Lines that a file may have.
 const LONGEST_FILE: usize = 500;
 /// Lines that a function may have, outside of tests.
@@ -139,19 +107,15 @@ fn module_of(file: &str) -> Vec<String> {
 }
 
 /// The innermost room that a module path leads to.
-fn room_of(module: &[String], rooms: Rooms, misplaced: &[(&str, &str)]) -> Option<String> {
+fn room_of(module: &[String], rooms: Rooms) -> Option<String> {
     let names = (1..=module.len()).rev().map(|length| module[..length].join("/"));
-    let room = |name: String| {
-        let placed = misplaced.iter().find(|(file, _)| *file == name).map(|(_, room)| (*room).to_owned());
-        placed.or_else(|| rooms.iter().any(|(room, _)| *room == name).then_some(name))
-    };
-    names.filter_map(room).next()
+    names.filter(|name| rooms.iter().any(|(room, _)| room == name)).next()
 }
 
 /// The room of a file, if it has one.
-fn room_of_file(file: &str, rooms: Rooms, misplaced: &[(&str, &str)]) -> Option<String> {
+fn room_of_file(file: &str, rooms: Rooms) -> Option<String> {
     let main = (file == "main.rs").then(|| vec!["main".to_owned()]);
-    room_of(&main.unwrap_or_else(|| module_of(file)), rooms, misplaced)
+    room_of(&main.unwrap_or_else(|| module_of(file)), rooms)
 }
 
 /// Where a path leads that is written in this module, as parts from the root of the crate.
@@ -180,18 +144,18 @@ fn resolve(
 }
 
 /// All arrows between rooms.
-fn arrows(sources: &Sources, rooms: Rooms, misplaced: &[(&str, &str)]) -> BTreeSet<Arrow> {
+fn arrows(sources: &Sources, rooms: Rooms) -> BTreeSet<Arrow> {
     let modules: BTreeSet<Vec<String>> = sources.keys().map(|file| module_of(file)).collect();
     let is_test = |file: &str| file.ends_with("/tests.rs") || file.contains("/tests/");
     let mut found = BTreeSet::new();
     for (file, text) in sources.iter().filter(|(file, _)| !is_test(file)) {
-        let Some(from) = room_of_file(file, rooms, misplaced) else { continue };
+        let Some(from) = room_of_file(file, rooms) else { continue };
         let module = module_of(file);
         for path in
             paths(&production(&code_of(text)), &["crate", "super", "self", "lanefsd", "fuse_protocol"])
         {
             let target = resolve(&path.parts, path.is_use, &module, &modules);
-            if let Some(to) = room_of(&target, rooms, misplaced).filter(|to| *to != from) {
+            if let Some(to) = room_of(&target, rooms).filter(|to| *to != from) {
                 found.insert(Arrow { file: file.clone(), from: from.clone(), to });
             }
         }
@@ -242,29 +206,23 @@ fn a_room_uses_only_rooms_above_it_in_the_table() {
 #[test]
 fn every_file_is_in_a_room() {
     let homeless: Vec<_> =
-        read("src").into_keys().filter(|file| room_of_file(file, ROOMS, MISPLACED).is_none()).collect();
+        read("src").into_keys().filter(|file| room_of_file(file, ROOMS).is_none()).collect();
     // The root of the library only names modules.
     assert_eq!(homeless, ["lib.rs"], "these files of src/ are in no room of the table");
 }
 
 #[test]
 fn no_arrow_leads_where_the_table_does_not_allow_it() {
-    let arrows = arrows(&read("src"), ROOMS, MISPLACED);
+    let arrows = arrows(&read("src"), ROOMS);
     assert!(arrows.len() > 50, "only {} arrows were found", arrows.len());
     let forbidden = forbidden(ROOMS, &arrows);
-    let excepted = |arrow: &Arrow| EXCEPTIONS.contains(&(arrow.file.as_str(), arrow.to.as_str()));
-    let wrong: Vec<String> =
-        forbidden.iter().filter(|arrow| !excepted(arrow)).map(|arrow| sentence(arrow)).collect();
+    let wrong: Vec<String> = forbidden.into_iter().map(sentence).collect();
     assert!(wrong.is_empty(), "arrows that the layout does not allow:\n{}", wrong.join("\n"));
-    let needed =
-        |(file, to): &&(&str, &str)| forbidden.iter().any(|arrow| arrow.file == *file && arrow.to == *to);
-    let idle: Vec<_> = EXCEPTIONS.iter().filter(|exception| !needed(exception)).collect();
-    assert!(idle.is_empty(), "exceptions that nothing needs: {idle:?}");
 }
 
 #[test]
 fn the_folders_of_the_passthrough_file_system_use_each_other_one_way() {
-    let arrows = arrows(&read("src"), FOLDERS, &[]);
+    let arrows = arrows(&read("src"), FOLDERS);
     let wrong: Vec<String> = forbidden(FOLDERS, &arrows).into_iter().map(sentence).collect();
     assert!(wrong.is_empty(), "arrows that the layout does not allow:\n{}", wrong.join("\n"));
 }
@@ -287,7 +245,7 @@ fn wrong_arrows_of(file: &str, text: &str) -> Vec<String> {
     for other in ["fs/mod.rs", "fs/null.rs", "daemon/mod.rs", "sync.rs"] {
         sources.entry(other.to_owned()).or_default();
     }
-    let arrows = arrows(&sources, ROOMS, &[]);
+    let arrows = arrows(&sources, ROOMS);
     forbidden(ROOMS, &arrows).iter().map(|arrow| arrow.to.clone()).collect()
 }
 
@@ -318,7 +276,7 @@ fn a_wrong_arrow_between_folders_is_found() {
         ("use super::ops::open::open;\n", 1),
         ("use super::host::HostFile;\n", 0),
     ] {
-        let arrows = arrows(&Sources::from([file(text)]), FOLDERS, &[]);
+        let arrows = arrows(&Sources::from([file(text)]), FOLDERS);
         assert_eq!(forbidden(FOLDERS, &arrows).len(), wrong, "{text}");
     }
 }

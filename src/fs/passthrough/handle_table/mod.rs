@@ -10,13 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 use rustix::io::Errno;
 
 use self::listing::Listing;
-use crate::blocking::block_in_place;
 use crate::fs::Result;
 use crate::fs::passthrough::host::file::HostFile;
 use crate::fs::passthrough::inode::Inode;
 use crate::fs::passthrough::inode::io_mode::Mode;
 use crate::fs::passthrough::inode::shards::{BuildIdHasher, Shards};
 use crate::limits::MemoryQuota;
+use crate::sync::blocking::block_in_place;
 use fuse_protocol::ids::{HandleId, NodeId};
 
 /// An open file or directory.
