@@ -3,6 +3,8 @@
 //! `LANEFSD_FUSE_HEADER` names the header to compare with; the default is the one that linux-libc-dev
 //! installs. A header older than 7.45 lacks some of them, which are skipped: `tests/run` gives the newest one.
 
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a failed test panics")]
+
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;

@@ -391,15 +391,17 @@ mod tests {
     fn a_chain_that_is_not_a_request_is_completed_empty() {
         let guest = Guest::new();
         guest.offer_bytes(0, &[0; size_of::<InHeader>() - 1]);
-        guest.memory.memory().write_obj(99u16, GuestAddress(LAYOUT.available + 4 + 2 * 2)).unwrap();
-        guest.memory.memory().write_obj(3u16, GuestAddress(LAYOUT.available + 2)).unwrap();
+        guest.offer_bytes(1, &[0; size_of::<InHeader>()]);
+        // A descriptor of 8 bytes, behind which one follows that does not exist.
+        let broken = 0x4000u128 | 8 << 64 | 1 << 96 | 99 << 112;
+        guest.memory.memory().write_obj(broken.to_le_bytes(), GuestAddress(LAYOUT.descriptors + 16)).unwrap();
         let (error, completion) = guest.popped().decode().err().unwrap();
         assert!(matches!(error, RequestError::NoHeader));
         let (popped, _) = completion.pop_next().ok().unwrap();
         let (error, completion) = popped.decode().err().unwrap();
         assert!(matches!(error, RequestError::Chain(ChainError::Index(99))));
         drop(completion);
-        assert_eq!(guest.used_since(), [(0, 0), (99, 0)]);
+        assert_eq!(guest.used_since(), [(0, 0), (1, 0)]);
     }
 
     #[test]

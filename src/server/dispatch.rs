@@ -7,6 +7,7 @@ use super::reply::BodyWriter;
 use crate::fs::{Context, FileSystem, Result};
 use crate::sys::guest_buffers::GuestReader;
 use fuse_protocol::ids::NodeId;
+use fuse_protocol::opcode::Opcode;
 use fuse_protocol::reply::{Copied, DirectoryWriter, Offset, ReplyBody, Written};
 use fuse_protocol::request::{BatchForget, CopyFileRange, Forget, Operation, Read, Readdir, Request, Write};
 
@@ -154,6 +155,12 @@ fn copy_file_range(fs: &dyn FileSystem, ctx: &Context, node: NodeId, copy: &Copy
         true => Ok(Copied::Wide(copied)),
         false => Ok(Copied::Narrow(u32::try_from(copied).unwrap_or(u32::MAX))),
     }
+}
+
+/// Whether nothing here serves requests of this kind.
+pub(super) fn is_unsupported(opcode: Opcode) -> bool {
+    use Opcode::{Bmap, NotifyReply, Poll, RemoveMapping, SetupMapping};
+    matches!(opcode, Bmap | Poll | NotifyReply | SetupMapping | RemoveMapping)
 }
 
 /// ENOTTY from a file system without IOCTL: some kernels pass ENOSYS on to programs, which know ENOTTY only.

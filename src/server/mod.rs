@@ -164,6 +164,10 @@ impl Server {
         body: &mut BodyWriter<'_>,
         buffers: &mut Buffers,
     ) -> Result<()> {
+        if header.opcode().is_some_and(dispatch::is_unsupported) {
+            // Whatever its arguments are.
+            return Err(Errno::NOSYS);
+        }
         let arguments = header.argument_bytes(input.len() + IN_HEADER_SIZE).map_err(malformed)?;
         memory::resize(&mut buffers.arguments, arguments)?;
         input.read(&mut buffers.arguments);

@@ -108,8 +108,8 @@ fn module_of(file: &str) -> Vec<String> {
 
 /// The innermost room that a module path leads to.
 fn room_of(module: &[String], rooms: Rooms) -> Option<String> {
-    let names = (1..=module.len()).rev().map(|length| module[..length].join("/"));
-    names.filter(|name| rooms.iter().any(|(room, _)| room == name)).next()
+    let mut names = (1..=module.len()).rev().map(|length| module[..length].join("/"));
+    names.find(|name| rooms.iter().any(|(room, _)| room == name))
 }
 
 /// The room of a file, if it has one.
