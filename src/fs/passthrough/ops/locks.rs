@@ -2,7 +2,7 @@
 //!
 //! POSIX locks are kept per owner and inode ([`PosixLocks`](crate::fs::passthrough::inode::PosixLocks)). A flock(2)
 //! lock belongs to the guest's open file, which is our handle. Requests that wait are in
-//! [`LockWaiters`](crate::fs::passthrough::lock_waiters::LockWaiters).
+//! [`LockWaiters`].
 
 use std::os::fd::{AsFd, OwnedFd};
 
