@@ -29,8 +29,8 @@ const MAX_REQUESTS: usize = 100;
 const CAPACITY: usize = 1 << 18;
 /// A step with this first byte is a request as it stands; others choose an opcode.
 pub const RAW: u8 = 0;
-/// A step with this one is for the [`Ground`], if it has any use for it.
-pub const GROUND: u8 = 255;
+/// A step with this one is for the [`Workload`], if it has any use for it.
+pub const WORKLOAD: u8 = 255;
 
 /// What the guest holds, by the replies it got.
 #[derive(Debug, Default)]
@@ -42,7 +42,7 @@ pub struct Guest {
 }
 
 /// What the file system stands on, looked at while it is served.
-pub trait Ground {
+pub trait Workload {
     /// Looks at it after a request, which may have had a reply.
     fn after_request(&self, guest: &Guest, reply: &[u8]);
 
@@ -56,11 +56,11 @@ pub trait Ground {
 }
 
 /// What is served, and how.
-pub struct Setting {
+pub struct TestConfig {
     /// The file system.
     pub fs: Arc<dyn FileSystem>,
     /// What it stands on.
-    pub ground: Arc<dyn Ground>,
+    pub workload: Arc<dyn Workload>,
     /// What was written can be read.
     pub keeps_data: bool,
     /// A wait for a lock ends: otherwise none is asked for, since nobody else would unlock anything.
@@ -68,7 +68,7 @@ pub struct Setting {
 }
 
 struct Driver {
-    setting: Setting,
+    config: TestConfig,
     server: Server,
     scratch: Scratch,
     guest: Guest,
@@ -85,10 +85,10 @@ pub fn serve(data: &[u8]) {
         3 => Arc::new(NullStore::new(memory.clone(), Duration::ZERO)),
         _ => Arc::new(memory.clone()),
     };
-    run(&mut input, Setting { fs, ground: Arc::new(memory), keeps_data: choice != 3, waits_end: true });
+    run(&mut input, TestConfig { fs, workload: Arc::new(memory), keeps_data: choice != 3, waits_end: true });
 }
 
-impl Ground for MemoryFs {
+impl Workload for MemoryFs {
     /// The file system and the guest agree on what the guest holds.
     fn after_request(&self, guest: &Guest, _reply: &[u8]) {
         assert_eq!(self.lookups(), guest.lookups);
@@ -101,24 +101,24 @@ impl Ground for MemoryFs {
     }
 }
 
-/// Serves the requests that `input` tells, and looks at the ground meanwhile.
-pub fn run(input: &mut Input<'_>, setting: Setting) {
-    let server = Server::new(Arc::clone(&setting.fs));
+/// Serves the requests that `input` tells, and looks at the workload meanwhile.
+pub fn run(input: &mut Input<'_>, config: TestConfig) {
+    let server = Server::new(Arc::clone(&config.fs));
     let (scratch, guest) = (Scratch::default(), Guest::default());
-    let mut driver = Driver { setting, server, scratch, guest, unique: 1 };
+    let mut driver = Driver { config, server, scratch, guest, unique: 1 };
     let mut steps = 0;
     while !input.is_empty() && steps < MAX_REQUESTS {
         steps += 1;
         driver.step(input);
     }
     driver.server.end_session();
-    driver.setting.ground.at_end();
+    driver.config.workload.at_end();
 }
 
 impl Driver {
     fn step(&mut self, input: &mut Input<'_>) {
         let kind = input.byte();
-        if kind == GROUND && self.setting.ground.disturb(input) {
+        if kind == WORKLOAD && self.config.workload.disturb(input) {
             return;
         }
         let mut message = if kind == RAW {
@@ -127,7 +127,7 @@ impl Driver {
         } else {
             self.message(kind, input)
         };
-        if !self.setting.waits_end {
+        if !self.config.waits_end {
             without_wait(&mut message);
         }
         let rooms = [4096, 144, 16, 160, 1 << 16, 0, 8, 15, 24, 104, 128, 17, 300];
@@ -137,7 +137,7 @@ impl Driver {
             self.note(header, &message, reply);
         }
         let reply = exchanged.as_ref().map_or(&[][..], |(_, reply)| reply);
-        self.setting.ground.after_request(&self.guest, reply);
+        self.config.workload.after_request(&self.guest, reply);
         if let Some((header, reply)) = exchanged {
             self.read_back(&header, &message, &reply, cuts);
         }
@@ -292,7 +292,7 @@ impl Driver {
     /// What was written is read again, cut in another way.
     fn read_back(&mut self, header: &abi::InHeader, message: &[u8], reply: &[u8], cuts: [u8; 2]) {
         let written = reply.get(OUT_HEADER_SIZE..).and_then(|body| abi::WriteOut::read_from_bytes(body).ok());
-        if header.opcode != Opcode::Write as u32 || !self.setting.keeps_data {
+        if header.opcode != Opcode::Write as u32 || !self.config.keeps_data {
             return;
         }
         let Some(written) = written else { return };

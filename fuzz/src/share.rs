@@ -40,7 +40,7 @@ use rustix::process::{Resource, Rlimit, getgroups, setrlimit, umask};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags, capabilities, unshare_unsafe};
 
 use crate::input::Input;
-use crate::server::{Ground, Guest, Setting, run};
+use crate::server::{Guest, TestConfig, Workload, run};
 
 /// Of `/sys` nothing is needed here, and it is there on every machine.
 const BASE: &str = "/sys";
@@ -169,7 +169,7 @@ fn serve_inside(job: &Job, passthrough: PassthroughFs, host: Arc<Host>) {
     };
     let mut input = Input::new(&job.data);
     input.byte();
-    run(&mut input, Setting { fs, ground: host, keeps_data: true, waits_end: false });
+    run(&mut input, TestConfig { fs, workload: host, keeps_data: true, waits_end: false });
 }
 
 /// Leaves libFuzzer's alarms to its own thread, and makes a forbidden call a finding.
@@ -297,7 +297,7 @@ struct Host {
     capabilities: CapabilitySets,
 }
 
-impl Ground for Host {
+impl Workload for Host {
     fn after_request(&self, _guest: &Guest, reply: &[u8]) {
         assert!(!reply.windows(SECRET.len()).any(|part| part == SECRET), "a guest read what lies outside");
         // The thread is the daemon's again.

@@ -320,7 +320,7 @@ fn kata_wants_the_system_log() {
     let line = "--syslog --cache=auto --shared-dir=SHARE --fd=FD --thread-pool-size=1 --announce-submounts";
     let (mut backend, session) = place.start(starter, line);
     place.use_it(&session, false);
-    // The second one comes from a worker, behind all walls.
+    // The second one comes from a worker, inside the sandbox.
     for words in ["Waiting for vhost-user socket connection", "session begins"] {
         let mut message = [0; 1000];
         loop {

@@ -1,4 +1,4 @@
-//! Everything is served from behind all walls: namespaces, few capabilities, and a filter that ends
+//! Everything is served inside the sandbox: namespaces, few capabilities, and a filter that ends
 //! the daemon at the first system call that is not on its list.
 
 use std::fs;
@@ -146,8 +146,8 @@ fn traced(opcode: Opcode) -> String {
 }
 
 #[test]
-fn every_operation_is_served_from_behind_the_walls() {
-    assert!(rustix::process::geteuid().is_root(), "run the tests as root: there are no such walls otherwise");
+fn every_operation_is_served_inside_the_sandbox() {
+    assert!(rustix::process::geteuid().is_root(), "run the tests as root: there is no sandbox otherwise");
     for sandbox in ["namespace", "chroot", "none"] {
         let directory = common::disk_directory();
         let mut backend = common::starter()

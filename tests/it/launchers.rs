@@ -140,7 +140,7 @@ fn descriptors_of_the_launcher_are_closed() {
             let backend = serves(if by_fd { starter.by_fd() } else { starter });
             let mut gone = vec![identity(forgotten.path().join("file")).unwrap()];
             if sandbox != "--sandbox=none" {
-                // Without walls it works where it was started, and its root is that of the host.
+                // Without a sandbox it works where it was started, and its root is that of the host.
                 gone.extend(identity(forgotten.path()));
             }
             let open = places(&backend);

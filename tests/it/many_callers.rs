@@ -26,7 +26,7 @@ const ACL: [u8; 28] = [
 ];
 
 /// How the daemon runs, and what that does to ids and modes.
-struct Setting {
+struct TestConfig {
     args: &'static [&'static str],
     /// What the host's ids are higher by.
     shift: u32,
@@ -34,10 +34,10 @@ struct Setting {
     acls: bool,
 }
 
-const SETTINGS: [Setting; 3] = [
-    Setting { args: &["--translate-uid=forbid-guest:4000:1"], shift: 0, acls: false },
-    Setting { args: &["--translate-uid=forbid-guest:4000:1", "--posix-acl"], shift: 0, acls: true },
-    Setting {
+const CONFIGS: [TestConfig; 3] = [
+    TestConfig { args: &["--translate-uid=forbid-guest:4000:1"], shift: 0, acls: false },
+    TestConfig { args: &["--translate-uid=forbid-guest:4000:1", "--posix-acl"], shift: 0, acls: true },
+    TestConfig {
         args: &[
             "--sandbox=namespace",
             "--posix-acl",
@@ -84,11 +84,11 @@ struct Directories {
     acl: u64,
 }
 
-fn set_up(backend: &Backend, setting: &Setting, client: &Client<'_>) -> Directories {
+fn set_up(backend: &Backend, config: &TestConfig, client: &Client<'_>) -> Directories {
     let node = |name: &str, mode: u32, gid: u32| {
         let path = backend.path(name);
         fs::create_dir(&path).unwrap();
-        chown(&path, Some(setting.shift), Some(gid + setting.shift)).unwrap();
+        chown(&path, Some(config.shift), Some(gid + config.shift)).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         client.lookup(ROOT, name).unwrap().nodeid
     };
@@ -136,7 +136,7 @@ fn drop_value<T>(_value: T) {}
 
 /// One creation that has to go well, looked at on the host.
 fn create_and_check(
-    setting: &Setting,
+    config: &TestConfig,
     backend: &Backend,
     client: &Client<'_>,
     (directory, node): (&str, u64),
@@ -152,10 +152,10 @@ fn create_and_check(
     assert_eq!(result, Ok(()), "{what}");
     let host = fs::symlink_metadata(backend.path(directory).join(name)).unwrap();
     let gid = if directory == "team" { TEAM } else { caller.gid };
-    assert_eq!((host.uid(), host.gid()), (caller.uid + setting.shift, gid + setting.shift), "{what}");
+    assert_eq!((host.uid(), host.gid()), (caller.uid + config.shift, gid + config.shift), "{what}");
     let expected = match (kind, directory) {
         (2, _) => 0o777,
-        (_, "acl") if setting.acls => mode & 0o770,
+        (_, "acl") if config.acls => mode & 0o770,
         (_, "acl") => mode & !umask & 0o770,
         (0, "team") => mode & !umask | 0o2000,
         _ => mode & !umask,
@@ -192,7 +192,7 @@ fn clear_set_id_bits(client: &Client<'_>, backend: &Backend, node: u64, name: &s
     root.release(entry.nodeid, open.fh).unwrap();
 }
 
-fn work(setting: &Setting, backend: &Backend, session: &Session, directories: Directories, thread: u64) {
+fn work(config: &TestConfig, backend: &Backend, session: &Session, directories: Directories, thread: u64) {
     let mut random = Random::new(thread);
     let client = session.client().on(1 + thread as usize % 2);
     for round in 0..120 {
@@ -203,18 +203,18 @@ fn work(setting: &Setting, backend: &Backend, session: &Session, directories: Di
         match random.below(4) {
             0 => fail(&client, directories, &mut random),
             1 => clear_set_id_bits(&client, backend, directories.open, &name),
-            _ => create_and_check(setting, backend, &client, (directory, node), &mut random, &name),
+            _ => create_and_check(config, backend, &client, (directory, node), &mut random, &name),
         }
     }
 }
 
 #[test]
 fn callers_never_get_mixed_up() {
-    for setting in &SETTINGS {
+    for config in &CONFIGS {
         let directory = common::disk_directory();
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
         let backend = common::starter()
-            .args(setting.args)
+            .args(config.args)
             .args(["--thread-pool-size=8", "--tmpfile"])
             .share(directory.path())
             .start()
@@ -224,11 +224,11 @@ fn callers_never_get_mixed_up() {
         session.client().getattr(ROOT).unwrap();
         let before = thread_states(&backend);
         assert_eq!(before.len(), 1, "all threads begin alike: {before:#?}");
-        let directories = set_up(&backend, setting, &session.client());
+        let directories = set_up(&backend, config, &session.client());
         std::thread::scope(|scope| {
             for thread in 0..16 {
                 let (backend, session) = (&backend, &session);
-                scope.spawn(move || work(setting, backend, session, directories, thread));
+                scope.spawn(move || work(config, backend, session, directories, thread));
             }
         });
         let after = thread_states(&backend);

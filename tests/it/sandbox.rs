@@ -10,10 +10,7 @@ use lanefsd_frontend::client::{Change, ROOT};
 use crate::common;
 
 pub fn as_root() {
-    assert!(
-        rustix::process::geteuid().is_root(),
-        "run the tests as root: without it there are no such walls"
-    );
+    assert!(rustix::process::geteuid().is_root(), "run the tests as root: without it there is no sandbox");
 }
 
 fn identity(path: impl AsRef<Path>) -> (u64, u64) {
