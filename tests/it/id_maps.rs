@@ -220,7 +220,7 @@ fn further_ids_are_mapped_by_newuidmap() {
     assert!(client.setattr(file.nodeid, Change::none().uid(1001)).is_err(), "an id that does not exist");
     let pid = common::serving_process(backend.pid()).to_string();
     assert_eq!(map(&pid, "uid_map"), [format!("0 {USER} 1"), format!("1 {SUB} 1000")]);
-    // Walls, capabilities and filter are those of root: no mount is to be reached from the root directory.
+    // Sandbox, capabilities and filter are those of root: no mount is to be reached from the root directory.
     assert_eq!(fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap(), "");
     assert_eq!(
         fs::metadata(format!("/proc/{pid}/cwd/..")).unwrap().ino(),
