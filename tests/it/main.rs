@@ -62,8 +62,6 @@ mod special_files;
 mod startup;
 mod supervisor;
 mod synchronous_writes;
-mod two_shares;
 mod unreliable_host;
 mod windows;
-mod wrappers;
 mod xattrs;

@@ -188,7 +188,7 @@ impl<'s> Windows<'s> {
             let read = ReadIn { padding: self.rubbish(), ..read };
             let request = self.request(Opcode::Read, file.node, read.as_bytes(), &[]).reply_data(size);
             // The header counts what is to be read.
-            let piece = self.bytes(&request.told((size_of::<InHeader>() + size) as u32), segmentation)?;
+            let piece = self.bytes(&request.declared((size_of::<InHeader>() + size) as u32), segmentation)?;
             if piece.is_empty() {
                 break;
             }
@@ -450,7 +450,7 @@ fn links_are_made_and_followed() {
     let rubbish = [0xa5; MAX_PATH];
     for sent in [&rubbish[..], &[]] {
         let request = windows.request(Opcode::Readlink, entry.nodeid, sent, &[]).reply_data(MAX_PATH);
-        let request = request.told((size_of::<InHeader>() + MAX_PATH) as u32);
+        let request = request.declared((size_of::<InHeader>() + MAX_PATH) as u32);
         assert_eq!(windows.bytes(&request, Segmentation::One).unwrap(), b"folder/target");
     }
     // Nothing is open, and it is closed all the same.

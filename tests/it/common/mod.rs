@@ -1,7 +1,7 @@
 //! What the integration tests share: which back end is tested, and how it is started.
 //!
 //! `LANEFSD_TEST_BACKEND` names another program with virtiofsd's options, to compare behaviour.
-#![allow(dead_code, reason = "every test file uses its own part")]
+#![allow(dead_code, reason = "the programs beside this folder use a part of it")]
 
 pub mod fuse_host;
 pub mod strace;

@@ -1,5 +1,5 @@
 //! What strace(1) has seen of a daemon: the calls that its serving process made inside the sandbox.
-#![allow(dead_code, reason = "every test file uses its own part")]
+#![allow(dead_code, reason = "the programs beside this folder use a part of it")]
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
