@@ -9,7 +9,7 @@ pub(crate) use std::thread::{Thread, current, park};
 
 pub(crate) use self::blocking::block_in_place;
 
-/// Lets time pass for whoever looks again and again at what another thread does.
+/// Waits a millisecond, between two polls of what another thread does.
 pub(crate) fn pause() {
     std::thread::sleep(std::time::Duration::from_millis(1));
 }

@@ -14,8 +14,6 @@ pub struct Share {
     pub name: Arc<str>,
     /// The directory of the host that the guest mounts.
     pub directory: PathBuf,
-    /// Where front ends connect.
-    pub socket: Socket,
     /// Wait for the next front end after one has disconnected.
     pub keep_listening: bool,
     /// Limits of the device that front ends see: its queues and their workers.
@@ -24,6 +22,8 @@ pub struct Share {
     pub service: Arc<Server>,
     /// Counters.
     pub statistics: Statistics,
+    /// Where front ends connect. Dropped last: its path goes when nothing of the share is open any more.
+    pub socket: Socket,
 }
 
 /// Counters since the share is served.

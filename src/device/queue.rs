@@ -73,7 +73,7 @@ pub(super) struct Used {
 /// A chain that was popped.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PoppedChain {
-    /// Its first descriptor, unchecked.
+    /// Its first descriptor.
     pub head: u16,
     /// The chains behind it.
     pub backlog: Backlog,
@@ -415,7 +415,8 @@ impl State {
     #[inline]
     fn pop(&mut self, memory: &GuestMemoryMmap, if_empty: IfEmpty) -> Result<Option<PoppedChain>, RingError> {
         let sleeps = if_empty == IfEmpty::EnableKicks;
-        // The ring was empty a moment ago: most often this is all that is read of it before the worker sleeps.
+        // With EVENT_IDX the ring was empty a moment ago: most often this is all that is read of it before the
+        // worker sleeps.
         if sleeps && self.ring.has_refused_kicks() && !self.ring.enable_notification(memory)? {
             return Ok(None);
         }

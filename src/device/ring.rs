@@ -155,7 +155,7 @@ impl Ring {
         Ok(true)
     }
 
-    /// Chains that the guest has made available and nobody has taken.
+    /// Number of available chains that were not popped.
     pub fn avail_len(&self, memory: &GuestMemoryMmap) -> Result<u16> {
         let available = self.queue.avail_idx(memory, Ordering::Acquire);
         let available = available.map_err(|error| at(self.queue.avail_ring(), error))?.0;
@@ -203,13 +203,13 @@ impl Ring {
         Ok(load(memory, available, 0)? & NO_INTERRUPT == 0)
     }
 
-    /// Whether the ring was empty when it was looked at last, and the guest does not kick.
+    /// Whether kicks are refused, until [`Ring::enable_notification`].
     pub fn has_refused_kicks(&self) -> bool {
         self.kicks_refused
     }
 
-    /// Asks the guest to kick when it makes the next chain available. Returns whether one has come just
-    /// before: nobody kicks for that.
+    /// Makes the guest kick when it makes the next chain available. Returns whether one came just before, for
+    /// which there is no kick.
     pub fn enable_notification(&mut self, memory: &GuestMemoryMmap) -> Result<bool> {
         self.kicks_refused = false;
         self.queue.enable_notification(memory).map_err(|error| at(self.queue.used_ring(), error))
@@ -451,7 +451,7 @@ mod tests {
     }
 
     proptest! {
-        /// The guest hears of a batch exactly if its event index lies in it.
+        /// The guest is notified of a batch exactly if its event index lies in it.
         #[test]
         fn event_idx_names_one_entry(start: u16, batch in 1u16..8, event_offset in -20i32..20) {
             let memory = memory();

@@ -67,9 +67,9 @@ pub(super) struct Serving {
     pub memory: SharedMemory,
     /// Whether EVENT_IDX was negotiated.
     pub event_idx: bool,
-    /// What requests are handed to.
+    /// Serves the requests.
     pub service: Arc<Server>,
-    /// What looks after queues that make no progress.
+    /// Wakes a worker when a queue with pending requests makes no progress.
     pub watchdog: Arc<Watchdog>,
     /// Workers of a queue, at most.
     pub workers: usize,

@@ -43,7 +43,7 @@ pub struct NullStore<F> {
 #[derive(Clone, Debug)]
 struct OpenFile {
     file: Arc<File>,
-    /// Whether it was opened for writing. Reading is not looked at: a guest that writes back its
+    /// Whether it was opened for writing. Reading is not checked: a guest that writes back its
     /// cache reads through any handle.
     writable: bool,
 }
@@ -133,7 +133,7 @@ impl<F: FileSystem> NullStore<F> {
         shard.get(&handle).filter(|open| open.file.node == node).cloned().ok_or(Errno::BADF)
     }
 
-    /// The file of `node` if anybody has it open.
+    /// The file of `node` if it is open.
     fn open_file(&self, node: NodeId) -> Option<Arc<File>> {
         self.files().open.get(&node).and_then(Weak::upgrade)
     }

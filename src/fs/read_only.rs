@@ -5,7 +5,7 @@
 //! change nothing.
 //!
 //! Every operation is listed here, either passed on or refused. One that is missing is answered
-//! ENOSYS, so that a new operation changes nothing until somebody has thought about it.
+//! ENOSYS, so that a new operation changes nothing until it is listed.
 
 use std::sync::Arc;
 

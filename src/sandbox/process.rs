@@ -24,11 +24,11 @@ impl Parent {
     /// start any.
     pub fn wait(self, signalled: BorrowedFd<'_>) -> Result<i32, SandboxError> {
         let ended = pidfd_open(self.child, PidfdFlags::empty()).map_err(step("watching the daemon"))?;
-        let mut told = false;
+        let mut signalled_server = false;
         loop {
             let mut fds =
                 [PollFd::new(&ended, PollFlags::IN), PollFd::from_borrowed_fd(signalled, PollFlags::IN)];
-            let (watched, _) = fds.split_at_mut(if told { 1 } else { 2 });
+            let (watched, _) = fds.split_at_mut(if signalled_server { 1 } else { 2 });
             match poll(watched, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(step("waiting for the daemon")(errno)),
@@ -38,8 +38,8 @@ impl Parent {
             {
                 return Ok(exit_status(status));
             }
-            if !told && fds.last().is_some_and(|fd| !fd.revents().is_empty()) {
-                told = true;
+            if !signalled_server && fds.last().is_some_and(|fd| !fd.revents().is_empty()) {
+                signalled_server = true;
                 kill_process(self.child, Signal::TERM).map_err(step("ending the daemon"))?;
             }
         }

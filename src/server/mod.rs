@@ -45,9 +45,9 @@ struct Buffers {
 /// On which thread a request is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// On the worker's that popped it.
+    /// On the thread of the worker that popped it.
     Inline,
-    /// On one of its own: it may wait for another request of the same guest.
+    /// On a thread of its own: it may wait for another request of the same guest.
     Blocking,
 }
 
@@ -164,14 +164,14 @@ impl Server {
         body: &mut BodyWriter<'_>,
         buffers: &mut Buffers,
     ) -> Result<()> {
+        let arguments = header.argument_bytes(input.len() + IN_HEADER_SIZE).map_err(malformed)?;
+        let agreement = self.session.agreement();
         if header.opcode().is_some_and(dispatch::is_unsupported) {
             // Whatever its arguments are.
-            return Err(Errno::NOSYS);
+            return Err(if agreement.is_active() { Errno::NOSYS } else { Errno::NOTCONN });
         }
-        let arguments = header.argument_bytes(input.len() + IN_HEADER_SIZE).map_err(malformed)?;
         memory::resize(&mut buffers.arguments, arguments)?;
         input.read(&mut buffers.arguments);
-        let agreement = self.session.agreement();
         let request = Request::decode(header, &buffers.arguments, agreement.layout()).map_err(malformed)?;
         trace!("{request:?}");
         if !agreement.is_active() && !matches!(request.operation, Operation::Init(_)) {

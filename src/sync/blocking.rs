@@ -60,7 +60,7 @@ pub fn block_in_place<T>(wait: impl FnOnce() -> T) -> T {
     wait()
 }
 
-/// Whether the calling thread has blocked, with a hook that was told, since the last call.
+/// Whether the calling thread has blocked since the last call, with a hook that was called.
 pub fn take_blocked() -> bool {
     HAS_BLOCKED.get() && HAS_BLOCKED.take()
 }

@@ -1,4 +1,4 @@
-//! Guest memory as the two ends of a request: what it carries, and the room for its reply.
+//! Guest memory as the readable and the writable part of a request: what it carries, and the room for its reply.
 //!
 //! Data goes between guest memory and host files by the addresses in here, not through a buffer of
 //! ours, but for what one system call cannot take. The guest may change the bytes at any time, so they are only ever copied out once or

@@ -48,7 +48,7 @@ pub struct Request<'a> {
     /// What the header's last word says of extensions that are not there; Linux clears it.
     pub last_word: u32,
     /// The length that the header says, where it is not the request's.
-    pub told: Option<u32>,
+    pub declared: Option<u32>,
 }
 
 impl<'a> Request<'a> {
@@ -64,7 +64,7 @@ impl<'a> Request<'a> {
             reply_data: 0,
             label: Vec::new(),
             last_word: 0,
-            told: None,
+            declared: None,
         }
     }
 
@@ -113,8 +113,8 @@ impl<'a> Request<'a> {
     }
 
     /// Has the header say another length.
-    pub fn told(mut self, len: u32) -> Self {
-        self.told = Some(len);
+    pub fn declared(mut self, len: u32) -> Self {
+        self.declared = Some(len);
         self
     }
 
@@ -140,7 +140,7 @@ impl<'a> Request<'a> {
         let len = size_of::<InHeader>() + self.args.iter().map(Vec::len).sum::<usize>();
         let [low, high]: [u16; 2] = zerocopy::transmute!(self.last_word);
         let header = InHeader {
-            len: self.told.unwrap_or((len + extension.len() + self.data.len()) as u32),
+            len: self.declared.unwrap_or((len + extension.len() + self.data.len()) as u32),
             opcode: self.opcode,
             unique,
             nodeid: self.nodeid,

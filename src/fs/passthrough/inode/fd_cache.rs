@@ -21,7 +21,7 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use super::mount::{self, Mount};
-use super::shards::{Apart, SHARDS, Shards};
+use super::shards::{CachePadded, SHARDS, Shards};
 use crate::fs::Result;
 use crate::limits::FdQuota;
 use fuse_protocol::ids::NodeId;
@@ -34,16 +34,16 @@ const SMALLEST_CLOCK: usize = 64;
 pub struct FdCache {
     /// Set while inodes are to be evicted. Each request reads it; it has a cache line apart from what each new inode
     /// changes.
-    over_limit: Apart<AtomicBool>,
+    over_limit: CachePadded<AtomicBool>,
     /// How many inodes may have one, before some are evicted.
     limit: AtomicUsize,
     /// Whether inodes can be evicted: file handles work.
     evicts: bool,
     /// Inodes that have a descriptor and can be evicted.
-    open: Apart<AtomicUsize>,
+    open: CachePadded<AtomicUsize>,
     /// These inodes, in the order in which their reference bits are tested.
     clock: Shards<Mutex<Clock>>,
-    mounts: Apart<RwLock<HashMap<u32, Weak<Mount>>>>,
+    mounts: CachePadded<RwLock<HashMap<u32, Weak<Mount>>>>,
     reported_mount: AtomicBool,
     /// What inodes share with all other descriptors of the guest.
     quota: Arc<FdQuota>,
@@ -95,12 +95,12 @@ impl FdCache {
 
     pub(super) fn with_limit(quota: &Arc<FdQuota>, limit: usize) -> FdCache {
         FdCache {
-            over_limit: Apart::default(),
+            over_limit: CachePadded::default(),
             limit: AtomicUsize::new(limit),
             evicts: limit != usize::MAX,
-            open: Apart::default(),
+            open: CachePadded::default(),
             clock: Shards::default(),
-            mounts: Apart::default(),
+            mounts: CachePadded::default(),
             reported_mount: AtomicBool::new(false),
             quota: Arc::clone(quota),
         }

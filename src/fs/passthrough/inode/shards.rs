@@ -10,9 +10,9 @@ pub const SHARDS: usize = 32;
 /// use its neighbours.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-pub struct Apart<T>(T);
+pub struct CachePadded<T>(T);
 
-impl<T> Deref for Apart<T> {
+impl<T> Deref for CachePadded<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -22,11 +22,11 @@ impl<T> Deref for Apart<T> {
 
 /// `SHARDS` values, of which a number selects one.
 #[derive(Debug)]
-pub struct Shards<T>([Apart<T>; SHARDS]);
+pub struct Shards<T>([CachePadded<T>; SHARDS]);
 
 impl<T: Default> Default for Shards<T> {
     fn default() -> Shards<T> {
-        Shards(std::array::from_fn(|_| Apart::default()))
+        Shards(std::array::from_fn(|_| CachePadded::default()))
     }
 }
 

@@ -19,7 +19,7 @@ use super::fd_cache::FdCache;
 use super::inode_fd::InodeFd;
 use super::key::{InodeKey, Seen};
 use super::mount::Mount;
-use super::shards::{Apart, BuildIdHasher, Shards};
+use super::shards::{BuildIdHasher, CachePadded, Shards};
 use crate::fs::passthrough::host::Host;
 use crate::fs::{DeviceDescriptors, Result};
 use crate::limits::{FdPermit, FdQuota, GuestFd};
@@ -68,7 +68,7 @@ pub struct InodeTable {
     by_node: Shards<RwLock<HashSet<ByNode, BuildIdHasher>>>,
     /// Without those that were deleted on the host and whose number another inode has now.
     by_key: Shards<Mutex<HashSet<ByKey>>>,
-    next_node: Apart<AtomicU64>,
+    next_node: CachePadded<AtomicU64>,
     root: Arc<Inode>,
     fd_cache: Arc<FdCache>,
     /// The hand of the clock: the shard that is next. Locked by the thread that evicts inodes.
@@ -90,7 +90,7 @@ impl InodeTable {
         let key = key.on(&mount, &root);
         let root = Arc::new(Inode::new(NodeId::ROOT, key, FileType::Directory, InodeFd::new(root, mount)));
         root.mount().add_top(&root);
-        let next_node = Apart::<AtomicU64>::default();
+        let next_node = CachePadded::<AtomicU64>::default();
         next_node.store(NodeId::ROOT.0 + 1, Ordering::Relaxed);
         let table = InodeTable {
             by_node: Shards::default(),
