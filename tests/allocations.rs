@@ -106,14 +106,14 @@ fn serve(share: &Path, listener: &UnixListener, workers: usize, cache: CachePoli
         thread_pool_size: workers,
         poll_time: Duration::from_micros(20),
     };
-    let service = Arc::new(Server::new(Arc::new(fs)));
+    let server = Arc::new(Server::new(Arc::new(fs)));
     let share = Share {
         name: "test".into(),
         directory: share.to_owned(),
         socket: listener.try_clone().unwrap().into(),
         keep_listening: false,
         device,
-        service,
+        server,
         statistics: Statistics::default(),
     };
     frontend::serve(&share, &Signals::catch().unwrap()).unwrap();

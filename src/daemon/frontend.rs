@@ -101,7 +101,7 @@ fn next_front_end(
 ) -> Result<Option<Connection>, FrontendError> {
     loop {
         while let Some(stream) = acceptor.next() {
-            match Connection::begin(stream, &share.device, &share.service) {
+            match Connection::begin(stream, &share.device, &share.server) {
                 Ok(connection) => {
                     share.statistics.count_front_end();
                     return Ok(Some(connection));
@@ -133,9 +133,9 @@ impl Connection {
     fn begin(
         stream: UnixStream,
         config: &DeviceConfig,
-        service: &Arc<Server>,
+        server: &Arc<Server>,
     ) -> Result<Connection, FrontendError> {
-        let backend = Backend::new(config, Arc::clone(service)).map_err(FrontendError::SetUp)?;
+        let backend = Backend::new(config, Arc::clone(server)).map_err(FrontendError::SetUp)?;
         let ours = Arc::new(stream.try_clone().map_err(FrontendError::SetUp)?);
         let theirs = Arc::clone(&ours);
         let (done, guard) = UnixStream::pair().map_err(FrontendError::SetUp)?;

@@ -96,7 +96,7 @@ fn serve(
     sandbox::give_up_capabilities(required, config.capabilities)?;
     fs.try_labels()?;
     let signals = Signals::catch()?;
-    let service = Arc::new(Server::new(wrap(stack(fs, config.store, config.readonly))));
+    let server = Arc::new(Server::new(wrap(stack(fs, config.store, config.readonly))));
     sandbox::install_seccomp(config.seccomp, file_handles)?;
     config.remarks.iter().for_each(Remark::log);
     let share = Share {
@@ -105,7 +105,7 @@ fn serve(
         socket,
         keep_listening: config.keep_listening,
         device: config.device,
-        service,
+        server,
         statistics: Statistics::default(),
     };
     let served = frontend::serve(&share, &signals);

@@ -19,7 +19,7 @@ pub struct Share {
     /// Limits of the device that front ends see: its queues and their workers.
     pub device: DeviceConfig,
     /// Answers the requests.
-    pub service: Arc<Server>,
+    pub server: Arc<Server>,
     /// Counters.
     pub statistics: Statistics,
     /// Where front ends connect. Dropped last: its path goes when nothing of the share is open any more.

@@ -36,7 +36,7 @@ const EVENT_IDX: u64 = 1 << 29;
 /// `VIRTIO_F_VERSION_1`.
 const VERSION_1: u64 = 1 << 32;
 
-/// The device, between one front end and the service.
+/// The device, between one front end and the server.
 pub struct Backend {
     serving: Serving,
     config_space: Option<[u8; config_space::SIZE]>,
@@ -48,14 +48,14 @@ pub struct Backend {
 
 impl Backend {
     /// A device that no front end has spoken to.
-    pub fn new(config: &DeviceConfig, service: Arc<Server>) -> io::Result<Backend> {
+    pub fn new(config: &DeviceConfig, server: Arc<Server>) -> io::Result<Backend> {
         let queues = config.request_queues.clamp(1, MAX_QUEUES - 1);
         let count = u32::try_from(queues).unwrap_or(1);
         let memory = MemoryTable::new();
         let serving = Serving {
             memory: memory.shared().clone(),
             event_idx: false,
-            service,
+            server,
             watchdog: Watchdog::start()?,
             workers: config.thread_pool_size,
             poll_time: config.poll_time,
@@ -72,7 +72,7 @@ impl Backend {
     /// Stops all queues after what is in flight, and ends the session.
     pub fn shut_down(&mut self) {
         self.stop_all();
-        self.serving.service.end_session();
+        self.serving.server.end_session();
     }
 
     fn stop_all(&mut self) {
@@ -98,7 +98,7 @@ impl Backend {
             memory: self.memory.regions(),
         };
         if std::mem::replace(&mut self.declared, device) != device {
-            self.serving.service.keep_back(device);
+            self.serving.server.keep_back(device);
         }
     }
 
@@ -114,7 +114,7 @@ impl Drop for Backend {
     fn drop(&mut self) {
         self.shut_down();
         self.serving.watchdog.shutdown();
-        self.serving.service.keep_back(DeviceDescriptors::default());
+        self.serving.server.keep_back(DeviceDescriptors::default());
     }
 }
 
@@ -145,7 +145,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     fn reset_device(&mut self) -> Result<()> {
         info_limited!("the front end resets the device");
         self.reset_queues();
-        self.serving.service.end_session();
+        self.serving.server.end_session();
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! A request in flight: one descriptor chain from its pop to its used entry.
 //!
 //! A request owns all that it needs on the way: the head of the chain, the header, the segments and the
-//! guest memory in which they lie, the buffers of the service. So it can move to another thread, and no
+//! guest memory in which they lie, the buffers of the server. So it can move to another thread, and no
 //! part of it is read from the guest twice. Each phase is a type, and each step consumes the one before:
 //!
 //! ```text
@@ -72,7 +72,7 @@ struct Request {
     class: Class,
     /// The worker was free for this request: it completed the one before, or woke up.
     start: Instant,
-    service: server::Scratch,
+    server: server::Scratch,
 }
 
 impl Scratch {
@@ -87,7 +87,7 @@ impl Scratch {
             header: RawHeader::from(InHeader::new_zeroed()),
             class: Class::Inline,
             start: Instant::now(),
-            service: server::Scratch::default(),
+            server: server::Scratch::default(),
         }))
     }
 
@@ -141,16 +141,16 @@ impl InFlight {
     }
 
     /// Serves the request on the calling thread.
-    pub fn serve(mut self, service: &Server) -> Completion {
+    pub fn serve(mut self, server: &Server) -> Completion {
         let (header, input, output, scratch) = self.parts();
-        let written = service.serve(header, input, output, scratch);
+        let written = server.serve(header, input, output, scratch);
         self.complete(written)
     }
 
     /// Serves the request, which may wait for others. It comes back if [`Server::put_back`] ended its wait.
-    pub fn serve_blocking(mut self, service: &Server) -> Result<Completion, Popped> {
+    pub fn serve_blocking(mut self, server: &Server) -> Result<Completion, Popped> {
         let (header, input, output, scratch) = self.parts();
-        match service.serve_and_wait(header, input, output, scratch) {
+        match server.serve_and_wait(header, input, output, scratch) {
             Some(written) => Ok(self.complete(written)),
             None => {
                 self.0.memory = None;
@@ -171,14 +171,14 @@ impl InFlight {
         Completion::new(self.0, written)
     }
 
-    /// The header, the readable part of the chain behind it, the writable part, and the service's buffers.
+    /// The header, the readable part of the chain behind it, the writable part, and the server's buffers.
     fn parts(&mut self) -> (&RawHeader, GuestReader<'_>, GuestWriter<'_>, &mut server::Scratch) {
-        let Request { header, segments, service, .. } = &mut *self.0;
+        let Request { header, segments, server, .. } = &mut *self.0;
         // SAFETY: `decode` took the segments from the memory that the request holds. It holds it until it is
         // completed or put back, which takes `self`, and so ends the borrow first.
         let (mut input, output) = unsafe { segments.ends() };
         input.skip(size_of::<InHeader>());
-        (header, input, output, service)
+        (header, input, output, server)
     }
 }
 
@@ -268,7 +268,7 @@ mod tests {
     struct Guest {
         memory: SharedMemory,
         queue: Arc<Queue>,
-        service: Server,
+        server: Server,
     }
 
     impl Guest {
@@ -279,10 +279,10 @@ mod tests {
             let ring = Ring::new(&memory.memory(), LAYOUT, 0, true).unwrap();
             let kick = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
             let queue = Arc::new(Queue::new(1, memory.clone(), ring, kick, None).unwrap());
-            let guest = Guest { memory, queue, service: Server::new(Arc::new(Locked)) };
+            let guest = Guest { memory, queue, server: Server::new(Arc::new(Locked)) };
             let init = InitIn { major: 7, minor: 45, max_readahead: 0, flags: 0, flags2: 0, unused: [0; 11] };
             guest.offer(7, Opcode::Init, init.as_bytes());
-            guest.in_flight().serve(&guest.service).add_used();
+            guest.in_flight().serve(&guest.server).add_used();
             assert_eq!(guest.used().len(), 1);
             guest
         }
@@ -353,7 +353,7 @@ mod tests {
         assert_eq!(guest.used_since(), [(0, 0)]);
         drop(guest.in_flight());
         assert_eq!(guest.used_since(), [(0, 0), (1, 0)]);
-        let completion = guest.in_flight().serve(&guest.service);
+        let completion = guest.in_flight().serve(&guest.server);
         assert_eq!(guest.used_since().len(), 2, "the entry comes with the next step");
         drop(completion);
         assert_eq!(guest.used_since(), [(0, 0), (1, 0), (2, REPLY)]);
@@ -378,7 +378,7 @@ mod tests {
         (0..2).for_each(|head| guest.offer(head, Opcode::Statfs, &[]));
         let (popped, backlog) = Scratch::new(&guest.queue).pop().ok().unwrap();
         assert_eq!(backlog.waiting, 1);
-        let completion = popped.decode().ok().unwrap().serve(&guest.service);
+        let completion = popped.decode().ok().unwrap().serve(&guest.server);
         let (popped, backlog) = completion.pop_next().ok().unwrap();
         assert_eq!((guest.used_since(), backlog.waiting), (vec![(0, REPLY)], 0));
         let scratch = popped.decode().ok().unwrap().refuse(Errno::NOLCK).pop_next().err().unwrap();
@@ -411,7 +411,7 @@ mod tests {
         let mut request = guest.in_flight();
         assert_eq!((request.class(), request.unique()), (Class::Blocking, Unique(5)));
         request.detach();
-        let popped = request.serve_blocking(&guest.service).err().unwrap();
+        let popped = request.serve_blocking(&guest.server).err().unwrap();
         let head = popped.into_head();
         assert_eq!((head, guest.used_since()), (5, vec![]));
         let request = Popped::from_head(&guest.queue, head).decode().ok().unwrap();
@@ -426,6 +426,6 @@ mod tests {
         let request = guest.in_flight();
         guest.memory.memory().write_slice(&[0xff; 40], GuestAddress(0x4000)).unwrap();
         assert_eq!((request.class(), request.unique()), (Class::Inline, Unique(0)));
-        assert_eq!(request.serve(&guest.service).0.used.written, REPLY);
+        assert_eq!(request.serve(&guest.server).0.used.written, REPLY);
     }
 }

@@ -19,8 +19,8 @@ pub struct InlineQueue {
 
 impl InlineQueue {
     /// Serves `queue` from now on.
-    pub fn new(queue: Queue, service: Arc<Server>) -> InlineQueue {
-        let worker = Worker::new(WorkerPool::without_threads(queue, service));
+    pub fn new(queue: Queue, server: Arc<Server>) -> InlineQueue {
+        let worker = Worker::new(WorkerPool::without_threads(queue, server));
         InlineQueue { worker, scratch: None }
     }
 

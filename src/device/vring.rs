@@ -68,7 +68,7 @@ pub(super) struct Serving {
     /// Whether EVENT_IDX was negotiated.
     pub event_idx: bool,
     /// Serves the requests.
-    pub service: Arc<Server>,
+    pub server: Arc<Server>,
     /// Wakes a worker when a queue with pending requests makes no progress.
     pub watchdog: Arc<Watchdog>,
     /// Workers of a queue, at most.
@@ -190,7 +190,7 @@ impl Vring {
     }
 
     fn start(&mut self, kick: OwnedFd, serving: &Serving) -> Result<()> {
-        let Serving { memory, service, watchdog, .. } = serving;
+        let Serving { memory, server, watchdog, .. } = serving;
         let ring = Ring::new(&memory.memory(), self.layout, self.base, serving.event_idx);
         let mut ring = ring.map_err(|source| QueueError::Ring { index: self.index, source })?;
         let call = self.copy(self.call.as_ref())?;
@@ -198,7 +198,7 @@ impl Vring {
         let heads = put_back.of(&mut ring);
         let queue =
             Queue::new(self.index, memory.clone(), ring, kick, call)?.with_busy_poll(serving.poll_time);
-        let pool = WorkerPool::start(queue, Arc::clone(service), watchdog, serving.workers, heads)?;
+        let pool = WorkerPool::start(queue, Arc::clone(server), watchdog, serving.workers, heads)?;
         if std::mem::take(&mut self.owes_notification) {
             pool.queue().notify_guest();
         }

@@ -141,7 +141,7 @@ impl Worker {
             }
         };
         match request.class() {
-            Class::Inline => Some(request.serve(self.pool.service())),
+            Class::Inline => Some(request.serve(self.pool.server())),
             Class::Blocking => self.spawn_blocking(request),
         }
     }

@@ -29,7 +29,7 @@ const INTERRUPT_INTERVAL: Duration = Duration::from_millis(2);
 /// A queue, and the threads that serve it until it is stopped.
 pub(super) struct WorkerPool {
     queue: Arc<Queue>,
-    service: Arc<Server>,
+    server: Arc<Server>,
     watchdog: Arc<Watchdog>,
     worker_count: WorkerCount,
     workers: Mutex<Vec<JoinHandle<()>>>,
@@ -52,12 +52,12 @@ impl WorkerPool {
     /// `put_back` were popped from the ring before it was stopped, and come first.
     pub fn start(
         queue: Queue,
-        service: Arc<Server>,
+        server: Arc<Server>,
         watchdog: &Arc<Watchdog>,
         limit: usize,
         put_back: &[u16],
     ) -> Result<Arc<WorkerPool>, QueueError> {
-        let pool = WorkerPool::new(queue, service, watchdog, limit.max(1));
+        let pool = WorkerPool::new(queue, server, watchdog, limit.max(1));
         pool.try_perform(pool.worker_count.spawn_if_allowed())
             .map_err(|source| QueueError::Thread { index: pool.queue.index(), source })?;
         watchdog.add(&pool);
@@ -66,14 +66,14 @@ impl WorkerPool {
     }
 
     /// A pool without threads. Its only worker is the caller's.
-    pub fn without_threads(queue: Queue, service: Arc<Server>) -> Arc<WorkerPool> {
-        WorkerPool::new(queue, service, &Watchdog::disabled(), 1)
+    pub fn without_threads(queue: Queue, server: Arc<Server>) -> Arc<WorkerPool> {
+        WorkerPool::new(queue, server, &Watchdog::disabled(), 1)
     }
 
-    fn new(queue: Queue, service: Arc<Server>, watchdog: &Arc<Watchdog>, limit: usize) -> Arc<WorkerPool> {
+    fn new(queue: Queue, server: Arc<Server>, watchdog: &Arc<Watchdog>, limit: usize) -> Arc<WorkerPool> {
         Arc::new(WorkerPool {
             queue: Arc::new(queue),
-            service,
+            server,
             watchdog: Arc::clone(watchdog),
             worker_count: WorkerCount::new(limit),
             workers: Mutex::default(),
@@ -92,9 +92,9 @@ impl WorkerPool {
         &self.queue
     }
 
-    /// The service that handles the requests.
-    pub fn service(&self) -> &Server {
-        &self.service
+    /// The server that handles the requests.
+    pub fn server(&self) -> &Server {
+        &self.server
     }
 
     /// The number of workers and their states.
@@ -112,7 +112,7 @@ impl WorkerPool {
         self.watchdog.remove(self);
         self.worker_count.wait_until_empty(INTERRUPT_INTERVAL, || {
             for request in self.blocking().iter().filter(|request| request.is_running()) {
-                self.service.put_back(request.unique);
+                self.server.put_back(request.unique);
             }
         });
         // Its descriptors have to be free before the queue starts anew: there may be no others.
@@ -253,7 +253,7 @@ impl WorkerPool {
     /// Serves a request that may wait, and returns it if it was put back. (That happens to a request of a
     /// queue that runs only if the guest gave its number to another request, too: then the guest waits.)
     fn serve_blocking(&self, request: InFlight) -> Option<Popped> {
-        match request.serve_blocking(&self.service) {
+        match request.serve_blocking(&self.server) {
             Ok(completion) => {
                 completion.add_used();
                 None

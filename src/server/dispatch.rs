@@ -157,7 +157,7 @@ fn copy_file_range(fs: &dyn FileSystem, ctx: &Context, node: NodeId, copy: &Copy
     }
 }
 
-/// Whether nothing here serves requests of this kind.
+/// Whether requests of this kind are not served: those of the arms of [`Server::dispatch`] that are ENOSYS.
 pub(super) fn is_unsupported(opcode: Opcode) -> bool {
     use Opcode::{Bmap, NotifyReply, Poll, RemoveMapping, SetupMapping};
     matches!(opcode, Bmap | Poll | NotifyReply | SetupMapping | RemoveMapping)
