@@ -2,24 +2,29 @@
 
 mod attributes;
 mod choices;
+mod config_file;
 mod migration;
 mod old_form;
+mod upgrade;
 mod values;
 
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Parser, value_parser};
+use clap::{ArgAction, CommandFactory as _, Parser, value_parser};
 use log::LevelFilter;
 use thiserror::Error;
 
 use self::attributes::AttributeOptions;
-use self::choices::{Cache, FileHandles, Parallel, SandboxMode, SeccompMode, log_levels};
-use self::migration::MigrationOptions;
+use self::choices::{Cache, Engine, FileHandles, Parallel, SandboxMode, SeccompMode, log_levels};
+use self::config_file::FileError;
+use self::migration::{MigrationOptions, share_options};
+use self::upgrade::{ReopenOptions, UpgradeOptions};
 use self::values::{parse_cpus, parse_id_range, parse_modcaps, parse_store};
 use crate::config::{
-    CapabilityChanges, Config, DeviceConfig, FsConfig, IdMaps, LEAST_DESCRIPTORS, Listen,
-    ParallelDirectWrites, ProcessConfig,
+    CapabilityChanges, Config, Daemon, DeviceConfig, FsConfig, IdMaps, LEAST_DESCRIPTORS, Listen,
+    MigrationConfig, ParallelDirectWrites, ProcessConfig, Store,
 };
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
@@ -32,7 +37,16 @@ use crate::mapping::xattrs::XattrMapError;
 /// device: `tag=` of QEMU's vhost-user-fs-pci, `<target dir=…>` of libvirt.
 #[derive(Clone, Debug, Parser)]
 #[command(version, about, long_about, max_term_width = 100, args_override_self = true)]
+#[command(
+    after_help = "lanefsd upgrade --help tells how a daemon that runs is upgraded, and lanefsd reopen --help how it goes on \
+when its directory was mounted anew."
+)]
 pub struct Options {
+    /// Read options from FILE, in TOML: the long names are the keys, as in cache = "never"; what is typed takes
+    /// precedence
+    #[arg(long, value_name = "FILE", help_heading = "Share")]
+    config: Option<PathBuf>,
+
     /// Directory to share with the guest
     #[arg(long, value_name = "DIRECTORY", help_heading = "Share")]
     shared_dir: Option<PathBuf>,
@@ -80,6 +94,15 @@ pub struct Options {
     #[arg(long, help_heading = "Connection")]
     keep_listening: bool,
 
+    /// End when the serving process dies, instead of replacing it so that the guest notices nothing
+    #[arg(long, help_heading = "Connection")]
+    no_survive: bool,
+
+    /// Deaths of the serving process within ten seconds that end the daemon
+    #[arg(long, value_name = "NUMBER", default_value_t = 5, value_parser = value_parser!(u32).range(1..),
+        conflicts_with = "no_survive", help_heading = "Connection")]
+    max_deaths: u32,
+
     /// Mount tag in the device's configuration space, and name of the share in log messages; QEMU sets a mount
     /// tag itself, other VMMs need it here
     #[arg(long, value_name = "TAG", help_heading = "Connection")]
@@ -104,6 +127,16 @@ pub struct Options {
     /// Pass the guest's O_DIRECT on to the host; without it the host may cache the data
     #[arg(long, help_heading = "Caching and data")]
     allow_direct_io: bool,
+
+    /// Who reads and writes data
+    #[arg(
+        long,
+        value_enum,
+        default_value = "auto",
+        value_name = "ENGINE",
+        help_heading = "Caching and data"
+    )]
+    io_engine: Engine,
 
     /// Support O_TMPFILE; not for shares that hold the upper directory of an overlay in the guest
     #[arg(long, help_heading = "Caching and data")]
@@ -176,6 +209,10 @@ pub struct Options {
     #[arg(long, action = ArgAction::SetTrue, help_heading = "Logging")]
     print_capabilities: bool,
 
+    /// Checks the state file with this number, for a daemon that is to be upgraded to this program
+    #[arg(long, value_name = "NUMBER", hide = true)]
+    check_state: Option<i32>,
+
     /// Options in the old form of the C virtiofsd: source=DIRECTORY, cache=, sandbox=, modcaps=, xattrmap=, loglevel=, and
     /// with or without no_: xattr, flock, posix_lock, readdirplus, writeback, allow_direct_io,
     /// announce_submounts, posix_acl, security_label, killpriv_v2
@@ -198,6 +235,8 @@ pub struct Options {
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum OptionError {
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error("--shared-dir is missing: give the directory to share")]
     NoSharedDir,
     #[error("the front end needs a socket: give either --socket-path or --fd")]
@@ -230,8 +269,10 @@ pub enum OptionError {
     BadLimit,
     #[error("--translate-{ids} is invalid")]
     BadIdMap { ids: &'static str, source: IdMapError },
-    #[error("--{0} is for --migration-mode=find-paths only")]
+    #[error("--{0} is for --migration-mode=find-paths or auto only")]
     FindPathsOnly(&'static str),
+    #[error("--migration-unlinked-limit={0} is invalid: give a number of bytes, like 64M or 1G")]
+    BadSize(String),
     #[error("--xattrmap is invalid")]
     BadXattrMap(#[source] XattrMapError),
 }
@@ -243,28 +284,61 @@ pub enum Command {
     PrintCapabilities,
     /// Serve.
     Serve(Box<Config>),
+    /// Upgrade a daemon that runs.
+    Upgrade(Daemon),
+    /// Let a daemon that runs open its share anew.
+    Reopen(Daemon),
+    /// Check the state in this file, which a program with the same options would go on with.
+    CheckState(RawFd),
 }
 
 /// The answer to --print-capabilities, in the form of QEMU's vhost-user.json schema.
 pub const CAPABILITIES: &str = r#"{
   "type": "fs",
   "features": [
+    "migrate-precopy",
     "posix-acl-negotiation-mode",
     "security-label-negotiation-mode",
     "separate-options"
   ]
 }"#;
 
+/// The options of `lanefsd`, `lanefsd upgrade` and `lanefsd reopen`, for manual pages and completions.
+pub fn commands() -> [clap::Command; 3] {
+    [Options::command(), UpgradeOptions::command(), ReopenOptions::command()]
+}
+
 /// Parses a command line; the first argument is the program's name. Exits for --help, --version and options that clap
 /// rejects.
 pub fn parse(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Command, OptionError> {
+    parse_or(arguments, |_| ())
+}
+
+/// The same, and calls `before` if the process is to exit because of an option.
+pub fn parse_or(
+    arguments: impl IntoIterator<Item = std::ffi::OsString>,
+    before: impl FnOnce(&(dyn std::error::Error + 'static)),
+) -> Result<Command, OptionError> {
     let arguments: Vec<_> = arguments.into_iter().collect();
     // Callers probe with this option and whatever else they are going to pass.
     if arguments.iter().skip(1).any(|argument| argument == "--print-capabilities") {
         return Ok(Command::PrintCapabilities);
     }
-    let options = Options::parse_from(arguments);
-    options.into_config().map(|config| Command::Serve(Box::new(config)))
+    if arguments.get(1).is_some_and(|argument| argument == "reopen") {
+        return Ok(Command::Reopen(ReopenOptions::parse_from(arguments.into_iter().skip(1)).daemon()));
+    }
+    if arguments.get(1).is_some_and(|argument| argument == "upgrade") {
+        return Ok(Command::Upgrade(UpgradeOptions::parse_from(arguments.into_iter().skip(1)).daemon()));
+    }
+    let relocatable = config_file::with_absolute_paths(&arguments);
+    let arguments = config_file::expand(arguments, &Options::command())?;
+    let options = Options::try_parse_from(arguments).unwrap_or_else(|error| {
+        before(&error);
+        error.exit()
+    });
+    let check = options.check_state;
+    let config = Box::new(Config { arguments: relocatable, ..options.into_config()? });
+    Ok(check.map_or(Command::Serve(config), Command::CheckState))
 }
 
 impl Options {
@@ -281,12 +355,22 @@ impl Options {
             return Err(OptionError::BadLimit);
         }
         let id_maps = self.id_maps()?;
-        let fs = self.attributes.add_to(self.fs_config())?;
+        let fs =
+            self.attributes.add_to(FsConfig { migration: self.migration.config()?, ..self.fs_config() })?;
         if fs.writeback && fs.parallel_direct_writes == ParallelDirectWrites::Always {
             return Err(OptionError::WritebackParallel);
         }
+        let store = parse_store(&self.store)?;
+        // A store that keeps no data has nothing to continue with.
+        let survive = !self.no_survive && store == Store::Host;
+        let rules = [
+            ("--xattrmap", self.attributes.xattrmap.as_slice()),
+            ("--translate-uid", &self.attributes.translate_uid),
+            ("--translate-gid", &self.attributes.translate_gid),
+        ];
+        let share = share_options(&fs, self.readonly, rules);
         Ok(Config {
-            store: parse_store(&self.store)?,
+            store,
             process: ProcessConfig {
                 rlimit_nofile: self.rlimit_nofile,
                 cpus: self.cpus.as_deref().map(parse_cpus).transpose()?,
@@ -295,11 +379,15 @@ impl Options {
             listen,
             socket_group: self.socket_group,
             keep_listening: self.keep_listening,
+            survive,
+            max_deaths: self.max_deaths,
             device: DeviceConfig {
                 tag: self.tag,
                 request_queues: self.request_queues,
                 thread_pool_size: self.thread_pool_size,
                 poll_time: Duration::from_micros(self.poll_time),
+                descriptors_are_copied: survive,
+                migration: MigrationConfig { share, ..fs.migration.clone() },
             },
             fs,
             readonly: self.readonly,
@@ -309,7 +397,8 @@ impl Options {
             capabilities: self.modcaps.as_deref().map_or(Ok(CapabilityChanges::NONE), parse_modcaps)?,
             log_level: if self.debug { self.log_level.max(Some(LevelFilter::Debug)) } else { self.log_level },
             syslog: self.syslog,
-            remarks: self.migration.remarks()?,
+            arguments: Vec::new(),
+            remarks: Vec::new(),
         })
     }
 
@@ -347,6 +436,7 @@ impl Options {
             writeback: self.writeback,
             allow_mmap: self.allow_mmap,
             allow_direct_io: self.allow_direct_io,
+            io_engine: self.io_engine.into(),
             tmpfile: self.tmpfile,
             readdirplus: !self.no_readdirplus,
             xattr: self.xattr,
@@ -360,101 +450,4 @@ impl Options {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::{CachePolicy, Sandbox, Seccomp, Store};
-    use clap::CommandFactory;
-    use std::time::Duration;
-
-    pub(super) fn config(arguments: &str) -> Result<Config, OptionError> {
-        let words = ["lanefsd"].into_iter().chain(arguments.split_whitespace());
-        Options::try_parse_from(words).unwrap().into_config()
-    }
-
-    #[test]
-    fn the_command_line_is_sound() {
-        Options::command().debug_assert();
-    }
-
-    #[test]
-    fn defaults_are_those_of_the_documentation() {
-        let config = config("--socket-path /s --shared-dir /d").unwrap();
-        assert_eq!(config.listen, Listen::Path("/s".into()));
-        assert_eq!(config.fs.cache, CachePolicy::Auto);
-        assert_eq!(config.fs.parallel_direct_writes, ParallelDirectWrites::Auto);
-        assert_eq!(config.store, Store::Host);
-        assert_eq!(
-            config.device,
-            DeviceConfig {
-                tag: None,
-                request_queues: 63,
-                thread_pool_size: 16,
-                poll_time: Duration::from_micros(20)
-            }
-        );
-        assert!(config.fs.readdirplus && config.fs.announce_submounts);
-        assert!(!config.fs.xattr && !config.fs.writeback && !config.readonly && !config.keep_listening);
-        assert_eq!((config.seccomp, config.capabilities), (Seccomp::Kill, CapabilityChanges::NONE));
-        assert_eq!(
-            (config.sandbox, config.log_level, config.process),
-            (None, None, ProcessConfig::default())
-        );
-    }
-
-    #[test]
-    fn invalid_and_conflicting_options_are_refused() {
-        for (arguments, error) in [
-            ("--socket-path /s", OptionError::NoSharedDir),
-            ("--shared-dir /d", OptionError::NoSocket),
-            ("--shared-dir /d --socket-path /s --fd 3", OptionError::TwoSockets),
-            ("--shared-dir /d --fd 2", OptionError::BadFd(2)),
-            ("--shared-dir /d --fd 3 --tag 1234567890123456789012345678901234567", OptionError::BadTag),
-            ("--shared-dir /d --fd 3 --tag=", OptionError::BadTag),
-            ("--shared-dir /d --fd 3 --request-queues 0", OptionError::BadQueues),
-            ("--shared-dir /d --fd 3 --request-queues 64", OptionError::BadQueues),
-            ("--shared-dir /d --fd 3 --rlimit-nofile 5", OptionError::BadLimit),
-            (
-                "--shared-dir /d --fd 3 --writeback --parallel-direct-writes always",
-                OptionError::WritebackParallel,
-            ),
-            ("--shared-dir /d --fd 3 --store nil", OptionError::BadStore("nil".into())),
-            ("--shared-dir /d --fd 3 --store null:", OptionError::BadStore("null:".into())),
-            ("--shared-dir /d --fd 3 --store null:2", OptionError::BadStore("null:2".into())),
-            ("--shared-dir /d --fd 3 --store null:2h", OptionError::BadStore("null:2h".into())),
-            ("--shared-dir /d --fd 3 --cpus 3-1", OptionError::BadCpus("3-1".into())),
-            ("--shared-dir /d --fd 3 --modcaps mknod", OptionError::BadCapabilities("mknod".into())),
-            ("--shared-dir /d --fd 3 --modcaps +nil", OptionError::BadCapabilities("+nil".into())),
-            ("--shared-dir /d --fd 3 --modcaps=", OptionError::BadCapabilities("".into())),
-            ("--shared-dir /d --fd 3 --gid-map=:0:1:1: --sandbox none", OptionError::MapNeedsNamespace),
-            ("--shared-dir /d --fd 3 --cpus 1,,2", OptionError::BadCpus("1,,2".into())),
-        ] {
-            assert_eq!(config(arguments).unwrap_err(), error, "{arguments}");
-        }
-    }
-
-    #[test]
-    fn values_are_understood() {
-        let base = "--shared-dir /d --fd 3";
-        let config = |more: &str| config(&format!("{base} {more}")).unwrap();
-        assert_eq!(config("--store null").store, Store::Null { latency: Duration::ZERO });
-        assert_eq!(config("--store null:50us").store, Store::Null { latency: Duration::from_micros(50) });
-        assert_eq!(config("--store null:2ms").store, Store::Null { latency: Duration::from_millis(2) });
-        assert_eq!(config("--cpus 0-2,5").process.cpus, Some(vec![0, 1, 2, 5]));
-        assert_eq!(config("--cache none").fs.cache, CachePolicy::Never);
-        assert_eq!(config("--sandbox chroot").sandbox, Some(Sandbox::Chroot));
-        assert_eq!(config("--seccomp=none").seccomp, Seccomp::None);
-        assert_eq!(config("--seccomp log").seccomp, Seccomp::Log);
-        assert_eq!(config("--seccomp trap").seccomp, Seccomp::Trap);
-        assert_eq!(config("--log-level debug").log_level, Some(LevelFilter::Debug));
-        assert!(!config("--no-announce-submounts").fs.announce_submounts);
-        assert!(config("--announce-submounts").fs.announce_submounts);
-    }
-
-    #[test]
-    fn capabilities_are_printed_whatever_else_is_asked() {
-        let words = ["lanefsd", "--nonsense", "--print-capabilities", "-o", "x"].map(Into::into);
-        assert!(matches!(parse(words), Ok(Command::PrintCapabilities)));
-        let json: serde_json::Value = serde_json::from_str(CAPABILITIES).unwrap();
-        assert_eq!(json["type"], "fs");
-    }
-}
+mod tests;

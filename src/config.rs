@@ -1,15 +1,19 @@
 //! The daemon's options as plain, checked types. Each room owns the type of its own options, which are re-exported
 //! here.
 
+use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub use crate::device::config::DeviceConfig;
 pub use crate::fs::passthrough::config::{
-    CachePolicy, FeatureMode, FsConfig, InodeFileHandles, ParallelDirectWrites,
+    CachePolicy, FeatureMode, FsConfig, InodeFileHandles, IoEngine, ParallelDirectWrites,
 };
 use crate::logging::Remark;
+pub use crate::migration::config::{
+    MigrationConfig, Mode as MigrationMode, OnError, ShareOptions, StreamFormat,
+};
 pub use crate::process::{LEAST_DESCRIPTORS, ProcessConfig};
 pub use crate::sandbox::config::{CapabilityChanges, IdMaps, IdRange, Sandbox, Seccomp};
 
@@ -24,6 +28,10 @@ pub struct Config {
     pub socket_group: Option<String>,
     /// Wait for the next front end after one has disconnected, instead of exiting.
     pub keep_listening: bool,
+    /// Replace a worker process that has died, so that its guest notices nothing.
+    pub survive: bool,
+    /// Deaths of workers within ten seconds that end the daemon.
+    pub max_deaths: u32,
     /// The device.
     pub device: DeviceConfig,
     /// The file system.
@@ -46,8 +54,19 @@ pub struct Config {
     pub log_level: Option<log::LevelFilter>,
     /// Log to syslog instead of standard error.
     pub syslog: bool,
+    /// What another program is started with that goes on in place of this one, from any working directory.
+    pub arguments: Vec<OsString>,
     /// Warnings about these options.
     pub remarks: Vec<Remark>,
+}
+
+/// A daemon that runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Daemon {
+    /// By the path of its socket.
+    Socket(PathBuf),
+    /// By the id of the process that was started.
+    Pid(i32),
 }
 
 /// Where front ends connect.

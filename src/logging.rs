@@ -7,6 +7,7 @@ mod system_log;
 
 use std::fmt;
 use std::io::{self, Write};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use time::OffsetDateTime;
 pub use self::remark::Remark;
 pub use self::scope::{Scope, ScopeGuard};
 use self::system_log::SystemLog;
+use crate::sys::descriptors;
 
 /// Messages of one kind that are printed at once.
 const BURST: u32 = 10;
@@ -59,12 +61,34 @@ pub fn start(level: Option<LevelFilter>, to_syslog: bool) {
     }
 }
 
+/// The descriptor by which messages go to the system log, if they do.
+pub fn descriptor() -> Option<RawFd> {
+    system_log::descriptor()
+}
+
 /// Reports the error that ends the daemon: on standard error, and in the system log if that is used.
 pub fn report_fatal(error: &str) {
     let _ = writeln!(io::stderr(), "lanefsd: {error}");
     if TO_SYSTEM_LOG.load(Ordering::Relaxed) {
         log::error!("{error}");
     }
+}
+
+/// The same for an error and its causes.
+pub fn report_fatal_error(error: &(dyn std::error::Error + 'static)) {
+    report_fatal(&describe(error));
+}
+
+/// An error and its causes in one sentence, with the remedy if the process ran out of descriptors.
+pub fn describe(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = || std::iter::successors(Some(error), |error| error.source());
+    let text: Vec<String> = causes().map(ToString::to_string).collect();
+    let remedy = if causes().any(descriptors::is_lack) {
+        format!("; {}", descriptors::TOO_FEW)
+    } else {
+        String::new()
+    };
+    text.join(": ") + &remedy
 }
 
 /// Whether standard error is systemd's journal, which adds timestamps itself.

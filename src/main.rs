@@ -6,22 +6,32 @@ use anyhow::Result;
 use lanefsd::cli::{self, CAPABILITIES, Command};
 use lanefsd::daemon;
 use lanefsd::logging;
-use lanefsd::sys::descriptors;
 
 fn main() -> ExitCode {
     run().unwrap_or_else(|error| {
-        let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
-        let lacks = error.chain().any(descriptors::is_lack);
-        let remedy = if lacks { format!("; {}", descriptors::TOO_FEW) } else { String::new() };
-        logging::report_fatal(&(causes.join(": ") + &remedy));
+        // The program that was upgraded to this one, if there is one, goes on.
+        daemon::go_back(error.as_ref());
+        logging::report_fatal_error(error.as_ref());
         ExitCode::FAILURE
     })
 }
 
 fn run() -> Result<ExitCode> {
-    match cli::parse(std::env::args_os())? {
+    match cli::parse_or(std::env::args_os(), daemon::go_back)? {
         Command::PrintCapabilities => {
             println!("{CAPABILITIES}");
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Upgrade(running) => {
+            println!("{}", daemon::upgrade(&running)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Reopen(running) => {
+            println!("{}", daemon::reopen(&running)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::CheckState(file) => {
+            println!("{}", daemon::check_state(file)?);
             Ok(ExitCode::SUCCESS)
         }
         Command::Serve(config) => Ok(daemon::run(*config, |fs| fs)?.into()),

@@ -10,13 +10,14 @@
 mod limits;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 use std::thread;
 
 use rustix::fs::Mode;
 use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
 use signal_hook::low_level::pipe;
 use thiserror::Error;
 
@@ -82,6 +83,8 @@ pub fn prepare_libraries() {
     // A quota of the control group counts as well, which takes files in /proc and /sys.
     CPUS.get_or_init(|| thread::available_parallelism().map_or(1, usize::from));
     allocator::limit_arenas(cpus());
+    // rustix looks for the vDSO when it is first asked for the time, by a system call that requests may not make.
+    let _ = clock_gettime(ClockId::RealtimeCoarse);
 }
 
 /// Makes the umask 0, since guests apply their callers', and `proc_self_fd` the working directory: system calls
@@ -99,6 +102,16 @@ pub fn leave_directory() {
     let _ = rustix::process::chdir("/");
 }
 
+/// Holds back the signals that end the daemon, while a process is made that must not get them before it can handle them.
+pub fn hold_signals() {
+    signals::hold();
+}
+
+/// Lets them through again.
+pub fn release_signals() {
+    signals::release();
+}
+
 /// CPUs that the process may use, as [`prepare`] has counted them.
 pub fn cpus() -> usize {
     // Without it, by a system call alone.
@@ -110,27 +123,55 @@ fn affine_cpus() -> usize {
     set.map_or(1, |set| usize::try_from(set.count()).unwrap_or(1)).max(1)
 }
 
-/// The signals that end the daemon, as a descriptor to wait for.
+/// Signals that were caught, as a descriptor to wait for.
 #[derive(Debug)]
-pub struct Signals(UnixStream);
+pub struct Signals {
+    ours: UnixStream,
+    /// The ends that belong to the handlers.
+    theirs: Vec<RawFd>,
+}
 
 impl Signals {
     /// Catches the signals of [`signals::endings`] from now on, and those that [`prepare`] has held back.
     pub fn catch() -> Result<Signals, ProcessError> {
-        let (ours, theirs) = UnixStream::pair().map_err(ProcessError::Signals)?;
-        for signal in signals::endings() {
-            let end = theirs.try_clone().map_err(ProcessError::Signals)?;
+        let signals = Signals::of(signals::endings())?;
+        signals::release();
+        Ok(signals)
+    }
+
+    /// The same without SIGHUP, which has another meaning.
+    pub fn catch_endings() -> Result<Signals, ProcessError> {
+        let signals = Signals::of(signals::ENDINGS)?;
+        signals::release();
+        Ok(signals)
+    }
+
+    /// Catches the signal by which a process that serves is told to drain.
+    pub fn catch_drain() -> Result<Signals, ProcessError> {
+        Signals::of([signals::DRAIN])
+    }
+
+    fn of(signals: impl IntoIterator<Item = i32>) -> Result<Signals, ProcessError> {
+        let (ours, end) = UnixStream::pair().map_err(ProcessError::Signals)?;
+        let mut theirs = Vec::new();
+        for signal in signals {
+            let end = end.try_clone().map_err(ProcessError::Signals)?;
+            theirs.push(end.as_raw_fd());
             pipe::register(signal, end).map_err(ProcessError::Signals)?;
         }
-        signals::release();
-        Ok(Signals(ours))
+        Ok(Signals { ours, theirs })
+    }
+
+    /// All descriptors that belong to it.
+    pub fn descriptors(&self) -> impl Iterator<Item = RawFd> + '_ {
+        self.theirs.iter().copied().chain([self.ours.as_raw_fd()])
     }
 }
 
 /// Readable when a signal has come.
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.ours.as_fd()
     }
 }
 

@@ -23,12 +23,14 @@ use std::time::Duration;
 use fuse_protocol::abi::{AttrOut, EntryOut, GetattrIn};
 use fuse_protocol::flags::WriteFlags;
 use fuse_protocol::opcode::Opcode;
-use lanefsd::config::{CachePolicy, DeviceConfig, FsConfig};
+use lanefsd::config::{CachePolicy, DeviceConfig, FsConfig, MigrationConfig};
 use lanefsd::daemon::{Share, Statistics, frontend};
+use lanefsd::device::engine::Stations;
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::limits::Limits;
 use lanefsd::process::{self, Signals};
 use lanefsd::server::Server;
+use lanefsd::state_file::StateFile;
 use lanefsd_frontend::client::{ROOT, data};
 use lanefsd_frontend::{Request, Segmentation, Session, SessionOptions};
 
@@ -99,21 +101,26 @@ fn serve(share: &Path, listener: &UnixListener, workers: usize, cache: CachePoli
     let proc_self_fd = open(Path::new("/proc/self/fd"));
     process::prepare_for_requests(&proc_self_fd).unwrap();
     let limits = Limits::of_the_process(&proc_self_fd).unwrap();
-    let fs = PassthroughFs::new(open(share), proc_self_fd, limits, config).unwrap();
+    let state = StateFile::create().unwrap();
+    let fs = PassthroughFs::new(open(share), proc_self_fd, limits, config, &state).unwrap();
     let device = DeviceConfig {
         tag: None,
         request_queues: 1,
         thread_pool_size: workers,
         poll_time: Duration::from_micros(20),
+        descriptors_are_copied: false,
+        migration: MigrationConfig::default(),
     };
     let server = Arc::new(Server::new(Arc::new(fs)));
     let share = Share {
+        stations: Stations::default(),
         name: "test".into(),
         directory: share.to_owned(),
         socket: listener.try_clone().unwrap().into(),
         keep_listening: false,
         device,
         server,
+        state,
         statistics: Statistics::default(),
     };
     frontend::serve(&share, &Signals::catch().unwrap()).unwrap();

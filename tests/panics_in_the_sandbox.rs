@@ -94,7 +94,8 @@ fn inside(sandbox: Sandbox, share: &Path) {
         Role::Server(sandboxed) => {
             let needs = RequiredCaps { readonly: false, xattr: true, file_handles: true };
             sandbox::give_up_capabilities(needs, lanefsd::config::CapabilityChanges::NONE).unwrap();
-            sandbox::install_seccomp(Seccomp::Kill, true).unwrap();
+            sandbox::install_seccomp(Seccomp::Kill, sandbox::Uses { file_handles: true, rings: false })
+                .unwrap();
             let threads: Vec<_> =
                 (0..40).map(|number| std::thread::spawn(move || go_wrong(number))).collect();
             threads.into_iter().for_each(|thread| thread.join().unwrap());

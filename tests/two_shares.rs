@@ -7,6 +7,8 @@
     reason = "a failed step fails the test"
 )]
 
+mod context;
+
 use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -14,21 +16,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use fuse_protocol::extensions::Labels;
 use fuse_protocol::flags::{OpenRequestFlags, ReleaseFlags, WriteFlags};
-use fuse_protocol::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
+use fuse_protocol::ids::{HandleId, LockOwner, NodeId};
 use fuse_protocol::name::{LookupName, Name};
 use fuse_protocol::reply::Entry;
 use fuse_protocol::request::{Create, Lock, LockKind, Lookup, Open, Read, Release, Write};
 use lanefsd::config::{FsConfig, InodeFileHandles};
 use lanefsd::fs::passthrough::PassthroughFs;
-use lanefsd::fs::{Context, FileSystem, Opened};
+use lanefsd::fs::{FileSystem, Opened};
 use lanefsd::limits::{FdQuota, Limits, LockedRangeQuota};
 use lanefsd::process;
+use lanefsd::state_file::StateFile;
 use lanefsd::sys::guest_buffers::{GuestReader, GuestWriter};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use tempfile::TempDir;
+
+use context::context;
 
 /// Descriptors of each share.
 const FDS: usize = 40;
@@ -62,7 +66,14 @@ impl Share {
         let inode_file_handles = InodeFileHandles::Never;
         let config = FsConfig { inode_file_handles, posix_lock: true, ..FsConfig::default() };
         let proc_self_fd = open(Path::new("/proc/self/fd"));
-        let fs = PassthroughFs::new(open(directory.path()), proc_self_fd, limits.clone(), config).unwrap();
+        let fs = PassthroughFs::new(
+            open(directory.path()),
+            proc_self_fd,
+            limits.clone(),
+            config,
+            &StateFile::create().unwrap(),
+        )
+        .unwrap();
         Share { fs, limits, directory }
     }
 
@@ -94,7 +105,7 @@ impl Share {
             node,
             &Open { flags: READ_WRITE, open_flags: OpenRequestFlags::empty() },
         );
-        opened.map(|opened| self.file(node, &opened)).inspect_err(|_| self.fs.forget(node, 1))
+        opened.map(|opened| self.file(node, &opened)).inspect_err(|_| self.fs.forget(&context(), node, 1))
     }
 
     fn file(&self, node: NodeId, opened: &Opened) -> File<'_> {
@@ -155,14 +166,8 @@ impl File<'_> {
         let (flags, lock_owner) = (ReleaseFlags::empty(), LockOwner(0));
         let release = Release { handle: self.handle, flags, lock_owner };
         self.share.fs.release(&context(), self.node, &release).unwrap();
-        self.share.fs.forget(self.node, 1);
+        self.share.fs.forget(&context(), self.node, 1);
     }
-}
-
-fn context() -> Context<'static> {
-    let uid = GuestUid(rustix::process::geteuid().as_raw());
-    let gid = GuestGid(rustix::process::getegid().as_raw());
-    Context { unique: Unique(1), uid, gid, pid: 1, supplementary_group: None, labels: Labels::default() }
 }
 
 /// Umask, working directory and limits, as the kernel shows them, without figures that change by themselves.

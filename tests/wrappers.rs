@@ -7,16 +7,17 @@
     reason = "a failed step fails the test"
 )]
 
+mod context;
+
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use fuse_protocol::extensions::Labels;
 use fuse_protocol::flags::{
     InitFlags, OpenReplyFlags, OpenRequestFlags, ReleaseFlags, SetxattrFlags, WriteFlags,
 };
-use fuse_protocol::ids::{GuestGid, GuestUid, HandleId, LockOwner, NodeId, Unique};
+use fuse_protocol::ids::{HandleId, LockOwner, NodeId};
 use fuse_protocol::name::{LookupName, Name};
 use fuse_protocol::reply::{DirectoryWriter, Entry};
 use fuse_protocol::request::{
@@ -30,10 +31,13 @@ use lanefsd::fs::read_only::ReadOnly;
 use lanefsd::fs::{Context, FileSystem, Opened};
 use lanefsd::limits::Limits;
 use lanefsd::process;
+use lanefsd::state_file::StateFile;
 use lanefsd::sys::guest_buffers::{GuestReader, GuestWriter};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use tempfile::TempDir;
+
+use context::context;
 
 const READ: u32 = libc::O_RDONLY.cast_unsigned();
 const WRITE: u32 = libc::O_RDWR.cast_unsigned();
@@ -61,13 +65,7 @@ fn share() -> (TempDir, PassthroughFs) {
 fn passthrough(root: OwnedFd, proc_self_fd: OwnedFd, config: FsConfig) -> PassthroughFs {
     process::prepare_for_requests(&proc_self_fd).unwrap();
     let limits = Limits::of_the_process(&proc_self_fd).unwrap();
-    PassthroughFs::new(root, proc_self_fd, limits, config).unwrap()
-}
-
-fn context() -> Context<'static> {
-    let uid = GuestUid(rustix::process::geteuid().as_raw());
-    let gid = GuestGid(rustix::process::getegid().as_raw());
-    Context { unique: Unique(1), uid, gid, pid: 1, supplementary_group: None, labels: Labels::default() }
+    PassthroughFs::new(root, proc_self_fd, limits, config, &StateFile::create().unwrap()).unwrap()
 }
 
 fn name(name: &CStr) -> Name<'_> {

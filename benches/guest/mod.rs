@@ -15,6 +15,7 @@ use lanefsd::device::{GuestMemoryMmap, SharedMemory};
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::limits::Limits;
 use lanefsd::server::Server;
+use lanefsd::state_file::{Journal, Place, StateFile};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use vm_memory::{Bytes, GuestAddress};
@@ -108,13 +109,26 @@ impl Guest {
         let proc_self_fd = open("/proc/self/fd".as_ref());
         lanefsd::process::prepare_for_requests(&proc_self_fd).unwrap();
         let limits = Limits::of_the_process(&proc_self_fd).unwrap();
-        let fs = PassthroughFs::new(open(share.path()), proc_self_fd, limits, config).unwrap();
+        let state = StateFile::create().unwrap();
+        let fs = PassthroughFs::new(open(share.path()), proc_self_fd, limits, config, &state).unwrap();
         let memory = SharedMemory::new(memory());
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
         let (kick, call) = (event(), event());
         let ring = Ring::new(&self::memory_of(&memory), LAYOUT, 0, true).unwrap();
         let theirs = (kick.try_clone().unwrap(), call.try_clone().unwrap());
-        let queue = Queue::new(1, memory.clone(), ring, theirs.0, Some(theirs.1)).unwrap();
+        let journal = Journal::new(&state, 1);
+        let _ = journal.start(
+            Place {
+                descriptors: LAYOUT.descriptors,
+                available: LAYOUT.available,
+                used: LAYOUT.used,
+                size: RING_SIZE,
+            },
+            0,
+            0,
+        );
+        let queue =
+            Queue::new(1, memory.clone(), ring, theirs.0.into(), Some(theirs.1.into()), journal).unwrap();
         let device = InlineQueue::new(queue, Arc::new(Server::new(Arc::new(fs))));
         let mut guest = Guest { memory, device, kick, call, unique: 2, _share: share };
         let init = InitIn {

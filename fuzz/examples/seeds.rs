@@ -19,7 +19,7 @@ use fuse_protocol::abi;
 use fuse_protocol::opcode::Opcode;
 use lanefsd_fuzz::input::Input;
 use lanefsd_fuzz::requests::{Known, draft};
-use lanefsd_fuzz::{chain, control, server};
+use lanefsd_fuzz::{chain, control, migration, server};
 use zerocopy::{Immutable, IntoBytes};
 
 /// Random requests of each kind.
@@ -36,6 +36,7 @@ fn main() {
         ("share", servers(&[0, 1, 3, 0x3e, 0x7f, 0xc0])),
         ("chain", chains()),
         ("control", controls()),
+        ("migration", migration::seeds()),
     ];
     for (target, seeds) in seeds {
         write(&directory.join(target), &seeds);

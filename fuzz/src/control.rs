@@ -8,9 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use lanefsd::config::DeviceConfig;
+use lanefsd::config::{DeviceConfig, MigrationConfig};
 use lanefsd::device::backend::Backend;
+use lanefsd::device::engine::Stations;
 use lanefsd::server::Server;
+use lanefsd::state_file::StateFile;
 use lanefsd_memory_fs::MemoryFs;
 use vhost::vhost_user::BackendReqHandler;
 
@@ -56,6 +58,8 @@ pub fn converse(data: &[u8]) {
     let config = DeviceConfig {
         tag: (choice & 1 != 0).then(|| "share".to_owned()),
         request_queues: 2,
+        descriptors_are_copied: false,
+        migration: MigrationConfig::default(),
         thread_pool_size: if choice & 2 != 0 { 4 } else { 0 },
         poll_time: Duration::from_micros(if choice & 4 != 0 { 20 } else { 0 }),
     };
@@ -70,7 +74,14 @@ pub fn converse(data: &[u8]) {
 fn talk(input: &mut Input<'_>, machine: &Machine, config: &DeviceConfig, server: &Arc<Server>) {
     let (mut ours, theirs) = UnixStream::pair().expect("a pair of sockets");
     // The replies of at most MAX_STEPS messages are read by nobody; they find room in the socket.
-    let backend = Backend::new(config, Arc::clone(server)).expect("a device");
+    let backend = Backend::new(
+        config,
+        Arc::clone(server),
+        StateFile::create().expect("memory"),
+        None,
+        Stations::default(),
+    )
+    .expect("a device");
     let backend = Arc::new(Mutex::new(backend));
     let mut handler = BackendReqHandler::from_stream(theirs, Arc::clone(&backend));
     for _ in 0..MAX_STEPS {
@@ -160,6 +171,11 @@ fn message(input: &mut Input<'_>, machine: &Machine, ours: &mut UnixStream, hand
             let (offset, size) = (u32::from(input.byte()), u32::from(input.byte()));
             body.extend([offset, size, 0].map(u32::to_le_bytes).concat());
             body.resize(body.len() + usize::try_from(size).unwrap_or(0), 0);
+        }
+        code::SET_LOG_BASE => {
+            let (size, offset) = (input.edge(), input.edge());
+            let round = if input.byte() & 1 == 0 { 0 } else { 4095 };
+            body.extend([size, offset & !round].map(u64::to_le_bytes).concat());
         }
         code::SET_FEATURES | code::SET_PROTOCOL_FEATURES => body.extend(input.long().to_le_bytes()),
         _ => {

@@ -37,6 +37,7 @@ pub mod code {
     pub const SET_FEATURES: u32 = 2;
     pub const SET_OWNER: u32 = 3;
     pub const SET_MEM_TABLE: u32 = 5;
+    pub const SET_LOG_BASE: u32 = 6;
     pub const SET_VRING_NUM: u32 = 8;
     pub const SET_VRING_ADDR: u32 = 9;
     pub const SET_VRING_BASE: u32 = 10;
@@ -220,8 +221,19 @@ impl Machine {
         let mut messages = Vec::new();
         if queue < 128 {
             messages.push(plain(code::SET_OWNER, Vec::new()));
-            messages.push(plain(code::SET_FEATURES, long(1 << 32 | 1 << 30 | 1 << 29 | 1 << 28)));
-            messages.push(plain(code::SET_PROTOCOL_FEATURES, long(1 | 1 << 3 | 1 << 13 | 1 << 15)));
+            let logs = u64::from(queue & 64) >> 6;
+            messages
+                .push(plain(code::SET_FEATURES, long(1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | logs << 26)));
+            messages.push(plain(code::SET_PROTOCOL_FEATURES, long(3 | 1 << 3 | 1 << 13 | 1 << 15)));
+            if logs > 0 {
+                // A log for a part of the pages, in the guest's second region.
+                let body = [long(u64::from(queue & 63) + 1), long(0)].concat();
+                messages.push(Message {
+                    code: code::SET_LOG_BASE,
+                    body,
+                    fds: vec![self.memory[1].as_raw_fd()],
+                });
+            }
             let body = [long(2), region(0), region(1)].concat();
             let fds = self.memory.iter().map(AsRawFd::as_raw_fd).collect();
             messages.push(Message { code: code::SET_MEM_TABLE, body, fds });

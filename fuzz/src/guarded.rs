@@ -2,9 +2,9 @@
 
 use std::cell::OnceCell;
 use std::ptr::null_mut;
+use std::sync::Arc;
 
 use lanefsd::device::GuestMemoryMmap;
-use lanefsd::device::dirty_bitmap::DirtyBitmap;
 use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
 
 const PAGE: usize = 4096;
@@ -19,12 +19,13 @@ pub fn memory(regions: &[(u64, usize)]) -> &'static GuestMemoryMmap {
 
 fn map(regions: &[(u64, usize)]) -> GuestMemoryMmap {
     let regions = regions.iter().map(|(address, size)| {
-        GuestRegionMmap::new(guarded(*size), GuestAddress(*address)).expect("regions do not wrap")
+        let region = GuestRegionMmap::new(guarded(*size), GuestAddress(*address));
+        Arc::new(region.expect("regions do not wrap"))
     });
-    GuestMemoryMmap::from_regions(regions.collect()).expect("regions do not overlap")
+    GuestMemoryMmap::from_arc_regions(regions.collect()).expect("regions do not overlap")
 }
 
-fn guarded(size: usize) -> MmapRegion<DirtyBitmap> {
+fn guarded(size: usize) -> MmapRegion {
     let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: a new mapping, which is never unmapped; only its inner pages become accessible, and
     // they are whole pages that lie in it.

@@ -19,6 +19,7 @@ pub mod decode;
 pub mod front_end;
 pub mod guarded;
 pub mod input;
+pub mod migration;
 pub mod requests;
 pub mod server;
 pub mod share;

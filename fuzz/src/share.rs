@@ -34,6 +34,7 @@ use lanefsd::fs::read_only::ReadOnly;
 use lanefsd::limits::Limits;
 use lanefsd::process;
 use lanefsd::sandbox::{self, RequiredCaps};
+use lanefsd::state_file::StateFile;
 use rustix::fs::{AtFlags, CWD, Dev, FileType, Mode, RenameFlags, mknodat, renameat_with, unlinkat};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::process::{Resource, Rlimit, getgroups, setrlimit, umask};
@@ -134,7 +135,8 @@ fn set_up(jobs: &Receiver<Job>, tell: Sender<Message>, disturbed: Receiver<()>) 
     sandbox::give_up_capabilities(needs, CapabilityChanges::NONE).expect("capabilities can be given up");
     let (serve, next) = channel::<(Job, PassthroughFs)>();
     let serving = move || {
-        sandbox::install_seccomp_on_thread(Seccomp::Trap, true).expect("the filter can be installed");
+        sandbox::install_seccomp_on_thread(Seccomp::Trap, sandbox::Uses { file_handles: true, rings: false })
+            .expect("the filter can be installed");
         let host = Arc::new(Host {
             tell: tell.clone(),
             disturbed: Mutex::new(disturbed),
@@ -156,8 +158,14 @@ fn set_up(jobs: &Receiver<Job>, tell: Sender<Message>, disturbed: Receiver<()>) 
         let copy = |fd: &OwnedFd| fd.try_clone().expect("a descriptor is free");
         let (root, proc_self_fd) = (copy(&sandboxed.root), copy(&sandboxed.proc_self_fd));
         let limits = Limits::of_the_process(&proc_self_fd).expect("descriptors can be counted");
-        let fs = PassthroughFs::new(root, proc_self_fd, limits, config(job.choice))
-            .expect("the share can be served");
+        let fs = PassthroughFs::new(
+            root,
+            proc_self_fd,
+            limits,
+            config(job.choice),
+            &StateFile::create().expect("memory"),
+        )
+        .expect("the share can be served");
         serve.send((job, fs)).expect("the serving thread runs");
     }
 }

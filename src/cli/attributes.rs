@@ -14,11 +14,11 @@ pub(super) struct AttributeOptions {
     /// host:HOST:GUEST:COUNT, squash-guest:GUEST:HOST:COUNT, squash-host:HOST:GUEST:COUNT or
     /// forbid-guest:GUEST:COUNT; repeatable
     #[arg(long, value_name = "RULE")]
-    translate_uid: Vec<String>,
+    pub(super) translate_uid: Vec<String>,
 
     /// The same for group ids
     #[arg(long, value_name = "RULE")]
-    translate_gid: Vec<String>,
+    pub(super) translate_gid: Vec<String>,
 
     /// Rename extended attributes on the host, for example :map::user.guest.: (implies --xattr)
     #[arg(long, value_name = "RULES")]

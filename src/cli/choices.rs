@@ -4,7 +4,7 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use log::LevelFilter;
 
-use crate::config::{CachePolicy, InodeFileHandles, ParallelDirectWrites, Sandbox, Seccomp};
+use crate::config::{CachePolicy, InodeFileHandles, IoEngine, ParallelDirectWrites, Sandbox, Seccomp};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum Cache {
@@ -46,6 +46,26 @@ impl From<Parallel> for ParallelDirectWrites {
             Parallel::Auto => ParallelDirectWrites::Auto,
             Parallel::Always => ParallelDirectWrites::Always,
             Parallel::Never => ParallelDirectWrites::Never,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum Engine {
+    /// io_uring for files that are open with O_DIRECT on the host, and for parallel files on a FUSE host; else threads
+    Auto,
+    /// Threads
+    Threads,
+    /// io_uring for all files
+    IoUring,
+}
+
+impl From<Engine> for IoEngine {
+    fn from(engine: Engine) -> IoEngine {
+        match engine {
+            Engine::Auto => IoEngine::Auto,
+            Engine::Threads => IoEngine::Threads,
+            Engine::IoUring => IoEngine::IoUring,
         }
     }
 }

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::socket::Socket;
 use crate::config::DeviceConfig;
+use crate::device::engine::Stations;
 use crate::server::Server;
+use crate::state_file::StateFile;
 
 /// Everything that belongs to one share. Nothing in it belongs to the process, which can have several.
 pub struct Share {
@@ -20,6 +22,10 @@ pub struct Share {
     pub device: DeviceConfig,
     /// Answers the requests.
     pub server: Arc<Server>,
+    /// Rings for its engines.
+    pub stations: Stations,
+    /// What the guest can name, and its requests in flight.
+    pub state: Arc<StateFile>,
     /// Counters.
     pub statistics: Statistics,
     /// Where front ends connect. Dropped last: its path goes when nothing of the share is open any more.

@@ -18,6 +18,7 @@ use self::group::Group;
 use self::path::{FileId, SocketPath};
 use self::pid_file::PidFile;
 use crate::config::Listen;
+use crate::process;
 
 /// Why the daemon cannot listen.
 #[derive(Debug, Error)]
@@ -73,6 +74,15 @@ pub struct Socket {
     created: Option<Created>,
 }
 
+/// Socket and pid file, by device and inode number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Files {
+    /// The socket.
+    pub socket: (u64, u64),
+    /// The pid file.
+    pub pid_file: (u64, u64),
+}
+
 /// Files that the daemon has created and removes at its end.
 #[derive(Debug)]
 struct Created {
@@ -97,6 +107,45 @@ impl Socket {
         &self.listener
     }
 
+    /// Closes the descriptors of the socket's directory and of the pid file, which processes with the same table of
+    /// descriptors could use. The directory becomes the working directory, which is not shared, or `/` where there is
+    /// nothing to remove.
+    pub fn hide(&mut self) -> Result<(), ListenError> {
+        let Some(created) = &mut self.created else {
+            process::leave_directory();
+            return Ok(());
+        };
+        created.place.enter_directory().map_err(|errno| created.place.failed(errno.into()))?;
+        created.pid_file.hide();
+        Ok(())
+    }
+
+    /// What another program in this process needs to go on with the socket, besides the listener. With a new descriptor, by
+    /// which the pid file stays locked.
+    pub fn files(&self) -> Option<(Files, Option<OwnedFd>)> {
+        let created = self.created.as_ref()?;
+        let files = Files { socket: created.socket, pid_file: created.pid_file.id() };
+        Some((files, created.pid_file.open_again(&created.place)))
+    }
+
+    /// The socket of another program in this process, whose working directory is that of the socket.
+    pub fn go_on(listen: &Listen, listener: OwnedFd, files: Option<(Files, Option<OwnedFd>)>) -> Socket {
+        let created = match (listen, files) {
+            (Listen::Path(path), Some((files, lock))) => {
+                let place = SocketPath::in_working_directory(path);
+                let pid_file = PidFile::go_on(&place, files.pid_file, lock);
+                Some(Created { place, socket: files.socket, pid_file, owned: true })
+            }
+            _ => None,
+        };
+        Socket { created, ..Socket::from(UnixListener::from(listener)) }
+    }
+
+    /// Removes the paths, for a process that ends without dropping it.
+    pub fn remove_files(&self) {
+        self.created.iter().for_each(Created::remove);
+    }
+
     /// Leaves the removal of the paths to the supervisor, and closes their directory.
     pub fn keep_path(&mut self) {
         if let Some(mut created) = self.created.take() {
@@ -114,12 +163,18 @@ impl From<UnixListener> for Socket {
     }
 }
 
-impl Drop for Created {
-    fn drop(&mut self) {
+impl Created {
+    fn remove(&self) {
         if self.owned {
             self.place.remove_if(self.place.name(), self.socket);
             self.pid_file.remove(&self.place);
         }
+    }
+}
+
+impl Drop for Created {
+    fn drop(&mut self) {
+        self.remove();
     }
 }
 

@@ -6,7 +6,9 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
+use log::error;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -17,13 +19,20 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 
 use super::config::DeviceConfig;
 use super::config_space::{self, config_space};
+use super::dirty_log::DirtyLog;
+use super::engine::Stations;
 use super::memory::MemoryTable;
+use super::postcopy::{Postcopy, PostcopyError};
+use super::quarantine::{Death, Quarantine};
+use super::transfer::Transfers;
 use super::vring::{self, Serving, Vring};
 use super::watchdog::Watchdog;
 use crate::fs::DeviceDescriptors;
 use crate::logging::info_limited;
 use crate::server::Server;
+use crate::state_file::StateFile;
 use crate::sys::descriptors;
+use crate::sys::userfault::Userfault;
 
 /// Most queues that a device has: the high-priority queue and 63 request queues.
 pub const MAX_QUEUES: usize = 64;
@@ -41,42 +50,94 @@ pub struct Backend {
     serving: Serving,
     config_space: Option<[u8; config_space::SIZE]>,
     memory: MemoryTable,
+    postcopy: Postcopy,
+    /// Whether the front end wants writes to be recorded (VHOST_F_LOG_ALL).
+    logs: bool,
+    /// Where it wants them to be recorded, the last time that it said so.
+    log: Option<Arc<DirtyLog>>,
+    state: Arc<StateFile>,
+    quarantine: Arc<Quarantine>,
     vrings: Vec<Vring>,
+    /// Whether another process has copies of the descriptors that the front end sends.
+    copied: bool,
     /// The device's descriptors, as the file system was told of them last.
     declared: DeviceDescriptors,
+    /// The device's state on its way to or from the front end.
+    transfers: Transfers,
 }
 
 impl Backend {
-    /// A device that no front end has spoken to.
-    pub fn new(config: &DeviceConfig, server: Arc<Server>) -> io::Result<Backend> {
+    /// A device that no front end has spoken to. What becomes of the guest's requests stands in `state`. If a process
+    /// has died with the state, `death` says how: requests that it had in flight are served again. With `stations` there
+    /// are engines.
+    pub fn new(
+        config: &DeviceConfig,
+        server: Arc<Server>,
+        state: Arc<StateFile>,
+        death: Option<Death>,
+        stations: Stations,
+    ) -> io::Result<Backend> {
         let queues = config.request_queues.clamp(1, MAX_QUEUES - 1);
         let count = u32::try_from(queues).unwrap_or(1);
         let memory = MemoryTable::new();
         let serving = Serving {
             memory: memory.shared().clone(),
             event_idx: false,
+            log: None,
             server,
             watchdog: Watchdog::start()?,
+            stations,
             workers: config.thread_pool_size,
             poll_time: config.poll_time,
         };
+        let quarantine = Quarantine::after(death, &state)?;
+        let transfers = Transfers::new(&serving.server, &state, config.migration.clone());
         Ok(Backend {
             serving,
             config_space: config.tag.as_deref().map(|tag| config_space(tag, count)),
             memory,
-            vrings: (0..=queues).map(Vring::new).collect(),
+            postcopy: Postcopy::default(),
+            logs: false,
+            log: None,
+            vrings: (0..=queues).map(|index| Vring::new(index, &state, &quarantine)).collect(),
+            state,
+            quarantine,
+            copied: config.descriptors_are_copied,
             declared: DeviceDescriptors::default(),
+            transfers,
         })
+    }
+
+    /// Offers post-copy by this descriptor. `is_orphaned` if the front end has got the descriptor of a process that has died.
+    pub fn offering_postcopy(mut self, faults: Option<Userfault>, is_orphaned: bool) -> Backend {
+        self.postcopy = Postcopy::new(faults, is_orphaned);
+        self
+    }
+
+    /// Whether memory of the guest may be missing: to wait for a request is to wait for the front end.
+    pub fn lacks_memory(&self) -> &Arc<AtomicBool> {
+        self.postcopy.is_under_way()
     }
 
     /// Stops all queues after what is in flight, and ends the session.
     pub fn shut_down(&mut self) {
-        self.stop_all();
+        self.transfers.stop();
+        self.forget_all();
+        self.quarantine.end();
         self.serving.server.end_session();
     }
 
-    fn stop_all(&mut self) {
-        self.vrings.iter_mut().for_each(Vring::stop);
+    /// Stops all queues after what is in flight, so that another process can go on with the state: the session goes on, and
+    /// requests that wait stay in the journal. Nothing may be dropped after it.
+    pub fn drain(&mut self) {
+        self.transfers.stop();
+        // All at once: what one of them pops meanwhile would have to be waited for.
+        self.vrings.iter().for_each(Vring::begin_drain);
+        self.vrings.iter_mut().for_each(Vring::drain);
+    }
+
+    fn forget_all(&mut self) {
+        self.vrings.iter_mut().for_each(Vring::forget);
     }
 
     /// The queue that a message is about, and what it is served with.
@@ -91,11 +152,21 @@ impl Backend {
 
     /// Lets the file system know what the device needs, which the guest is not to have.
     pub fn keep_descriptors_back(&mut self) {
-        let queues = self.vrings.iter().map(Vring::descriptors).fold(0, usize::saturating_add);
+        let copies = usize::from(self.copied);
+        let of_queue =
+            |vring: &Vring| vring.descriptors().saturating_add(copies.saturating_mul(vring.received()));
+        let queues = self.vrings.iter().map(of_queue).fold(0, usize::saturating_add);
         let device = DeviceDescriptors {
             queues: queues.max(self.declared.queues),
-            all_queues: self.vrings.len().saturating_mul(vring::DESCRIPTORS),
-            memory: self.memory.regions(),
+            all_queues: self
+                .vrings
+                .len()
+                .saturating_mul(vring::DESCRIPTORS.saturating_add(copies.saturating_mul(vring::RECEIVED))),
+            memory: self
+                .memory
+                .regions()
+                .saturating_add(usize::from(self.log.is_some()))
+                .saturating_mul(copies.saturating_add(1)),
         };
         if std::mem::replace(&mut self.declared, device) != device {
             self.serving.server.keep_back(device);
@@ -104,9 +175,25 @@ impl Backend {
 
     /// Forgets what was said about queues, as at the start.
     fn reset_queues(&mut self) {
-        self.stop_all();
-        self.vrings.iter_mut().enumerate().for_each(|(index, vring)| *vring = Vring::new(index));
+        self.transfers.stop();
+        self.forget_all();
+        let (state, quarantine) = (&self.state, &self.quarantine);
+        let vrings = self.vrings.iter_mut().enumerate();
+        vrings.for_each(|(index, vring)| *vring = Vring::new(index, state, quarantine));
         self.serving.event_idx = false;
+        self.set_logging(false);
+    }
+
+    /// Begins to record writes to guest memory, or ends it. Queues that run go on. After the return, what was written
+    /// before is recorded in the log before.
+    fn set_logging(&mut self, logs: bool) {
+        if std::mem::replace(&mut self.logs, logs) != logs {
+            // A guest whose writes are recorded is about to be saved.
+            let server = &self.serving.server;
+            if logs { server.prepare_save() } else { server.cancel_save() }
+        }
+        self.serving.log = self.log.clone().filter(|_| logs);
+        self.vrings.iter().for_each(|vring| vring.update_log(&self.serving));
     }
 }
 
@@ -126,6 +213,12 @@ fn refuse(why: impl Into<String>) -> Error {
 /// The same with the reason of an error.
 fn refused(error: impl std::error::Error + 'static) -> Error {
     refuse(describe(&error))
+}
+
+/// The same for a message whose reply tells no reason: it is logged, and the connection goes on.
+fn reported(error: impl std::error::Error + 'static) -> Error {
+    error!("{}", describe(&error));
+    refused(error)
 }
 
 fn unsupported<T>(what: &'static str) -> Result<T> {
@@ -150,7 +243,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(VERSION_1 | INDIRECT_DESC | EVENT_IDX | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+        let vhost_user = VhostUserVirtioFeatures::PROTOCOL_FEATURES | VhostUserVirtioFeatures::LOG_ALL;
+        Ok(VERSION_1 | INDIRECT_DESC | EVENT_IDX | vhost_user.bits())
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
@@ -162,8 +256,10 @@ impl VhostUserBackendReqHandlerMut for Backend {
             )));
         }
         self.serving.event_idx = features & EVENT_IDX != 0;
+        self.set_logging(features & VhostUserVirtioFeatures::LOG_ALL.bits() != 0);
         // Without protocol features there is no SET_VRING_ENABLE, and queues begin enabled.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+            self.transfers.end_before_start();
             for vring in &mut self.vrings {
                 vring.set_enabled(true, &self.serving).map_err(refused)?;
             }
@@ -175,9 +271,14 @@ impl VhostUserBackendReqHandlerMut for Backend {
         &mut self,
         regions: &[VhostUserMemoryRegion],
         files: Vec<File>,
-        _postcopy: Option<bool>,
+        in_postcopy: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        self.memory.set(regions, files).map_err(refused)?;
+        let new = self.memory.stage(regions, files).map_err(refused)?;
+        if in_postcopy == Some(true) {
+            let registered = new.iter().map(|region| self.postcopy.register(region));
+            return registered.collect::<std::result::Result<_, PostcopyError>>().map(Some).map_err(refused);
+        }
+        self.memory.commit();
         Ok(None)
     }
 
@@ -188,16 +289,20 @@ impl VhostUserBackendReqHandlerMut for Backend {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
         let translate = |user| self.memory.guest_address(user).map_err(refused);
         let (descriptors, available, used) =
             (translate(descriptor)?, translate(available)?, translate(used)?);
-        self.vring(index)?.0.set_addresses(descriptors, available, used).map_err(refused)
+        let (vring, serving) = self.vring(index)?;
+        vring.set_addresses(descriptors, available, used).map_err(refused)?;
+        let is_logged = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
+        vring.set_log_address(is_logged.then_some(log), serving);
+        Ok(())
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
@@ -212,6 +317,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        self.transfers.end_before_start();
         let (vring, serving) = self.vring(index)?;
         vring.set_kick(fd, serving).map_err(refused)
     }
@@ -226,17 +332,24 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         let mut features = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | VhostUserProtocolFeatures::RESET_DEVICE;
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::DEVICE_STATE;
         if self.config_space.is_some() {
             features |= VhostUserProtocolFeatures::CONFIG;
+        }
+        if self.postcopy.is_offered() {
+            features |= VhostUserProtocolFeatures::PAGEFAULT;
         }
         Ok(features)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        let extra = features & !self.get_protocol_features()?.bits();
+        // A process before this one may have offered post-copy: then it is refused when it is to begin.
+        let offered = self.get_protocol_features()? | VhostUserProtocolFeatures::PAGEFAULT;
+        let extra = features & !offered.bits();
         if extra != 0 {
             return Err(refuse(format!(
                 "the front end wants protocol features {extra:#x} that were not offered"
@@ -250,6 +363,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        if enable {
+            self.transfers.end_before_start();
+        }
         let (vring, serving) = self.vring(index)?;
         vring.set_enabled(enable, serving).map_err(refused)
     }
@@ -287,10 +403,14 @@ impl VhostUserBackendReqHandlerMut for Backend {
         &mut self,
         region: &VhostUserSingleMemoryRegion,
         file: File,
-        _postcopy: Option<bool>,
+        in_postcopy: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        self.memory.add(region, file).map_err(refused)?;
-        Ok(None)
+        let new = self.memory.stage_more(region, file).map_err(refused)?;
+        let registered = (in_postcopy == Some(true)).then(|| self.postcopy.register(&new));
+        let base = registered.transpose().map_err(refused)?;
+        // The guest may use it as soon as the front end has the reply.
+        self.memory.commit();
+        Ok(base)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
@@ -299,23 +419,47 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
-        _file: File,
+        file: File,
     ) -> Result<Option<File>> {
-        unsupported("device state was not offered")
+        let running = self.vrings.iter().position(Vring::is_running);
+        self.transfers.begin(direction, file, running).map_err(reported)?;
+        Ok(None)
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        unsupported("device state was not offered")
+        self.transfers.check().map_err(reported)
+    }
+
+    fn postcopy_advice(&mut self) -> Result<File> {
+        self.postcopy.advise().map(File::from).map_err(reported)
+    }
+
+    fn postcopy_listen(&mut self) -> Result<()> {
+        self.postcopy.listen(self.memory.regions()).map_err(refused)
+    }
+
+    fn postcopy_ack_mem_regions(&mut self) -> Result<()> {
+        self.memory.commit();
+        Ok(())
+    }
+
+    fn postcopy_end(&mut self) -> Result<()> {
+        self.memory.commit();
+        self.postcopy.end();
+        Ok(())
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
         unsupported("shared memory regions were not offered")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        unsupported("dirty logging was not offered")
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let log = DirtyLog::map(file, log.mmap_offset, log.mmap_size).map_err(refused)?;
+        self.log = Some(Arc::new(log));
+        self.set_logging(self.logs);
+        Ok(())
     }
 }
 

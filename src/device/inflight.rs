@@ -11,6 +11,8 @@
 //!    └────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
+//! A READ or WRITE may be submitted to an engine between the last two: it is [`Submitted`] then.
+//!
 //! Every chain gets exactly one used entry. [`InFlight::complete`] fixes its length, and the next step adds
 //! it. A request that is dropped on the way, also by a panic, adds the entry at once: an empty one if it was
 //! not completed. Only [`Popped::into_head`] takes a chain out of its request without an entry.
@@ -19,6 +21,7 @@
 //! nothing. A worker whose request has moved away makes a new one.
 
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 use fuse_protocol::abi::InHeader;
@@ -32,7 +35,9 @@ use zerocopy::FromZeros;
 use super::SharedMemory;
 use super::chain::{ChainBuffers, ChainError};
 use super::queue::{Backlog, PoppedChain, Queue, Used};
+use crate::fs::transfer::Load;
 use crate::server::{self, Class, Server};
+use crate::state_file::{Effects, Resumed};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 
 /// Why a chain is not a request.
@@ -44,6 +49,12 @@ pub(super) enum RequestError {
     /// The readable part is shorter than a header.
     #[error("a request without a header")]
     NoHeader,
+    /// The journal has another one for the chain.
+    #[error("request {unique} has become another one since a worker died with it")]
+    Changed {
+        /// The guest's number for the one in the journal.
+        unique: u64,
+    },
 }
 
 /// Memory for the next request of a worker.
@@ -55,12 +66,17 @@ pub(super) struct Popped(Box<Request>);
 /// A request that is decoded and not completed.
 pub(super) struct InFlight(Box<Request>);
 
+/// A request whose system call an engine makes. Its memory is the kernel's until that has ended.
+pub(super) struct Submitted(Box<Request>);
+
 /// A request whose reply is written; the used entry is not added yet.
 pub(super) struct Completion(Box<Request>);
 
 /// The one representation of all phases. The types above say which fields are meaningful.
 struct Request {
     queue: Arc<Queue>,
+    /// What an engine does. Refers to `segments` and `memory`, and is dropped before them.
+    submitted: Option<Box<server::Submitted<'static>>>,
     /// There is a chain, and its used entry is not added.
     owes_entry: bool,
     /// The chain, and the bytes of the reply: 0 before [`InFlight::complete`].
@@ -70,6 +86,10 @@ struct Request {
     segments: ChainBuffers,
     header: RawHeader,
     class: Class,
+    /// The chain was popped before the queue started.
+    resumed: Option<Box<Resumed>>,
+    /// As long as it is there, the request is not completed.
+    guard: Option<Sender<()>>,
     /// The worker was free for this request: it completed the one before, or woke up.
     start: Instant,
     server: server::Scratch,
@@ -80,18 +100,22 @@ impl Scratch {
     pub fn new(queue: &Arc<Queue>) -> Scratch {
         Scratch(Box::new(Request {
             queue: Arc::clone(queue),
+            submitted: None,
             owes_entry: false,
             used: Used::default(),
             memory: None,
             segments: ChainBuffers::default(),
             header: RawHeader::from(InHeader::new_zeroed()),
             class: Class::Inline,
+            resumed: None,
+            guard: None,
             start: Instant::now(),
             server: server::Scratch::default(),
         }))
     }
 
     /// Pops a chain, if there is one. Otherwise the guest kicks for the next one.
+    #[inline(always)]
     pub fn pop(mut self) -> Result<(Popped, Backlog), Scratch> {
         self.0.start = Instant::now();
         let found = self.0.queue.complete_and_pop(None);
@@ -100,12 +124,27 @@ impl Scratch {
 }
 
 impl Popped {
-    /// A chain that was popped from the ring of `queue` before the queue started.
-    pub fn from_head(queue: &Arc<Queue>, head: u16) -> Popped {
+    /// A chain that was popped from the ring of `queue` before the queue started. `guard` is dropped when it is
+    /// completed.
+    pub fn resumed(queue: &Arc<Queue>, chain: Resumed, guard: Sender<()>) -> Popped {
         let Scratch(mut request) = Scratch::new(queue);
-        request.used.head = head;
+        request.used.head = chain.head;
         request.owes_entry = true;
+        request.resumed = Some(Box::new(chain));
+        request.guard = Some(guard);
         Popped(request)
+    }
+
+    /// Its first descriptor.
+    #[cfg(test)]
+    pub fn head(&self) -> u16 {
+        self.0.used.head
+    }
+
+    /// The process has died.
+    #[cfg(test)]
+    pub fn abandon(mut self) {
+        self.0.owes_entry = false;
     }
 
     /// Gives up the chain without a used entry. The caller sees to it that the chain is served later.
@@ -118,8 +157,15 @@ impl Popped {
     pub fn decode(mut self) -> Result<InFlight, (RequestError, Completion)> {
         match self.0.decode() {
             Ok(()) => Ok(InFlight(self.0)),
-            Err(error) => Err((error, Completion::new(self.0, 0))),
+            // Nothing is served of a chain that is not the one in the journal.
+            Err(error @ RequestError::Changed { .. }) => Err((error, InFlight(self.0).refuse(Errno::IO))),
+            Err(error) => Err((error, self.give_back_empty())),
         }
+    }
+
+    /// Completes the chain without a reply.
+    pub fn give_back_empty(self) -> Completion {
+        Completion::new(self.0, 0)
     }
 }
 
@@ -142,49 +188,113 @@ impl InFlight {
 
     /// Serves the request on the calling thread.
     pub fn serve(mut self, server: &Server) -> Completion {
-        let (header, input, output, scratch) = self.parts();
-        let written = server.serve(header, input, output, scratch);
-        self.complete(written)
+        let (header, input, output, scratch, effects) = self.parts();
+        let written = server.serve_and_wait(header, input, output, scratch, &effects);
+        self.complete(written.unwrap_or(0))
     }
 
-    /// Serves the request, which may wait for others. It comes back if [`Server::put_back`] ended its wait.
-    pub fn serve_blocking(mut self, server: &Server) -> Result<Completion, Popped> {
-        let (header, input, output, scratch) = self.parts();
-        match server.serve_and_wait(header, input, output, scratch) {
-            Some(written) => Ok(self.complete(written)),
-            None => {
-                self.0.memory = None;
-                Err(Popped(self.0))
+    /// Serves the request, or begins it for an engine with this `load`.
+    pub fn serve_or_submit(mut self, server: &Server, load: Load) -> Result<Completion, Submitted> {
+        let request = &mut *self.0;
+        let is_replay = request.resumed.as_deref().is_some_and(is_replay);
+        let effects = request.queue.journal().effects(request.used.head, is_replay);
+        // SAFETY: `decode` took the segments from the memory that the request holds. What is submitted is in
+        // the request, too, and taken out of it before either is touched (`Submitted::complete`, and the order of fields).
+        let (mut input, output) = unsafe { request.segments.ends_for_long() };
+        input.skip(size_of::<InHeader>());
+        let served =
+            server.serve_or_submit(&request.header, input, output, &mut request.server, &effects, Some(load));
+        match served {
+            server::Served::Completed(written) => Ok(self.complete(written)),
+            // It waits for nothing that could be put back.
+            server::Served::PutBack => Ok(self.complete(0)),
+            server::Served::Submitted(submitted) => {
+                request.submitted = Some(submitted);
+                // The clone is nobody's guard; see `detach`.
+                request.memory = request.memory.clone();
+                Err(Submitted(self.0))
             }
         }
     }
 
+    /// Serves the request, which may wait for others. It comes back if [`Server::put_back`] ended its wait.
+    pub fn serve_blocking(mut self, server: &Server) -> Result<Completion, Popped> {
+        let (header, input, output, scratch, effects) = self.parts();
+        match server.serve_and_wait(header, input, output, scratch, &effects) {
+            Some(written) => Ok(self.complete(written)),
+            None => Err(self.into_popped()),
+        }
+    }
+
+    /// The process has died.
+    #[cfg(test)]
+    pub fn abandon(mut self) {
+        self.0.owes_entry = false;
+    }
+
+    /// The chain, as it was before it was decoded.
+    pub fn into_popped(mut self) -> Popped {
+        self.0.memory = None;
+        Popped(self.0)
+    }
+
     /// Refuses the request with `errno`.
     pub fn refuse(mut self, errno: Errno) -> Completion {
-        let (header, _, output, _) = self.parts();
+        let (header, _, output, ..) = self.parts();
         let written = Server::refuse(header, output, errno);
         self.complete(written)
     }
 
     /// Completes the request: `written` bytes of the chain's writable part are valid.
+    #[inline(always)]
     fn complete(self, written: u32) -> Completion {
         Completion::new(self.0, written)
     }
 
-    /// The header, the readable part of the chain behind it, the writable part, and the server's buffers.
-    fn parts(&mut self) -> (&RawHeader, GuestReader<'_>, GuestWriter<'_>, &mut server::Scratch) {
-        let Request { header, segments, server, .. } = &mut *self.0;
+    /// The header, the readable part of the chain behind it, the writable part, the server's buffers, and the
+    /// notes in the journal.
+    // Out of line it would cost more than it does: all of it goes through memory.
+    #[inline(always)]
+    fn parts(&mut self) -> (&RawHeader, GuestReader<'_>, GuestWriter<'_>, &mut server::Scratch, Effects<'_>) {
+        let Request { queue, used, resumed, header, segments, server, .. } = &mut *self.0;
+        let effects =
+            queue.journal().effects(used.head, resumed.as_ref().is_some_and(|chain| is_replay(chain)));
         // SAFETY: `decode` took the segments from the memory that the request holds. It holds it until it is
         // completed or put back, which takes `self`, and so ends the borrow first.
         let (mut input, output) = unsafe { segments.ends() };
         input.skip(size_of::<InHeader>());
-        (header, input, output, server)
+        (header, input, output, server, effects)
+    }
+}
+
+impl Submitted {
+    /// What the engine does.
+    pub fn parts(&mut self) -> Option<&mut server::Submitted<'static>> {
+        self.0.submitted.as_deref_mut()
+    }
+
+    /// Does all that is left on the calling thread, of a request that was not submitted.
+    pub fn finish_here(mut self) -> Completion {
+        if let Some(submitted) = &mut self.0.submitted {
+            submitted.finish_here();
+        }
+        self.complete()
+    }
+
+    /// Completes the request, of which nothing is in flight any more.
+    pub fn complete(mut self) -> Completion {
+        let submitted = self.0.submitted.take();
+        let written = submitted.map_or(0, |submitted| submitted.reply());
+        self.0.server.leave_session();
+        Completion::new(self.0, written)
     }
 }
 
 impl Completion {
+    #[inline(always)]
     fn new(mut request: Box<Request>, written: u32) -> Completion {
         request.used.written = written;
+        request.queue.journal().done(request.used.head, written);
         request.memory = None;
         Completion(request)
     }
@@ -200,6 +310,18 @@ impl Completion {
         self.0.begin(found)
     }
 
+    /// The used entry, which the caller adds, and the memory for the next request.
+    pub fn into_used(mut self) -> (Used, Scratch) {
+        self.0.owes_entry = false;
+        (self.0.used, Scratch(self.0))
+    }
+
+    /// The process has died.
+    #[cfg(test)]
+    pub fn abandon(mut self) {
+        self.0.owes_entry = false;
+    }
+
     /// Adds the used entry.
     pub fn add_used(mut self) -> Scratch {
         self.0.owes_entry = false;
@@ -210,11 +332,20 @@ impl Completion {
 
 impl Request {
     /// The next phase, if a chain was `found`.
+    #[inline(always)]
     fn begin(mut self: Box<Self>, found: Option<PoppedChain>) -> Result<(Popped, Backlog), Scratch> {
-        let Some(PoppedChain { head, backlog }) = found else { return Err(Scratch(self)) };
+        let Some(PoppedChain { head, backlog, is_resumed }) = found else { return Err(Scratch(self)) };
         self.used = Used { head, written: 0 };
+        if is_resumed || self.resumed.is_some() {
+            self.set_resumed(is_resumed);
+        }
         self.owes_entry = true;
         Ok((Popped(self), backlog))
+    }
+
+    #[cold]
+    fn set_resumed(&mut self, is_resumed: bool) {
+        self.resumed = if is_resumed { self.queue.take_resumed(self.used.head) } else { None };
     }
 
     fn decode(&mut self) -> Result<(), RequestError> {
@@ -225,207 +356,40 @@ impl Request {
         let (input, _) = unsafe { self.segments.ends() };
         self.header = Server::read_header(&input).ok_or(RequestError::NoHeader)?;
         self.class = Server::class(&self.header);
+        let wire = self.header.wire();
+        if self.resumed.is_some() && self.is_replayed()? {
+            return Ok(());
+        }
+        self.queue.journal().begin_request(self.used.head, wire.unique, wire.opcode, wire.len);
         Ok(())
     }
+
+    /// Whether what the journal has of the request counts, which has to be the one that was decoded.
+    #[cold]
+    fn is_replayed(&self) -> Result<bool, RequestError> {
+        let wire = self.header.wire();
+        match self.resumed.as_deref().filter(|chain| chain.is_started()) {
+            Some(chain) if (chain.unique, chain.opcode) != (wire.unique, wire.opcode) => {
+                Err(RequestError::Changed { unique: chain.unique })
+            }
+            chain => Ok(chain.is_some_and(is_replay)),
+        }
+    }
+}
+
+/// Whether a worker died while it served the request.
+fn is_replay(chain: &Resumed) -> bool {
+    chain.is_started() && chain.deaths > 0
 }
 
 impl Drop for Request {
     fn drop(&mut self) {
         if self.owes_entry {
+            self.queue.journal().done(self.used.head, self.used.written);
             self.queue.complete(self.used);
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use fuse_protocol::abi::{FileLock, InitIn, LkIn};
-    use fuse_protocol::ids::NodeId;
-    use fuse_protocol::opcode::Opcode;
-    use fuse_protocol::request::Lock;
-    use rustix::event::{EventfdFlags, eventfd};
-    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-    use zerocopy::IntoBytes;
-
-    use super::*;
-    use crate::device::ring::{Layout, Ring};
-    use crate::fs::{Context, FileSystem, PUT_BACK, Result as FsResult};
-
-    const LAYOUT: Layout = Layout { descriptors: 0x1000, available: 0x2000, used: 0x3000, size: 8 };
-    /// Length of a reply without a body.
-    const REPLY: u32 = 16;
-
-    /// Every lock is held by others until the queue stops.
-    struct Locked;
-
-    impl FileSystem for Locked {
-        fn setlkw(&self, _: &Context, _: NodeId, _: &Lock) -> FsResult<()> {
-            Err(PUT_BACK)
-        }
-    }
-
-    /// A guest with one queue.
-    struct Guest {
-        memory: SharedMemory,
-        queue: Arc<Queue>,
-        server: Server,
-    }
-
-    impl Guest {
-        /// A guest whose session has begun with the request in chain 7.
-        fn new() -> Guest {
-            let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
-            let memory = SharedMemory::new(memory);
-            let ring = Ring::new(&memory.memory(), LAYOUT, 0, true).unwrap();
-            let kick = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
-            let queue = Arc::new(Queue::new(1, memory.clone(), ring, kick, None).unwrap());
-            let guest = Guest { memory, queue, server: Server::new(Arc::new(Locked)) };
-            let init = InitIn { major: 7, minor: 45, max_readahead: 0, flags: 0, flags2: 0, unused: [0; 11] };
-            guest.offer(7, Opcode::Init, init.as_bytes());
-            guest.in_flight().serve(&guest.server).add_used();
-            assert_eq!(guest.used().len(), 1);
-            guest
-        }
-
-        /// Offers the chain with this head: a readable and a writable descriptor.
-        fn offer(&self, head: u16, opcode: Opcode, arguments: &[u8]) {
-            let len = u32::try_from(size_of::<InHeader>() + arguments.len()).unwrap();
-            let header =
-                InHeader { len, opcode: opcode as u32, unique: head.into(), ..InHeader::new_zeroed() };
-            self.offer_bytes(head, &[header.as_bytes(), arguments].concat());
-        }
-
-        fn offer_bytes(&self, head: u16, bytes: &[u8]) {
-            let (memory, at) = (self.memory.memory(), 0x4000 + 0x800 * u64::from(head));
-            memory.write_slice(bytes, GuestAddress(at)).unwrap();
-            // An indirect table for each chain.
-            let table = 0x800 + 32 * u64::from(head);
-            let describe = |at: u64, address: u64, len: usize, flags: u128, next: u128| {
-                let len = u128::try_from(len).unwrap();
-                let raw = u128::from(address) | len << 64 | flags << 96 | next << 112;
-                memory.write_obj(raw.to_le_bytes(), GuestAddress(at)).unwrap();
-            };
-            describe(LAYOUT.descriptors + 16 * u64::from(head), table, 32, 4, 0);
-            describe(table, at, bytes.len(), 1, 1);
-            describe(table + 16, at + 0x400, 0x400, 2, 0);
-            let index: u16 = memory.read_obj(GuestAddress(LAYOUT.available + 2)).unwrap();
-            let slot = LAYOUT.available + 4 + 2 * u64::from(index % LAYOUT.size);
-            memory.write_obj(head, GuestAddress(slot)).unwrap();
-            memory.write_obj(index.wrapping_add(1), GuestAddress(LAYOUT.available + 2)).unwrap();
-        }
-
-        fn popped(&self) -> Popped {
-            Scratch::new(&self.queue).pop().ok().unwrap().0
-        }
-
-        fn in_flight(&self) -> InFlight {
-            self.popped().decode().ok().unwrap()
-        }
-
-        /// Heads and lengths of all used entries.
-        fn used(&self) -> Vec<(u32, u32)> {
-            let memory = self.memory.memory();
-            let count: u16 = memory.read_obj(GuestAddress(LAYOUT.used + 2)).unwrap();
-            let entry = |number: u16| {
-                let [head, len]: [u32; 2] =
-                    memory.read_obj(GuestAddress(LAYOUT.used + 4 + 8 * u64::from(number))).unwrap();
-                (head, len)
-            };
-            (0..count).map(entry).collect()
-        }
-
-        /// The used entries after the one of INIT.
-        fn used_since(&self) -> Vec<(u32, u32)> {
-            self.used().split_off(1)
-        }
-    }
-
-    fn setlkw() -> LkIn {
-        let lk = FileLock { start: 0, end: 9, typ: libc::F_WRLCK.cast_unsigned(), pid: 1 };
-        LkIn { fh: 1, owner: 1, lk, lk_flags: 0, padding: 0 }
-    }
-
-    #[test]
-    fn a_request_dropped_in_any_phase_adds_one_entry() {
-        let guest = Guest::new();
-        (0..3).for_each(|head| guest.offer(head, Opcode::Statfs, &[]));
-        drop(guest.popped());
-        assert_eq!(guest.used_since(), [(0, 0)]);
-        drop(guest.in_flight());
-        assert_eq!(guest.used_since(), [(0, 0), (1, 0)]);
-        let completion = guest.in_flight().serve(&guest.server);
-        assert_eq!(guest.used_since().len(), 2, "the entry comes with the next step");
-        drop(completion);
-        assert_eq!(guest.used_since(), [(0, 0), (1, 0), (2, REPLY)]);
-    }
-
-    #[test]
-    fn a_panic_adds_an_empty_entry() {
-        let guest = Guest::new();
-        guest.offer(3, Opcode::Statfs, &[]);
-        let request = guest.in_flight();
-        let failed = std::thread::spawn(move || {
-            let _request = request;
-            panic!("a worker fails");
-        });
-        assert!(failed.join().is_err());
-        assert_eq!(guest.used_since(), [(3, 0)]);
-    }
-
-    #[test]
-    fn an_entry_is_added_together_with_the_next_pop() {
-        let guest = Guest::new();
-        (0..2).for_each(|head| guest.offer(head, Opcode::Statfs, &[]));
-        let (popped, backlog) = Scratch::new(&guest.queue).pop().ok().unwrap();
-        assert_eq!(backlog.waiting, 1);
-        let completion = popped.decode().ok().unwrap().serve(&guest.server);
-        let (popped, backlog) = completion.pop_next().ok().unwrap();
-        assert_eq!((guest.used_since(), backlog.waiting), (vec![(0, REPLY)], 0));
-        let scratch = popped.decode().ok().unwrap().refuse(Errno::NOLCK).pop_next().err().unwrap();
-        assert_eq!(guest.used_since(), [(0, REPLY), (1, REPLY)]);
-        drop(scratch);
-        assert_eq!(guest.used_since().len(), 2);
-    }
-
-    #[test]
-    fn a_chain_that_is_not_a_request_is_completed_empty() {
-        let guest = Guest::new();
-        guest.offer_bytes(0, &[0; size_of::<InHeader>() - 1]);
-        guest.offer_bytes(1, &[0; size_of::<InHeader>()]);
-        // A descriptor of 8 bytes, behind which one follows that does not exist.
-        let broken = 0x4000u128 | 8 << 64 | 1 << 96 | 99 << 112;
-        guest.memory.memory().write_obj(broken.to_le_bytes(), GuestAddress(LAYOUT.descriptors + 16)).unwrap();
-        let (error, completion) = guest.popped().decode().err().unwrap();
-        assert!(matches!(error, RequestError::NoHeader));
-        let (popped, _) = completion.pop_next().ok().unwrap();
-        let (error, completion) = popped.decode().err().unwrap();
-        assert!(matches!(error, RequestError::Chain(ChainError::Index(99))));
-        drop(completion);
-        assert_eq!(guest.used_since(), [(0, 0), (1, 0)]);
-    }
-
-    #[test]
-    fn a_request_that_is_put_back_is_served_later() {
-        let guest = Guest::new();
-        guest.offer(5, Opcode::Setlkw, setlkw().as_bytes());
-        let mut request = guest.in_flight();
-        assert_eq!((request.class(), request.unique()), (Class::Blocking, Unique(5)));
-        request.detach();
-        let popped = request.serve_blocking(&guest.server).err().unwrap();
-        let head = popped.into_head();
-        assert_eq!((head, guest.used_since()), (5, vec![]));
-        let request = Popped::from_head(&guest.queue, head).decode().ok().unwrap();
-        request.refuse(Errno::NOLCK).add_used();
-        assert_eq!(guest.used_since(), [(5, REPLY)]);
-    }
-
-    #[test]
-    fn a_header_that_changes_later_is_not_read_again() {
-        let guest = Guest::new();
-        guest.offer(0, Opcode::Statfs, &[]);
-        let request = guest.in_flight();
-        guest.memory.memory().write_slice(&[0xff; 40], GuestAddress(0x4000)).unwrap();
-        assert_eq!((request.class(), request.unique()), (Class::Inline, Unique(0)));
-        assert_eq!(request.serve(&guest.server).0.used.written, REPLY);
-    }
-}
+mod tests;

@@ -7,12 +7,11 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 use thiserror::Error;
 use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryRegion, GuestRegionMmap};
 
-use super::dirty_bitmap::DirtyBitmap;
-use super::{GuestMemoryMmap, SharedMemory};
-
-type GuestRegionMmap = vm_memory::GuestRegionMmap<DirtyBitmap>;
+use super::SharedMemory;
+use super::guest_memory::GuestMemoryMmap;
+use crate::sys::memory::never_dump;
 
 /// Why a region is refused.
 #[derive(Debug, Error)]
@@ -56,12 +55,14 @@ struct Mapping {
 pub struct MemoryTable {
     shared: SharedMemory,
     mappings: Vec<Mapping>,
+    /// What replaces them with [`MemoryTable::commit`].
+    staged: Option<(GuestMemoryMmap, Vec<Mapping>)>,
 }
 
 impl MemoryTable {
     /// A table without regions.
     pub fn new() -> MemoryTable {
-        MemoryTable { shared: SharedMemory::new(GuestMemoryMmap::new()), mappings: Vec::new() }
+        MemoryTable { shared: SharedMemory::new(GuestMemoryMmap::new()), mappings: Vec::new(), staged: None }
     }
 
     /// How many regions there are; each has a descriptor.
@@ -74,37 +75,55 @@ impl MemoryTable {
         &self.shared
     }
 
-    /// Replaces all regions (SET_MEM_TABLE).
-    pub fn set(&mut self, regions: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<(), MemoryError> {
+    /// Prepares to replace all regions (SET_MEM_TABLE): the new ones, in the same order.
+    pub fn stage(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+    ) -> Result<Vec<Arc<GuestRegionMmap>>, MemoryError> {
         let mut mapped = Vec::with_capacity(regions.len());
         let mut mappings = Vec::with_capacity(regions.len());
         for (region, file) in regions.iter().zip(files) {
             mapped.push(Arc::new(map(region, file)?));
             mappings.push(mapping(region));
         }
+        let in_order = mapped.clone();
         mapped.sort_by_key(|region| region.start_addr());
         let first = mappings.first().map_or(0, |mapping: &Mapping| mapping.guest);
         let memory = GuestMemoryMmap::from_arc_regions(mapped).map_err(|_| MemoryError::Overlap(first))?;
-        self.replace(memory);
-        self.mappings = mappings;
-        Ok(())
+        self.staged = Some((memory, mappings));
+        Ok(in_order)
     }
 
-    /// Adds a region (ADD_MEM_REG): memory was plugged in.
-    pub fn add(&mut self, region: &VhostUserSingleMemoryRegion, file: File) -> Result<(), MemoryError> {
+    /// Prepares to add a region (ADD_MEM_REG), which is returned: memory was plugged in.
+    pub fn stage_more(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+    ) -> Result<Arc<GuestRegionMmap>, MemoryError> {
+        self.commit();
         let mapped = Arc::new(map(region, file)?);
-        let memory = self.shared.memory().insert_region(mapped);
-        self.replace(memory.map_err(|_| MemoryError::Overlap(region.guest_phys_addr))?);
-        self.mappings.push(mapping(region));
-        Ok(())
+        let memory = self.shared.memory().insert_region(Arc::clone(&mapped));
+        let memory = memory.map_err(|_| MemoryError::Overlap(region.guest_phys_addr))?;
+        let mappings = self.mappings.iter().copied().chain([mapping(region)]).collect();
+        self.staged = Some((memory, mappings));
+        Ok(mapped)
+    }
+
+    /// Lets queues have what was prepared.
+    pub fn commit(&mut self) {
+        if let Some((memory, mappings)) = self.staged.take() {
+            self.replace(memory);
+            self.mappings = mappings;
+        }
     }
 
     /// Removes a region (REM_MEM_REG). Requests in flight keep their mapping until they end.
     pub fn remove(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<(), MemoryError> {
+        self.commit();
         let start = region.guest_phys_addr;
         let removed = self.shared.memory().remove_region(GuestAddress(start), region.memory_size);
-        let (memory, _) = removed.map_err(|_| MemoryError::Missing(start))?;
-        self.replace(memory);
+        self.replace(removed.map_err(|_| MemoryError::Missing(start))?);
         self.mappings.retain(|mapping| mapping.guest != start);
         Ok(())
     }
@@ -136,6 +155,7 @@ fn map(region: &VhostUserMemoryRegion, file: File) -> Result<GuestRegionMmap, Me
         return Err(MemoryError::Short(address));
     }
     let mapped = region.mmap_region(file).map_err(|source| MemoryError::Map { address, source })?;
+    never_dump(mapped.as_ptr(), mapped.size());
     GuestRegionMmap::new(mapped, GuestAddress(address)).ok_or(MemoryError::Overlap(address))
 }
 

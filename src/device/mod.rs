@@ -4,9 +4,11 @@
 //! and the events of its workers. A [`worker_pool`] owns the threads that serve it, each a [`worker`];
 //! [`worker_count`] says how many there are. A descriptor chain becomes a request in flight
 //! ([`inflight`]): [`chain`] finds its readable and its writable part, and the [`server`](crate::server)
-//! handles it. [`busy_poll`], [`coalesce`] and [`watchdog`] decide when
+//! handles it; an [`engine`] reads and writes data for it. [`busy_poll`], [`coalesce`] and [`watchdog`] decide when
 //! a worker sleeps, when the guest is notified and when a stalled queue gets another worker.
-//! [`inline_queue`] serves a queue without threads, for benchmarks.
+//! [`dirty_log`] records what they write while the guest migrates.
+//! [`transfer`] saves and loads the state of the device; with [`postcopy`] memory comes while the guest runs already.
+//! After a crash, [`quarantine`] finds the request that caused it. [`inline_queue`] serves a queue without threads, for benchmarks.
 
 pub mod backend;
 mod busy_poll;
@@ -14,12 +16,21 @@ pub mod chain;
 mod coalesce;
 pub mod config;
 pub mod config_space;
-pub mod dirty_bitmap;
+#[cfg(test)]
+mod crash_tests;
+pub mod dirty_log;
+pub mod engine;
+mod guest_memory;
 mod inflight;
 pub mod inline_queue;
 mod memory;
+pub mod postcopy;
+pub mod quarantine;
 pub mod queue;
 pub mod ring;
+#[cfg(test)]
+mod test_guest;
+mod transfer;
 mod vring;
 mod watchdog;
 mod worker;
@@ -28,10 +39,8 @@ mod worker_pool;
 
 use vm_memory::GuestMemoryAtomic;
 
-use self::dirty_bitmap::DirtyBitmap;
-
-/// Regions of guest memory, each with a bitmap of what was written.
-pub type GuestMemoryMmap = vm_memory::GuestMemoryMmap<DirtyBitmap>;
+pub use self::guest_memory::GuestMemoryMmap;
+pub use self::worker_pool::is_thread_of_queue;
 
 /// The guest's memory as it is now; replaced as a whole when regions come and go, while requests
 /// in flight keep the one they began with.

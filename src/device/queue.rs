@@ -4,6 +4,9 @@
 //! one of them for each kick, and at depth 1 the worker that is woken also serves: there is no
 //! hand-off. Before a worker serves, it makes sure that another worker waits for the next kick.
 
+mod state;
+
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,11 +18,15 @@ use rustix::io::Errno;
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 
+pub use self::state::Statistics;
+pub(super) use self::state::{Backlog, PoppedChain, Used};
+use self::state::{IfEmpty, Source, State};
 use super::busy_poll::BusyPoll;
-use super::coalesce::Coalescing;
+use super::dirty_log::QueueLog;
 use super::ring::{Layout, Ring, RingError};
 use super::{GuestMemoryMmap, SharedMemory};
 use crate::logging::{Scope, log_limited};
+use crate::state_file::{Journal, Resumed};
 
 /// Why a queue cannot be started.
 #[derive(Debug, Error)]
@@ -61,66 +68,6 @@ pub(super) enum Wakeup {
     Stop,
 }
 
-/// A used entry.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Used {
-    /// First descriptor of the chain.
-    pub head: u16,
-    /// Valid bytes of its device-writable part.
-    pub written: u32,
-}
-
-/// A chain that was popped.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct PoppedChain {
-    /// Its first descriptor.
-    pub head: u16,
-    /// The chains behind it.
-    pub backlog: Backlog,
-}
-
-/// The chains that wait behind one that was popped.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Backlog {
-    /// Their number.
-    pub waiting: u32,
-    /// Whether requests are slow by now. The answer decides both whether a notification is coalesced and
-    /// whether the watchdog has to send it, so it is given once.
-    pub slow: bool,
-}
-
-/// What an attempt to pop does if the ring is empty.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum IfEmpty {
-    /// The worker tries again: kicks are disabled.
-    DisableKicks,
-    /// The worker sleeps: the guest has to kick for the next chain.
-    EnableKicks,
-}
-
-/// The part of a queue that its lock protects.
-struct State {
-    ring: Ring,
-    call: Option<Arc<OwnedFd>>,
-    coalescing: Coalescing,
-    /// The guest wanted a notification while there was no `call`.
-    owes_notification: bool,
-    statistics: Statistics,
-    /// The guest broke the ring: nothing is popped until the queue starts anew.
-    broken: bool,
-}
-
-/// Counts since the start of a queue.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Statistics {
-    /// Chains popped.
-    pub requests: u64,
-    /// Notifications sent to the guest.
-    pub notifications: u64,
-    /// Chains that a worker popped while it polled the ring before its sleep ([`BusyPoll`]).
-    pub busy_poll_hits: u64,
-}
-
 /// A value that changes with every request, in cache lines of its own.
 #[repr(align(128))]
 struct CachePadded<T>(T);
@@ -130,10 +77,11 @@ pub struct Queue {
     index: usize,
     memory: SharedMemory,
     layout: Layout,
+    journal: Journal,
     state: CachePadded<Mutex<State>>,
     epoll: OwnedFd,
     /// Open for `epoll`.
-    _kick: OwnedFd,
+    _kick: Arc<OwnedFd>,
     wake: OwnedFd,
     stop: OwnedFd,
     stopping: AtomicBool,
@@ -148,13 +96,14 @@ const WAKE: u64 = 1;
 const STOP: u64 = 2;
 
 impl Queue {
-    /// A queue over `ring`, woken through `kick`.
+    /// A queue over `ring`, woken through `kick`. What becomes of its chains stands in `journal`.
     pub fn new(
         index: usize,
         memory: SharedMemory,
         ring: Ring,
-        kick: OwnedFd,
-        call: Option<OwnedFd>,
+        kick: Arc<OwnedFd>,
+        call: Option<Arc<OwnedFd>>,
+        journal: Journal,
     ) -> Result<Queue, QueueError> {
         let events = |source| QueueError::Events { index, source };
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
@@ -169,14 +118,8 @@ impl Queue {
             index,
             memory,
             layout: ring.layout(),
-            state: CachePadded(Mutex::new(State {
-                ring,
-                call: call.map(Arc::new),
-                coalescing: Coalescing::default(),
-                owes_notification: false,
-                statistics: Statistics::default(),
-                broken: false,
-            })),
+            journal,
+            state: CachePadded(Mutex::new(State::new(ring, call))),
             epoll,
             _kick: kick,
             wake,
@@ -191,6 +134,84 @@ impl Queue {
         Queue { busy_poll: CachePadded(BusyPoll::new(time)), ..self }
     }
 
+    /// The same queue, not served yet, which goes on where an earlier one ended: chains whose reply is complete get
+    /// their used entries, and the others are popped before those in the ring. If the queue is held, no chain is
+    /// popped until [`Queue::release`].
+    pub fn resuming(self, chains: Vec<Resumed>, is_held: bool) -> Queue {
+        self.mark(&chains);
+        for &Resumed { head, written, .. } in &chains {
+            if let Some(written) = written {
+                self.complete(Used { head, written });
+            }
+        }
+        let mut state = self.lock();
+        state.resumed = chains.into_iter().filter(|chain| chain.written.is_none()).collect();
+        if state.source == Source::Ring {
+            state.source = if is_held { Source::Held } else { Source::Resumed };
+        }
+        drop(state);
+        self
+    }
+
+    /// Records that these chains were written, if writes are recorded: a process has died that may have written them, and
+    /// they may stay in the journal.
+    fn mark(&self, chains: &[Resumed]) {
+        let memory = self.memory.memory();
+        let state = self.lock();
+        chains.iter().for_each(|chain| state.mark_chain(&memory, chain.head));
+    }
+
+    /// Records that this chain was written.
+    #[cfg(test)]
+    pub(super) fn mark_chain(&self, head: u16) {
+        self.lock().mark_chain(&self.memory.memory(), head);
+    }
+
+    /// Records in this log what the device writes, or no more. After the return, all that was written before is recorded
+    /// in the log before.
+    pub(super) fn set_log(&self, log: Option<QueueLog>) {
+        self.lock().ring.set_log(log);
+    }
+
+    /// Chains may be popped.
+    pub(super) fn release(&self) {
+        {
+            let mut state = self.lock();
+            if state.source == Source::Held {
+                state.source = Source::Resumed;
+            }
+        }
+        self.wake_one();
+    }
+
+    /// What the journal knows of a chain that was popped again.
+    #[cold]
+    pub(super) fn take_resumed(&self, head: u16) -> Option<Box<Resumed>> {
+        let mut state = self.lock();
+        let place = state.popped.iter().position(|chain| chain.head == head)?;
+        Some(Box::new(state.popped.swap_remove(place)))
+    }
+
+    /// Takes out the chains that were popped before the queue started and that a worker died with.
+    pub(super) fn take_suspects(&self) -> Vec<Resumed> {
+        let mut state = self.lock();
+        let all = std::mem::take(&mut state.resumed);
+        let (suspects, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|chain| chain.deaths > 0);
+        state.resumed = others.into();
+        suspects
+    }
+
+    /// Number of chains that were popped before the queue started and are not popped again.
+    #[cfg(test)]
+    pub(super) fn resumed_len(&self) -> usize {
+        self.lock().resumed.len()
+    }
+
+    /// Gives a chain back that was taken out.
+    pub(super) fn resume(&self, chain: Resumed) {
+        self.lock().resumed.push_back(chain);
+    }
+
     /// Number of the queue; 0 is the high-priority queue.
     pub fn index(&self) -> usize {
         self.index
@@ -199,6 +220,12 @@ impl Queue {
     /// Addresses and size of the ring.
     pub fn layout(&self) -> Layout {
         self.layout
+    }
+
+    /// What becomes of the chains.
+    #[inline]
+    pub fn journal(&self) -> &Journal {
+        &self.journal
     }
 
     /// The guest's memory.
@@ -212,10 +239,10 @@ impl Queue {
     }
 
     /// Replaces the eventfd that notifies the guest. A notification that was due without one is sent now.
-    pub fn set_call(&self, call: Option<OwnedFd>) {
+    pub fn set_call(&self, call: Option<Arc<OwnedFd>>) {
         let notify = {
             let mut state = self.lock();
-            state.call = call.map(Arc::new);
+            state.call = call;
             state.notification(false)
         };
         self.notify(notify);
@@ -247,7 +274,8 @@ impl Queue {
             let mut state = self.lock();
             if let Some((used, service_time)) = served {
                 state.coalescing.record(service_time);
-                state.add_used(&memory, used).unwrap_or_else(|e| self.mark_broken(&mut state, &e));
+                let added = state.add_used(&memory, &self.journal, used);
+                added.unwrap_or_else(|e| self.mark_broken(&mut state, &e));
             }
             // A guest often answers a reply with the next request at once. Without a kick this worker
             // finds it at its next attempt; a kick would wake another worker.
@@ -283,10 +311,16 @@ impl Queue {
     /// Pops the next chain, if there is one.
     #[inline]
     fn pop(&self, state: &mut State, memory: &GuestMemoryMmap, if_empty: IfEmpty) -> Option<PoppedChain> {
-        if state.broken || self.stopping.load(Ordering::Relaxed) {
+        if self.stopping.load(Ordering::Relaxed) {
             return None;
         }
-        state.pop(memory, if_empty).unwrap_or_else(|e| {
+        if state.source != Source::Ring {
+            match state.pop_resumed(memory) {
+                ControlFlow::Break(popped) => return popped,
+                ControlFlow::Continue(()) => {}
+            }
+        }
+        state.pop(memory, &self.journal, if_empty).unwrap_or_else(|e| {
             self.mark_broken(state, &e);
             None
         })
@@ -318,27 +352,39 @@ impl Queue {
 
     /// Adds the used entry of a chain and pops no other one.
     pub(super) fn complete(&self, used: Used) {
+        self.complete_all(&[used]);
+    }
+
+    /// The same of several chains, with one notification.
+    pub(super) fn complete_all(&self, all: &[Used]) {
         let memory = self.memory.memory();
         let notify = {
             let mut state = self.lock();
-            state.add_used(&memory, used).unwrap_or_else(|e| self.mark_broken(&mut state, &e));
+            for used in all {
+                let added = state.add_used(&memory, &self.journal, *used);
+                added.unwrap_or_else(|e| self.mark_broken(&mut state, &e));
+            }
             self.flush(&mut state, &memory)
         };
         self.notify(notify);
     }
 
-    /// Undoes the pops of chains that were popped last and not served; returns the chains if later ones
-    /// were popped, too.
-    pub(super) fn put_back(&self, heads: Vec<u16>) -> Vec<u16> {
+    /// Undoes the pops of chains that were popped and not served, if no other one was popped after them. If
+    /// not, the journal has them.
+    pub(super) fn put_back(&self, heads: &[u16]) {
         let memory = self.memory.memory();
-        if self.lock().ring.put_back(&memory, &heads).unwrap_or(false) { Vec::new() } else { heads }
+        // A ring that cannot be read has broken.
+        let _ = self.lock().ring.put_back(&memory, heads);
     }
 
-    /// Whether chains wait in the ring.
+    /// Whether chains wait.
     pub(super) fn has_backlog(&self) -> bool {
         let memory = self.memory.memory();
         let state = self.lock();
-        !state.broken && state.ring.avail_len(&memory).is_ok_and(|waiting| waiting > 0)
+        match state.source {
+            Source::Ring | Source::Resumed => state.waiting(&memory) > 0,
+            Source::Held | Source::Broken => false,
+        }
     }
 
     /// Sleeps until there may be work. Of all sleeping workers a kick wakes one.
@@ -374,7 +420,7 @@ impl Queue {
 
     /// Logs that the guest broke the ring, and pops no more chains from it.
     fn mark_broken(&self, state: &mut State, error: &RingError) {
-        if !std::mem::replace(&mut state.broken, true) {
+        if std::mem::replace(&mut state.source, Source::Broken) != Source::Broken {
             let _scope = Scope::of_queue(self.index).enter();
             log_limited!(Level::Error, "{error}; it is not served until the guest resets the device");
         }
@@ -382,64 +428,6 @@ impl Queue {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// All accesses to the ring that serving makes.
-impl State {
-    /// Adds the used entry. The guest is notified by the next [`State::flush`].
-    fn add_used(&mut self, memory: &GuestMemoryMmap, used: Used) -> Result<(), RingError> {
-        self.coalescing.add_used();
-        self.ring.add_used(memory, used.head, used.written)
-    }
-
-    /// Returns the eventfd to signal for the used entries, if the guest wants a notification.
-    fn flush(&mut self, memory: &GuestMemoryMmap) -> Result<Option<Arc<OwnedFd>>, RingError> {
-        if self.coalescing.take_used() == 0 {
-            return Ok(None);
-        }
-        let wanted = self.ring.needs_notification(memory)?;
-        Ok(if wanted { self.notification(true) } else { None })
-    }
-
-    /// The eventfd to signal for a `new` notification, or for one that was due without an eventfd. With
-    /// EVENT_IDX the guest wants one for a certain entry only: if that is lost, none follows.
-    fn notification(&mut self, new: bool) -> Option<Arc<OwnedFd>> {
-        let wanted = new || self.owes_notification;
-        self.owes_notification = wanted && self.call.is_none();
-        self.statistics.notifications += u64::from(wanted && self.call.is_some());
-        if wanted { self.call.clone() } else { None }
-    }
-
-    /// Pops a chain. The guest kicks for the next one exactly if none waits behind this one.
-    #[inline]
-    fn pop(&mut self, memory: &GuestMemoryMmap, if_empty: IfEmpty) -> Result<Option<PoppedChain>, RingError> {
-        let sleeps = if_empty == IfEmpty::EnableKicks;
-        // With EVENT_IDX the ring was empty a moment ago: most often this is all that is read of it before the
-        // worker sleeps.
-        if sleeps && self.ring.has_refused_kicks() && !self.ring.enable_notification(memory)? {
-            return Ok(None);
-        }
-        let mut waiting = self.ring.avail_len(memory)?;
-        if waiting == 0 && sleeps && self.ring.enable_notification(memory)? {
-            waiting = self.ring.avail_len(memory)?;
-        }
-        if waiting == 0 {
-            if if_empty == IfEmpty::DisableKicks {
-                self.ring.refuse_kicks(memory)?;
-            }
-            return Ok(None);
-        }
-        let head = self.ring.pop(memory)?;
-        waiting -= 1;
-        if waiting > 0 {
-            self.ring.disable_notification(memory)?;
-        } else if self.ring.enable_notification(memory)? {
-            waiting = self.ring.avail_len(memory)?;
-        }
-        self.statistics.requests += 1;
-        let backlog = Backlog { waiting: u32::from(waiting), slow: self.coalescing.is_slow() };
-        Ok(Some(PoppedChain { head, backlog }))
     }
 }
 

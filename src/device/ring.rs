@@ -16,6 +16,7 @@ use virtio_queue::{Error as VirtqError, Queue as Virtqueue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::GuestMemoryMmap;
+use super::dirty_log::QueueLog;
 
 /// Largest ring that virtio allows, in descriptors.
 pub const MAX_SIZE: u16 = 32_768;
@@ -29,6 +30,8 @@ const ENTRIES: u64 = 4;
 const AVAIL_ENTRY: u64 = 2;
 /// Bytes of one entry of the used ring.
 const USED_ENTRY: u64 = 8;
+/// Bytes of avail_event, behind the entries of the used ring.
+const AVAIL_EVENT: u64 = 2;
 
 /// What a guest can do to its own ring.
 #[derive(Debug, Error)]
@@ -59,6 +62,12 @@ pub enum RingError {
         /// Descriptors in the ring.
         size: u16,
     },
+    /// A chain is available that was not given back.
+    #[error("descriptor {head} is available, and its chain is in flight")]
+    InFlight {
+        /// The guest's index.
+        head: u16,
+    },
     /// Size, addresses or state are such as virtio forbids.
     #[error("the ring is unusable: {0}")]
     Virtqueue(VirtqError),
@@ -88,6 +97,8 @@ pub struct Ring {
     /// Kicks were refused and not enabled since: nothing is stored for that once more, since a worker that
     /// polls refuses them again and again, and each store takes the cache line from the guest.
     kicks_refused: bool,
+    /// Where writes are recorded while the guest migrates.
+    log: Option<QueueLog>,
 }
 
 impl Ring {
@@ -112,7 +123,7 @@ impl Ring {
         let used = queue.used_idx(memory, Ordering::Acquire).map_err(|error| at(layout.used, error))?;
         queue.set_next_used(used.0);
         queue.set_ready(true);
-        Ok(Ring { queue, added: false, kicks_refused: false })
+        Ok(Ring { queue, added: false, kicks_refused: false, log: None })
     }
 
     /// Where the ring is.
@@ -123,6 +134,33 @@ impl Ring {
             used: self.queue.used_ring(),
             size: self.queue.size(),
         }
+    }
+
+    /// Records writes in this log from now on, or no more. The used ring is recorded at once: a process that has died may
+    /// have written it and not recorded that.
+    pub fn set_log(&mut self, log: Option<QueueLog>) {
+        self.log = log;
+        self.mark();
+    }
+
+    /// Where writes are recorded, if they are.
+    #[inline]
+    pub fn log(&self) -> Option<&QueueLog> {
+        self.log.as_ref()
+    }
+
+    /// Records that the used ring was written, if writes are recorded.
+    #[inline]
+    fn mark(&self) {
+        if let Some(log) = &self.log {
+            fence(Ordering::SeqCst);
+            self.mark_in(log);
+        }
+    }
+
+    #[inline(never)]
+    fn mark_in(&self, log: &QueueLog) {
+        log.mark_used_ring(ENTRIES + u64::from(self.queue.size()) * USED_ENTRY + AVAIL_EVENT);
     }
 
     /// Index of the next chain to take; what GET_VRING_BASE answers.
@@ -186,7 +224,9 @@ impl Ring {
     /// Gives a chain back: `written` bytes of its device-writable part are valid.
     pub fn add_used(&mut self, memory: &GuestMemoryMmap, head: u16, written: u32) -> Result<()> {
         self.added = true;
-        self.queue.add_used(memory, head, written).map_err(|error| at(self.queue.used_ring(), error))
+        let added = self.queue.add_used(memory, head, written);
+        self.mark();
+        added.map_err(|error| at(self.queue.used_ring(), error))
     }
 
     /// Whether the guest wants a notification for the entries that were added since the last call.
@@ -212,7 +252,12 @@ impl Ring {
     /// which there is no kick.
     pub fn enable_notification(&mut self, memory: &GuestMemoryMmap) -> Result<bool> {
         self.kicks_refused = false;
-        self.queue.enable_notification(memory).map_err(|error| at(self.queue.used_ring(), error))
+        let enabled = self.queue.enable_notification(memory);
+        if let Some(log) = &self.log {
+            // A fence follows the write already.
+            self.mark_in(log);
+        }
+        enabled.map_err(|error| at(self.queue.used_ring(), error))
     }
 
     /// Kicks are not needed for now. With EVENT_IDX an avail_event that was passed says that by itself.
@@ -226,18 +271,17 @@ impl Ring {
             return Ok(());
         }
         if !self.queue.event_idx_enabled() {
-            return self
-                .queue
-                .disable_notification(memory)
-                .map_err(|error| at(self.queue.used_ring(), error));
+            let disabled = self.queue.disable_notification(memory);
+            self.mark();
+            return disabled.map_err(|error| at(self.queue.used_ring(), error));
         }
         // avail_event, with an index that the guest has passed already.
         let value = self.queue.next_avail().wrapping_sub(1);
         let offset = ENTRIES + u64::from(self.queue.size()) * USED_ENTRY;
         let address = self.queue.used_ring().wrapping_add(offset);
-        memory
-            .store(value.to_le(), GuestAddress(address), Ordering::Relaxed)
-            .map_err(|source| RingError::Memory { address, source })
+        let stored = memory.store(value.to_le(), GuestAddress(address), Ordering::Relaxed);
+        self.mark();
+        stored.map_err(|source| RingError::Memory { address, source })
     }
 }
 
@@ -246,7 +290,7 @@ fn check_range(memory: &GuestMemoryMmap, layout: Layout) -> Result<()> {
     for (address, bytes) in [
         (layout.descriptors, DESCRIPTOR_SIZE * u64::from(layout.size)),
         (layout.available, ENTRIES + AVAIL_ENTRY * u64::from(layout.size) + 2),
-        (layout.used, ENTRIES + USED_ENTRY * u64::from(layout.size) + 2),
+        (layout.used, ENTRIES + USED_ENTRY * u64::from(layout.size) + AVAIL_EVENT),
     ] {
         let len = usize::try_from(bytes).unwrap_or(usize::MAX);
         if !memory.check_range(GuestAddress(address), len) {
@@ -275,196 +319,4 @@ fn load(memory: &GuestMemoryMmap, base: u64, offset: u64) -> Result<u16> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    const INDEX: u64 = 2;
-    const LAYOUT: Layout = Layout { descriptors: 0x1000, available: 0x2000, used: 0x3000, size: 8 };
-
-    fn memory() -> GuestMemoryMmap {
-        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap()
-    }
-
-    fn set(memory: &GuestMemoryMmap, address: u64, value: u16) {
-        memory.write_obj(value, GuestAddress(address)).unwrap();
-    }
-
-    fn get(memory: &GuestMemoryMmap, address: u64) -> u16 {
-        memory.read_obj(GuestAddress(address)).unwrap()
-    }
-
-    #[test]
-    fn takes_and_gives_back_in_order_past_the_wrap() {
-        let memory = memory();
-        set(&memory, LAYOUT.available + INDEX, 65_534);
-        set(&memory, LAYOUT.used + INDEX, 65_534);
-        let mut ring = Ring::new(&memory, LAYOUT, 65_534, false).unwrap();
-        assert_eq!(ring.avail_len(&memory).unwrap(), 0);
-        for i in 0..20u16 {
-            let index = 65_534u16.wrapping_add(i);
-            set(&memory, LAYOUT.available + ENTRIES + u64::from(index % 8) * 2, i % 8);
-            set(&memory, LAYOUT.available + INDEX, index.wrapping_add(1));
-            assert_eq!(ring.avail_len(&memory).unwrap(), 1);
-            assert_eq!(ring.pop(&memory).unwrap(), i % 8);
-            ring.add_used(&memory, i % 8, 100 + u32::from(i)).unwrap();
-            let entry = LAYOUT.used + ENTRIES + u64::from(index % 8) * 8;
-            let used: u64 = memory.read_obj(GuestAddress(entry)).unwrap();
-            assert_eq!(used, (u64::from(100 + i) << 32) | u64::from(i % 8));
-            assert_eq!(get(&memory, LAYOUT.used + INDEX), index.wrapping_add(1));
-        }
-    }
-
-    #[test]
-    fn only_what_was_taken_last_is_put_back() {
-        let memory = memory();
-        for (start, size) in [(0u16, 4u16), (65_534, 4)] {
-            for i in 0..size {
-                let index = start.wrapping_add(i);
-                set(&memory, LAYOUT.available + ENTRIES + u64::from(index % 8) * 2, 4 + i % 8);
-            }
-            set(&memory, LAYOUT.available + INDEX, start.wrapping_add(size));
-            let mut ring = Ring::new(&memory, LAYOUT, start, true).unwrap();
-            let taken: Vec<u16> = (0..size).map(|_| ring.pop(&memory).unwrap()).collect();
-            assert_eq!(taken, [4, 5, 6, 7]);
-            assert!(!ring.put_back(&memory, &[4]).unwrap());
-            assert!(!ring.put_back(&memory, &[7, 5]).unwrap());
-            assert_eq!(ring.avail_len(&memory).unwrap(), 0);
-            assert!(ring.put_back(&memory, &[]).unwrap());
-            assert!(ring.put_back(&memory, &[7, 6]).unwrap());
-            assert_eq!(ring.avail_len(&memory).unwrap(), 2);
-            assert_eq!(ring.pop(&memory).unwrap(), 6);
-        }
-    }
-
-    #[test]
-    fn a_head_past_the_table_is_an_error() {
-        let memory = memory();
-        set(&memory, LAYOUT.available + ENTRIES, 7);
-        set(&memory, LAYOUT.available + ENTRIES + 2, 8);
-        set(&memory, LAYOUT.available + INDEX, 2);
-        let mut ring = Ring::new(&memory, LAYOUT, 0, true).unwrap();
-        assert_eq!(ring.pop(&memory).unwrap(), 7);
-        assert!(matches!(ring.pop(&memory), Err(RingError::Head { head: 8, size: 8 })));
-    }
-
-    #[test]
-    fn a_ring_that_virtio_forbids_is_refused() {
-        let memory = memory();
-        for layout in [
-            Layout { size: 0, ..LAYOUT },
-            Layout { size: 7, ..LAYOUT },
-            Layout { descriptors: 0x1008, ..LAYOUT },
-            Layout { available: 0x2001, ..LAYOUT },
-            Layout { used: 0x3002, ..LAYOUT },
-        ] {
-            assert!(
-                matches!(Ring::new(&memory, layout, 0, true), Err(RingError::Virtqueue(_))),
-                "{layout:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn a_runaway_index_is_an_error() {
-        let memory = memory();
-        let ring = Ring::new(&memory, LAYOUT, 0, true).unwrap();
-        set(&memory, LAYOUT.available + INDEX, 8);
-        assert_eq!(ring.avail_len(&memory).unwrap(), 8);
-        set(&memory, LAYOUT.available + INDEX, 9);
-        assert!(matches!(
-            ring.avail_len(&memory),
-            Err(RingError::Runaway { available: 9, next: 0, size: 8 })
-        ));
-    }
-
-    #[test]
-    fn a_ring_outside_memory_is_refused() {
-        let memory = memory();
-        for layout in [
-            Layout { descriptors: 0xffc0, ..LAYOUT },
-            Layout { available: 0xfff8, ..LAYOUT },
-            Layout { used: 0x20000, ..LAYOUT },
-            Layout { used: u64::MAX - 1, ..LAYOUT },
-        ] {
-            assert!(Ring::new(&memory, layout, 0, true).is_err());
-        }
-    }
-
-    #[test]
-    fn flags_steer_notifications_without_event_idx() {
-        let memory = memory();
-        let mut ring = Ring::new(&memory, LAYOUT, 0, false).unwrap();
-        assert!(!ring.needs_notification(&memory).unwrap());
-        ring.add_used(&memory, 0, 0).unwrap();
-        assert!(ring.needs_notification(&memory).unwrap());
-        set(&memory, LAYOUT.available, 1);
-        ring.add_used(&memory, 0, 0).unwrap();
-        assert!(!ring.needs_notification(&memory).unwrap());
-        ring.disable_notification(&memory).unwrap();
-        assert_eq!(get(&memory, LAYOUT.used), 1);
-        ring.enable_notification(&memory).unwrap();
-        assert_eq!(get(&memory, LAYOUT.used), 0);
-    }
-
-    /// As a Linux guest decides: does it kick after it made chains from `old` to `new` available?
-    fn guest_kicks(memory: &GuestMemoryMmap, old: u16, new: u16) -> bool {
-        let event = get(memory, LAYOUT.used + ENTRIES + 64);
-        new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-    }
-
-    #[test]
-    fn kicks_come_when_they_are_asked_for() {
-        for start in [0, 7, 65_535] {
-            let memory = memory();
-            set(&memory, LAYOUT.available + INDEX, start);
-            let mut ring = Ring::new(&memory, LAYOUT, start, true).unwrap();
-            for chains in 1..8 {
-                ring.enable_notification(&memory).unwrap();
-                assert!(guest_kicks(&memory, start, start.wrapping_add(chains)));
-                ring.refuse_kicks(&memory).unwrap();
-                assert!(!guest_kicks(&memory, start, start.wrapping_add(chains)));
-            }
-            let mut ring = Ring::new(&memory, LAYOUT, start, false).unwrap();
-            ring.refuse_kicks(&memory).unwrap();
-            assert_eq!(get(&memory, LAYOUT.used), 1);
-            ring.enable_notification(&memory).unwrap();
-            assert_eq!(get(&memory, LAYOUT.used), 0);
-        }
-    }
-
-    /// One worker that polls, and another that asks for a kick before it sleeps.
-    #[test]
-    fn kicks_are_refused_again_after_another_worker_asked_and_otherwise_nothing_is_stored() {
-        for (event_idx, at) in [(true, LAYOUT.used + ENTRIES + 64), (false, LAYOUT.used)] {
-            let memory = memory();
-            let mut ring = Ring::new(&memory, LAYOUT, 7, event_idx).unwrap();
-            ring.refuse_kicks(&memory).unwrap();
-            let refused = get(&memory, at);
-            set(&memory, at, 0x5a5a);
-            ring.refuse_kicks(&memory).unwrap();
-            assert_eq!(get(&memory, at), 0x5a5a, "the word was stored once more");
-            ring.enable_notification(&memory).unwrap();
-            ring.refuse_kicks(&memory).unwrap();
-            assert_eq!(get(&memory, at), refused);
-        }
-    }
-
-    proptest! {
-        /// The guest is notified of a batch exactly if its event index lies in it.
-        #[test]
-        fn event_idx_names_one_entry(start: u16, batch in 1u16..8, event_offset in -20i32..20) {
-            let memory = memory();
-            set(&memory, LAYOUT.used + INDEX, start);
-            let mut ring = Ring::new(&memory, LAYOUT, 0, true).unwrap();
-            let event = start.wrapping_add_signed(i16::try_from(event_offset).unwrap());
-            set(&memory, LAYOUT.available + ENTRIES + 16, event);
-            for _ in 0..batch {
-                ring.add_used(&memory, 0, 0).unwrap();
-            }
-            let inside = (0..i32::from(batch)).contains(&event_offset);
-            prop_assert_eq!(ring.needs_notification(&memory).unwrap(), inside);
-            prop_assert!(!ring.needs_notification(&memory).unwrap());
-        }
-    }
-}
+mod tests;

@@ -15,14 +15,20 @@ use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 
 use super::SharedMemory;
+use super::dirty_log::{DirtyLog, QueueLog};
+use super::engine::Stations;
+use super::quarantine::Quarantine;
 use super::queue::{Queue, QueueError};
 use super::ring::{Layout, MAX_SIZE, Ring};
 use super::watchdog::Watchdog;
 use super::worker_pool::WorkerPool;
 use crate::server::Server;
+use crate::state_file::{Journal, Place, StateFile};
 
 /// Descriptors of a queue that runs, at most.
-pub(super) const DESCRIPTORS: usize = 7;
+pub(super) const DESCRIPTORS: usize = 5;
+/// How many of these the front end sends: kick and call.
+pub(super) const RECEIVED: usize = 2;
 
 /// Why a message about a queue is refused.
 #[derive(Debug, Error)]
@@ -67,10 +73,14 @@ pub(super) struct Serving {
     pub memory: SharedMemory,
     /// Whether EVENT_IDX was negotiated.
     pub event_idx: bool,
+    /// Where writes to guest memory are recorded, while they are.
+    pub log: Option<Arc<DirtyLog>>,
     /// Serves the requests.
     pub server: Arc<Server>,
     /// Wakes a worker when a queue with pending requests makes no progress.
     pub watchdog: Arc<Watchdog>,
+    /// Rings for the engines of request queues.
+    pub stations: Stations,
     /// Workers of a queue, at most.
     pub workers: usize,
     /// How long a worker polls its ring before it sleeps.
@@ -81,36 +91,51 @@ pub(super) struct Serving {
 pub(super) struct Vring {
     index: usize,
     layout: Layout,
+    /// Where writes to the used ring are recorded: a guest-physical address, which need not be in shared memory.
+    log_address: Option<u64>,
     base: u16,
-    kick: Option<OwnedFd>,
-    call: Option<OwnedFd>,
+    kick: Option<Arc<OwnedFd>>,
+    call: Option<Arc<OwnedFd>>,
     enabled: bool,
     /// The guest wanted a notification while there was no call.
     owes_notification: bool,
-    put_back: PutBack,
+    journal: Journal,
+    quarantine: Arc<Quarantine>,
     pool: Option<Arc<WorkerPool>>,
 }
 
 impl Vring {
     /// A queue of which nothing was said.
-    pub fn new(index: usize) -> Vring {
+    pub fn new(index: usize, state: &Arc<StateFile>, quarantine: &Arc<Quarantine>) -> Vring {
         Vring {
             index,
             layout: Layout::default(),
+            log_address: None,
             base: 0,
             kick: None,
             call: None,
             enabled: false,
             owes_notification: false,
-            put_back: PutBack::default(),
+            journal: Journal::new(state, index),
+            quarantine: Arc::clone(quarantine),
             pool: None,
         }
     }
 
-    /// How many descriptors it has. A worker pool has copies of kick and call, and three of its own.
+    /// How many descriptors it has. A worker pool has three of its own.
     pub fn descriptors(&self) -> usize {
-        let pool = if self.pool.is_some() { 4 + usize::from(self.call.is_some()) } else { 0 };
-        pool + usize::from(self.kick.is_some()) + usize::from(self.call.is_some())
+        let pool = if self.pool.is_some() { DESCRIPTORS - RECEIVED } else { 0 };
+        pool + self.received()
+    }
+
+    /// How many descriptors of the front end it has, of which another process may have copies.
+    pub fn received(&self) -> usize {
+        usize::from(self.kick.is_some()) + usize::from(self.call.is_some())
+    }
+
+    /// Whether workers serve it.
+    pub fn is_running(&self) -> bool {
+        self.pool.is_some()
     }
 
     /// Sets the number of descriptors (SET_VRING_NUM).
@@ -133,6 +158,23 @@ impl Vring {
         Ok(())
     }
 
+    /// Sets the address for which writes to the used ring are recorded, also of a queue that runs.
+    pub fn set_log_address(&mut self, address: Option<u64>, serving: &Serving) {
+        self.log_address = address;
+        self.update_log(serving);
+    }
+
+    /// Records writes as `serving` says. After the return no other log is used.
+    pub fn update_log(&self, serving: &Serving) {
+        if let Some(pool) = &self.pool {
+            pool.queue().set_log(self.log(serving));
+        }
+    }
+
+    fn log(&self, serving: &Serving) -> Option<QueueLog> {
+        serving.log.clone().map(|log| QueueLog::new(log, self.log_address))
+    }
+
     /// Sets the index of the next chain (SET_VRING_BASE), unless the queue runs.
     pub fn set_base(&mut self, base: u16) {
         if self.pool.is_none() {
@@ -153,18 +195,18 @@ impl Vring {
     pub fn set_kick(&mut self, kick: Option<File>, serving: &Serving) -> Result<()> {
         let kick = kick.ok_or(VringError::Polled(self.index))?;
         self.stop();
-        self.kick = Some(kick.into());
+        self.kick = Some(Arc::new(kick.into()));
         self.update(serving)
     }
 
     /// Sets the eventfd by which the guest is notified (SET_VRING_CALL).
     pub fn set_call(&mut self, call: Option<File>) -> Result<()> {
-        self.call = call.map(OwnedFd::from);
+        self.call = call.map(|call| Arc::new(call.into()));
         if let Some(call) = &self.call {
             never_wait(call).map_err(|errno| self.no_descriptor(errno.into()))?;
         }
         if let Some(pool) = &self.pool {
-            pool.queue().set_call(self.copy(self.call.as_ref())?);
+            pool.queue().set_call(self.call.clone());
         }
         Ok(())
     }
@@ -185,22 +227,28 @@ impl Vring {
         if self.pool.is_some() {
             return Ok(());
         }
-        let kick = kick.try_clone().map_err(|source| self.no_descriptor(source))?;
-        self.start(kick, serving)
+        self.start(Arc::clone(kick), serving)
     }
 
-    fn start(&mut self, kick: OwnedFd, serving: &Serving) -> Result<()> {
+    fn start(&mut self, kick: Arc<OwnedFd>, serving: &Serving) -> Result<()> {
         let Serving { memory, server, watchdog, .. } = serving;
         let ring = Ring::new(&memory.memory(), self.layout, self.base, serving.event_idx);
         let mut ring = ring.map_err(|source| QueueError::Ring { index: self.index, source })?;
-        let call = self.copy(self.call.as_ref())?;
-        let put_back = std::mem::take(&mut self.put_back);
-        let heads = put_back.of(&mut ring);
-        let queue =
-            Queue::new(self.index, memory.clone(), ring, kick, call)?.with_busy_poll(serving.poll_time);
-        let pool = WorkerPool::start(queue, Arc::clone(server), watchdog, serving.workers, heads)?;
-        if std::mem::take(&mut self.owes_notification) {
+        ring.set_log(self.log(serving));
+        let call = self.call.clone();
+        let start = self.journal.start(self.place(), self.base, ring.next_used());
+        ring.set_next_available(start.next_available);
+        let is_held = self.quarantine.holds();
+        let queue = Queue::new(self.index, memory.clone(), ring, kick, call, self.journal.clone())?
+            .with_busy_poll(serving.poll_time)
+            .resuming(start.resumed, is_held);
+        let engine = serving.stations.engine(self.index);
+        let pool = WorkerPool::start(queue, Arc::clone(server), watchdog, serving.workers, engine)?;
+        if std::mem::take(&mut self.owes_notification) || start.after_crash {
             pool.queue().notify_guest();
+        }
+        if is_held {
+            self.quarantine.add(&pool);
         }
         self.pool = Some(pool);
         debug!("queue {} runs with {} descriptors", self.index, self.layout.size);
@@ -210,21 +258,43 @@ impl Vring {
     /// Stops after what is in flight, and remembers where the ring stood.
     pub fn stop(&mut self) {
         if let Some(pool) = self.pool.take() {
-            let heads = pool.stop();
+            self.quarantine.remove(&pool);
+            pool.stop();
             let (available, used) = pool.queue().position();
             self.base = available;
             self.owes_notification = pool.queue().owes_notification();
-            self.put_back = PutBack { heads, layout: self.layout, available, used };
+            self.journal.stop(available, used);
         }
+    }
+
+    /// Pops no more chains.
+    pub fn begin_drain(&self) {
+        if let Some(pool) = &self.pool {
+            pool.begin_stop();
+        }
+    }
+
+    /// Stops after what is in flight. The journal is left as it is: another process goes on where the queue stands.
+    pub fn drain(&mut self) {
+        if let Some(pool) = self.pool.take() {
+            self.quarantine.remove(&pool);
+            pool.stop();
+        }
+    }
+
+    /// Stops after what is in flight, and forgets what was put back: the guest or the front end is gone.
+    pub fn forget(&mut self) {
+        self.stop();
+        self.journal.clear();
+    }
+
+    fn place(&self) -> Place {
+        let Layout { descriptors, available, used, size } = self.layout;
+        Place { descriptors, available, used, size }
     }
 
     fn must_rest(&self, what: &'static str) -> Result<()> {
         if self.pool.is_some() { Err(VringError::Runs { index: self.index, what }) } else { Ok(()) }
-    }
-
-    fn copy(&self, descriptor: Option<&OwnedFd>) -> Result<Option<OwnedFd>> {
-        let copy = descriptor.map(OwnedFd::try_clone).transpose();
-        copy.map_err(|source| self.no_descriptor(source))
     }
 
     fn no_descriptor(&self, source: io::Error) -> VringError {
@@ -236,32 +306,4 @@ impl Vring {
 /// room could be stopped by nobody but a front end that reads what it was sent.
 fn never_wait(call: &OwnedFd) -> rustix::io::Result<()> {
     rustix::fs::fcntl_setfl(call, OFlags::NONBLOCK)
-}
-
-/// Chains that were taken from a ring and are served when it goes on: requests that waited for locks
-/// when it was stopped, while later ones were done. To answer them would be to make programs fail that
-/// have done nothing wrong.
-#[derive(Default)]
-struct PutBack {
-    heads: Vec<u16>,
-    layout: Layout,
-    /// Where the ring stood.
-    available: u16,
-    used: u16,
-}
-
-impl PutBack {
-    /// The chains, if `ring` is the one that they were taken from, and not one that was made anew. The
-    /// front end lets it go on where it stood, or else behind the last used entry; it goes on where it
-    /// stood.
-    fn of(&self, ring: &mut Ring) -> &[u16] {
-        let stood = ring.layout() == self.layout && ring.next_used() == self.used;
-        // A new ring begins with 0.
-        let behind = ring.next_available() == self.used && self.used != 0;
-        if self.heads.is_empty() || !stood || !(behind || ring.next_available() == self.available) {
-            return &[];
-        }
-        ring.set_next_available(self.available);
-        &self.heads
-    }
 }

@@ -4,17 +4,22 @@
 //! is slow after all, the rest would wait behind it. So while any queue has a backlog, the watchdog checks
 //! every millisecond that the queues make progress. It also sends the notifications that coalescing held
 //! back before such a request. Without a backlog it sleeps.
+//!
+//! Storage may hang, and hold all workers of a queue. Then nobody waits for the next kick. So while all are at work the
+//! watchdog looks after the queue, too, less often, and lets other workers serve what waits for long.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
-use super::worker_pool::WorkerPool;
+use super::worker_pool::{Watched, WorkerPool};
 use crate::logging::Scope;
 
 /// Time between two checks.
 const TICK: Duration = Duration::from_millis(1);
+/// The same while there is no backlog, but all workers of some queue are at work.
+const SLOW_TICK: Duration = Duration::from_millis(20);
 /// Ticks without a backlog after which the watchdog sleeps.
 const QUIET_TICKS: u32 = 20;
 
@@ -87,22 +92,26 @@ impl Watchdog {
                 thread::park();
                 continue;
             }
-            let mut quiet = 0;
+            let (mut tick, mut quiet) = (TICK, 0);
             while quiet < QUIET_TICKS && !self.shut_down.load(Ordering::SeqCst) {
-                thread::sleep(TICK);
-                quiet = if self.check_all() { 0 } else { quiet + 1 };
+                thread::sleep(tick);
+                (tick, quiet) = match self.check_all() {
+                    Watched::Backlog => (TICK, 0),
+                    Watched::AllBusy => (SLOW_TICK, 0),
+                    Watched::Nothing => (TICK, quiet + 1),
+                };
             }
             self.armed.store(false, Ordering::SeqCst);
             // A backlog that came before the store has not armed the watchdog.
-            if self.check_all() {
+            if self.check_all() != Watched::Nothing {
                 self.armed.store(true, Ordering::SeqCst);
             }
         }
     }
 
-    /// Checks all queues; whether any has a backlog.
-    fn check_all(&self) -> bool {
-        self.pools().iter().filter(|pool| pool.check_progress()).count() > 0
+    /// Checks all queues; the most that there is to watch.
+    fn check_all(&self) -> Watched {
+        self.pools().iter().map(WorkerPool::check_progress).max().unwrap_or(Watched::Nothing)
     }
 
     fn pools(&self) -> MutexGuard<'_, Vec<Arc<WorkerPool>>> {

@@ -12,9 +12,10 @@ use std::time::Duration;
 use rustix::event::Timespec;
 use rustix::io::Errno;
 
-use super::inflight::{Completion, InFlight, Popped, Scratch};
+use super::engine::Engine;
+use super::inflight::{Completion, InFlight, Popped, Scratch, Submitted};
 use super::queue::{Backlog, Wakeup};
-use super::worker_count::Parked;
+use super::worker_count::{Action, Parked};
 use super::worker_pool::WorkerPool;
 use crate::logging::warn_limited;
 use crate::server::Class;
@@ -42,7 +43,8 @@ impl Worker {
 
     /// Memory for the worker's requests.
     pub fn scratch(&self) -> Scratch {
-        Scratch::new(self.pool.shared_queue())
+        let spare = self.pool.engine().and_then(Engine::spare);
+        spare.unwrap_or_else(|| Scratch::new(self.pool.shared_queue()))
     }
 
     /// Serves the queue until it stops, or until the worker is not needed any more.
@@ -89,8 +91,11 @@ impl Worker {
                 Err(scratch) => return Some(scratch),
             };
             self.ensure_listener(backlog);
-            let completion = self.serve(popped);
-            found = if take_blocked() && self.pool.worker_count().is_over_limit() {
+            let count = self.pool.worker_count();
+            let rescues = count.rescues();
+            let completion = self.serve(popped, backlog);
+            let was_replaced = take_blocked() | count.end_stuck(rescues);
+            found = if was_replaced && count.is_over_limit() {
                 let scratch = completion.map(Completion::add_used);
                 if self.park() == Parked::Exit {
                     return None;
@@ -120,7 +125,11 @@ impl Worker {
         let (pool, count) = (&self.pool, self.pool.worker_count());
         let may_grow = count.limit() > 1;
         if may_grow && count.idle() == 0 {
-            pool.perform(count.spawn_if_allowed());
+            match count.spawn_if_allowed() {
+                // Storage may hang, and then nobody is left who would find out.
+                Action::Nothing => pool.arm_watchdog(),
+                action => pool.perform(action),
+            }
         }
         if backlog.waiting > 0 {
             if may_grow && backlog.slow {
@@ -131,8 +140,8 @@ impl Worker {
         }
     }
 
-    /// Serves one chain; `None` if its request went to a thread of its own.
-    fn serve(&self, popped: Popped) -> Option<Completion> {
+    /// Serves one chain; `None` if its request went to a thread of its own or to the engine.
+    fn serve(&self, popped: Popped, backlog: Backlog) -> Option<Completion> {
         let request = match popped.decode() {
             Ok(request) => request,
             Err((error, completion)) => {
@@ -142,7 +151,23 @@ impl Worker {
         };
         match request.class() {
             Class::Inline => Some(request.serve(self.pool.server())),
+            Class::Transfer => self.transfer(request, backlog),
             Class::Blocking => self.spawn_blocking(request),
+        }
+    }
+
+    /// Serves a READ or WRITE; `None` if it went to the engine.
+    fn transfer(&self, request: InFlight, backlog: Backlog) -> Option<Completion> {
+        let pool = &self.pool;
+        let engine = pool.engine().filter(|_| pool.server().may_begin());
+        let begun = engine.and_then(|engine| Some((engine, engine.begin(backlog.waiting)?)));
+        let Some((engine, (counted, load))) = begun else { return Some(request.serve(pool.server())) };
+        match request.serve_or_submit(pool.server(), load) {
+            Ok(completion) => Some(completion),
+            Err(submitted) => {
+                let back = engine.submit(pool.shared_queue(), counted, submitted);
+                back.err().map(Submitted::finish_here)
+            }
         }
     }
 

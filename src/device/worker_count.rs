@@ -9,6 +9,10 @@
 //! A worker that is blocked by another request does not count against the limit. When it continues, the
 //! limit may be exceeded. Then it parks: it pops no more chains until it is unparked, or it exits after the
 //! keep-alive time.
+//!
+//! Storage that hangs may hold all workers. When the watchdog finds that none has come back for a while, it counts all of
+//! them as stuck ([`WorkerCount::count_stuck`]), and as many others may serve. A worker that comes back after that has its
+//! place again, and may be one too many as well.
 
 use std::time::Duration;
 
@@ -18,6 +22,8 @@ use crate::sync::{AtomicBool, AtomicUsize, Condvar, Mutex, MutexGuard, Ordering,
 const CORE_WORKERS: usize = 2;
 /// Workers of one queue that are replaced while they are blocked.
 const MAX_BLOCKED_WORKERS: usize = 256;
+/// Workers of one queue that are replaced while storage does not answer them.
+const MAX_STUCK_WORKERS: usize = 256;
 /// Requests of one queue that are served on threads of their own.
 const MAX_BLOCKING_REQUESTS: usize = 256;
 
@@ -26,6 +32,8 @@ const MAX_BLOCKING_REQUESTS: usize = 256;
 pub struct WorkerCount {
     idle: Idle,
     limit: usize,
+    /// How often workers were counted as stuck.
+    rescues: AtomicUsize,
     threads: Mutex<Threads>,
     exited: Condvar,
     unparked: Condvar,
@@ -46,6 +54,8 @@ struct Threads {
     workers: usize,
     /// Workers that are blocked by another request. They do not count against the limit.
     blocked: usize,
+    /// Workers that storage does not answer. They do not count either.
+    stuck: usize,
     /// Workers that are parked.
     parked: usize,
     /// Workers that were unparked and do not run yet.
@@ -78,7 +88,7 @@ pub enum Parked {
 impl Threads {
     /// Workers that serve or are idle.
     fn active(&self) -> usize {
-        self.workers.saturating_sub(self.blocked).saturating_sub(self.parked)
+        self.workers.saturating_sub(self.blocked).saturating_sub(self.parked).saturating_sub(self.stuck)
     }
 }
 
@@ -88,6 +98,7 @@ impl WorkerCount {
         WorkerCount {
             idle: Idle::default(),
             limit,
+            rescues: AtomicUsize::new(0),
             threads: Mutex::default(),
             exited: Condvar::new(),
             unparked: Condvar::new(),
@@ -177,6 +188,46 @@ impl WorkerCount {
     pub fn end_blocking(&self) {
         let mut threads = self.lock();
         threads.blocked = threads.blocked.saturating_sub(1);
+    }
+
+    /// How often workers were counted as stuck so far: a worker that is about to serve remembers it.
+    pub fn rescues(&self) -> usize {
+        self.rescues.load(Ordering::Relaxed)
+    }
+
+    /// Whether all workers serve and no more may, so that nobody waits for the next kick.
+    pub fn is_saturated(&self) -> bool {
+        self.idle() == 0 && {
+            let threads = self.lock();
+            !threads.stopping && threads.active() >= self.limit
+        }
+    }
+
+    /// Whether some workers are stuck.
+    pub fn has_stuck(&self) -> bool {
+        self.lock().stuck > 0
+    }
+
+    /// None of the workers has come back for a while: they are stuck, and others may serve. Returns how many are stuck.
+    pub fn count_stuck(&self) -> usize {
+        let mut threads = self.lock();
+        let active = threads.active();
+        let more = active.min(MAX_STUCK_WORKERS.saturating_sub(threads.stuck));
+        threads.stuck += more;
+        if more > 0 {
+            self.rescues.fetch_add(1, Ordering::Relaxed);
+        }
+        threads.stuck
+    }
+
+    /// A worker has come back that began to serve after so many `rescues`. Whether it was counted as stuck.
+    #[inline]
+    pub fn end_stuck(&self, rescues: usize) -> bool {
+        self.rescues() != rescues && {
+            let mut threads = self.lock();
+            threads.stuck = threads.stuck.saturating_sub(1);
+            true
+        }
     }
 
     /// Whether the limit is exceeded, after a worker was blocked.
@@ -332,6 +383,30 @@ mod tests {
             assert_eq!(worker_count.begin_blocking(), Some(Action::Spawn));
         }
         assert_eq!(worker_count.begin_blocking(), None);
+    }
+
+    #[test]
+    fn stuck_workers_are_replaced_until_they_come_back() {
+        let worker_count = with(2, 2);
+        let before = worker_count.rescues();
+        assert!(worker_count.is_saturated());
+        assert_eq!(worker_count.count_stuck(), 2);
+        assert!(!worker_count.is_saturated());
+        let later = worker_count.rescues();
+        assert_eq!(worker_count.spawn_if_allowed(), Action::Spawn);
+        assert_eq!(worker_count.spawn_if_allowed(), Action::Spawn);
+        assert_eq!(worker_count.spawn_if_allowed(), Action::Nothing);
+        assert!(!worker_count.end_stuck(later), "it began afterwards");
+        assert!(!worker_count.is_over_limit());
+        assert!(worker_count.end_stuck(before));
+        assert!(worker_count.is_over_limit());
+        assert_eq!(worker_count.park(Duration::ZERO), Parked::Exit);
+        assert!(!worker_count.is_over_limit());
+        (0..MAX_STUCK_WORKERS).for_each(|_| {
+            worker_count.count_stuck();
+            worker_count.spawn_if_allowed();
+        });
+        assert_eq!(worker_count.count_stuck(), MAX_STUCK_WORKERS);
     }
 
     #[test]

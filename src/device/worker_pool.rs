@@ -7,13 +7,15 @@
 use std::io;
 use std::mem;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
 
 use fuse_protocol::ids::Unique;
 use rustix::io::Errno;
 
+use super::engine::Engine;
 use super::inflight::{InFlight, Popped};
 use super::queue::{Queue, QueueError};
 use super::watchdog::Watchdog;
@@ -21,10 +23,40 @@ use super::worker::Worker;
 use super::worker_count::{Action, WorkerCount};
 use crate::logging::{Scope, info_limited, warn_limited};
 use crate::server::Server;
+use crate::state_file::Resumed;
 use crate::sys::memory;
 
 /// How often a stop repeats its interruption of waits for locks, which may begin at any moment.
 const INTERRUPT_INTERVAL: Duration = Duration::from_millis(2);
+
+/// How long all workers of a queue may be held by storage before others serve the chains that wait.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// The same for the others, once storage is known to hang.
+const LATER_PATIENCE: Duration = Duration::from_millis(50);
+
+/// Deaths of processes after which a chain is not even decoded to be refused: two have served it.
+const MAX_REFUSALS: u32 = 2;
+
+/// The names of these threads begin with this, `q` or `w`, and end with the number of the queue.
+const THREAD: &str = "lanefsd-";
+
+/// Whether this thread serves a queue. A panic ends the request or the thread then, and the chain gets its used entry.
+pub fn is_thread_of_queue(thread: &Thread) -> bool {
+    let name = thread.name().and_then(|name| name.strip_prefix(THREAD));
+    let number = name.and_then(|name| name.strip_prefix(['q', 'w']));
+    number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// What a queue gives the watchdog to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Watched {
+    Nothing,
+    /// All workers serve, and nobody waits for the next kick.
+    AllBusy,
+    /// Chains wait.
+    Backlog,
+}
 
 /// A queue, and the threads that serve it until it is stopped.
 pub(super) struct WorkerPool {
@@ -32,11 +64,15 @@ pub(super) struct WorkerPool {
     server: Arc<Server>,
     watchdog: Arc<Watchdog>,
     worker_count: WorkerCount,
+    /// Reads and writes data, if threads do not.
+    engine: Option<Engine>,
     workers: Mutex<Vec<JoinHandle<()>>>,
     /// In the order of their arrival.
     blocking: Mutex<Vec<BlockingRequest>>,
     /// Requests popped before the watchdog's last check.
     checked_requests: AtomicU64,
+    /// Since when the watchdog has found all workers at work, and no chain popped.
+    held_since: Mutex<Option<Instant>>,
 }
 
 /// A request on a thread of its own.
@@ -48,37 +84,45 @@ struct BlockingRequest {
 }
 
 impl WorkerPool {
-    /// Starts serving `queue` with one worker that may grow to `limit` (at least one). Chains in
-    /// `put_back` were popped from the ring before it was stopped, and come first.
+    /// Starts serving `queue` with one worker that may grow to `limit` (at least one).
     pub fn start(
         queue: Queue,
         server: Arc<Server>,
         watchdog: &Arc<Watchdog>,
         limit: usize,
-        put_back: &[u16],
+        engine: Option<Engine>,
     ) -> Result<Arc<WorkerPool>, QueueError> {
-        let pool = WorkerPool::new(queue, server, watchdog, limit.max(1));
+        let limit = limit.max(1);
+        // One worker serves one request at a time.
+        let pool = WorkerPool::new(queue, server, watchdog, limit, engine.filter(|_| limit > 1));
         pool.try_perform(pool.worker_count.spawn_if_allowed())
             .map_err(|source| QueueError::Thread { index: pool.queue.index(), source })?;
         watchdog.add(&pool);
-        put_back.iter().for_each(|head| pool.resume(*head));
         Ok(pool)
     }
 
     /// A pool without threads. Its only worker is the caller's.
     pub fn without_threads(queue: Queue, server: Arc<Server>) -> Arc<WorkerPool> {
-        WorkerPool::new(queue, server, &Watchdog::disabled(), 1)
+        WorkerPool::new(queue, server, &Watchdog::disabled(), 1, None)
     }
 
-    fn new(queue: Queue, server: Arc<Server>, watchdog: &Arc<Watchdog>, limit: usize) -> Arc<WorkerPool> {
+    fn new(
+        queue: Queue,
+        server: Arc<Server>,
+        watchdog: &Arc<Watchdog>,
+        limit: usize,
+        engine: Option<Engine>,
+    ) -> Arc<WorkerPool> {
         Arc::new(WorkerPool {
             queue: Arc::new(queue),
             server,
             watchdog: Arc::clone(watchdog),
             worker_count: WorkerCount::new(limit),
+            engine,
             workers: Mutex::default(),
             blocking: Mutex::default(),
             checked_requests: AtomicU64::new(0),
+            held_since: Mutex::default(),
         })
     }
 
@@ -97,18 +141,28 @@ impl WorkerPool {
         &self.server
     }
 
+    /// The engine, if there is one.
+    pub fn engine(&self) -> Option<&Engine> {
+        self.engine.as_ref()
+    }
+
     /// The number of workers and their states.
     pub fn worker_count(&self) -> &WorkerCount {
         &self.worker_count
     }
 
-    /// Stops: no more chains are popped, and requests in flight are finished, except those that wait for
-    /// locks. Their chains go back into the ring or, where later ones were completed already, are returned,
-    /// so that they are served when the queue starts again. After the return no thread accesses the ring,
-    /// and the caller has the last reference.
-    pub fn stop(self: &Arc<Self>) -> Vec<u16> {
+    /// Pops no more chains; [`WorkerPool::stop`] is to follow.
+    pub fn begin_stop(&self) {
         self.queue.begin_stop();
         self.worker_count.stop();
+    }
+
+    /// Stops: no more chains are popped, and requests in flight are finished, except those that wait for
+    /// locks. Their chains go back into the ring or, where later ones were completed already, stay in the journal,
+    /// so that they are served when the queue starts again. After the return no thread accesses the ring,
+    /// and the caller has the last reference.
+    pub fn stop(self: &Arc<Self>) {
+        self.begin_stop();
         self.watchdog.remove(self);
         self.worker_count.wait_until_empty(INTERRUPT_INTERVAL, || {
             for request in self.blocking().iter().filter(|request| request.is_running()) {
@@ -121,11 +175,14 @@ impl WorkerPool {
             // A worker that failed has left a message already.
             let _ = worker.join();
         }
+        if let Some(engine) = &self.engine {
+            engine.stop();
+        }
         let blocking = mem::take(&mut *self.blocking());
         let put_back = blocking.into_iter().filter_map(BlockingRequest::join);
-        let put_back = put_back.map(Popped::into_head).collect();
+        let put_back: Vec<u16> = put_back.map(Popped::into_head).collect();
         self.log_statistics();
-        self.queue.put_back(put_back)
+        self.queue.put_back(&put_back);
     }
 
     fn log_statistics(&self) {
@@ -142,8 +199,9 @@ impl WorkerPool {
     }
 
     /// The watchdog's check: if no chain was popped since the last call, sends the notification that
-    /// coalescing held back, and wakes a worker if chains wait. Returns whether chains wait.
-    pub fn check_progress(self: &Arc<Self>) -> bool {
+    /// coalescing held back, and wakes a worker if chains wait. Replaces workers that storage holds. Returns what there is
+    /// to watch.
+    pub fn check_progress(self: &Arc<Self>) -> Watched {
         let requests = self.queue.statistics().requests;
         let stalls = self.checked_requests.swap(requests, Ordering::Relaxed) == requests;
         let backlog = self.queue.has_backlog();
@@ -153,7 +211,31 @@ impl WorkerPool {
                 self.wake_or_spawn();
             }
         }
-        backlog
+        let held = self.worker_count.limit() > 1 && self.worker_count.is_saturated();
+        self.rescue(held && stalls && backlog);
+        match (backlog, held) {
+            (true, _) => Watched::Backlog,
+            (false, true) => Watched::AllBusy,
+            (false, false) => Watched::Nothing,
+        }
+    }
+
+    /// Replaces workers that storage has held for long while chains wait: all of them, if `held`.
+    fn rescue(self: &Arc<Self>, held: bool) {
+        let mut since = lock(&self.held_since);
+        if !held {
+            *since = None;
+            return;
+        }
+        let patience = if self.worker_count.has_stuck() { LATER_PATIENCE } else { PATIENCE };
+        if since.get_or_insert_with(Instant::now).elapsed() < patience {
+            return;
+        }
+        *since = None;
+        let stuck = self.worker_count.count_stuck();
+        let _scope = Scope::of_queue(self.queue.index()).enter();
+        warn_limited!("the storage does not answer {stuck} requests: other workers serve the rest");
+        self.wake_or_spawn();
     }
 
     /// Makes the watchdog check the queue until the ring is empty.
@@ -209,7 +291,7 @@ impl WorkerPool {
     /// A thread that can be spawned; an error if there is no memory for it.
     fn thread(&self, kind: &str) -> io::Result<thread::Builder> {
         memory::ask_for_a_thread()?;
-        Ok(thread::Builder::new().name(format!("lanefsd-{kind}{}", self.queue.index())))
+        Ok(thread::Builder::new().name(format!("{THREAD}{kind}{}", self.queue.index())))
     }
 
     /// Serves a request on a thread of its own, since it may wait for another one. The request comes back
@@ -262,15 +344,38 @@ impl WorkerPool {
         }
     }
 
-    /// Serves a chain that was put back when the queue was stopped. Whatever the guest has made of it
-    /// since, it does not block the calling thread.
-    fn resume(self: &Arc<Self>, head: u16) {
-        let completion = match Popped::from_head(&self.queue, head).decode() {
-            Ok(request) => self.spawn_blocking(request).err().map(|request| request.refuse(Errno::NOLCK)),
-            Err((_, completion)) => Some(completion),
+    /// Serves a chain that a process died with on a thread of its own. `guard` is dropped when it is completed. Without
+    /// a thread, the queue's workers serve it.
+    pub fn serve_alone(self: &Arc<Self>, chain: Resumed, guard: Sender<()>) {
+        let request = match Popped::resumed(&self.queue, chain, guard).decode() {
+            Ok(request) => request,
+            // The drop adds the used entry.
+            Err((error, _completion)) => {
+                warn_limited!("{error}");
+                return;
+            }
         };
-        // Adds the used entry.
-        drop(completion);
+        if let Err(request) = self.spawn_blocking(request) {
+            request.into_popped().into_head();
+            self.queue.journal().mark_alone(chain.head, false);
+            self.queue.resume(chain);
+        }
+    }
+
+    /// Refuses a chain that makes processes fail. One that does so while it is decoded or refused, too, gets an
+    /// empty used entry.
+    pub fn refuse_poison(&self, chain: Resumed) {
+        self.queue.journal().count_poisoned();
+        let popped = Popped::resumed(&self.queue, chain, channel().0);
+        let completion = if !chain.is_started() || chain.deaths > MAX_REFUSALS {
+            popped.give_back_empty()
+        } else {
+            match popped.decode() {
+                Ok(request) => request.refuse(Errno::IO),
+                Err((_, completion)) => completion,
+            }
+        };
+        completion.add_used();
     }
 
     fn workers(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {

@@ -4,8 +4,10 @@
 //! other requests hold it shared. That lock orders the writes before the reads of all later requests, so
 //! relaxed loads are enough, and a request pays for no lock and no reference count.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use crate::state_file::StateFile;
 use fuse_protocol::flags::InitFlags;
 use fuse_protocol::init::{Layout, Negotiated};
 
@@ -15,19 +17,37 @@ pub struct Agreement {
     /// The minor version; 0 without a session.
     minor: AtomicU32,
     flags: AtomicU64,
+    /// Where another process finds it.
+    state: Option<Arc<StateFile>>,
 }
 
 impl Agreement {
+    /// The agreement in a state file, and all further ones.
+    pub fn of(state: &Arc<StateFile>) -> Agreement {
+        let (minor, flags) = state.session();
+        Agreement {
+            minor: AtomicU32::new(minor),
+            flags: AtomicU64::new(flags),
+            state: Some(Arc::clone(state)),
+        }
+    }
+
     /// A session begins. The caller serves no request.
     pub fn begin(&self, negotiated: &Negotiated) {
+        if let Some(state) = &self.state {
+            state.set_session(negotiated.minor, negotiated.flags.bits());
+        }
         self.flags.store(negotiated.flags.bits(), Ordering::Relaxed);
         self.minor.store(negotiated.minor, Ordering::Relaxed);
     }
 
-    /// The session ends. Returns whether there was one. The caller serves no request.
-    pub fn end(&self) -> bool {
+    /// The session ends. The caller serves no request.
+    pub fn end(&self) {
+        if let Some(state) = &self.state {
+            state.set_session(0, 0);
+        }
         self.flags.store(0, Ordering::Relaxed);
-        self.minor.swap(0, Ordering::Relaxed) != 0
+        self.minor.store(0, Ordering::Relaxed);
     }
 
     /// Whether there is a session.
@@ -58,12 +78,14 @@ mod tests {
     #[test]
     fn a_session_leaves_nothing_for_the_next() {
         let agreement = Agreement::default();
-        assert!(!agreement.is_active() && !agreement.end());
+        agreement.end();
+        assert!(!agreement.is_active());
         let flags = InitFlags::SETXATTR_EXT | InitFlags::ALLOW_IDMAP;
         agreement.begin(&Negotiated { minor: 45, flags, max_write: 4096, max_readahead: 0, max_pages: 1 });
         assert!(agreement.is_active() && agreement.layout().long_setxattr);
         assert_eq!((agreement.minor(), agreement.flags()), (45, flags));
-        assert!(agreement.end() && !agreement.is_active());
+        agreement.end();
+        assert!(!agreement.is_active());
         assert_eq!((agreement.flags(), agreement.layout()), (InitFlags::empty(), Layout::default()));
     }
 }

@@ -8,13 +8,17 @@ mod agreement;
 pub mod null;
 pub mod passthrough;
 pub mod read_only;
+pub mod transfer;
 
 use std::sync::Arc;
 
 use rustix::io::Errno;
 
 pub use self::agreement::Agreement;
+use self::transfer::{Load, Transfer};
 pub use crate::limits::DeviceDescriptors;
+use crate::migration::{MigrationError, Snapshot};
+use crate::state_file::Effects;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
 use fuse_protocol::extensions::Labels;
@@ -56,10 +60,14 @@ pub struct Context<'a> {
     pub supplementary_group: Option<GuestGid>,
     /// Security labels of what is created.
     pub labels: Labels<'a>,
+    /// What the request does that must not be done twice if it is served again.
+    pub effects: Effects<'a>,
 }
 
-impl<'a> From<&request::Request<'a>> for Context<'a> {
-    fn from(request: &request::Request<'a>) -> Context<'a> {
+impl<'a> Context<'a> {
+    /// Who sent the request, whose effects are noted there.
+    #[inline]
+    pub fn of(request: &request::Request<'a>, effects: Effects<'a>) -> Context<'a> {
         let header = &request.header;
         Context {
             unique: header.unique,
@@ -68,6 +76,7 @@ impl<'a> From<&request::Request<'a>> for Context<'a> {
             pid: header.pid,
             supplementary_group: header.supplementary_group,
             labels: request.labels,
+            effects,
         }
     }
 }
@@ -117,9 +126,17 @@ pub trait FileSystem: Send + Sync {
     }
 
     /// Takes `count` off the lookup count of an inode, for FORGET and each item of a BATCH_FORGET.
-    fn forget(&self, node: NodeId, count: u64) {
+    fn forget(&self, ctx: &Context, node: NodeId, count: u64) {
         if let Ok(fs) = self.below() {
-            fs.forget(node, count);
+            fs.forget(ctx, node, count);
+        }
+    }
+
+    /// Takes back the lookup that the request has counted last: the guest does not get the entry.
+    fn take_back_lookup(&self, ctx: &Context, node: NodeId) {
+        match self.below() {
+            Ok(fs) => fs.take_back_lookup(ctx, node),
+            Err(_) => self.forget(ctx, node, 1),
         }
     }
 
@@ -203,6 +220,36 @@ pub trait FileSystem: Send + Sync {
     /// written: fewer only if an error came after the first byte.
     fn write(&self, ctx: &Context, node: NodeId, write: &Write, data: &mut GuestReader<'_>) -> Result<usize> {
         self.below()?.write(ctx, node, write, data)
+    }
+
+    /// Whether there may be files whose READs and WRITEs are for an engine, just now. Asked for each of them: it must cost
+    /// next to nothing.
+    fn may_begin(&self) -> bool {
+        false
+    }
+
+    /// Begins a READ whose system call an engine makes; `None` if [`FileSystem::read`] is to serve it. What it changes
+    /// for the thread that calls is undone.
+    fn begin_read(
+        &self,
+        _ctx: &Context,
+        _node: NodeId,
+        _read: &Read,
+        _load: Load,
+    ) -> Result<Option<Box<dyn Transfer>>> {
+        // A file system that does something of its own with data must not be left out.
+        Ok(None)
+    }
+
+    /// The same for a WRITE.
+    fn begin_write(
+        &self,
+        _ctx: &Context,
+        _node: NodeId,
+        _write: &Write,
+        _load: Load,
+    ) -> Result<Option<Box<dyn Transfer>>> {
+        Ok(None)
     }
 
     /// File system figures.
@@ -333,6 +380,40 @@ pub trait FileSystem: Send + Sync {
             // Not put back, but ended.
             Err(_) => drop(self.interrupt(unique)),
         }
+    }
+
+    /// The guest may be saved soon: what takes long can be prepared, beside requests. It is called again when the memory
+    /// log begins again.
+    fn prepare_save(&self) {
+        if let Ok(fs) = self.below() {
+            fs.prepare_save();
+        }
+    }
+
+    /// The memory log ends: the guest will not be saved after all, or was. What was given up for another daemon stays so until
+    /// [`FileSystem::resume`].
+    fn cancel_save(&self) {
+        if let Ok(fs) = self.below() {
+            fs.cancel_save();
+        }
+    }
+
+    /// All that the guest knows. It serves no request meanwhile, and can go on afterwards.
+    fn save(&self) -> std::result::Result<Snapshot, MigrationError> {
+        self.below().map_err(|_| MigrationError::unsupported())?.save()
+    }
+
+    /// The share is served again, perhaps after it was saved: what was given up for another daemon is taken again.
+    fn resume(&self) {
+        if let Ok(fs) = self.below() {
+            fs.resume();
+        }
+    }
+
+    /// Takes over what another daemon has saved. It has served no request and has no session. After an error the caller
+    /// destroys it.
+    fn load(&self, snapshot: Snapshot) -> std::result::Result<(), MigrationError> {
+        self.below().map_err(|_| MigrationError::unsupported())?.load(snapshot)
     }
 
     /// Ends all waits for locks, since the session ends. It is called again until they have ended.

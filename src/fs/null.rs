@@ -238,14 +238,14 @@ impl<F: FileSystem> FileSystem for NullStore<F> {
         let (entry, opened) = self.inner.create(ctx, parent, create)?;
         self.add(ctx, entry.node, opened, create.flags)
             .map(|opened| (entry, opened))
-            .inspect_err(|_| self.inner.forget(entry.node, 1))
+            .inspect_err(|_| self.inner.take_back_lookup(ctx, entry.node))
     }
 
     fn tmpfile(&self, ctx: &Context, parent: NodeId, tmpfile: &Tmpfile) -> Result<(Entry, Opened)> {
         let (entry, opened) = self.inner.tmpfile(ctx, parent, tmpfile)?;
         self.add(ctx, entry.node, opened, tmpfile.flags)
             .map(|opened| (entry, opened))
-            .inspect_err(|_| self.inner.forget(entry.node, 1))
+            .inspect_err(|_| self.inner.take_back_lookup(ctx, entry.node))
     }
 
     fn release(&self, ctx: &Context, node: NodeId, release: &Release) -> Result<()> {

@@ -12,7 +12,9 @@ use std::sync::Arc;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
+use super::transfer::{Load, Transfer};
 use super::{Agreement, Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply, errno};
+use crate::migration::{MigrationError, Snapshot};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
 use fuse_protocol::flags::InitFlags;
@@ -45,7 +47,7 @@ impl<F: FileSystem> ReadOnly<F> {
     fn refuse_new(&self, ctx: &Context, parent: NodeId, name: Name<'_>) -> Errno {
         match self.inner.lookup(ctx, parent, &Lookup { name: LookupName::Entry(name) }) {
             Ok(entry) => {
-                self.inner.forget(entry.node, 1);
+                self.inner.take_back_lookup(ctx, entry.node);
                 Errno::EXIST
             }
             Err(Errno::NOENT) => Errno::ROFS,
@@ -76,11 +78,16 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
         fn keep_back(device: DeviceDescriptors);
         fn destroy();
         fn lookup(ctx: &Context, parent: NodeId, lookup: &Lookup<'_>) -> Result<Entry>;
-        fn forget(node: NodeId, count: u64);
+        fn forget(ctx: &Context, node: NodeId, count: u64);
+        fn take_back_lookup(ctx: &Context, node: NodeId);
         fn getattr(ctx: &Context, node: NodeId, getattr: &Getattr) -> Result<Attributes>;
         fn statx(ctx: &Context, node: NodeId, statx: &Statx) -> Result<StatxReply>;
         fn readlink(ctx: &Context, node: NodeId) -> Result<Vec<u8>>;
         fn read(ctx: &Context, node: NodeId, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize>;
+        fn may_begin() -> bool;
+        fn begin_read(
+            ctx: &Context, node: NodeId, read: &Read, load: Load
+        ) -> Result<Option<Box<dyn Transfer>>>;
         fn statfs(ctx: &Context, node: NodeId) -> Result<abi::Kstatfs>;
         fn release(ctx: &Context, node: NodeId, release: &Release) -> Result<()>;
         fn fsync(ctx: &Context, node: NodeId, fsync: &Fsync) -> Result<()>;
@@ -101,6 +108,11 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
         fn interrupt(unique: Unique) -> Result<()>;
         fn put_back(unique: Unique);
         fn interrupt_all();
+        fn prepare_save();
+        fn resume();
+        fn cancel_save();
+        fn save() -> std::result::Result<Snapshot, MigrationError>;
+        fn load(snapshot: Snapshot) -> std::result::Result<(), MigrationError>;
     }
 
     fn offered_flags(&self) -> InitFlags {
@@ -131,7 +143,7 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
         match self.inner.open(ctx, entry.node, &open) {
             Ok(opened) => Ok((entry, opened)),
             Err(errno) => {
-                self.inner.forget(entry.node, 1);
+                self.inner.take_back_lookup(ctx, entry.node);
                 Err(errno)
             }
         }
@@ -186,6 +198,10 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
     }
 
     fn write(&self, _: &Context, _: NodeId, _: &Write, _: &mut GuestReader<'_>) -> Result<usize> {
+        Err(Errno::ROFS)
+    }
+
+    fn begin_write(&self, _: &Context, _: NodeId, _: &Write, _: Load) -> Result<Option<Box<dyn Transfer>>> {
         Err(Errno::ROFS)
     }
 

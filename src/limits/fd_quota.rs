@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rustix::fs::Dir;
+use rustix::fs::{Dir, Mode, OFlags, openat};
 use rustix::io::{Errno, Result};
 use rustix::process::{Resource, getrlimit};
 
@@ -66,6 +66,19 @@ impl FdQuota {
         Ok(quota)
     }
 
+    /// The same for a process that goes on with the descriptors of an earlier one, which had `own` of its own.
+    pub fn of_a_later_process(own: usize) -> FdQuota {
+        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let quota = FdQuota::new(usize::try_from(limit).unwrap_or(usize::MAX), own);
+        quota.reserve_for(DeviceDescriptors::default());
+        quota
+    }
+
+    /// Descriptors that the process had before there was a device or a guest.
+    pub fn own(&self) -> usize {
+        self.own
+    }
+
     /// A quota of `limit` descriptors, without a reserve until the device asks for one; the process takes
     /// `own` of them.
     pub fn new(limit: usize, own: usize) -> FdQuota {
@@ -99,17 +112,35 @@ impl FdQuota {
         Ok(FdPermit(Arc::clone(self)))
     }
 
+    /// The permit for a descriptor that is open already, whatever the quota.
+    pub fn take(self: &Arc<Self>) -> FdPermit {
+        self.in_use.fetch_add(1, Ordering::Relaxed);
+        FdPermit(Arc::clone(self))
+    }
+
+    /// Counts descriptors that are open already, and whose permits are had one by one later ([`FdQuota::counted`]).
+    pub fn count(&self, descriptors: usize) {
+        self.in_use.fetch_add(descriptors, Ordering::Relaxed);
+    }
+
+    /// The permit for one of them.
+    pub fn counted(self: &Arc<Self>) -> FdPermit {
+        FdPermit(Arc::clone(self))
+    }
+
     /// How many descriptors are open.
     pub fn in_use(&self) -> usize {
         self.in_use.load(Ordering::Relaxed)
     }
 }
 
-/// How many descriptors this process has open.
+/// How many descriptors this process has open. `proc_self_fd` may be an O_PATH descriptor, which cannot be read itself.
 fn open_descriptors(proc_self_fd: &OwnedFd) -> Result<usize> {
-    let list = Dir::read_from(proc_self_fd)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let list = Dir::new(openat(proc_self_fd, ".", flags, Mode::empty())?)?;
+    let entries = list.collect::<Result<Vec<_>>>()?;
     // Two entries are the directory and its parent, and one is of the list itself.
-    Ok(list.count().saturating_sub(3))
+    Ok(entries.len().saturating_sub(3))
 }
 
 /// The guest's part of `limit` descriptors, of which the process has `own` and the device others.
@@ -178,6 +209,15 @@ mod tests {
         let third = quota.acquire().unwrap();
         drop((second, third));
         assert_eq!(quota.in_use(), 0);
+    }
+
+    #[test]
+    fn descriptors_are_counted_however_the_list_is_held() {
+        let path_only = OFlags::PATH | OFlags::DIRECTORY;
+        for flags in [OFlags::RDONLY, path_only] {
+            let proc_self_fd = openat(rustix::fs::CWD, "/proc/self/fd", flags, Mode::empty()).unwrap();
+            assert!(open_descriptors(&proc_self_fd).unwrap() >= 4, "{flags:?}");
+        }
     }
 
     #[test]

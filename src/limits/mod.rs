@@ -33,6 +33,11 @@ impl Limits {
         Limits { fds: Arc::new(fds), locked_ranges: Arc::default(), memory: Arc::default() }
     }
 
+    /// For the only share of a process that goes on with the descriptors of an earlier one, which had `own` of its own.
+    pub fn of_a_later_process(own: usize) -> Limits {
+        Limits::new(FdQuota::of_a_later_process(own))
+    }
+
     /// For the only share of a process: see [`FdQuota::of_the_process`].
     pub fn of_the_process(proc_self_fd: &OwnedFd) -> Result<Limits> {
         Ok(Limits::new(FdQuota::of_the_process(proc_self_fd)?))

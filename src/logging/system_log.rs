@@ -1,12 +1,22 @@
 //! A logger for the system log (syslog(3)).
 
 use std::io::{self, Write};
+use std::os::fd::{AsRawFd as _, RawFd};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use log::{Level, Log, Metadata, Record};
 use syslog::{Facility, Formatter3164, Logger, LoggerBackend};
 
 use super::{Now, Scope};
+
+/// The descriptor of the connection; -1 if there is none.
+static SOCKET: AtomicI32 = AtomicI32::new(-1);
+
+/// The descriptor by which messages go to the system log, if they do.
+pub(super) fn descriptor() -> Option<RawFd> {
+    Some(SOCKET.load(Ordering::Relaxed)).filter(|fd| *fd >= 0)
+}
 
 /// A connection to the log daemon, made once: its socket is out of reach in the sandbox. When the log
 /// daemon restarts with a new socket, messages go to standard error.
@@ -25,6 +35,7 @@ impl SystemLog {
             std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string)
         })?;
         if let LoggerBackend::Unix(socket) = &logger.backend {
+            SOCKET.store(socket.as_raw_fd(), Ordering::Relaxed);
             // A stalled log daemon must not stall the guest.
             socket.set_nonblocking(true).map_err(|error| error.to_string())?;
         }

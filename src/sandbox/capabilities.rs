@@ -3,8 +3,8 @@
 use rustix::io::Errno;
 use rustix::thread::{
     CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities, capabilities_secure_bits,
-    capability_is_in_bounding_set, clear_ambient_capability_set, remove_capability_from_bounding_set,
-    set_capabilities, set_capabilities_secure_bits, set_no_new_privs,
+    capability_is_in_bounding_set, clear_ambient_capability_set, configure_capability_in_ambient_set,
+    remove_capability_from_bounding_set, set_capabilities, set_capabilities_secure_bits, set_no_new_privs,
 };
 use thiserror::Error;
 
@@ -91,6 +91,46 @@ pub fn give_up(required: RequiredCaps, changes: CapabilityChanges) -> Result<(),
     let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
     set_capabilities(None, sets).map_err(step("capset(2)"))?;
     clear_ambient_capability_set().map_err(step("clearing the ambient set"))
+}
+
+/// Drops all capabilities of a process that starts servers, but those that servers may require and `more`. The ways to get
+/// others that may be shut without harm to a server are shut.
+pub(super) fn keep_for_workers(more: CapabilitySet) -> Result<(), CapabilityError> {
+    let held = capabilities(None).map_err(step("capget(2)"))?;
+    let served = TO_CHANGE | CapabilitySet::DAC_READ_SEARCH | CapabilitySet::SETFCAP;
+    let kept = held.permitted & (served | more);
+    if held.effective.contains(CapabilitySet::SETPCAP) {
+        shrink_bounding_set(kept)?;
+    }
+    let sets = CapabilitySets {
+        effective: held.effective & kept,
+        permitted: kept,
+        inheritable: held.inheritable & kept,
+    };
+    set_capabilities(None, sets).map_err(step("capset(2)"))
+}
+
+/// Lets the process keep its capabilities when it executes another program, as nobody but root does otherwise: the user
+/// who has made a user namespace has all capabilities in it, until then.
+pub fn make_ambient() -> Result<(), CapabilityError> {
+    let held = capabilities(None).map_err(step("capget(2)"))?;
+    let sets = CapabilitySets { inheritable: held.permitted, ..held };
+    set_capabilities(None, sets).map_err(step("capset(2)"))?;
+    for number in 0..u64::BITS {
+        let capability = CapabilitySet::from_bits_retain(1 << number);
+        if held.permitted.contains(capability) {
+            configure_capability_in_ambient_set(capability, true).map_err(step("PR_CAP_AMBIENT_RAISE"))?;
+        }
+    }
+    Ok(())
+}
+
+/// The reverse.
+pub fn clear_ambient() -> Result<(), CapabilityError> {
+    clear_ambient_capability_set().map_err(step("clearing the ambient set"))?;
+    let held = capabilities(None).map_err(step("capget(2)"))?;
+    let sets = CapabilitySets { inheritable: CapabilitySet::empty(), ..held };
+    set_capabilities(None, sets).map_err(step("capset(2)"))
 }
 
 /// Whether the kernel changes the effective capabilities along with the user id, as workers that act as a user of the

@@ -1,5 +1,6 @@
 //! The sandbox: namespaces and an empty root directory ([`enter`]), then fewer capabilities
-//! ([`give_up_capabilities`]), then a seccomp filter ([`install_seccomp`]).
+//! ([`give_up_capabilities`]), then a seccomp filter ([`install_seccomp`]). A supervisor stays outside and is confined by
+//! itself ([`confine_supervisor`]).
 //!
 //! Guarantees of the file system do not depend on it: with [`Sandbox::None`] it reaches nothing outside the share
 //! either. The sandbox limits the damage of a bug in it.
@@ -13,6 +14,8 @@ mod optional_calls;
 mod process;
 mod seccomp;
 mod share;
+mod supervisor;
+mod workers;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -24,13 +27,18 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::thread::{CapabilitySet, UnshareFlags, capabilities};
 use thiserror::Error;
 
-pub use self::capabilities::{CapabilityError, RequiredCaps, give_up as give_up_capabilities};
+pub use self::capabilities::{
+    CapabilityError, RequiredCaps, clear_ambient as clear_ambient_capabilities,
+    give_up as give_up_capabilities, make_ambient as make_capabilities_ambient,
+};
 use self::config::{IdMaps, Sandbox};
 use self::process::Fork;
-pub use self::process::Parent;
+pub use self::process::{KILLED_BY_SECCOMP, Parent, Worker, WorkerEnd, Zombie, exit, run_in_child};
 pub use self::seccomp::{
-    SeccompError, install as install_seccomp, install_on_thread as install_seccomp_on_thread,
+    SeccompError, Uses, install as install_seccomp, install_on_thread as install_seccomp_on_thread,
 };
+pub use self::supervisor::{ConfineError, confine as confine_supervisor};
+pub use self::workers::{Entered, Prepared, Workers};
 
 /// Why the sandbox cannot be set up.
 #[derive(Debug, Error)]
@@ -69,6 +77,8 @@ pub struct Sandboxed {
     pub root: OwnedFd,
     /// The directory `/proc/self/fd` of the serving process.
     pub proc_self_fd: OwnedFd,
+    /// The directory `/proc/self/fdinfo`, the same.
+    pub proc_self_fdinfo: OwnedFd,
     /// Whether a supervisor waits for this process and removes the socket.
     pub forked: bool,
 }
@@ -151,7 +161,8 @@ fn open_share(share: &Path) -> Result<OwnedFd, SandboxError> {
 
 fn unsandboxed(root: OwnedFd) -> Result<Role, SandboxError> {
     drop_groups();
-    Ok(Role::Server(Sandboxed { root, proc_self_fd: open_proc_self_fd()?, forked: false }))
+    let [proc_self_fd, proc_self_fdinfo] = open_proc_self()?;
+    Ok(Role::Server(Sandboxed { root, proc_self_fd, proc_self_fdinfo, forked: false }))
 }
 
 /// An empty directory becomes the root: no absolute path leads into the share, which guests fill, or to the
@@ -160,14 +171,20 @@ fn chroot(root: OwnedFd) -> Result<Role, SandboxError> {
     if let Fork::Parent(parent) = process::fork_server()? {
         return Ok(Role::Supervisor(parent));
     }
+    let (sandboxed, _) = enter_chroot(root, mounts::empty_directory())?;
+    Ok(Role::Server(sandboxed))
+}
+
+/// Changes the root to the directory `empty`, which is also returned.
+fn enter_chroot(root: OwnedFd, empty: Option<OwnedFd>) -> Result<(Sandboxed, Option<OwnedFd>), SandboxError> {
     drop_groups();
-    let proc_self_fd = match detach_proc_self_fd() {
+    let [proc_self_fd, proc_self_fdinfo] = match detach_proc_self() {
         // Root of a container may lack the privilege, and old kernels the call.
-        Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => open_proc_self_fd()?,
+        Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => open_proc_self()?,
         result => result.map_err(step("detaching /proc/self/fd"))?,
     };
-    mounts::change_root(mounts::empty_directory().as_ref(), &proc_self_fd)?;
-    Ok(Role::Server(Sandboxed { root, proc_self_fd, forked: true }))
+    mounts::change_root(empty.as_ref(), &proc_self_fd)?;
+    Ok((Sandboxed { root, proc_self_fd, proc_self_fdinfo, forked: true }, empty))
 }
 
 /// Lets go of the supplementary groups: a worker has those of its caller, and no others.
@@ -180,16 +197,24 @@ fn step(step: &'static str) -> impl Fn(Errno) -> SandboxError {
     move |source| SandboxError::Step { step, source }
 }
 
-/// `/proc/self/fd` of the calling process, so not to be opened before a fork.
-fn open_proc_self_fd() -> Result<OwnedFd, SandboxError> {
+/// What a process has to know of its own descriptors: the descriptors, and what they are.
+const PROC_SELF: [&str; 2] = ["/proc/self/fd", "/proc/self/fdinfo"];
+
+/// Both directories of the calling process, so not to be opened before a fork.
+fn open_proc_self() -> Result<[OwnedFd; 2], SandboxError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    openat(CWD, "/proc/self/fd", flags, Mode::empty()).map_err(step("opening /proc/self/fd"))
+    both(|path| openat(CWD, path, flags, Mode::empty())).map_err(step("opening /proc/self/fd"))
 }
 
-/// The same directory as the root of a mount that is mounted nowhere, so that no way leads up from
-/// it: neither to other processes nor to sysctls, which uid 0 can write even without
+/// The same directories as roots of mounts that are mounted nowhere, so that no way leads up from
+/// them: neither to other processes nor to sysctls, which uid 0 can write even without
 /// capabilities.
-fn detach_proc_self_fd() -> Result<OwnedFd, Errno> {
+fn detach_proc_self() -> Result<[OwnedFd; 2], Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    open_tree(CWD, "/proc/self/fd", flags)
+    both(|path| open_tree(CWD, path, flags))
+}
+
+fn both(open: impl Fn(&str) -> Result<OwnedFd, Errno>) -> Result<[OwnedFd; 2], Errno> {
+    let [fd, fdinfo] = PROC_SELF.map(open);
+    Ok([fd?, fdinfo?])
 }

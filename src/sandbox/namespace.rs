@@ -1,16 +1,16 @@
 //! The namespace sandbox: no mount but the share, no other process, no network.
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::process::{WaitOptions, waitpid};
-use rustix::thread::UnshareFlags;
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 use super::config::IdMaps;
 use super::process::{Fork, exit, fork, fork_server};
-use super::{Role, SandboxError, Sandboxed, Share, detach_proc_self_fd, drop_groups, id_map, mounts, step};
+use super::{Role, SandboxError, Sandboxed, Share, detach_proc_self, drop_groups, id_map, mounts, step};
 
 /// Moves into new namespaces. The process forks: the first process of a PID namespace is a child
 /// of the one that made it.
@@ -57,6 +57,20 @@ pub(super) fn user_namespaces_work() -> bool {
 /// Moves the new process into a mount namespace that holds the share and nothing else, with an empty root directory.
 /// The share is the working directory.
 pub(super) fn enter_namespaces() -> Result<Sandboxed, SandboxError> {
+    make().map(|made| made.sandboxed)
+}
+
+/// New namespaces, and what another process needs to join them.
+pub(super) struct Made {
+    pub sandboxed: Sandboxed,
+    /// The root directory, if there is one.
+    pub empty: Option<OwnedFd>,
+    /// The mount namespace and the network namespace.
+    pub namespaces: [OwnedFd; 2],
+}
+
+/// The same as [`enter_namespaces`], for a process that others will follow.
+pub(super) fn make() -> Result<Made, SandboxError> {
     drop_groups();
     // The working directory moves along: in the new namespace it is the same directory of the copied
     // mount, wherever its path leads by now.
@@ -64,13 +78,47 @@ pub(super) fn enter_namespaces() -> Result<Sandboxed, SandboxError> {
     let flags = OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     let share = open_tree(CWD, "", flags).map_err(step("opening the share"))?;
     mounts::receive_mounts()?;
-    let proc_self_fd = detach_proc_self_fd().map_err(step("detaching /proc/self/fd"))?;
+    let namespaces = own_namespaces()?;
+    let proc_self = detach_proc_self().map_err(step("detaching /proc/self/fd"))?;
+    let [proc_self_fd, proc_self_fdinfo] = proc_self;
     let root = mounts::copy_share(share.as_fd())?;
     drop(share);
     let empty = mounts::empty_directory();
     mounts::become_root(root.as_fd())?;
     mounts::change_root(empty.as_ref(), &proc_self_fd)?;
-    Ok(Sandboxed { root, proc_self_fd, forked: true })
+    Ok(Made {
+        sandboxed: Sandboxed { root, proc_self_fd, proc_self_fdinfo, forked: true },
+        empty,
+        namespaces,
+    })
+}
+
+/// Descriptors of the calling process's mount namespace and network namespace.
+fn own_namespaces() -> Result<[OwnedFd; 2], SandboxError> {
+    let open = |path| openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let both = open("/proc/self/ns/mnt").and_then(|mounts| Ok([mounts, open("/proc/self/ns/net")?]));
+    both.map_err(step("opening the namespaces"))
+}
+
+/// Moves the new process into namespaces that an earlier process has made, and returns its `/proc/self/fd` and
+/// `/proc/self/fdinfo`.
+pub(super) fn join([mounts, network]: &[OwnedFd; 2]) -> Result<[OwnedFd; 2], SandboxError> {
+    drop_groups();
+    // Out of reach in the namespaces, which hold the share and nothing else.
+    let proc_self = match detach_proc_self() {
+        // In a user namespace mounts can be copied only from a mount namespace that belongs to it.
+        Err(Errno::PERM) => {
+            unshare(UnshareFlags::NEWNS).map_err(step("making namespaces"))?;
+            detach_proc_self()
+        }
+        result => result,
+    };
+    let proc_self = proc_self.map_err(step("detaching /proc/self/fd"))?;
+    let join = |fd: &OwnedFd, kind| move_into_link_name_space(fd.as_fd(), Some(kind));
+    join(network, LinkNameSpaceType::Network)
+        .and_then(|()| join(mounts, LinkNameSpaceType::Mount))
+        .map_err(step("setns(2)"))?;
+    Ok(proc_self)
 }
 
 pub(super) fn unshare(flags: UnshareFlags) -> Result<(), Errno> {

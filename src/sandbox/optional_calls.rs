@@ -104,6 +104,18 @@ pub(super) fn answer_unknown(program: BpfProgram) -> BpfProgram {
     whole
 }
 
+/// The filter `program` with ENOSYS before all else for other ABIs that share the architecture: x32, whose calls have
+/// other numbers.
+pub(super) fn without_other_abi(program: BpfProgram) -> BpfProgram {
+    let enosys = libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs();
+    let step = |code, (jt, jf), k| sock_filter { code, jt, jf, k };
+    // The codes and offsets of above: load the number; at least that of x32; return.
+    let mut whole: BpfProgram =
+        vec![step(0x20, (0, 0), 0), step(0x35, (0, 1), 0x4000_0000), step(0x06, (0, 0), enosys)];
+    whole.extend(program);
+    whole
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

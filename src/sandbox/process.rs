@@ -1,16 +1,23 @@
 //! The supervisor and the server: the process that was started, and its child in the sandbox.
+//!
+//! A server that is not replaced when it dies is forked ([`fork_server`]). One that is, a worker, shares the table of
+//! descriptors with its parent ([`clone_worker`]).
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd as _, IntoRawFd, OwnedFd, RawFd};
 
 use log::error;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getpid, kill_process, pidfd_open,
-    set_parent_process_death_signal, waitpid,
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitOptions, WaitStatus, getpid, kill_process,
+    pidfd_open, set_parent_process_death_signal, waitid, waitpid,
 };
 
 use super::{SandboxError, step};
+use crate::sys::inherited::Shared;
+
+/// The message for a process that SIGSYS has ended.
+pub const KILLED_BY_SECCOMP: &str = "killed by the seccomp filter; the kernel's log has the number of the system call (type=1326). Unless this is an attack, please report it, and use --seccomp=log meanwhile";
 
 /// The supervisor: it stays outside the sandbox, handles no guest input, and waits for the server.
 #[derive(Debug)]
@@ -49,9 +56,7 @@ impl Parent {
 /// The supervisor's exit status for that of the server, as shells have it.
 fn exit_status(status: WaitStatus) -> i32 {
     if status.terminating_signal() == Some(libc::SIGSYS) {
-        error!(
-            "killed by the seccomp filter; the kernel's log has the number of the system call (type=1326). Unless this is an attack, please report it, and use --seccomp=log meanwhile"
-        );
+        error!("{KILLED_BY_SECCOMP}");
     }
     status.exit_status().unwrap_or_else(|| 128 + status.terminating_signal().unwrap_or_default())
 }
@@ -61,6 +66,11 @@ fn exit_status(status: WaitStatus) -> i32 {
 pub(super) struct ParentFd(OwnedFd);
 
 impl ParentFd {
+    /// The calling process, for a server that it starts.
+    pub(super) fn of_this_process() -> Result<ParentFd, SandboxError> {
+        pidfd_open(getpid(), PidfdFlags::empty()).map(ParentFd).map_err(step("watching the daemon"))
+    }
+
     /// Asks for SIGTERM when the supervisor dies. A change of the user id clears that.
     ///
     /// It may be dead already, and then no signal comes. Its id does not say so in another PID namespace,
@@ -76,6 +86,12 @@ impl ParentFd {
     }
 }
 
+impl AsFd for ParentFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 /// The two sides of [`fork_server`].
 pub(super) enum Fork {
     Parent(Parent),
@@ -84,11 +100,10 @@ pub(super) enum Fork {
 
 /// Forks the server, which gets SIGTERM when the supervisor dies.
 pub(super) fn fork_server() -> Result<Fork, SandboxError> {
-    let parent = pidfd_open(getpid(), PidfdFlags::empty()).map_err(step("watching the daemon"))?;
+    let parent = ParentFd::of_this_process()?;
     if let Some(child) = fork().map_err(step("fork(2)"))? {
         return Ok(Fork::Parent(Parent { child }));
     }
-    let parent = ParentFd(parent);
     parent.die_with_it()?;
     Ok(Fork::Server(parent))
 }
@@ -102,8 +117,150 @@ pub(super) fn fork() -> Result<Option<Pid>, Errno> {
     }
 }
 
+/// Whether a process has ended, without a wait and without reaping it.
+const AT_ONCE: WaitIdOptions =
+    WaitIdOptions::EXITED.union(WaitIdOptions::NOWAIT).union(WaitIdOptions::NOHANG);
+
+/// A worker process, as its parent has it.
+///
+/// The descriptor is to wait with, and nothing else: the worker could put another one in its place. The id is the worker's
+/// until it is reaped.
+#[derive(Debug)]
+pub struct Worker {
+    pidfd: Shared<OwnedFd>,
+    id: Pid,
+}
+
+/// A worker that has ended, and whose status was not taken. The kernel does its last work for it then, which takes
+/// milliseconds if the worker has opened many descriptors by their names in /proc.
+#[derive(Debug)]
+pub struct Zombie(Pid);
+
+impl Zombie {
+    /// Its process id.
+    pub fn id(&self) -> i32 {
+        self.0.as_raw_nonzero().get()
+    }
+
+    /// The child with this id, which another program in this process has started.
+    pub fn of_id(id: i32) -> Option<Zombie> {
+        Pid::from_raw(id).filter(|_| id > 0).map(Zombie)
+    }
+
+    /// Takes its status, which is known.
+    pub fn reap(self) {
+        // It fails only if nobody is there to be reaped.
+        let _ = waitpid(Some(self.0), WaitOptions::empty());
+    }
+}
+
+/// How a worker ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkerEnd {
+    /// By itself, with this status.
+    Exited(i32),
+    /// By this signal.
+    Killed(i32),
+}
+
+impl Worker {
+    /// Ends it at once.
+    pub fn kill(&self) {
+        // It fails only if it has ended already.
+        let _ = kill_process(self.id, Signal::KILL);
+    }
+
+    /// Asks it to drain.
+    pub fn drain(&self) {
+        // The same.
+        let _ = kill_process(self.id, Signal::USR2);
+    }
+
+    /// Takes the status of a worker that has ended. Blocks until it has: until then one of its threads may be in a system
+    /// call.
+    pub fn reap(&self) -> Result<WorkerEnd, Errno> {
+        self.wait(WaitIdOptions::EXITED)
+    }
+
+    /// The same, but leaves the worker to [`Zombie::reap`].
+    pub fn end(&self) -> Result<WorkerEnd, Errno> {
+        self.wait(WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)
+    }
+
+    /// What is left of a worker that has ended.
+    pub fn into_zombie(self) -> Zombie {
+        Zombie(self.id)
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> Result<bool, Errno> {
+        waitid(WaitId::Pid(self.id), AT_ONCE).map(|status| status.is_some())
+    }
+
+    /// Whether the descriptor is what it was. Before it is reaped.
+    pub fn is_intact(&self) -> bool {
+        self.pidfd.is_intact() && waitid(WaitId::PidFd(self.pidfd.as_fd()), AT_ONCE).is_ok()
+    }
+
+    fn wait(&self, options: WaitIdOptions) -> Result<WorkerEnd, Errno> {
+        loop {
+            match waitid(WaitId::Pid(self.id), options) {
+                Ok(Some(status)) => {
+                    let signal = || WorkerEnd::Killed(status.terminating_signal().unwrap_or(0));
+                    return Ok(status.exit_status().map_or_else(signal, WorkerEnd::Exited));
+                }
+                Ok(None) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+}
+
+/// Readable when the worker has ended.
+impl AsFd for Worker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+/// Makes a worker: a fork of the calling process that shares its table of descriptors, so that what the worker opens
+/// outlives it. `None` in the worker, which must never return to what the parent has set up, or drop it.
+///
+/// clone(2) and not clone3(2), which filters of containers refuse: they cannot see its flags. With these arguments it is
+/// the same on all architectures that the daemon runs on. The C library has no part in it, and need not: there are no
+/// other threads, whose locks it would have to free.
+pub(super) fn clone_worker(pid_namespace: bool) -> Result<Option<Worker>, Errno> {
+    let namespace = if pid_namespace { libc::CLONE_NEWPID } else { 0 };
+    let flags = libc::CLONE_FILES | libc::CLONE_PIDFD | namespace | libc::SIGCHLD;
+    let mut pidfd: RawFd = -1;
+    // SAFETY: the process has one thread, and without CLONE_VM the child has a copy of its memory and stack, so the child
+    // may do all that the parent may. The kernel writes a descriptor to `pidfd` of the parent.
+    let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) };
+    match child {
+        -1 => Err(crate::sys::last_errno()),
+        0 => Ok(None),
+        child => {
+            let id = i32::try_from(child).ok().and_then(Pid::from_raw).ok_or(Errno::CHILD)?;
+            // SAFETY: the kernel has opened the descriptor for this process.
+            let pidfd = Shared::new(unsafe { OwnedFd::from_raw_fd(pidfd) });
+            Ok(Some(Worker { pidfd, id }))
+        }
+    }
+}
+
+/// Runs `run` in a child that shares the table of descriptors until it has another one, and exits with the status that
+/// it returns.
+pub fn run_in_child(run: impl FnOnce() -> i32) -> Result<Worker, Errno> {
+    clone_worker(false)?.map_or_else(|| exit(run()), Ok)
+}
+
+/// Leaves a copy of a descriptor open for later processes of this table, and returns its number.
+pub(super) fn leave_open(fd: BorrowedFd<'_>) -> Result<RawFd, Errno> {
+    rustix::io::fcntl_dupfd_cloexec(fd, 0).map(IntoRawFd::into_raw_fd)
+}
+
 /// Ends a child without running what the parent has set up for its own end.
-pub(super) fn exit(status: i32) -> ! {
+pub fn exit(status: i32) -> ! {
     // SAFETY: _exit(2) takes a number and does not return.
     unsafe { libc::_exit(status) }
 }

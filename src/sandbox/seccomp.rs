@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use super::config::Seccomp;
 use super::optional_calls::{INFORMATION, answer_unknown, optional_besides};
-use crate::sys::file_flags;
+use crate::sys::{file_flags, userfault};
 
 /// Why the filter cannot be installed.
 #[derive(Debug, Error)]
@@ -148,21 +148,40 @@ const OPEN_TREE_CLONE: u64 = 1;
 /// Calls by which inodes are opened by file handles.
 const FILE_HANDLES: &[c_long] = &[libc::SYS_open_by_handle_at];
 
-/// Installs the filter for all threads of the process, present and future. Calls for file handles are allowed only
-/// where these are used. `mode` is the action on other calls.
-pub fn install(mode: Seccomp, file_handles: bool) -> Result<(), SeccompError> {
-    install_by(apply_filter_all_threads, mode, file_handles)
+/// The call by which rings of io_uring are used. What may be done with them was decided before, and no others can be made.
+const RINGS: &[c_long] = &[libc::SYS_io_uring_enter];
+
+/// What is used that takes further calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Uses {
+    /// Inodes are opened by file handles.
+    pub file_handles: bool,
+    /// Data is read and written by io_uring.
+    pub rings: bool,
+}
+
+impl Uses {
+    fn calls(self) -> impl Iterator<Item = c_long> {
+        let of = |used, calls: &'static [c_long]| if used { calls } else { &[] };
+        of(self.file_handles, FILE_HANDLES).iter().chain(of(self.rings, RINGS)).copied()
+    }
+}
+
+/// Installs the filter for all threads of the process, present and future. `mode` is the action on calls that it does not
+/// allow.
+pub fn install(mode: Seccomp, uses: Uses) -> Result<(), SeccompError> {
+    install_by(apply_filter_all_threads, mode, uses)
 }
 
 /// The same for the calling thread and those that it starts later: other threads of a test are not affected.
-pub fn install_on_thread(mode: Seccomp, file_handles: bool) -> Result<(), SeccompError> {
-    install_by(apply_filter, mode, file_handles)
+pub fn install_on_thread(mode: Seccomp, uses: Uses) -> Result<(), SeccompError> {
+    install_by(apply_filter, mode, uses)
 }
 
 fn install_by(
     apply: fn(BpfProgramRef<'_>) -> Result<(), seccompiler::Error>,
     mode: Seccomp,
-    file_handles: bool,
+    uses: Uses,
 ) -> Result<(), SeccompError> {
     let action = match mode {
         Seccomp::None => return Ok(()),
@@ -170,7 +189,7 @@ fn install_by(
         Seccomp::Log => SeccompAction::Log,
         Seccomp::Trap => SeccompAction::Trap,
     };
-    for program in [without_optional()?, allow_list(action, file_handles)?] {
+    for program in [without_optional()?, allow_list(action, uses)?] {
         apply(&program).map_err(SeccompError::Install)?;
     }
     Ok(())
@@ -187,14 +206,12 @@ fn without_optional() -> Result<BpfProgram, BackendError> {
 }
 
 /// Takes `action` on every call outside the lists.
-fn allow_list(action: SeccompAction, file_handles: bool) -> Result<BpfProgram, BackendError> {
+fn allow_list(action: SeccompAction, uses: Uses) -> Result<BpfProgram, BackendError> {
     let mut rules = restricted()?;
     let allowed = ALLOWED.iter().chain(ALLOWED_HERE).chain(INFORMATION).copied();
     // The other filter, which is stricter, answers the optional ones.
     rules.extend(allowed.chain(optional_besides(ALLOWED)).map(|call| (call, Vec::new())));
-    if file_handles {
-        rules.extend(FILE_HANDLES.iter().map(|call| (*call, Vec::new())));
-    }
+    rules.extend(uses.calls().map(|call| (call, Vec::new())));
     let filter = SeccompFilter::new(rules, action, SeccompAction::Allow, architecture()?)?;
     Ok(answer_unknown(filter.try_into()?))
 }
@@ -216,12 +233,14 @@ fn restricted() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, BackendError> {
         | libc::CLONE_NEWNET;
     let thread = (libc::CLONE_THREAD | libc::CLONE_VM).cast_unsigned();
     let thread = argument(0, SeccompCmpOp::MaskedEq(u64::from(namespaces.cast_unsigned() | thread)), thread)?;
-    let file_flags = file_flags::COMMANDS.iter().map(|command| argument(1, SeccompCmpOp::Eq, *command));
+    let controls = file_flags::COMMANDS.iter().chain(&userfault::COMMANDS);
+    let controls = controls.map(|command| argument(1, SeccompCmpOp::Eq, *command));
     let own_threads = argument(0, SeccompCmpOp::Eq, std::process::id())?;
     Ok(BTreeMap::from([
         (libc::SYS_fcntl, commands),
-        // Flags of files; whatever else ioctl(2) does with terminals, devices and file systems.
-        (libc::SYS_ioctl, file_flags.collect::<Result<_, _>>()?),
+        // Flags of files and, with a descriptor that is there already, post-copy; whatever else ioctl(2) does with
+        // terminals, devices and file systems.
+        (libc::SYS_ioctl, controls.collect::<Result<_, _>>()?),
         // No mount is copied.
         (libc::SYS_open_tree, vec![argument(2, SeccompCmpOp::MaskedEq(OPEN_TREE_CLONE), 0)?]),
         (libc::SYS_mmap, vec![no_code()?]),
@@ -263,7 +282,7 @@ fn argument(number: u8, comparison: SeccompCmpOp, value: u32) -> Result<SeccompR
     SeccompRule::new(vec![condition])
 }
 
-fn architecture() -> Result<TargetArch, BackendError> {
+pub(super) fn architecture() -> Result<TargetArch, BackendError> {
     TargetArch::try_from(std::env::consts::ARCH)
 }
 

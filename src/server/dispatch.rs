@@ -4,8 +4,11 @@ use rustix::io::Errno;
 
 use super::Server;
 use super::reply::BodyWriter;
+use super::submitted::Begun;
 use crate::fs::{Context, FileSystem, Result};
+use crate::state_file::Effects;
 use crate::sys::guest_buffers::GuestReader;
+use crate::sys::uring::Data;
 use fuse_protocol::ids::NodeId;
 use fuse_protocol::opcode::Opcode;
 use fuse_protocol::reply::{Copied, DirectoryWriter, Offset, ReplyBody, Written};
@@ -15,22 +18,24 @@ use fuse_protocol::request::{BatchForget, CopyFileRange, Forget, Operation, Read
 const MAX_LISTING: usize = 1 << 20;
 
 impl Server {
-    /// Serves one request: one line an operation. `data` is what a WRITE carries, and `listing` is scratch
-    /// memory for READDIR.
-    pub(super) fn dispatch(
+    /// Serves one request: one line an operation. `data` is what a WRITE carries, `listing` is scratch
+    /// memory for READDIR, and `effects` notes what must not be done twice.
+    pub(super) fn dispatch<'a>(
         &self,
         request: &Request<'_>,
-        data: GuestReader<'_>,
-        body: &mut BodyWriter<'_>,
+        data: GuestReader<'a>,
+        body: &mut BodyWriter<'a>,
         listing: &mut Vec<u8>,
+        effects: &Effects<'_>,
     ) -> Result<()> {
-        let (fs, ctx, node) = (&*self.fs, &Context::from(request), request.header.node);
+        let ctx = &Context::of(request, *effects);
+        let (fs, node) = (&*self.fs, request.header.node);
         match &request.operation {
             Operation::Init(op) => body.respond(|| self.session.init(fs, op)),
             Operation::Destroy => body.respond(|| self.destroy()),
             Operation::Lookup(op) => body.respond(|| fs.lookup(ctx, node, op)),
-            Operation::Forget(op) => forget(fs, node, op),
-            Operation::BatchForget(op) => forget_batch(fs, op),
+            Operation::Forget(op) => forget(fs, ctx, node, op),
+            Operation::BatchForget(op) => forget_batch(fs, ctx, op),
             Operation::Getattr(op) => body.respond(|| fs.getattr(ctx, node, op)),
             Operation::Setattr(op) => body.respond(|| fs.setattr(ctx, node, op)),
             Operation::Statx(op) => body.respond(|| fs.statx(ctx, node, op)),
@@ -82,13 +87,19 @@ impl Server {
     }
 }
 
-fn forget(fs: &dyn FileSystem, node: NodeId, forget: &Forget) -> Result<()> {
-    fs.forget(node, forget.nlookup);
+fn forget(fs: &dyn FileSystem, ctx: &Context, node: NodeId, forget: &Forget) -> Result<()> {
+    fs.forget(ctx, node, forget.nlookup);
     Ok(())
 }
 
-fn forget_batch(fs: &dyn FileSystem, batch: &BatchForget<'_>) -> Result<()> {
-    batch.iter().for_each(|(node, count)| fs.forget(node, count));
+fn forget_batch(fs: &dyn FileSystem, ctx: &Context, batch: &BatchForget<'_>) -> Result<()> {
+    // Served again, it goes on where it stood.
+    let effects = ctx.effects;
+    let done = usize::try_from(effects.progress()).unwrap_or(usize::MAX);
+    for (number, (node, count)) in (0..).zip(batch.iter()).skip(done) {
+        effects.set_progress(number);
+        fs.forget(ctx, node, count);
+    }
     Ok(())
 }
 
@@ -105,27 +116,39 @@ fn read(
         return Err(Errno::INVAL);
     }
     body.room.truncate(size);
+    if let Some(load) = body.load.filter(|_| body.room.fits_one_call())
+        && let Some(transfer) = fs.begin_read(ctx, node, read, load)?
+    {
+        body.begun = Some(Begun { transfer, data: Data::Read(body.room.take()), written: None });
+        return Ok(());
+    }
     body.written = fs.read(ctx, node, read, &mut body.room)?;
     Ok(())
 }
 
-fn write(
+fn write<'a>(
     fs: &dyn FileSystem,
     ctx: &Context,
     node: NodeId,
     write: &Write,
-    mut data: GuestReader<'_>,
-    body: &mut BodyWriter<'_>,
+    mut data: GuestReader<'a>,
+    body: &mut BodyWriter<'a>,
 ) -> Result<()> {
-    body.respond(|| {
-        let size = usize::try_from(write.size).map_err(|_| Errno::INVAL)?;
-        data.truncate(size);
-        if data.len() != size {
-            return Err(Errno::INVAL);
-        }
-        let written = fs.write(ctx, node, write, &mut data)?;
-        Ok(Written(u32::try_from(written).unwrap_or(write.size)))
-    })
+    body.check_room::<Written>()?;
+    let size = usize::try_from(write.size).map_err(|_| Errno::INVAL)?;
+    data.truncate(size);
+    if data.len() != size {
+        return Err(Errno::INVAL);
+    }
+    if let Some(load) = body.load.filter(|_| data.fits_one_call())
+        && let Some(transfer) = fs.begin_write(ctx, node, write, load)?
+    {
+        let written = body.room.reserve();
+        body.begun = Some(Begun { transfer, data: Data::Write(data), written });
+        return Ok(());
+    }
+    let written = fs.write(ctx, node, write, &mut data)?;
+    Written(u32::try_from(written).unwrap_or(write.size)).with_bytes(|pieces| body.put(pieces))
 }
 
 fn readdir(

@@ -1,12 +1,16 @@
 //! One FUSE request to one reply.
 //!
 //! [`Server`] decodes the request, admits it to the session (`session.rs`), hands it to the file system
-//! (`dispatch.rs`) and encodes the reply (`reply.rs`). A panic of the file system is an EIO.
+//! (`dispatch.rs`) and encodes the reply (`reply.rs`). A panic of the file system is an EIO. Of a request that is
+//! served again after a crash, `replay.rs` says which errors are none.
 
 mod dispatch;
+mod loaded;
+mod replay;
 mod reply;
 mod session;
 mod session_lock;
+mod submitted;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -18,8 +22,12 @@ use zerocopy::{FromZeros, IntoBytes};
 use self::reply::{BodyWriter, fill_header};
 use self::session::Session;
 use self::session_lock::Slot;
+pub use self::submitted::Submitted;
+use crate::fs::transfer::Load;
 use crate::fs::{DeviceDescriptors, FileSystem, PUT_BACK, Result, errno};
 use crate::logging::warn_limited;
+use crate::migration::{MigrationError, Snapshot};
+use crate::state_file::Effects;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use crate::sys::memory;
 use fuse_protocol::abi;
@@ -47,8 +55,29 @@ struct Buffers {
 pub enum Class {
     /// On the thread of the worker that popped it.
     Inline,
+    /// The same, or by an engine: it reads or writes data.
+    Transfer,
     /// On a thread of its own: it may wait for another request of the same guest.
     Blocking,
+}
+
+/// What becomes of a request.
+pub enum Served<'a> {
+    /// So many bytes of its output are valid.
+    Completed(u32),
+    /// It did wait, and was put back: nothing has been written, and it is to be served once more.
+    PutBack,
+    /// An engine is to go on with it. Until then it holds its share of the session, by its [`Scratch`].
+    Submitted(Box<Submitted<'a>>),
+}
+
+impl Scratch {
+    /// A request that was submitted has ended, and is in the session no more.
+    pub fn leave_session(&mut self) {
+        if let Some(slot) = &mut self.slot {
+            slot.release();
+        }
+    }
 }
 
 /// Serves FUSE requests out of a file system.
@@ -78,7 +107,11 @@ impl Server {
 
     /// On which thread the request is served.
     pub fn class(header: &RawHeader) -> Class {
-        if header.opcode() == Some(Opcode::Setlkw) { Class::Blocking } else { Class::Inline }
+        match header.opcode() {
+            Some(Opcode::Setlkw) => Class::Blocking,
+            Some(Opcode::Read | Opcode::Write) => Class::Transfer,
+            _ => Class::Inline,
+        }
     }
 
     /// Ends the wait of request `unique`, if it waits: [`Server::serve_and_wait`] returns `None`.
@@ -92,8 +125,43 @@ impl Server {
         self.session.exclusive(&*self.fs, || self.session.destroy(&*self.fs));
     }
 
+    /// The guest may be saved soon.
+    pub fn prepare_save(&self) {
+        self.fs.prepare_save();
+    }
+
+    /// The guest will not be saved after all, or was.
+    pub fn cancel_save(&self) {
+        self.fs.cancel_save();
+    }
+
+    /// All that the guest knows. No request is served meanwhile; those that came wait.
+    pub fn save(&self) -> std::result::Result<Snapshot, MigrationError> {
+        self.session.exclusive(&*self.fs, || self.fs.save())
+    }
+
+    /// Requests will be served, perhaps after the share was saved.
+    pub fn resume(&self) {
+        self.fs.resume();
+    }
+
+    /// Takes over what another daemon has saved, and with it the session. After an error it is as before.
+    pub fn load(&self, snapshot: Snapshot) -> std::result::Result<(), MigrationError> {
+        self.session.exclusive(&*self.fs, || self.session.load(&*self.fs, snapshot))
+    }
+
+    /// Whether a guest has a session.
+    pub fn has_session(&self) -> bool {
+        self.session.agreement().is_active()
+    }
+
+    /// Whether an engine may have something to do.
+    pub fn may_begin(&self) -> bool {
+        self.fs.may_begin()
+    }
+
     /// Serves the request with `header`, which stands before `input`, and returns how many bytes of
-    /// `output` are valid.
+    /// `output` are valid. Nothing is noted of what it does.
     pub fn serve(
         &self,
         header: &RawHeader,
@@ -101,68 +169,108 @@ impl Server {
         output: GuestWriter<'_>,
         scratch: &mut Scratch,
     ) -> u32 {
-        self.serve_and_wait(header, input, output, scratch).unwrap_or(0)
+        self.serve_and_wait(header, input, output, scratch, &Effects::NONE).unwrap_or(0)
     }
 
-    /// The same for a request that may wait for others; `None` if it did, and was put back: then
-    /// nothing has been written, and it is to be served once more.
+    /// The same for a request that may wait for others, and whose `effects` are noted; `None` if it did wait, and
+    /// was put back: then nothing has been written, and it is to be served once more.
     pub fn serve_and_wait(
         &self,
         header: &RawHeader,
         input: GuestReader<'_>,
-        mut output: GuestWriter<'_>,
+        output: GuestWriter<'_>,
         scratch: &mut Scratch,
+        effects: &Effects<'_>,
     ) -> Option<u32> {
+        match self.serve_or_submit(header, input, output, scratch, effects, None) {
+            Served::Completed(written) => Some(written),
+            Served::PutBack => None,
+            // Nothing is submitted without a load; it would be done here.
+            Served::Submitted(mut submitted) => {
+                submitted.finish_here();
+                scratch.leave_session();
+                Some(submitted.reply())
+            }
+        }
+    }
+
+    /// The same for a request that an engine may go on with, whose `load` is this.
+    pub fn serve_or_submit<'a>(
+        &self,
+        header: &RawHeader,
+        input: GuestReader<'a>,
+        mut output: GuestWriter<'a>,
+        scratch: &mut Scratch,
+        effects: &Effects<'_>,
+        load: Option<Load>,
+    ) -> Served<'a> {
         let no_reply = header.opcode().is_some_and(Opcode::has_no_reply);
         let room = output.reserve::<OUT_HEADER_SIZE>();
         // A guest that interrupts a request may leave no room for the answer, which is of no use to it.
         if room.is_none() && !no_reply && header.opcode() != Some(Opcode::Interrupt) {
             warn_limited!("request {} has no room for a reply; dropped", header.unique().0);
-            return Some(0);
+            return Served::Completed(0);
         }
-        let mut body = BodyWriter { room: output, written: 0 };
-        let result = catch_unwind(AssertUnwindSafe(|| self.admit(header, input, &mut body, scratch)));
-        let result = result.unwrap_or_else(|_| {
+        let mut body = BodyWriter { room: output, written: 0, load, begun: None };
+        let result =
+            catch_unwind(AssertUnwindSafe(|| self.admit(header, input, &mut body, scratch, effects)));
+        let mut result = result.unwrap_or_else(|_| {
             let wire = header.wire();
             warn_limited!("request {} of kind {} failed inside the daemon", wire.unique, wire.opcode);
             Err(Errno::IO)
         });
         if result == Err(PUT_BACK) {
-            return None;
+            return Served::PutBack;
+        }
+        if effects.is_replay() {
+            result = replay::settle(header.opcode(), result);
         }
         if no_reply {
-            return Some(0);
+            return Served::Completed(0);
         }
-        Some(room.map_or(0, |room| fill_header(room, header.unique(), result.map(|()| body.written))))
+        let Some(room) = room else { return Served::Completed(0) };
+        match body.begun.filter(|_| result.is_ok()) {
+            Some(begun) => Served::Submitted(Box::new(Submitted::new(begun, room, header.unique()))),
+            None => Served::Completed(fill_header(room, header.unique(), result.map(|()| body.written))),
+        }
     }
 
     /// Lets a request in among others, or alone if it begins or ends a session.
-    fn admit(
+    fn admit<'a>(
         &self,
         header: &RawHeader,
-        input: GuestReader<'_>,
-        body: &mut BodyWriter<'_>,
+        input: GuestReader<'a>,
+        body: &mut BodyWriter<'a>,
         scratch: &mut Scratch,
+        effects: &Effects<'_>,
     ) -> Result<()> {
         let Scratch { slot, buffers } = scratch;
         if let Some(Opcode::Init | Opcode::Destroy) = header.opcode() {
-            return self.session.exclusive(&*self.fs, || self.answer(header, input, body, buffers));
+            return self.session.exclusive(&*self.fs, || self.answer(header, input, body, buffers, effects));
         }
-        let _inside = self.session.enter(slot);
-        self.answer(header, input, body, buffers)
+        let inside = self.session.enter(slot);
+        let result = self.answer(header, input, body, buffers, effects);
+        if body.begun.is_some() {
+            inside.keep();
+        }
+        result
     }
 
-    /// Refuses the request with `header` for want of a thread or a worker.
+    /// Refuses the request with `header`, which is not served. Returns the length of the reply, if it has one.
     pub fn refuse(header: &RawHeader, mut output: GuestWriter<'_>, errno: Errno) -> u32 {
+        if header.opcode().is_some_and(Opcode::has_no_reply) {
+            return 0;
+        }
         output.reserve().map_or(0, |room| fill_header(room, header.unique(), Err(errno)))
     }
 
-    fn answer(
+    fn answer<'a>(
         &self,
         header: &RawHeader,
-        mut input: GuestReader<'_>,
-        body: &mut BodyWriter<'_>,
+        mut input: GuestReader<'a>,
+        body: &mut BodyWriter<'a>,
         buffers: &mut Buffers,
+        effects: &Effects<'_>,
     ) -> Result<()> {
         let arguments = header.argument_bytes(input.len() + IN_HEADER_SIZE).map_err(malformed)?;
         let agreement = self.session.agreement();
@@ -177,7 +285,7 @@ impl Server {
         if !agreement.is_active() && !matches!(request.operation, Operation::Init(_)) {
             return Err(Errno::NOTCONN);
         }
-        self.dispatch(&request, input, body, &mut buffers.listing)
+        self.dispatch(&request, input, body, &mut buffers.listing, effects)
     }
 }
 

@@ -3,6 +3,8 @@
 use rustix::io::Errno;
 use zerocopy::transmute;
 
+use super::submitted::Begun;
+use crate::fs::transfer::Load;
 use crate::sys::guest_buffers::{GuestWriter, Reserved};
 use fuse_protocol::errno;
 use fuse_protocol::ids::Unique;
@@ -19,6 +21,10 @@ pub(super) struct BodyWriter<'a> {
     pub room: GuestWriter<'a>,
     /// Bytes of the body so far.
     pub written: usize,
+    /// Whether an engine may make the system call of a READ or WRITE.
+    pub load: Option<Load>,
+    /// One that an engine is to make. The body is empty then.
+    pub begun: Option<Begun<'a>>,
 }
 
 impl BodyWriter<'_> {

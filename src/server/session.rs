@@ -72,8 +72,10 @@ impl Session {
 
     /// Ends the session, if there is one. The caller has excluded all requests but DESTROY.
     pub(super) fn destroy(&self, fs: &dyn FileSystem) {
-        if self.agreement.end() {
+        if self.agreement.is_active() {
+            // First: a process that dies meanwhile leaves a session, which ends once more.
             fs.destroy();
+            self.agreement.end();
         }
     }
 }

@@ -67,8 +67,24 @@ impl Slot {
     }
 }
 
+impl SharedGuard<'_> {
+    /// Leaves the lock held, until [`Slot::release`].
+    pub fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Slot {
+    /// Releases the lock, which was kept. Any thread may do that, as long as one at a time has the slot.
+    pub fn release(&mut self) {
+        // Release: as the drop of a guard.
+        self.flag.0.store(false, Ordering::Release);
+    }
+}
+
 impl Drop for Slot {
     fn drop(&mut self) {
+        self.release();
         lock(&self.lock.readers).retain(|flag| !Arc::ptr_eq(flag, &self.flag));
     }
 }

@@ -54,6 +54,16 @@ impl From<&[u8]> for HandleBytes {
 }
 
 impl FileHandle {
+    /// A handle that was stored.
+    pub fn new(kind: i32, bytes: &[u8]) -> FileHandle {
+        FileHandle { kind, bytes: bytes.into() }
+    }
+
+    /// Its type, which the file system chose.
+    pub fn kind(&self) -> i32 {
+        self.kind
+    }
+
     /// Number and generation of the inode, in a handle of the form that FUSE gives.
     pub fn number_and_generation(&self) -> Option<(u64, u32)> {
         let bytes: &[u8; 12] = self.bytes().try_into().ok().filter(|_| self.kind == INO64_GEN)?;
@@ -62,7 +72,8 @@ impl FileHandle {
         Some((u64::from(upper) << 32 | u64::from(lower), u32::from_ne_bytes([i, j, k, l])))
     }
 
-    fn bytes(&self) -> &[u8] {
+    /// What stands in it.
+    pub fn bytes(&self) -> &[u8] {
         match &self.bytes {
             HandleBytes::Short { len, bytes } => bytes.get(..usize::from(*len)).unwrap_or_default(),
             HandleBytes::Long(bytes) => bytes,
@@ -111,7 +122,7 @@ pub fn open_by_handle(mount: BorrowedFd<'_>, handle: &FileHandle) -> Result<Owne
     let bytes = handle.bytes();
     raw.bytes = u32::try_from(bytes.len()).map_err(|_| Errno::OVERFLOW)?;
     raw.handle.get_mut(..bytes.len()).ok_or(Errno::OVERFLOW)?.copy_from_slice(bytes);
-    let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    let flags = libc::O_PATH | libc::O_NOFOLLOW;
     // SAFETY: `raw` has the layout of a file_handle with `handle_bytes` bytes behind it.
     let fd = unsafe {
         libc::open_by_handle_at(mount.as_raw_fd(), (&raw mut raw).cast::<libc::file_handle>(), flags)

@@ -24,6 +24,10 @@ struct Segments<'a> {
     len: usize,
 }
 
+// SAFETY: a segment is an address in a mapping that all threads share. Whoever made the list says how long the memory
+// stays mapped, and not on which thread it is used.
+unsafe impl Send for Segments<'_> {}
+
 impl Segments<'_> {
     /// Drops `count` bytes at the front; `count` is at most `len`.
     fn advance(&mut self, mut count: usize) {
@@ -65,6 +69,12 @@ impl Segments<'_> {
     /// Whether one system call takes all.
     fn fits_one_call(&self) -> bool {
         self.iov.len() <= IOV_MAX
+    }
+
+    /// The same as the kernel's other interfaces take it.
+    fn pieces(&self) -> (*const iovec, u32) {
+        let count = self.iov.len().min(IOV_MAX);
+        (self.iov.as_ptr(), u32::try_from(count).unwrap_or(u32::MAX))
     }
 
     /// The front part that one system call takes: its segments and their bytes.
@@ -121,12 +131,17 @@ impl<'a> GuestReader<'a> {
 
     /// Copies bytes from the front into `buffer`, and leaves them there; returns how many there were.
     pub fn peek(&self, buffer: &mut [u8]) -> usize {
-        copy_in(self.segments.iov, buffer)
+        self.peek_at(0, buffer)
+    }
+
+    /// The same from `offset` on.
+    pub fn peek_at(&self, offset: usize, buffer: &mut [u8]) -> usize {
+        copy_in(self.segments.iov, offset, buffer)
     }
 
     /// Copies bytes from the front into `buffer` and moves on; returns how many there were.
     pub fn read(&mut self, buffer: &mut [u8]) -> usize {
-        let done = copy_in(self.segments.iov, buffer);
+        let done = copy_in(self.segments.iov, 0, buffer);
         self.segments.advance(done);
         done
     }
@@ -146,7 +161,7 @@ impl<'a> GuestReader<'a> {
         copy.resize(len + ALIGNMENT, 0);
         let start = copy.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
         let Some(copy) = copy.get_mut(start..start + len) else { return Err(Errno::NOMEM) };
-        copy_in(rest, copy);
+        copy_in(rest, 0, copy);
         let mut iov = Vec::new();
         iov.try_reserve_exact(IOV_MAX).map_err(|_| Errno::NOMEM)?;
         iov.extend_from_slice(front);
@@ -156,6 +171,16 @@ impl<'a> GuestReader<'a> {
         let written = unsafe { GuestReader::new(&mut iov) }.write_to(file, offset, flags)?;
         self.segments.advance(written);
         Ok(written)
+    }
+
+    /// Whether one system call takes all.
+    pub fn fits_one_call(&self) -> bool {
+        self.segments.fits_one_call()
+    }
+
+    /// The segments that one system call takes, and how many they are.
+    pub(super) fn pieces(&self) -> (*const iovec, u32) {
+        self.segments.pieces()
     }
 
     /// pwritev2(2) from the front; moves on by what was written, and returns that. At most
@@ -238,6 +263,22 @@ impl<'a> GuestWriter<'a> {
         done
     }
 
+    /// Takes all room that is left.
+    pub fn take(&mut self) -> GuestWriter<'a> {
+        let empty = Segments { iov: &mut [], len: 0 };
+        GuestWriter { segments: std::mem::replace(&mut self.segments, empty), _memory: PhantomData }
+    }
+
+    /// Drops `count` bytes of room at the front, all if there are fewer.
+    pub fn skip(&mut self, count: usize) {
+        self.segments.advance(count);
+    }
+
+    /// The segments that one system call takes, and how many they are.
+    pub(super) fn pieces(&self) -> (*const iovec, u32) {
+        self.segments.pieces()
+    }
+
     /// Whether [`GuestWriter::read_from`] fills all that is left, if the file has as much.
     pub fn fits_one_call(&self) -> bool {
         self.segments.fits_one_call()
@@ -271,6 +312,9 @@ enum Place<const N: usize> {
     Many([iovec; N]),
 }
 
+// SAFETY: as for the segments of a list.
+unsafe impl<const N: usize> Send for Place<N> {}
+
 impl<const N: usize> Reserved<'_, N> {
     /// Fills the room.
     pub fn fill(self, bytes: &[u8; N]) {
@@ -283,11 +327,13 @@ impl<const N: usize> Reserved<'_, N> {
 
 const EMPTY: iovec = iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
 
-/// Copies bytes from the front of `iov` into `buffer`; returns how many there were.
-fn copy_in(iov: &[iovec], buffer: &mut [u8]) -> usize {
+/// Copies bytes of `iov` from `offset` on into `buffer`; returns how many there were.
+fn copy_in(iov: &[iovec], mut offset: usize, buffer: &mut [u8]) -> usize {
     let mut done = 0;
     for segment in iov {
-        let count = segment.iov_len.min(buffer.len() - done);
+        let skipped = segment.iov_len.min(offset);
+        offset -= skipped;
+        let count = (segment.iov_len - skipped).min(buffer.len() - done);
         if count == 0 && done == buffer.len() {
             break;
         }
@@ -295,7 +341,8 @@ fn copy_in(iov: &[iovec], buffer: &mut [u8]) -> usize {
         // `count` more bytes, and a private buffer never overlaps guest memory.
         unsafe {
             let to = buffer.as_mut_ptr().add(done);
-            std::ptr::copy_nonoverlapping(segment.iov_base.cast::<u8>().cast_const(), to, count);
+            let from = segment.iov_base.cast::<u8>().cast_const().add(skipped);
+            std::ptr::copy_nonoverlapping(from, to, count);
         }
         done += count;
     }

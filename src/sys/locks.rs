@@ -46,6 +46,29 @@ pub fn ofd_get(file: BorrowedFd<'_>, lock: ByteLock) -> Result<Option<ByteLock>>
     Ok(Some(ByteLock { kind, start, end }))
 }
 
+/// A lock of this open file description, if `line` of its entry in /proc/PID/fdinfo is about one
+/// (`show_fd_locks()` of Linux): `lock: 1: OFDLCK ADVISORY WRITE -1 08:01:42 0 EOF`.
+pub fn of_fdinfo(line: &str) -> Option<ByteLock> {
+    let mut fields = line.strip_prefix("lock:")?.split_ascii_whitespace().skip(1);
+    let (class, _, kind) = (fields.next()?, fields.next()?, fields.next()?);
+    let (start, end) = (fields.nth(2)?, fields.next()?);
+    let kind = match (class, kind) {
+        ("OFDLCK", "READ") => LockType::Read,
+        ("OFDLCK", "WRITE") => LockType::Write,
+        _ => return None,
+    };
+    let end = if end == "EOF" { i64::MAX.unsigned_abs() } else { end.parse().ok()? };
+    Some(ByteLock { kind, start: start.parse().ok()?, end })
+}
+
+/// Whether a flock(2) lock of this open file description is exclusive, if `line` is about one:
+/// `lock: 1: FLOCK  ADVISORY  WRITE 42 08:01:42 0 EOF`.
+pub fn flock_of_fdinfo(line: &str) -> Option<bool> {
+    let mut fields = line.strip_prefix("lock:")?.split_ascii_whitespace().skip(1);
+    let (class, _, kind) = (fields.next()?, fields.next()?, fields.next()?);
+    (class == "FLOCK").then_some(kind == "WRITE")
+}
+
 /// Takes or drops a lock; EAGAIN if another one stands in the way.
 pub fn ofd_set(file: BorrowedFd<'_>, lock: ByteLock) -> Result<()> {
     fcntl_lock(file, libc::F_OFD_SETLK, &mut to_raw(lock)?)

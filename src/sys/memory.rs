@@ -39,6 +39,21 @@ pub fn ask_for_a_thread() -> Result<()> {
     ask_for_some()
 }
 
+/// Keeps a mapping out of core dumps: guest memory in a dump would be the guest's secrets on the host's disk, and a
+/// process that is being dumped is not dead yet, so that nothing takes its place.
+pub fn never_dump(start: *mut u8, len: usize) {
+    // SAFETY: MADV_DONTDUMP changes nothing that a program can see. An address that is not mapped is an error, and then
+    // the memory is dumped as ever.
+    unsafe { libc::madvise(start.cast(), len, libc::MADV_DONTDUMP) };
+}
+
+/// Keeps a mapping free of huge pages: the kernel would fill up what is missing of one with zeros. Without huge pages in the
+/// kernel there is nothing to do.
+pub fn without_huge_pages(start: *mut u8, len: usize) {
+    // SAFETY: MADV_NOHUGEPAGE changes nothing that a program can see.
+    unsafe { libc::madvise(start.cast(), len, libc::MADV_NOHUGEPAGE) };
+}
+
 /// `len` zeroed bytes in `buffer`; ENOMEM if they cannot be had.
 pub fn resize(buffer: &mut Vec<u8>, len: usize) -> Result<()> {
     buffer.try_reserve(len.saturating_sub(buffer.len())).map_err(|_| Errno::NOMEM)?;

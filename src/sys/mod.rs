@@ -2,14 +2,19 @@
 
 pub mod allocator;
 pub mod descriptors;
+pub mod exec;
 pub mod file_flags;
 pub mod file_handles;
 pub mod guest_buffers;
+pub mod hangup;
+pub mod held_file;
 pub mod inherited;
 pub mod locks;
 pub mod memory;
 pub mod signals;
 pub mod umask;
+pub mod uring;
+pub mod userfault;
 
 use std::os::fd::{IntoRawFd, OwnedFd};
 

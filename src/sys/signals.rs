@@ -8,6 +8,11 @@ use rustix::io::{Errno, Result};
 /// The signal that is used; its handler does nothing, which is enough to end a system call.
 const SIGNAL: i32 = libc::SIGUSR1;
 
+/// The signals that end the daemon in any case.
+pub const ENDINGS: [i32; 2] = [libc::SIGTERM, libc::SIGINT];
+/// The signal by which a process that serves is told to drain.
+pub const DRAIN: i32 = libc::SIGUSR2;
+
 /// A thread of this process that may be woken.
 #[derive(Clone, Copy, Debug)]
 pub struct ThreadId(i32);
@@ -43,7 +48,7 @@ pub fn reset() -> Result<()> {
 fn handle() -> Result<()> {
     static INSTALLED: Once = Once::new();
     let mut result = Ok(());
-    INSTALLED.call_once(|| result = install_handler());
+    INSTALLED.call_once(|| result = install_handler(SIGNAL));
     result
 }
 
@@ -55,14 +60,14 @@ pub fn wake(thread: ThreadId) {
 
 extern "C" fn do_nothing(_signal: libc::c_int) {}
 
-fn install_handler() -> Result<()> {
+fn install_handler(signal: i32) -> Result<()> {
     // Without SA_RESTART, or the system call would go on waiting.
     // SAFETY: the handler does nothing and so is safe at any moment; the struct is all zeros
     // (no flags, empty mask) but for it.
     let result = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = do_nothing as extern "C" fn(libc::c_int) as usize;
-        libc::sigaction(SIGNAL, &action, std::ptr::null_mut())
+        libc::sigaction(signal, &action, std::ptr::null_mut())
     };
     if result < 0 { Err(Errno::INVAL) } else { Ok(()) }
 }
@@ -77,11 +82,19 @@ fn ignore_file_size_limit() {
 /// The signals that end the daemon cleanly: SIGTERM, SIGINT, and SIGHUP (a terminal that is closed)
 /// unless the launcher ignores it, as nohup(1) does.
 pub fn endings() -> Vec<i32> {
-    let mut signals = vec![libc::SIGTERM, libc::SIGINT];
+    let mut signals = ENDINGS.to_vec();
     if !is_ignored(libc::SIGHUP) {
         signals.push(libc::SIGHUP);
     }
     signals
+}
+
+/// Ignores the signals that end the daemon, in a process that ends when another one says so.
+pub fn ignore_endings() {
+    for signal in ENDINGS {
+        // SAFETY: ignoring a signal runs no code.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
 }
 
 fn is_ignored(signal: i32) -> bool {
@@ -113,4 +126,8 @@ fn change_mask(how: i32) {
         }
         libc::pthread_sigmask(how, &set, std::ptr::null_mut());
     }
+}
+/// Lets the end of a child interrupt a wait.
+pub fn wake_by_children() -> Result<()> {
+    install_handler(libc::SIGCHLD)
 }

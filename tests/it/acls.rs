@@ -90,12 +90,12 @@ fn they_are_negotiated_as_asked() {
 #[test]
 fn a_guest_without_them_is_refused_where_they_are_a_must() {
     let directory = common::disk_directory();
-    let mut backend = common::starter().args(["--posix-acl"]).share(directory.path()).start().unwrap();
+    let backend = common::starter().args(["--posix-acl"]).share(directory.path()).start().unwrap();
     let options = SessionOptions { init_flags: linux_init_flags() - BOTH, ..SessionOptions::default() };
     let session = Session::start(Connection::connect(backend.socket()).unwrap(), options).unwrap();
     assert_eq!(common::errno(session.init()), libc::EPROTO);
     assert_eq!(common::errno(session.client().getattr(ROOT)), libc::ENOTCONN);
-    common::wait_for_words(&mut backend, "POSIX_ACL");
+    common::wait_for_words(&backend, "POSIX_ACL");
     // The daemon is still there for a guest that has them.
     session.init_with(45, linux_init_flags()).unwrap();
     session.client().getattr(ROOT).unwrap();

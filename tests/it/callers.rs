@@ -345,7 +345,7 @@ fn without_a_system_log_messages_go_to_standard_error() {
         Backend::of("unshare").args(["--mount", "sh", "-c", script, "sh"]).args([common::program()]);
     let (mut backend, session) = place.start(starter, line);
     place.use_it(&session, false);
-    common::wait_for_words(&mut backend, "session begins");
+    common::wait_for_words(&backend, "session begins");
     assert!(backend.stderr().contains("cannot connect to syslog"), "{}", backend.stderr());
     drop(session);
     backend.expect_success().unwrap();

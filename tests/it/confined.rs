@@ -178,7 +178,7 @@ fn every_operation_is_served_inside_the_sandbox() {
 fn seccomp_modes(args: &[&str]) -> Vec<String> {
     let (backend, session) = common::serve(args);
     session.client().getattr(ROOT).unwrap();
-    let tasks = fs::read_dir(format!("/proc/{}/task", backend.pid())).unwrap();
+    let tasks = fs::read_dir(backend.proc("task")).unwrap();
     let line = |status: String| status.lines().find(|line| line.starts_with("Seccomp:")).unwrap().to_owned();
     tasks.map(|task| line(fs::read_to_string(task.unwrap().path().join("status")).unwrap())).collect()
 }
@@ -195,16 +195,25 @@ fn the_filter_is_on_every_thread() {
 
 #[test]
 fn a_forbidden_call_is_told_of() {
-    let mut backend = common::starter().args(["--sandbox=chroot"]).start().unwrap();
-    let session = backend.connect(SessionOptions::default()).unwrap();
-    session.client().getattr(ROOT).unwrap();
-    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", backend.pid())).unwrap();
-    let serving = rustix::process::Pid::from_raw(children.trim().parse().unwrap()).unwrap();
-    // The signal that the kernel would send.
-    rustix::process::kill_process(serving, rustix::process::Signal::SYS).unwrap();
-    let status = backend.wait(Duration::from_secs(5)).unwrap();
-    assert_eq!(status.code(), Some(128 + libc::SIGSYS));
-    assert!(backend.stderr().contains("--seccomp"), "{}", backend.stderr());
+    for survive in [false, true] {
+        let more: &[&str] = if survive { &[] } else { &["--no-survive"] };
+        let mut backend = common::starter().args(["--sandbox=chroot"]).args(more).start().unwrap();
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        session.client().getattr(ROOT).unwrap();
+        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", backend.pid())).unwrap();
+        let serving = rustix::process::Pid::from_raw(children.trim().parse().unwrap()).unwrap();
+        // The signal that the kernel would send.
+        rustix::process::kill_process(serving, rustix::process::Signal::SYS).unwrap();
+        if survive {
+            // A worker that dies may still answer.
+            common::wait_for_words(&backend, "--seccomp");
+            session.connection().features().unwrap();
+        } else {
+            let status = backend.wait(Duration::from_secs(5)).unwrap();
+            assert_eq!(status.code(), Some(128 + libc::SIGSYS));
+        }
+        assert!(backend.stderr().contains("--seccomp"), "{}", backend.stderr());
+    }
 }
 
 /// What no daemon may open, with names that are found again in a trace.

@@ -97,7 +97,7 @@ fn closing_a_file_needs_no_free_descriptor() {
     let (backend, session) = common::serve(&[]);
     let client = session.client();
     let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
-    let pid = Pid::from_raw(i32::try_from(backend.pid()).unwrap());
+    let pid = Pid::from_raw(common::serving_process(backend.pid()).cast_signed());
     let none = Rlimit { current: Some(3), maximum: Some(3) };
     prlimit(pid, Resource::Nofile, none).unwrap();
     client.write(entry.nodeid, open.fh, 0, b"text").unwrap();

@@ -56,7 +56,7 @@ fn open_all(client: &Client<'_>, node: u64) -> (Vec<u64>, i32) {
 fn the_device_has_descriptors_when_the_guest_has_taken_all() {
     let backend = common::start(&["--rlimit-nofile=300", "--keep-listening"]);
     let mut neighbour = Neighbour::new();
-    let before = backend.descriptors().unwrap().len();
+    let before = common::steady_descriptors(&backend);
     for round in 0..3 {
         // From the second round on, this front end comes after one whose guest held all that there is.
         let session = backend.connect(common::queues(2)).unwrap();
@@ -238,7 +238,7 @@ fn limit_memory(backend: &Backend, more: Option<u64>) {
     let data = status.lines().find_map(|line| line.strip_prefix("VmData:")).unwrap();
     let kib: u64 = data.split_whitespace().next().unwrap().parse().unwrap();
     let limit = Rlimit { current: more.map(|more| kib * 1024 + more), maximum: None };
-    let pid = Pid::from_raw(i32::try_from(backend.pid()).unwrap());
+    let pid = Pid::from_raw(common::serving_process(backend.pid()).cast_signed());
     prlimit(pid, Resource::Data, limit).unwrap();
 }
 
@@ -304,7 +304,7 @@ fn memory_runs_out_and_comes_back() {
 /// Outcome: a few dozen lines in the log.
 #[test]
 fn a_guest_cannot_flood_the_log() {
-    let (mut backend, session) = common::serve_with(&[], common::queues(2));
+    let (backend, session) = common::serve_with(&[], common::queues(2));
     for _ in 0..5_000 {
         // Reasons for warnings: no room for a reply, and no header.
         let request = Request::new(Opcode::Getattr, ROOT).no_reply();
@@ -423,7 +423,7 @@ fn inodes_make_room_for_queues() {
 fn what_is_short_of_descriptors_names_the_option() {
     for (limit, queues, regions) in [(128, 63, 1), (64, 20, 1), (64, 1, 32), (64, 4, 16)] {
         let args = [format!("--rlimit-nofile={limit}")];
-        let mut backend = Backend::of(common::program()).args(&args).start().unwrap();
+        let backend = Backend::of(common::program()).args(&args).start().unwrap();
         let memory = (0..regions).map(|number| (0x10_0000 + (number << 30), 16 << 20)).collect();
         let options = SessionOptions { queues, ring_size: 16, memory, ..SessionOptions::default() };
         let session = backend.connect(options);
@@ -433,7 +433,7 @@ fn what_is_short_of_descriptors_names_the_option() {
         });
         let failed = failed.map(drop).unwrap_err();
         println!("{limit} descriptors, {queues} queues, {regions} regions: {failed}");
-        common::wait_for_words(&mut backend, "--rlimit-nofile");
+        common::wait_for_words(&backend, "--rlimit-nofile");
         let said = backend.stderr();
         assert!(!said.contains("share=on") && said.matches("--rlimit-nofile").count() == 1, "{said}");
     }

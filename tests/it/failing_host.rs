@@ -1,38 +1,25 @@
 //! The host's storage fails, dawdles or disappears: the guest gets the host's errno, what is quick is
 //! not held up, and the daemon serves on.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
 
-use faultfs::{Call, FILE, FaultFs};
+use faultfs::{Call, FILE};
 use fuse_protocol::abi::{CopyFileRangeIn, EntryOut, FallocateIn, OpenIn, OpenOut, WriteOut};
 use fuse_protocol::flags::WriteFlags;
 use fuse_protocol::opcode::Opcode;
+use lanefsd_frontend::Request;
 use lanefsd_frontend::client::{Change, ROOT, data};
-use lanefsd_frontend::{Backend, Request, Session};
 
 use crate::common;
+use crate::common::store::Host;
+use crate::survival::kill_worker;
 
-struct Host {
-    session: Session,
-    backend: Backend,
-    store: FaultFs,
-    // Ends after the mount on it.
-    _directory: tempfile::TempDir,
-    node: u64,
-    fh: u64,
-}
-
-/// A daemon that shares a store which can fail, and its file, open.
+/// Both engines serve all of it: see main.rs.
 fn serve(args: &[&str]) -> Host {
-    common::own_mounts();
-    let directory = common::disk_directory();
-    let store = FaultFs::mount(directory.path()).unwrap();
-    let backend = common::starter().args(args).share(directory.path()).start().unwrap();
-    let options = common::queues(2);
-    let session = backend.connect(options).unwrap();
-    let node = session.client().lookup(ROOT, FILE).unwrap().nodeid;
-    let fh = session.client().open(node, libc::O_RDWR).unwrap().fh;
-    Host { session, backend, store, _directory: directory, node, fh }
+    let engine =
+        if module_path!().ends_with("io_uring") { "--io-engine=io-uring" } else { "--io-engine=threads" };
+    Host::serve(&[args, &[engine]].concat())
 }
 
 /// Attack: storage that fails.
@@ -42,8 +29,16 @@ fn every_error_of_the_host_reaches_the_guest() {
     let Host { session, store, node, fh, .. } = &serve(&["--cache=never"]);
     let (client, node, fh) = (session.client(), *node, *fh);
     for errno in [libc::EIO, libc::ENXIO, libc::EDQUOT, libc::EROFS, libc::ESTALE, libc::ETIMEDOUT] {
-        let calls =
-            [Call::Lookup, Call::Getattr, Call::Open, Call::Read, Call::Write, Call::Fsync, Call::Flush];
+        let calls = [
+            Call::Lookup,
+            Call::Getattr,
+            Call::Open,
+            Call::Setattr,
+            Call::Read,
+            Call::Write,
+            Call::Fsync,
+            Call::Flush,
+        ];
         for call in calls {
             let attempt = || match call {
                 Call::Lookup => client.lookup(ROOT, FILE).map(drop),
@@ -55,6 +50,7 @@ fn every_error_of_the_host_reaches_the_guest() {
                 Call::Write => client.write(node, fh, 0, b"data").map(drop),
                 Call::Fsync => client.fsync(node, fh, false),
                 Call::Flush => client.flush(node, fh, 0),
+                Call::Setattr => client.setattr(node, Change::none().mode(0o600)).map(drop),
             };
             store.fail(call, errno);
             assert_eq!(common::errno(attempt()), errno, "{call:?}");
@@ -92,7 +88,7 @@ fn of_many_requests_in_flight_each_gets_its_own_answer() {
 /// Outcome: only requests for it wait.
 #[test]
 fn slow_storage_delays_only_requests_for_it() {
-    let Host { session, mut backend, store, node, fh, _directory } = serve(&["--cache=never"]);
+    let Host { session, mut backend, store, node, fh, directory: _directory } = serve(&["--cache=never"]);
     let client = session.client();
     store.delay(Duration::from_secs(1));
     let begin = Instant::now();
@@ -114,6 +110,85 @@ fn slow_storage_delays_only_requests_for_it() {
     session.finish(write).unwrap();
     store.delay(Duration::ZERO);
     assert_eq!(&std::fs::read(backend.path(FILE)).unwrap()[..4], b"last");
+}
+
+/// Only the server knows where the file ends by now: other hosts may have appended.
+#[test]
+fn a_fuse_server_is_told_of_appends() {
+    for args in [&["--cache=never"][..], &["--cache=never", "--allow-direct-io"]] {
+        let Host { session, backend, store, node, .. } = &serve(args);
+        let client = session.client();
+        let flags = libc::O_WRONLY | libc::O_APPEND;
+        let before = store.appends();
+        for (number, more) in [0, libc::O_DIRECT].into_iter().enumerate() {
+            let fh = client.open(*node, flags | more).unwrap().fh;
+            let write = |offset| {
+                let written =
+                    client.write_with(*node, fh, offset, &[1; 4096], WriteFlags::empty(), flags | more);
+                // The store does not grow.
+                let _ = written;
+            };
+            (0..3).for_each(|_| write(0));
+            assert_eq!(store.appends() - before, 3 + 3 * number as u64, "{args:?} {more:#o}");
+            client.fsync(*node, fh, false).unwrap();
+            kill_worker(backend);
+            client.release(*node, fh).unwrap();
+        }
+        let fh = client.open(*node, libc::O_WRONLY).unwrap().fh;
+        let after = store.appends();
+        client.write(*node, fh, 0, b"x").unwrap();
+        assert_eq!(store.appends(), after, "{args:?}");
+    }
+}
+
+/// The host's FUSE client leaves the bits to a server that gets writes directly, and that may leave them, too.
+#[test]
+fn set_id_bits_are_cleared_where_the_host_leaves_them() {
+    for args in [&["--cache=never"][..], &["--cache=never", "--no-killpriv-v2"]] {
+        let Host { session, backend, node, fh, .. } = &serve(args);
+        let root = session.client();
+        let user = root.user(1000, 1000);
+        let mode = || std::fs::metadata(backend.path(FILE)).unwrap().permissions().mode() & 0o7777;
+        for (before, after) in [(0o4755, 0o755), (0o6755, 0o755), (0o2755, 0o755), (0o755, 0o755)] {
+            root.setattr(*node, Change::none().mode(before)).unwrap();
+            user.write_with(*node, *fh, 0, b"x", WriteFlags::KILL_SUIDGID, libc::O_RDWR).unwrap();
+            assert_eq!(mode(), after, "{args:?} {before:o}");
+        }
+        // Who may keep them does.
+        root.setattr(*node, Change::none().mode(0o4755)).unwrap();
+        root.write(*node, *fh, 0, b"x").unwrap();
+        assert_eq!(mode(), 0o4755, "{args:?}");
+        // Another worker has not seen the attributes yet.
+        kill_worker(backend);
+        user.write_with(*node, *fh, 0, b"x", WriteFlags::KILL_SUIDGID, libc::O_RDWR).unwrap();
+        assert_eq!(mode(), 0o755, "{args:?}");
+    }
+}
+
+/// Attack: storage that does not answer for one file, and more requests for it than a queue has workers.
+/// Outcome: other requests of the queue are served.
+#[test]
+fn storage_that_hangs_holds_up_no_other_request() {
+    let host = serve(&["--cache=never", "--thread-pool-size=4", "--log-level=info"]);
+    let Host { session, backend, store, node, fh, .. } = &host;
+    let client = session.client();
+    store.delay(Duration::from_secs(600));
+    let read = |i: u64| client.send(data::read_request(*node, *fh, i * 4096, 100)).unwrap();
+    let first: Vec<_> = (0..30).map(read).collect();
+    client.getattr(*node).unwrap();
+    client.lookup(ROOT, FILE).unwrap();
+    if module_path!().ends_with("failing_host") {
+        // An engine has no worker that waits.
+        common::wait_for_words(backend, "the storage does not answer");
+    }
+    // What comes later meets the same.
+    let second: Vec<_> = (30..60).map(read).collect();
+    client.getattr(*node).unwrap();
+    client.on(2).statfs(ROOT).unwrap();
+    store.break_down();
+    for read in first.into_iter().chain(second) {
+        common::errno(session.finish(read));
+    }
 }
 
 /// Attack: requests for bytes that a slow one holds.
@@ -187,7 +262,7 @@ fn waiting_for_a_range_blocks_no_other_request() {
 /// Outcome: nothing is left to the next one.
 #[test]
 fn destroy_among_requests_leaves_nothing() {
-    let Host { session, backend, store, node, _directory, .. } =
+    let Host { session, backend, store, node, directory: _directory, .. } =
         serve(&["--cache=never", "--keep-listening"]);
     let connect = || {
         let options = common::queues(2);
@@ -232,7 +307,7 @@ fn destroy_among_requests_leaves_nothing() {
 /// Outcome: ENOTCONN; the daemon lives.
 #[test]
 fn storage_that_is_gone_for_good() {
-    let Host { session, mut backend, store, node, fh, _directory } = serve(&["--cache=never"]);
+    let Host { session, mut backend, store, node, fh, directory: _directory } = serve(&["--cache=never"]);
     let client = session.client();
     store.delay(Duration::from_secs(30));
     let waiting = client.send(data::read_request(node, fh, 0, 100)).unwrap();
@@ -252,6 +327,8 @@ fn storage_that_is_gone_for_good() {
         ] {
             assert!(gone.contains(&errno), "errno {errno}");
         }
+        // Another worker asks the storage for nothing before it serves.
+        kill_worker(&backend);
     }
     client.release(node, fh).unwrap();
     client.forget(node, 1).unwrap();

@@ -57,8 +57,12 @@ fn block_and_tail(client: &Client<'_>, node: u64, fh: u64) {
 #[test]
 fn any_length_works_after_o_direct_was_cleared() {
     for sandbox in ["--sandbox=none", "--sandbox=chroot", "--sandbox=namespace"] {
-        for cache in ["--cache=auto", "--cache=never"] {
-            let (directory, _backend, session) = serve(&[sandbox, cache]);
+        for (cache, engine) in [
+            ("--cache=auto", "--io-engine=auto"),
+            ("--cache=never", "--io-engine=auto"),
+            ("--cache=never", "--io-engine=io-uring"),
+        ] {
+            let (directory, _backend, session) = serve(&[sandbox, cache, engine]);
             let client = session.client();
             let (entry, open) = client.create(ROOT, "new", DIRECT, 0o600, 0).unwrap();
             block_and_tail(&client, entry.nodeid, open.fh);
@@ -66,7 +70,7 @@ fn any_length_works_after_o_direct_was_cleared() {
             client.fsync(entry.nodeid, open.fh, false).unwrap();
             client.release(entry.nodeid, open.fh).unwrap();
             let wanted = [&[b'x'; BLOCK][..], &[b'y'; 100]].concat();
-            assert!(fs::read(directory.path().join("new")).unwrap() == wanted, "{sandbox} {cache}");
+            assert!(fs::read(directory.path().join("new")).unwrap() == wanted, "{sandbox} {cache} {engine}");
 
             fs::write(directory.path().join("old"), "").unwrap();
             let node = client.lookup(ROOT, "old").unwrap().nodeid;

@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fuse_protocol::abi::StatfsOut;
 use fuse_protocol::opcode::Opcode;
@@ -28,20 +28,6 @@ fn daemon() -> Backend {
 fn serves(backend: &Backend) {
     let session = backend.connect(SessionOptions::default()).unwrap();
     session.client().getattr(ROOT).unwrap();
-}
-
-/// Descriptors of the daemon once the last front end is gone for it, too.
-fn settled(backend: &Backend) -> usize {
-    let deadline = Instant::now() + Duration::from_secs(5);
-    let mut before = usize::MAX;
-    loop {
-        let now = backend.descriptors().unwrap().len();
-        if now == before || Instant::now() > deadline {
-            return now;
-        }
-        before = now;
-        std::thread::sleep(Duration::from_millis(100));
-    }
 }
 
 fn queue(memory: &Arc<Memory>, index: usize) -> Queue {
@@ -86,7 +72,7 @@ fn leaving_after_every_message_and_in_the_middle_of_the_next() {
     let queues = [queue(&memory, 0), queue(&memory, 1)];
     let steps = handshake(&memory, &queues);
     serves(&backend);
-    let before = settled(&backend);
+    let before = common::steady_descriptors(&backend);
     // Half a header, half a message, and a header without what follows.
     let endings: [&[u8]; 4] =
         [&[], &[8, 0, 0], &[10, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 1], &[5, 0, 0, 0, 1, 0, 0, 0, 40, 0, 0, 0]];
@@ -100,7 +86,7 @@ fn leaving_after_every_message_and_in_the_middle_of_the_next() {
         }
     }
     serves(&backend);
-    let after = settled(&backend);
+    let after = common::settled_descriptors(&backend, before);
     assert!(after <= before, "{before} descriptors before, {after} after");
 }
 
@@ -127,7 +113,7 @@ fn the_wrong_number_of_descriptors() {
     let event = unsafe { BorrowedFd::borrow_raw(kick.kick_event().as_raw_fd()) };
     let fd = region.fd();
     serves(&backend);
-    let before = settled(&backend);
+    let before = common::steady_descriptors(&backend);
     for _ in 0..5 {
         // A region for each descriptor and a descriptor for each region.
         assert!(say(&backend, code::SET_MEM_TABLE, &table, &[]));
@@ -147,7 +133,7 @@ fn the_wrong_number_of_descriptors() {
         say(&backend, code::GET_VRING_BASE, VringState { index: 1, value: 0 }.as_bytes(), &[fd]);
     }
     serves(&backend);
-    let after = settled(&backend);
+    let after = common::settled_descriptors(&backend, before);
     assert!(after <= before, "{before} descriptors before, {after} after");
 }
 

@@ -114,7 +114,7 @@ fn without_maps_the_user_alone_exists() {
     assert_eq!(common::errno(client.user(5, 0).mkdir(ROOT, "theirs", 0o755, 0)), libc::EINVAL);
     assert_eq!(common::errno(client.user(USER, 5).mkdir(ROOT, "theirs", 0o755, 0)), libc::EINVAL);
     assert_eq!(common::errno(client.setattr(node, Change::none().uid(5))), libc::EINVAL);
-    common::wait_for_words(&mut backend, "no user 5 (see --uid-map)");
+    common::wait_for_words(&backend, "no user 5 (see --uid-map)");
     assert_eq!(backend.stderr().matches("--uid-map").count(), 1, "said once: {}", backend.stderr());
     let pid = common::serving_process(backend.pid()).to_string();
     assert_eq!(map(&pid, "uid_map"), [format!("{USER} {USER} 1")]);

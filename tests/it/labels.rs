@@ -188,7 +188,7 @@ fn labels_are_agreed_on_or_left_alone() {
         assert_eq!(common::host_xattr(&backend.path("dir"), SELINUX).is_ok(), offered, "{args:?}");
     }
     let directory = common::disk_directory();
-    let mut backend = common::starter()
+    let backend = common::starter()
         .args(["--security-label=always", PRIVILEGE])
         .share(directory.path())
         .start()
@@ -196,7 +196,7 @@ fn labels_are_agreed_on_or_left_alone() {
     let session =
         Session::start(Connection::connect(backend.socket()).unwrap(), SessionOptions::default()).unwrap();
     assert_eq!(common::errno(session.init()), libc::EPROTO);
-    common::wait_for_words(&mut backend, "SECURITY_CTX");
+    common::wait_for_words(&backend, "SECURITY_CTX");
 }
 
 #[test]

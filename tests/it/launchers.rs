@@ -23,8 +23,8 @@ fn launched(launcher: &[&str]) -> Starter {
 
 /// Starts it, and has it serve.
 fn serves(starter: Starter) -> Backend {
-    let mut backend = starter.args(["--keep-listening"]).start().unwrap();
-    common::wait_for_words(&mut backend, "Waiting for vhost-user socket connection");
+    let backend = starter.args(["--keep-listening"]).start().unwrap();
+    common::wait_for_words(&backend, "Waiting for vhost-user socket connection");
     let session = backend.connect(SessionOptions::default()).unwrap();
     session.client().getattr(ROOT).unwrap();
     drop(session);
@@ -89,7 +89,7 @@ fn ignored_children_change_neither_sandbox_nor_ids_nor_status() {
     let socket = run.join("socket");
     let starter = starter.args(["--shared-dir"]).args([&run]).args(["--socket-path"]).args([&socket]);
     let mut backend = starter.spawn().unwrap();
-    common::wait_for_words(&mut backend, "Waiting for vhost-user socket connection");
+    common::wait_for_words(&backend, "Waiting for vhost-user socket connection");
     let mounts = |path: &Path| fs::read_link(path).unwrap();
     assert_ne!(
         mounts(&backend.proc("ns/mnt")),

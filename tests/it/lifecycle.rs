@@ -233,8 +233,7 @@ fn sessions_that_end_among_requests_leave_nothing() {
     fs::write(backend.path("file"), "data").unwrap();
     let connect = || backend.connect(common::queues(4)).unwrap();
     drop(connect());
-    std::thread::sleep(Duration::from_millis(200));
-    let before = backend.descriptors().unwrap().len();
+    let before = common::steady_descriptors(&backend);
     for round in 0..30 {
         let session = connect();
         let end = Instant::now() + Duration::from_millis(30);

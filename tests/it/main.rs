@@ -25,8 +25,16 @@ mod capabilities;
 mod common;
 mod confined;
 mod descriptors;
+mod dirty_log;
+mod engine;
 mod exhaustion;
 mod failing_host;
+#[allow(
+    clippy::duplicate_mod,
+    reason = "the same tests, with the engine that they find by the name of the module"
+)]
+#[path = "failing_host.rs"]
+mod failing_host_by_io_uring;
 mod file_flags;
 mod firmware;
 mod guest_memory;
@@ -35,6 +43,7 @@ mod half_made;
 mod host_direct_io;
 mod hostile;
 mod hostile_front_end;
+mod hostile_log;
 mod hostile_paths;
 mod hostile_queues;
 mod hostile_requests;
@@ -49,6 +58,7 @@ mod lock_owners;
 mod locks;
 mod manifests;
 mod many_callers;
+mod migration;
 mod mounts;
 mod negotiation;
 mod open_flags;
@@ -61,6 +71,7 @@ mod socket;
 mod special_files;
 mod startup;
 mod supervisor;
+mod survival;
 mod synchronous_writes;
 mod unreliable_host;
 mod windows;

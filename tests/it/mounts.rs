@@ -266,7 +266,7 @@ fn a_fuse_file_system_below_the_share_keeps_its_descriptors() {
         (0..60).map(|number| HostFile { name: format!("file{number}"), shown: 1000 + number }).collect();
     let host = FuseHost::mount(&sub, files, |index| index as u64 + 1);
     for sandbox in ["--sandbox=none", "--sandbox=namespace"] {
-        let (mut backend, session) =
+        let (backend, session) =
             serve(directory.path(), &[sandbox, "--rlimit-nofile=200", "--inode-file-handles=mandatory"]);
         let client = session.client();
         let node = client.lookup(ROOT, "sub").unwrap().nodeid;
@@ -286,7 +286,7 @@ fn a_fuse_file_system_below_the_share_keeps_its_descriptors() {
             client.forget(node, u64::MAX).unwrap();
             client.lookup(ROOT, "sub").unwrap();
         }
-        common::wait_for_words(&mut backend, "takes a descriptor");
+        common::wait_for_words(&backend, "takes a descriptor");
         assert_eq!(backend.stderr().matches("takes a descriptor").count(), 1, "{}", backend.stderr());
     }
 }

@@ -29,7 +29,7 @@ fn session(args: &[&str]) -> (lanefsd_frontend::Backend, Session) {
 
 /// Flags that the daemon's process has an open file of this name open with.
 fn host_flags(backend: &lanefsd_frontend::Backend, name: &str) -> Vec<i32> {
-    let proc = std::path::PathBuf::from(format!("/proc/{}", backend.pid()));
+    let proc = backend.proc("");
     let mut found = Vec::new();
     for entry in proc.join("fd").read_dir().unwrap().flatten() {
         let is_it = std::fs::read_link(entry.path()).is_ok_and(|target| target.ends_with(name));

@@ -76,13 +76,18 @@ fn torture(args: &[&str], flags: i32, shrinks: bool) {
 
 #[test]
 fn through_the_hosts_page_cache() {
-    torture(&["--cache=never"], libc::O_RDWR, true);
+    for engine in ["--io-engine=auto", "--io-engine=io-uring"] {
+        torture(&["--cache=never", engine], libc::O_RDWR, true);
+    }
 }
 
 #[test]
 fn past_the_hosts_page_cache() {
-    for shrinks in [false, true] {
-        torture(&["--cache=never", "--allow-direct-io"], libc::O_RDWR | libc::O_DIRECT, shrinks);
+    for engine in ["--io-engine=threads", "--io-engine=auto", "--io-engine=io-uring"] {
+        for shrinks in [false, true] {
+            let args = ["--cache=never", "--allow-direct-io", engine];
+            torture(&args, libc::O_RDWR | libc::O_DIRECT, shrinks);
+        }
     }
 }
 

@@ -273,17 +273,17 @@ fn workers_exit_after_a_burst_and_some_stay() {
 
 #[test]
 fn messages_name_the_share_and_the_queue() {
-    let (mut backend, session) = common::serve(&["--tag=data"]);
+    let (backend, session) = common::serve(&["--tag=data"]);
     assert_eq!(common::errno(session.client().read(ROOT, 99_999, 0, 1)), libc::EBADF);
     drop(session);
     // Of the threads that accept, talk and serve.
     for words in ["share data: front end connected", "share data: front end disconnected"] {
-        common::wait_for_words(&mut backend, words);
+        common::wait_for_words(&backend, words);
     }
-    common::wait_for_words(&mut backend, "INFO: share data, queue 1: ");
+    common::wait_for_words(&backend, "INFO: share data, queue 1: ");
     // Without a tag the share is called by its directory.
-    let (mut backend, session) = common::serve(&[]);
+    let (backend, session) = common::serve(&[]);
     let name = backend.share().display().to_string();
     drop(session);
-    common::wait_for_words(&mut backend, &format!("INFO: share {name}: front end connected"));
+    common::wait_for_words(&backend, &format!("INFO: share {name}: front end connected"));
 }

@@ -172,7 +172,7 @@ fn a_front_end_that_was_silent_for_long_is_served() {
 
 #[test]
 fn a_second_front_end_waits_and_the_log_says_so() {
-    let mut backend = start(&["--keep-listening"]);
+    let backend = start(&["--keep-listening"]);
     let first = serves(&backend);
     // A look at the socket is not worth a line.
     drop(UnixStream::connect(backend.socket()).unwrap());
@@ -181,64 +181,66 @@ fn a_second_front_end_waits_and_the_log_says_so() {
         let session = Session::connect(&path, SessionOptions::default()).unwrap();
         session.client().getattr(ROOT).unwrap();
     });
-    common::wait_for_words(&mut backend, "another front end is waiting");
+    common::wait_for_words(&backend, "another front end is waiting");
     assert_eq!(backend.stderr().matches("another front end is waiting").count(), 1);
     first.client().getattr(ROOT).unwrap();
     drop(first);
     second.join().unwrap();
 }
 
-/// Lets the process that serves have this many descriptors.
+/// Lets the processes of the daemon, which share their descriptors, have this many.
 fn limit_descriptors(backend: &Backend, limit: u64) {
-    let serving = fs::read_to_string(backend.proc("stat")).unwrap();
-    let pid: i32 = serving.split(' ').next().unwrap().parse().unwrap();
-    let limit = Rlimit { current: Some(limit), maximum: Some(10_000) };
-    prlimit(Pid::from_raw(pid), Resource::Nofile, limit).unwrap();
+    let limit = || Rlimit { current: Some(limit), maximum: Some(10_000) };
+    // What is started from now on as well. A process that serves may end meanwhile.
+    let limited = |pid: u32| prlimit(Pid::from_raw(pid.cast_signed()), Resource::Nofile, limit());
+    limited(backend.pid()).unwrap();
+    let _ = limited(common::serving_process(backend.pid()));
 }
 
 #[test]
 fn a_front_end_for_which_there_is_no_descriptor_ends_nothing() {
     const PAUSED: &str = "no connections are accepted";
     const REFUSED: &str = "cannot serve a front end";
+    // What ends a connection, each with a line.
+    const ENDS: [&str; 4] = [REFUSED, "front end disconnected", "was disconnected", "closed a connection"];
     let mut backend = start(&["--keep-listening", "--sandbox=none", "--rlimit-nofile=10000"]);
     drop(serves(&backend));
-    common::wait_for_words(&mut backend, "front end disconnected");
-    std::thread::sleep(Duration::from_millis(300));
-    // Below all that are open, also if one of them is inherited and has a high number.
-    let mut open = backend.descriptors().unwrap().len() as u64 - 6;
-    let words = |backend: &mut Backend| {
+    common::wait_for_words(&backend, ENDS[1]);
+    let count = |backend: &mut Backend, words: &[&str]| -> usize {
         let text = backend.stderr();
-        [PAUSED, REFUSED, "front end connected"].map(|words| text.matches(words).count())
+        words.iter().map(|words| text.matches(words).count()).sum()
     };
-    let ends = |backend: &mut Backend| {
-        let text = backend.stderr();
-        let ends = [REFUSED, "front end disconnected", "was disconnected", "closed a connection"];
-        ends.map(|words| text.matches(words).count())
-    };
-    // Too few to accept the connection, and then too few to serve it.
-    let mut seen = words(&mut backend);
-    while open < 40 && !(seen[0] > 0 && seen[1] > 0) {
-        limit_descriptors(&backend, open);
-        let ended = ends(&mut backend);
-        let connection = Connection::connect(backend.socket()).unwrap();
-        let asked = std::thread::spawn(move || drop(connection.features()));
+    let wait_for_more = |backend: &mut Backend, words: &[&str], before: usize| {
         let deadline = Instant::now() + Duration::from_secs(10);
-        while words(&mut backend) == seen {
+        while count(backend, words) == before {
             assert!(backend.try_wait().unwrap().is_none(), "{}", backend.stderr());
-            assert!(Instant::now() < deadline, "{}", backend.stderr());
+            assert!(Instant::now() < deadline, "no word of {words:?} in 10 s: {}", backend.stderr());
             std::thread::sleep(Duration::from_millis(5));
         }
+    };
+    // Too few to accept the connection, and too few to serve it. How many that is differs with what the daemon
+    // inherits: one more if it cannot accept, one fewer if it serves, until both have been seen.
+    let mut limit = 20;
+    for _ in 0..60 {
+        let seen = [PAUSED, REFUSED].map(|words| count(&mut backend, &[words]));
+        if seen.iter().all(|times| *times > 0) {
+            break;
+        }
+        limit_descriptors(&backend, limit);
+        let ended = count(&mut backend, &ENDS);
+        let connection = Connection::connect(backend.socket()).unwrap();
+        let asked = std::thread::spawn(move || drop(connection.features()));
+        wait_for_more(&mut backend, &[&ENDS[..], &[PAUSED]].concat(), ended + seen[0]);
         limit_descriptors(&backend, 10_000);
         asked.join().unwrap();
         // What is written about this connection does not count for the next one.
-        let deadline = Instant::now() + Duration::from_secs(2);
-        while ends(&mut backend) == ended && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        seen = words(&mut backend);
-        open += 1;
+        wait_for_more(&mut backend, &ENDS, ended);
+        let is_paused = count(&mut backend, &[PAUSED]) > seen[0];
+        limit = if is_paused { limit + 1 } else { limit - 1 };
     }
-    assert!(seen[0] > 0 && seen[1] > 0, "{}", backend.stderr());
+    for words in [PAUSED, REFUSED] {
+        assert!(count(&mut backend, &[words]) > 0, "no {words:?}: {}", backend.stderr());
+    }
     serves(&backend);
 }
 
@@ -289,7 +291,7 @@ fn there_is_no_pid_file_where_the_socket_was_passed_in() {
 #[test]
 fn what_a_killed_daemon_has_left_is_no_obstacle() {
     let mut dead = start(&[]);
-    common::wait_for_words(&mut dead, "Waiting for vhost-user socket connection");
+    common::wait_for_words(&dead, "Waiting for vhost-user socket connection");
     dead.signal(libc::SIGKILL).unwrap();
     dead.wait(Duration::from_secs(10)).unwrap();
     let (socket, pid) = (dead.socket().to_owned(), pid_file(&dead));
@@ -344,8 +346,8 @@ fn a_directory_that_was_moved_is_cleaned_up_and_the_one_in_its_place_is_not() {
 
 #[test]
 fn the_socket_group_gets_the_socket_and_nothing_else() {
-    let mut backend = start(&["--socket-group=4000001"]);
-    common::wait_for_words(&mut backend, "Waiting for vhost-user socket connection");
+    let backend = start(&["--socket-group=4000001"]);
+    common::wait_for_words(&backend, "Waiting for vhost-user socket connection");
     let metadata = fs::symlink_metadata(backend.socket()).unwrap();
     assert!(metadata.file_type().is_socket());
     assert_eq!((metadata.mode() & 0o777, metadata.gid()), (0o660, 4_000_001));

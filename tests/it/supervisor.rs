@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use lanefsd_frontend::SessionOptions;
 use lanefsd_frontend::client::ROOT;
+use lanefsd_frontend::{Session, SessionOptions};
 
 use crate::common;
 use crate::sandbox::{as_root, outer_of, under_strace};
@@ -26,7 +26,7 @@ fn a_signal_ends_the_serving_process_too() {
 #[test]
 fn a_killed_parent_takes_the_serving_process_along() {
     as_root();
-    for sandbox in ["namespace", "chroot"] {
+    for sandbox in ["namespace", "chroot", "none"] {
         let mut backend = common::starter().args([&format!("--sandbox={sandbox}")]).start().unwrap();
         let session = backend.connect(SessionOptions::default()).unwrap();
         session.client().getattr(ROOT).unwrap();
@@ -37,11 +37,17 @@ fn a_killed_parent_takes_the_serving_process_along() {
     }
 }
 
-/// The process that waits outside is killed before the other one can ask for a signal at its end.
+/// The process that waits outside is killed before the other one can ask for a signal at its end, or for its end.
 #[test]
 fn a_parent_that_is_killed_at_the_start_leaves_no_daemon() {
-    for sandbox in ["--sandbox=namespace", "--sandbox=chroot"] {
-        let mut backend = under_strace(&["inject=prctl:delay_enter=1s:when=1"], &[sandbox]);
+    let (signal, end) = ("inject=prctl:delay_enter=1s:when=1", "inject=poll,ppoll:delay_enter=1s:when=1");
+    for (delay, args) in [
+        (signal, &["--sandbox=namespace", "--no-survive"][..]),
+        (end, &["--sandbox=namespace"]),
+        (end, &["--sandbox=chroot"]),
+        (end, &["--sandbox=none"]),
+    ] {
+        let mut backend = under_strace(&[delay], args);
         let outer = outer_of(&backend);
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
         let child = loop {
@@ -61,9 +67,47 @@ fn a_parent_that_is_killed_at_the_start_leaves_no_daemon() {
 #[test]
 fn a_closed_terminal_ends_the_daemon_in_order() {
     as_root();
+    common::hear_hangups();
+    for sandbox in ["namespace", "chroot", "none"] {
+        for options in ["", "--no-survive"] {
+            let directory = tempfile::tempdir().unwrap();
+            let (socket, program) = (directory.path().join("socket"), common::program());
+            let command = format!(
+                "exec {} --sandbox={sandbox} {options} --keep-listening --shared-dir={} --socket-path={}",
+                program.to_str().unwrap(),
+                directory.path().display(),
+                socket.display()
+            );
+            let mut terminal = std::process::Command::new("script")
+                .args(["-qc", &command, "/dev/null"])
+                .stdin(std::process::Stdio::null())
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            common::wait_until(|| socket.exists(), "the socket");
+            let session = Session::connect(&socket, SessionOptions::default()).unwrap();
+            session.client().getattr(ROOT).unwrap();
+            let started = std::fs::read_to_string(directory.path().join("socket.pid")).unwrap();
+            let started: u32 = started.trim().parse().unwrap();
+            let serving = common::serving_process(started);
+            terminal.kill().unwrap();
+            terminal.wait().unwrap();
+            common::expect_end(started);
+            common::expect_end(serving);
+            assert!(!socket.exists(), "{sandbox} {options}: the socket is left behind");
+        }
+    }
+}
+
+/// Without survival, one that a process sends means the same.
+#[test]
+fn a_hangup_ends_a_daemon_without_survival() {
+    as_root();
+    common::hear_hangups();
     for sandbox in ["namespace", "chroot", "none"] {
         let sandbox = format!("--sandbox={sandbox}");
-        let mut backend = common::starter().args([&sandbox, "--keep-listening"]).start().unwrap();
+        let options = ["--no-survive", &sandbox, "--keep-listening"];
+        let mut backend = common::starter().args(options).start().unwrap();
         let session = backend.connect(SessionOptions::default()).unwrap();
         session.client().getattr(ROOT).unwrap();
         let serving = common::serving_process(backend.pid());
@@ -73,12 +117,56 @@ fn a_closed_terminal_ends_the_daemon_in_order() {
         assert!(!backend.socket().exists(), "{sandbox}: the socket is left behind");
         // nohup(1) ignores the signal.
         let starter = lanefsd_frontend::Backend::of("nohup").args([common::program()]);
-        let mut backend = starter.args([&sandbox]).start().unwrap();
+        let mut backend = starter.args([&sandbox, "--no-survive"]).start().unwrap();
         let session = backend.connect(SessionOptions::default()).unwrap();
         backend.signal(libc::SIGHUP).unwrap();
         std::thread::sleep(std::time::Duration::from_millis(50));
         session.client().getattr(ROOT).unwrap();
         drop(session);
         backend.expect_success().unwrap();
+    }
+}
+
+/// The process outside the sandbox has what it and later workers need, also after a worker has died and after an upgrade.
+#[test]
+fn the_supervisor_is_confined() {
+    as_root();
+    let users = ["--uid-map=:0:0:65536:", "--gid-map=:0:0:65536:"];
+    // CAP_SYS_ADMIN and CAP_SYS_CHROOT are for the sandbox; CAP_SYS_PTRACE, CAP_NET_ADMIN, CAP_SYS_MODULE and others for nobody.
+    let to_mount = 1 << 21 | 1 << 18;
+    let to_serve = 0b1_1111 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 27 | 1 << 31;
+    for (args, may) in [
+        (&["--sandbox=namespace"][..], to_serve | to_mount),
+        (&["--sandbox=chroot"], to_serve | to_mount),
+        (&["--sandbox=none"], to_serve),
+        (&["--sandbox=none", "--modcaps=+linux_immutable"], to_serve | 1 << 9),
+        (&users[..], to_serve | to_mount),
+    ] {
+        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let program = directory.path().join("lanefsd");
+        common::copy_program(&program);
+        let backend = lanefsd_frontend::Backend::of(&program).args(args).start().unwrap();
+        let session = backend.connect(SessionOptions::default()).unwrap();
+        let check = |when: &str| {
+            session.client().getattr(ROOT).unwrap();
+            let status = std::fs::read_to_string(format!("/proc/{}/status", backend.pid())).unwrap();
+            let field = |name: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+                u64::from_str_radix(line.trim(), 16).unwrap()
+            };
+            assert_eq!((field("Seccomp:"), field("NoNewPrivs:")), (2, 1), "{args:?} {when}");
+            assert_eq!(field("Seccomp_filters:"), 1, "{args:?} {when}");
+            for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
+                assert_eq!(field(set) & !may, 0, "{args:?} {when}: {set} {:x}", field(set));
+            }
+            assert_eq!(field("CapEff:") & to_serve, to_serve, "{args:?} {when}");
+        };
+        check("at first");
+        backend.replace_worker(libc::SIGKILL).unwrap();
+        check("after a death");
+        for _ in 0..2 {
+            backend.upgrade().unwrap();
+            check("after an upgrade");
+        }
     }
 }

@@ -48,10 +48,14 @@ impl Drop for Disk {
 #[test]
 fn what_is_written_synchronously_is_on_the_disk() {
     let disk = Disk::new();
-    for (number, args) in [&["--cache=never"][..], &["--cache=auto"], &["--cache=never", "--allow-direct-io"]]
-        .into_iter()
-        .enumerate()
-    {
+    let options = [
+        &["--cache=never"][..],
+        &["--cache=auto"],
+        &["--cache=never", "--allow-direct-io"],
+        &["--cache=never", "--io-engine=io-uring"],
+        &["--cache=auto", "--allow-direct-io", "--io-engine=io-uring"],
+    ];
+    for (number, args) in options.into_iter().enumerate() {
         let backend = common::starter().args(args).share(disk.path("mount")).start().unwrap();
         let session = backend.connect(SessionOptions::default()).unwrap();
         let client = session.client();

@@ -186,7 +186,7 @@ fn a_disk_without_inodes_refuses_new_files_only() {
 fn a_limit_on_the_length_of_files_is_efbig() {
     const LIMIT: u64 = 100_000;
     let (mut backend, session) = common::serve(&["--cache=never"]);
-    let pid = Pid::from_raw(backend.pid() as i32);
+    let pid = Pid::from_raw(common::serving_process(backend.pid()).cast_signed());
     prlimit(pid, Resource::Fsize, Rlimit { current: Some(LIMIT), maximum: None }).unwrap();
     let client = session.client();
     let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();

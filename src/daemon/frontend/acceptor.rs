@@ -5,7 +5,7 @@
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
@@ -15,12 +15,11 @@ use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
 
 use super::FrontendError;
+use crate::daemon::header::HEADER;
 use crate::logging::info_limited;
 
 /// Pending connections at most. Further ones replace an idle one, or stay in the listen backlog.
 const MAX_PENDING: usize = 8;
-/// Bytes of a message's header in the vhost-user protocol.
-const HEADER_SIZE: usize = 12;
 /// Maximum number of bytes after the header. A front end that announces more is disconnected when it is served.
 const MAX_BODY: usize = 4096;
 /// How long to accept no connection after the host ran out of descriptors or memory.
@@ -28,17 +27,21 @@ const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// What happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Event {
+pub(in crate::daemon) enum Event {
     /// A signal requests the end.
     Signal,
-    /// The descriptor that the caller watches is readable.
+    /// A descriptor that the caller watches is ready.
     Watched,
     /// A connection has sent its first message.
     Pending,
+    /// A signal has come that requests nothing, or the wait has lasted long enough.
+    Interrupted,
 }
 
 /// What poll(2) found readable.
+#[derive(Default)]
 struct Ready {
+    interrupted: bool,
     signal: bool,
     watched: bool,
     listener: bool,
@@ -53,7 +56,7 @@ struct Pending {
 
 /// The listening socket and its pending connections.
 #[derive(Debug)]
-pub(super) struct Acceptor<'a> {
+pub(in crate::daemon) struct Acceptor<'a> {
     listener: &'a UnixListener,
     pending: Vec<Pending>,
     /// An edge-triggered epoll of the pending connections. Their data stays in the socket until they are served, so
@@ -61,16 +64,36 @@ pub(super) struct Acceptor<'a> {
     /// Unix sockets.
     readiness: OwnedFd,
     paused_until: Option<Instant>,
+    /// How long a wait lasts at most.
+    longest: Option<Duration>,
 }
 
 impl<'a> Acceptor<'a> {
-    pub(super) fn new(listener: &'a UnixListener) -> Result<Acceptor<'a>, Errno> {
+    pub(in crate::daemon) fn new(listener: &'a UnixListener) -> Result<Acceptor<'a>, Errno> {
         let readiness = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        Ok(Acceptor { listener, pending: Vec::new(), readiness, paused_until: None })
+        Ok(Acceptor { listener, pending: Vec::new(), readiness, paused_until: None, longest: None })
+    }
+
+    /// The same with an [`Event::Interrupted`] after so long a wait while a front end is served.
+    pub(in crate::daemon) fn with_longest(mut self, longest: Duration) -> Acceptor<'a> {
+        self.longest = Some(longest);
+        self
+    }
+
+    /// The same with connections that another program in this process has accepted, the oldest first.
+    pub(in crate::daemon) fn with_pending(mut self, streams: Vec<UnixStream>) -> Acceptor<'a> {
+        streams.into_iter().for_each(|stream| self.add(stream));
+        self.process_pending(false);
+        self
+    }
+
+    /// Its own descriptors: the listening socket, and what it waits with.
+    pub(in crate::daemon) fn own_descriptors(&self) -> [RawFd; 2] {
+        [self.listener.as_raw_fd(), self.readiness.as_raw_fd()]
     }
 
     /// The oldest connection that has sent a message.
-    pub(super) fn next(&mut self) -> Option<UnixStream> {
+    pub(in crate::daemon) fn next(&mut self) -> Option<UnixStream> {
         let at = self.pending.iter().position(|connection| connection.has_message)?;
         let stream = self.pending.remove(at).stream;
         // The connection stays open, and is not polled here any more.
@@ -78,14 +101,23 @@ impl<'a> Acceptor<'a> {
         Some(stream)
     }
 
-    /// Waits for an event. `watched` is an additional descriptor: the front end that is being served.
-    pub(super) fn wait(
+    /// Descriptors of the connections that are not served yet.
+    pub(in crate::daemon) fn descriptors(&self) -> impl Iterator<Item = RawFd> + '_ {
+        self.pending.iter().map(|connection| connection.stream.as_raw_fd())
+    }
+
+    /// Waits for an event. `watched` are additional descriptors; `busy` says that a front end is being served.
+    pub(in crate::daemon) fn wait(
         &mut self,
         signals: BorrowedFd<'_>,
-        watched: Option<BorrowedFd<'_>>,
+        watched: &[PollFd<'_>],
+        busy: bool,
     ) -> Result<Event, FrontendError> {
         loop {
-            let ready = self.poll(signals, watched)?;
+            let ready = self.poll(signals, watched, busy)?;
+            if ready.interrupted {
+                return Ok(Event::Interrupted);
+            }
             if ready.signal {
                 return Ok(Event::Signal);
             }
@@ -96,7 +128,7 @@ impl<'a> Acceptor<'a> {
                 self.accept()?;
             }
             self.drain_readiness()?;
-            if self.process_pending(watched.is_some()) {
+            if self.process_pending(busy) {
                 return Ok(Event::Pending);
             }
         }
@@ -106,27 +138,33 @@ impl<'a> Acceptor<'a> {
     fn poll(
         &mut self,
         signals: BorrowedFd<'_>,
-        watched: Option<BorrowedFd<'_>>,
+        watched: &[PollFd<'_>],
+        busy: bool,
     ) -> Result<Ready, FrontendError> {
         let entry = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
         self.paused_until = self.paused_until.filter(|until| *until > Instant::now());
         let rest = self.paused_until.map(|until| until.saturating_duration_since(Instant::now()));
         let mut fds = vec![entry(signals)];
-        fds.extend(watched.map(entry));
+        fds.extend_from_slice(watched);
         fds.push(entry(self.readiness.as_fd()));
         let listens = rest.is_none() && self.has_room();
         if listens {
             fds.push(entry(self.listener.as_fd()));
         }
-        let timeout = rest.map(|rest| Timespec { tv_sec: 0, tv_nsec: i64::from(rest.subsec_nanos()).max(1) });
+        let longest = self.longest.filter(|_| busy);
+        let timeout = rest.map(|rest| rest.max(Duration::from_nanos(1))).into_iter().chain(longest).min();
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
+            Ok(0) if longest.is_some() => return Ok(Ready { interrupted: true, ..Ready::default() }),
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(Ready { interrupted: true, ..Ready::default() }),
             Err(errno) => return Err(FrontendError::SetUp(errno.into())),
         }
         let ready = |fd: Option<&PollFd<'_>>| fd.is_some_and(|fd| !fd.revents().is_empty());
         Ok(Ready {
+            interrupted: false,
             signal: ready(fds.first()),
-            watched: watched.is_some() && ready(fds.get(1)),
+            watched: fds.iter().skip(1).take(watched.len()).any(|fd| ready(Some(fd))),
             listener: listens && ready(fds.last()),
         })
     }
@@ -190,12 +228,16 @@ impl<'a> Acceptor<'a> {
             info_limited!("too many idle connections; closed the oldest one");
             self.pending.remove(idle);
         }
+        self.add(stream);
+        Ok(())
+    }
+
+    fn add(&mut self, stream: UnixStream) {
         let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
         match epoll::add(&self.readiness, &stream, epoll::EventData::new_u64(0), flags) {
             Ok(()) => self.pending.push(Pending { stream, has_message: false }),
             Err(errno) => warn!("closed a connection that cannot be polled: {errno}"),
         }
-        Ok(())
     }
 
     /// Only permanent errors end the daemon.
@@ -221,7 +263,7 @@ enum Peeked {
 
 /// Peeks at the data without consuming it.
 fn peek(stream: &UnixStream) -> Result<Peeked, Errno> {
-    let mut buffer = [0; HEADER_SIZE + MAX_BODY];
+    let mut buffer = [0; HEADER + MAX_BODY];
     // Without a control buffer no descriptors are received, and the flags say whether there are any.
     let mut none = RecvAncillaryBuffer::default();
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
@@ -237,7 +279,7 @@ fn peek(stream: &UnixStream) -> Result<Peeked, Errno> {
 
 /// Whether the first message is incomplete. `all`: `bytes` is all that has been received.
 fn is_partial(bytes: &[u8], all: bool) -> bool {
-    let Some((header, body)) = bytes.split_first_chunk::<HEADER_SIZE>() else { return true };
+    let Some((header, body)) = bytes.split_first_chunk::<HEADER>() else { return true };
     let [.., a, b, c, d] = *header;
     let announced = usize::try_from(u32::from_ne_bytes([a, b, c, d])).unwrap_or(usize::MAX);
     all && announced <= MAX_BODY && body.len() < announced
@@ -279,7 +321,7 @@ mod tests {
 
         fn connect_and_send(&self, word: u8) -> UnixStream {
             let mut stream = self.connect();
-            stream.write_all(&[word; HEADER_SIZE]).unwrap();
+            stream.write_all(&[word; HEADER]).unwrap();
             stream
         }
     }
@@ -299,7 +341,7 @@ mod tests {
         let _second = place.connect_and_send(2);
         drop(place.connect());
         while acceptor.pending.iter().filter(|connection| connection.has_message).count() < 2 {
-            assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+            assert_eq!(acceptor.wait(place.signals.as_fd(), &[], false).unwrap(), Event::Pending);
         }
         assert!(acceptor.pending.len() <= MAX_PENDING);
         assert_eq!((word(acceptor.next()), word(acceptor.next())), (1, 2));
@@ -311,13 +353,12 @@ mod tests {
         let message = |size: u32, body: usize| {
             let mut bytes = vec![1, 0, 0, 0, 1, 0, 0, 0];
             bytes.extend(size.to_ne_bytes());
-            bytes.resize(HEADER_SIZE + body, 0);
+            bytes.resize(HEADER + body, 0);
             bytes
         };
-        for length in 1..HEADER_SIZE {
+        for length in 1..HEADER {
             assert!(
-                is_partial(&message(0, 0)[..length], true)
-                    && is_partial(&[0xff; HEADER_SIZE][..length], false)
+                is_partial(&message(0, 0)[..length], true) && is_partial(&[0xff; HEADER][..length], false)
             );
         }
         for (size, body, lacks) in [(0, 0, false), (0, 9, false), (8, 0, true), (8, 7, true), (8, 8, false)] {
@@ -347,13 +388,13 @@ mod tests {
         let place = Place::new();
         let mut acceptor = Acceptor::new(&place.listener).unwrap();
         let mut slow = place.connect();
-        slow.write_all(&[1; HEADER_SIZE - 1]).unwrap();
+        slow.write_all(&[1; HEADER - 1]).unwrap();
         let mut gone = place.connect();
-        gone.write_all(&[2; HEADER_SIZE - 1]).unwrap();
+        gone.write_all(&[2; HEADER - 1]).unwrap();
         drop(gone);
         let _whole = place.connect_and_send(3);
         while acceptor.pending.len() != 2 || !acceptor.pending.iter().any(|one| one.has_message) {
-            assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+            assert_eq!(acceptor.wait(place.signals.as_fd(), &[], false).unwrap(), Event::Pending);
         }
         assert_eq!(word(acceptor.next()), 3);
         assert!(acceptor.next().is_none());
@@ -361,7 +402,7 @@ mod tests {
         let mut readiness = [PollFd::new(&acceptor.readiness, PollFlags::IN)];
         assert_eq!(poll(&mut readiness, Some(&Timespec::default())), Ok(0));
         slow.write_all(&[1]).unwrap();
-        assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        assert_eq!(acceptor.wait(place.signals.as_fd(), &[], false).unwrap(), Event::Pending);
         assert_eq!(word(acceptor.next()), 1);
     }
 
@@ -375,11 +416,14 @@ mod tests {
         while acceptor.pending.is_empty() {
             acceptor.accept().unwrap();
         }
-        next.write_all(&[5; HEADER_SIZE]).unwrap();
+        next.write_all(&[5; HEADER]).unwrap();
         drop((other, signal));
-        assert_eq!(acceptor.wait(signals.as_fd(), None).unwrap(), Event::Signal);
-        assert_eq!(acceptor.wait(place.signals.as_fd(), Some(watched.as_fd())).unwrap(), Event::Watched);
-        assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        assert_eq!(acceptor.wait(signals.as_fd(), &[], false).unwrap(), Event::Signal);
+        assert_eq!(
+            acceptor.wait(place.signals.as_fd(), &[PollFd::new(&watched, PollFlags::IN)], true).unwrap(),
+            Event::Watched
+        );
+        assert_eq!(acceptor.wait(place.signals.as_fd(), &[], false).unwrap(), Event::Pending);
         assert_eq!(word(acceptor.next()), 5);
     }
 
@@ -390,16 +434,19 @@ mod tests {
         let mut waiting = vec![];
         for turn in 0..MAX_PENDING {
             waiting.push(place.connect_and_send(u8::try_from(turn).unwrap()));
-            assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+            assert_eq!(acceptor.wait(place.signals.as_fd(), &[], false).unwrap(), Event::Pending);
         }
         let _more = place.connect_and_send(100);
         let (done, other) = UnixStream::pair().unwrap();
         drop(other);
-        assert_eq!(acceptor.wait(place.signals.as_fd(), Some(done.as_fd())).unwrap(), Event::Watched);
+        assert_eq!(
+            acceptor.wait(place.signals.as_fd(), &[PollFd::new(&done, PollFlags::IN)], true).unwrap(),
+            Event::Watched
+        );
         for turn in 0..MAX_PENDING {
             assert_eq!(usize::from(word(acceptor.next())), turn);
         }
-        assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        assert_eq!(acceptor.wait(place.signals.as_fd(), &[], false).unwrap(), Event::Pending);
         assert_eq!(word(acceptor.next()), 100);
     }
 
@@ -410,7 +457,7 @@ mod tests {
         acceptor.accept_failed(Errno::MFILE.into()).unwrap();
         assert!(acceptor.paused_until.is_some());
         let _caller = place.connect_and_send(7);
-        assert_eq!(acceptor.wait(place.signals.as_fd(), None).unwrap(), Event::Pending);
+        assert_eq!(acceptor.wait(place.signals.as_fd(), &[], false).unwrap(), Event::Pending);
         assert!(acceptor.paused_until.is_none());
         assert_eq!(word(acceptor.next()), 7);
         assert!(acceptor.accept_failed(Errno::BADF.into()).is_err());

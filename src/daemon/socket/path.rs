@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat, fstat, openat, statat, unlinkat};
 use rustix::io::Errno;
+use rustix::process::fchdir;
 
 use super::ListenError;
 
@@ -24,7 +25,8 @@ pub(super) type FileId = (u64, u64);
 /// The path of the socket.
 #[derive(Debug)]
 pub(super) struct SocketPath {
-    directory: OwnedFd,
+    /// `None` if it is the working directory.
+    directory: Option<OwnedFd>,
     name: OsString,
     path: PathBuf,
 }
@@ -53,12 +55,27 @@ impl SocketPath {
             Errno::ACCESS => ListenError::NotAllowed(shown()),
             errno => ListenError::Create { path: shown(), source: errno.into() },
         })?;
-        Ok(SocketPath { directory, name, path: path.to_owned() })
+        Ok(SocketPath { directory: Some(directory), name, path: path.to_owned() })
+    }
+
+    /// The path whose directory is the working directory.
+    pub(super) fn in_working_directory(path: &Path) -> SocketPath {
+        let name = path.file_name().unwrap_or_default().to_owned();
+        SocketPath { directory: None, name, path: path.to_owned() }
     }
 
     /// The directory.
     pub(super) fn directory(&self) -> BorrowedFd<'_> {
-        self.directory.as_fd()
+        self.directory.as_ref().map_or(CWD, AsFd::as_fd)
+    }
+
+    /// Makes the directory the working directory of the process, and closes its descriptor.
+    pub(super) fn enter_directory(&mut self) -> Result<(), Errno> {
+        if let Some(directory) = &self.directory {
+            fchdir(directory)?;
+            self.directory = None;
+        }
+        Ok(())
     }
 
     /// The socket's name in it.
@@ -82,7 +99,7 @@ impl SocketPath {
     /// Opens the entry `name`, without following a symbolic link.
     pub(super) fn lookup(&self, name: &OsStr) -> io::Result<Option<Node>> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        match openat(&self.directory, name, flags, Mode::empty()) {
+        match openat(self.directory(), name, flags, Mode::empty()) {
             Ok(fd) => {
                 let stat = fstat(&fd)?;
                 Ok(Some(Node { fd, stat }))
@@ -94,7 +111,7 @@ impl SocketPath {
 
     /// Removes the entry `name`.
     pub(super) fn remove(&self, name: &OsStr) -> io::Result<()> {
-        match unlinkat(&self.directory, name, AtFlags::empty()) {
+        match unlinkat(self.directory(), name, AtFlags::empty()) {
             Err(errno) if errno != Errno::NOENT => Err(errno.into()),
             _ => Ok(()),
         }
@@ -110,7 +127,7 @@ impl SocketPath {
 
     /// Whether `name` is this file.
     pub(super) fn is(&self, name: &OsStr, file: FileId) -> bool {
-        statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW)
+        statat(self.directory(), name, AtFlags::SYMLINK_NOFOLLOW)
             .is_ok_and(|now| (now.st_dev, now.st_ino) == file)
     }
 

@@ -5,13 +5,16 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 
+use log::debug;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, openat};
 use rustix::io::Errno;
 
 use super::ListenError;
 use super::path::{FileId, SocketPath};
+use crate::sys::held_file::HeldFile;
 
 const SUFFIX: &str = ".pid";
 /// More bytes than a process id and a newline.
@@ -24,7 +27,18 @@ const TRIES: usize = 100;
 pub(super) struct PidFile {
     name: OsString,
     id: FileId,
-    _lock: File,
+    lock: Lock,
+}
+
+/// What holds the lock.
+#[derive(Debug)]
+enum Lock {
+    Descriptor(File),
+    Hidden {
+        _held: HeldFile,
+    },
+    /// The file was removed by somebody else.
+    Lost,
 }
 
 impl PidFile {
@@ -32,7 +46,7 @@ impl PidFile {
     pub(super) fn create(place: &SocketPath) -> Result<PidFile, ListenError> {
         let name = place.beside(SUFFIX);
         for _ in 0..TRIES {
-            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             // Whoever can open it can lock it and so prevent a start.
             match openat(place.directory(), &name, flags, Mode::RUSR | Mode::WUSR) {
                 Ok(fd) => {
@@ -59,12 +73,45 @@ impl PidFile {
             return Ok(None);
         }
         match writeln!(file, "{}", std::process::id()) {
-            Ok(()) => Ok(Some(PidFile { name: name.clone(), id, _lock: file })),
+            // Another start that was faster meanwhile has removed the file.
+            Ok(()) if !share(&file) => Ok(None),
+            Ok(()) => Ok(Some(PidFile { name: name.clone(), id, lock: Lock::Descriptor(file) })),
             Err(error) => {
                 place.remove_if(name, id);
                 Err(failed(place, Errno::from_io_error(&error).unwrap_or(Errno::IO)))
             }
         }
+    }
+
+    /// Keeps the lock and closes the descriptor, which processes with the same table could use. Where a file cannot be
+    /// mapped, it stays open.
+    pub(super) fn hide(&mut self) {
+        if let Lock::Descriptor(file) = &self.lock {
+            match HeldFile::new(file) {
+                Ok(held) => self.lock = Lock::Hidden { _held: held },
+                Err(errno) => debug!("the pid file stays open: {errno}"),
+            }
+        }
+    }
+
+    /// The device and inode number.
+    pub(super) fn id(&self) -> FileId {
+        self.id
+    }
+
+    /// The file again, with a lock of its own, for another program in this process. `None` if it is not there any more.
+    pub(super) fn open_again(&self, place: &SocketPath) -> Option<OwnedFd> {
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = openat(place.directory(), &self.name, flags, Mode::empty()).map(File::from).ok()?;
+        (identity(&file) == Ok(self.id) && share(&file)).then(|| file.into())
+    }
+
+    /// The file that another program in this process has opened again.
+    pub(super) fn go_on(place: &SocketPath, id: FileId, lock: Option<OwnedFd>) -> PidFile {
+        let lock = lock.map_or(Lock::Lost, |file| Lock::Descriptor(file.into()));
+        let mut file = PidFile { name: place.beside(SUFFIX), id, lock };
+        file.hide();
+        file
     }
 
     /// Removes it, if it still is what it was.
@@ -102,6 +149,12 @@ fn remove_stale(place: &SocketPath) -> Result<(), ListenError> {
         true => place.remove(&name).map_err(from_io),
         false => Ok(()),
     }
+}
+
+/// Makes a lock a shared one, which other starts respect just as well: so the process can take another one before this
+/// one goes. False if another process has taken it meanwhile.
+fn share(file: &File) -> bool {
+    flock(file, FlockOperation::NonBlockingLockShared).is_ok()
 }
 
 fn identity(file: &File) -> Result<FileId, Errno> {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::mapping::ids::{GidMap, UidMap};
 use crate::mapping::xattrs::XattrMap;
+use crate::migration::config::MigrationConfig;
 
 /// Options of the passthrough file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +17,8 @@ pub struct FsConfig {
     pub allow_mmap: bool,
     /// Pass O_DIRECT of the guest's applications on to the host.
     pub allow_direct_io: bool,
+    /// Who reads and writes data.
+    pub io_engine: IoEngine,
     /// Serve TMPFILE (open(2) with O_TMPFILE).
     pub tmpfile: bool,
     /// Offer READDIRPLUS.
@@ -48,6 +51,8 @@ pub struct FsConfig {
     pub uid_map: UidMap,
     /// Groups of guest and host.
     pub gid_map: GidMap,
+    /// How the share is saved, and what is asked of one that is loaded.
+    pub migration: MigrationConfig,
 }
 
 impl Default for FsConfig {
@@ -58,6 +63,7 @@ impl Default for FsConfig {
             writeback: false,
             allow_mmap: false,
             allow_direct_io: false,
+            io_engine: IoEngine::Auto,
             tmpfile: false,
             readdirplus: true,
             xattr: false,
@@ -74,6 +80,7 @@ impl Default for FsConfig {
             parallel_direct_writes: ParallelDirectWrites::Auto,
             uid_map: UidMap::default(),
             gid_map: GidMap::default(),
+            migration: MigrationConfig::default(),
         }
     }
 }
@@ -138,4 +145,15 @@ pub enum ParallelDirectWrites {
     Always,
     /// None; the guest behaves as before the feature.
     Never,
+}
+
+/// Who reads and writes data (`--io-engine`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IoEngine {
+    /// io_uring where many requests to a disk or a FUSE server are under way at once, and otherwise threads.
+    Auto,
+    /// Threads.
+    Threads,
+    /// io_uring, wherever it can.
+    IoUring,
 }

@@ -13,6 +13,7 @@
 //! | [`handle_table`] | open files and directories of the guest |
 //! | [`state`] | all of these together: one share |
 //! | [`ops`] | the operations |
+//! | [`migrate`] | the share as a snapshot, and from one |
 //! | [`start`] | the constructor |
 //!
 //! No file is ever reached by a path: a name is one component, looked up in the descriptor of its directory without
@@ -24,7 +25,9 @@ mod handle_table;
 mod host;
 mod inode;
 mod lock_waiters;
+mod migrate;
 mod ops;
+mod restore;
 mod session;
 mod start;
 mod start_error;
@@ -33,19 +36,30 @@ mod state;
 use std::sync::Arc;
 
 use log::debug;
+use rustix::io::Errno;
 
-use self::config::FeatureMode;
+use self::config::{FeatureMode, IoEngine};
+use self::handle_table::Handle;
+use self::inode::Inode;
 pub use self::inode::range_lock;
+use self::ops::growing::Change;
+use self::ops::replay::Found;
 use self::ops::xattr::Xattrs;
-use self::ops::{attributes, data, file_flags, locks, lookup, namespace_ops, open, readdir};
+use self::ops::{
+    attributes, data, file_flags, locks, lookup, namespace_ops, open, readdir, replay, transfer,
+};
 pub use self::start_error::StartError;
 pub use self::state::PassthroughFs;
+use super::transfer::{Load, Transfer};
 use super::{Agreement, Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply, errno};
+use crate::migration::config::StreamFormat;
+use crate::migration::{MigrationError, Snapshot};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
 use fuse_protocol::flags::{InitFlags, SetxattrFlags};
 use fuse_protocol::ids::{NodeId, Unique};
 use fuse_protocol::ioctl;
+use fuse_protocol::name::Name;
 use fuse_protocol::reply::{Attributes, DirectoryWriter, Entry, StatxReply};
 use fuse_protocol::request::{
     Access, CopyFileRange, Create, Fallocate, Flush, Fsync, Getattr, Getxattr, Ioctl, Link, Listxattr, Lock,
@@ -54,6 +68,40 @@ use fuse_protocol::request::{
 };
 
 impl PassthroughFs {
+    /// Changes what entries of directories mean: a migration has to know them before, or find them again afterwards.
+    fn changing<T>(&self, entries: &[(NodeId, Name<'_>)], change: impl FnOnce() -> Result<T>) -> Result<T> {
+        for (parent, name) in entries {
+            self.inodes.resolve_entry(*parent, name.as_c_str().to_bytes());
+        }
+        let changed = change();
+        for (parent, name) in entries {
+            self.collector.touch(*parent, name.as_c_str().to_bytes());
+        }
+        changed
+    }
+
+    /// Begins a change of a file that may make it longer.
+    fn disturb(&self, handle: &Arc<Handle>) -> Result<Option<Change>> {
+        self.grows_ahead(handle.inode()).then(|| self.growing.disturb(handle)).transpose()
+    }
+
+    /// The size of this file changes otherwise than by a request with a handle that is writable.
+    fn disturb_size(&self, inode: &Inode) {
+        if self.grows_ahead(inode) {
+            self.growing.disturb_node(inode.node());
+        }
+    }
+
+    /// Whether an engine serves writers of the file, and sets its size ahead of them.
+    fn grows_ahead(&self, inode: &Inode) -> bool {
+        self.config.io_engine != IoEngine::Threads && inode.mount().is_fuse()
+    }
+
+    fn engine(&self, load: Load) -> transfer::Engine<'_> {
+        let (opener, growing) = (self.opener(), &self.growing);
+        transfer::Engine { kind: self.config.io_engine, load, opener, growing }
+    }
+
     fn xattrs(&self) -> Xattrs<'_> {
         Xattrs::new(&self.config, &self.identity, self.session())
     }
@@ -69,12 +117,14 @@ impl FileSystem for PassthroughFs {
             | InitFlags::PARALLEL_DIROPS
             | InitFlags::HAS_IOCTL_DIR
             | InitFlags::CREATE_SUPP_GROUP
-            | InitFlags::SETXATTR_EXT
             | InitFlags::ALLOW_IDMAP;
         let config = &self.config;
         flags.set(InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO, config.readdirplus);
         flags.set(InitFlags::SECURITY_CTX, self.offers_labels);
         flags.set(InitFlags::POSIX_ACL | InitFlags::DONT_MASK, self.offers_acls);
+        // virtiofsd, to which the guest may move, takes the long form of SETXATTR for granted only with ACLs.
+        let moves_to_virtiofsd = config.migration.format == StreamFormat::Virtiofsd;
+        flags.set(InitFlags::SETXATTR_EXT, self.offers_acls || !moves_to_virtiofsd);
         flags.set(InitFlags::HANDLE_KILLPRIV_V2, config.killpriv_v2);
         flags.set(InitFlags::SUBMOUNTS, config.announce_submounts);
         flags.set(InitFlags::POSIX_LOCKS, config.posix_lock);
@@ -104,28 +154,34 @@ impl FileSystem for PassthroughFs {
 
     fn destroy(&self) {
         debug!("the session ends with {} inodes known", self.inodes.len());
+        drop(self.collector.take());
         self.handles.clear();
         self.inodes.clear();
+        self.inodes.state().clear_saved_locks();
     }
 
-    fn lookup(&self, _ctx: &Context, parent: NodeId, lookup: &Lookup<'_>) -> Result<Entry> {
-        lookup::lookup(&self.inodes, &self.view(), &*self.inode(parent)?, lookup.name)
+    fn lookup(&self, ctx: &Context, parent: NodeId, lookup: &Lookup<'_>) -> Result<Entry> {
+        lookup::lookup(&self.inodes, &self.view(ctx), &*self.inode(parent)?, lookup.name)
     }
 
-    fn forget(&self, node: NodeId, count: u64) {
-        self.inodes.forget(node, count);
+    fn forget(&self, ctx: &Context, node: NodeId, count: u64) {
+        self.inodes.forget(ctx.effects, node, count);
     }
 
-    fn getattr(&self, _ctx: &Context, node: NodeId, _getattr: &Getattr) -> Result<Attributes> {
-        attributes::getattr(&self.view(), &*self.inode(node)?)
+    fn take_back_lookup(&self, ctx: &Context, node: NodeId) {
+        self.inodes.take_back_lookup(ctx.effects, node);
+    }
+
+    fn getattr(&self, ctx: &Context, node: NodeId, _getattr: &Getattr) -> Result<Attributes> {
+        attributes::getattr(&self.view(ctx), &*self.inode(node)?)
     }
 
     fn setattr(&self, ctx: &Context, node: NodeId, setattr: &Setattr) -> Result<Attributes> {
         attributes::setattr(self, ctx, &*self.inode(node)?, setattr)
     }
 
-    fn statx(&self, _ctx: &Context, node: NodeId, _statx: &Statx) -> Result<StatxReply> {
-        attributes::statx(&self.view(), &*self.inode(node)?)
+    fn statx(&self, ctx: &Context, node: NodeId, _statx: &Statx) -> Result<StatxReply> {
+        attributes::statx(&self.view(ctx), &*self.inode(node)?)
     }
 
     fn readlink(&self, _ctx: &Context, node: NodeId) -> Result<Vec<u8>> {
@@ -151,22 +207,28 @@ impl FileSystem for PassthroughFs {
         namespace_ops::mkdir(self, ctx, &*self.inode(parent)?, mkdir.name, mkdir.mode, mkdir.umask)
     }
 
-    fn unlink(&self, _ctx: &Context, parent: NodeId, unlink: &Unlink<'_>) -> Result<()> {
-        namespace_ops::unlink(&*self.inode(parent)?, unlink.name)
+    fn unlink(&self, ctx: &Context, parent: NodeId, unlink: &Unlink<'_>) -> Result<()> {
+        self.changing(&[(parent, unlink.name)], || {
+            namespace_ops::unlink(ctx.effects, &*self.inode(parent)?, unlink.name)
+        })
     }
 
-    fn rmdir(&self, _ctx: &Context, parent: NodeId, rmdir: &Rmdir<'_>) -> Result<()> {
-        namespace_ops::rmdir(&*self.inode(parent)?, rmdir.name)
+    fn rmdir(&self, ctx: &Context, parent: NodeId, rmdir: &Rmdir<'_>) -> Result<()> {
+        self.changing(&[(parent, rmdir.name)], || {
+            namespace_ops::rmdir(ctx.effects, &*self.inode(parent)?, rmdir.name)
+        })
     }
 
     fn rename(&self, ctx: &Context, parent: NodeId, rename: &Rename<'_>) -> Result<()> {
         let (from, to) = (self.inode(parent)?, self.inode(rename.new_parent)?);
-        namespace_ops::rename(&self.identity, &self.session(), ctx, (&from, &to), rename)
+        self.changing(&[(parent, rename.name), (rename.new_parent, rename.new_name)], || {
+            namespace_ops::rename(&self.identity, &self.session(), ctx, (&from, &to), rename)
+        })
     }
 
-    fn link(&self, _ctx: &Context, parent: NodeId, link: &Link<'_>) -> Result<Entry> {
+    fn link(&self, ctx: &Context, parent: NodeId, link: &Link<'_>) -> Result<Entry> {
         let (inode, parent) = (self.inode(link.target)?, self.inode(parent)?);
-        namespace_ops::link(&self.inodes, &self.view(), &inode, &parent, link.name)
+        namespace_ops::link(&self.inodes, &self.view(ctx), &inode, &parent, link.name)
     }
 
     fn open(&self, ctx: &Context, node: NodeId, open: &Open) -> Result<Opened> {
@@ -189,7 +251,39 @@ impl FileSystem for PassthroughFs {
         let session = self.session();
         let (kill_priv, writeback) = (self.kill_priv(&session), session.policy.writeback);
         let handle = self.handles.get(node, write.handle)?;
+        let _change = self.disturb(&handle)?;
         data::write(self.opener(), kill_priv, writeback, ctx, &handle, write, data)
+    }
+
+    fn may_begin(&self) -> bool {
+        match self.config.io_engine {
+            IoEngine::Threads => false,
+            IoEngine::IoUring => true,
+            IoEngine::Auto => self.config.allow_direct_io || self.inodes.fd_cache().has_fuse(),
+        }
+    }
+
+    fn begin_read(
+        &self,
+        _ctx: &Context,
+        node: NodeId,
+        read: &Read,
+        load: Load,
+    ) -> Result<Option<Box<dyn Transfer>>> {
+        transfer::read(self.engine(load), self.handles.get(node, read.handle)?, read)
+    }
+
+    fn begin_write(
+        &self,
+        ctx: &Context,
+        node: NodeId,
+        write: &Write,
+        load: Load,
+    ) -> Result<Option<Box<dyn Transfer>>> {
+        let session = self.session();
+        let (kill_priv, writeback) = (self.kill_priv(&session), session.policy.writeback);
+        let handle = self.handles.get(node, write.handle)?;
+        transfer::write(self.engine(load), kill_priv, writeback, ctx, handle, write)
     }
 
     fn statfs(&self, _ctx: &Context, node: NodeId) -> Result<abi::Kstatfs> {
@@ -200,28 +294,28 @@ impl FileSystem for PassthroughFs {
         open::release(self, node, release.handle, release.flags, release.lock_owner)
     }
 
-    fn fsync(&self, _ctx: &Context, node: NodeId, fsync: &Fsync) -> Result<()> {
-        data::fsync(&*self.handles.get(node, fsync.handle)?, fsync.flags)
+    fn fsync(&self, ctx: &Context, node: NodeId, fsync: &Fsync) -> Result<()> {
+        data::fsync(self.opener(), ctx.effects, &*self.handles.get(node, fsync.handle)?, fsync.flags)
     }
 
     fn flush(&self, _ctx: &Context, node: NodeId, flush: &Flush) -> Result<()> {
         data::flush(&*self.handles.get(node, flush.handle)?, flush.lock_owner)
     }
 
-    fn opendir(&self, _ctx: &Context, node: NodeId, _opendir: &Opendir) -> Result<Opened> {
-        open::opendir(self, self.inode(node)?)
+    fn opendir(&self, ctx: &Context, node: NodeId, _opendir: &Opendir) -> Result<Opened> {
+        open::opendir(self, ctx, self.inode(node)?)
     }
 
     fn readdir(
         &self,
-        _ctx: &Context,
+        ctx: &Context,
         node: NodeId,
         readdir: &Readdir,
         out: &mut DirectoryWriter<'_>,
     ) -> Result<()> {
         readdir::readdir(
             &self.inodes,
-            &self.view(),
+            &self.view(ctx),
             &*self.handles.get(node, readdir.handle)?,
             readdir.offset,
             out,
@@ -232,17 +326,18 @@ impl FileSystem for PassthroughFs {
         self.handles.remove(node, releasedir.handle).map(drop)
     }
 
-    fn fsyncdir(&self, _ctx: &Context, node: NodeId, fsyncdir: &Fsync) -> Result<()> {
-        data::fsync(&*self.handles.get(node, fsyncdir.handle)?, fsyncdir.flags)
+    fn fsyncdir(&self, ctx: &Context, node: NodeId, fsyncdir: &Fsync) -> Result<()> {
+        data::fsync(self.opener(), ctx.effects, &*self.handles.get(node, fsyncdir.handle)?, fsyncdir.flags)
     }
 
     fn access(&self, ctx: &Context, node: NodeId, access: &Access) -> Result<()> {
-        attributes::access(&self.view(), ctx, &*self.inode(node)?, access.mask)
+        attributes::access(&self.view(ctx), ctx, &*self.inode(node)?, access.mask)
     }
 
     fn fallocate(&self, ctx: &Context, node: NodeId, fallocate: &Fallocate) -> Result<()> {
         let Fallocate { handle, offset, length, mode } = *fallocate;
         let handle = self.handles.get(node, handle)?;
+        let _change = self.disturb(&handle)?;
         let fallocate = || data::fallocate(&handle, mode, offset, length);
         self.kill_priv(&self.session()).change(ctx, handle.inode(), fallocate)
     }
@@ -255,6 +350,7 @@ impl FileSystem for PassthroughFs {
     fn copy_file_range(&self, ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
         let source = self.handles.get(node, copy.handle_in)?;
         let target = self.handles.get(copy.node_out, copy.handle_out)?;
+        let _change = self.disturb(&target)?;
         let copy = || data::copy_file_range(self.opener(), &source, &target, copy);
         self.kill_priv(&self.session()).change(ctx, target.inode(), copy)
     }
@@ -266,7 +362,9 @@ impl FileSystem for PassthroughFs {
     fn setxattr(&self, ctx: &Context, node: NodeId, setxattr: &Setxattr<'_>) -> Result<()> {
         let Setxattr { name, value, flags, setxattr_flags } = *setxattr;
         let kill_sgid = setxattr_flags.contains(SetxattrFlags::ACL_KILL_SGID);
-        self.xattrs().setxattr(ctx, &*self.inode(node)?, (name, value), flags, kill_sgid)
+        let (xattrs, inode) = (self.xattrs(), self.inode(node)?);
+        let is_set = || xattrs.has_value(&inode, name, value);
+        replay::link(ctx.effects, is_set, || xattrs.setxattr(ctx, &inode, (name, value), flags, kill_sgid))
     }
 
     fn getxattr(&self, _ctx: &Context, node: NodeId, getxattr: &Getxattr<'_>) -> Result<XattrReply> {
@@ -277,8 +375,13 @@ impl FileSystem for PassthroughFs {
         self.xattrs().listxattr(&*self.inode(node)?, listxattr.size)
     }
 
-    fn removexattr(&self, _ctx: &Context, node: NodeId, removexattr: &Removexattr<'_>) -> Result<()> {
-        self.xattrs().removexattr(&*self.inode(node)?, removexattr.name)
+    fn removexattr(&self, ctx: &Context, node: NodeId, removexattr: &Removexattr<'_>) -> Result<()> {
+        let inode = self.inode(node)?;
+        let find = || match self.xattrs().getxattr(&inode, removexattr.name, 0) {
+            Err(Errno::NODATA) => Found::Nothing,
+            _ => Found::Something,
+        };
+        replay::remove(ctx.effects, find, || self.xattrs().removexattr(&inode, removexattr.name))
     }
 
     fn getlk(&self, _ctx: &Context, node: NodeId, lock: &Lock) -> Result<abi::FileLock> {
@@ -296,6 +399,28 @@ impl FileSystem for PassthroughFs {
     fn ioctl(&self, ctx: &Context, node: NodeId, ioctl: &Ioctl<'_>) -> Result<ioctl::Reply> {
         let command = ioctl.command().map_err(|error| errno(error.errno()))?;
         file_flags::ioctl(&self.identity, ctx, &*self.handles.get(node, ioctl.handle)?, command)
+    }
+
+    fn prepare_save(&self) {
+        self.collector.start(&self.inodes, &self.config.migration);
+    }
+
+    fn cancel_save(&self) {
+        drop(self.collector.take());
+    }
+
+    fn save(&self) -> std::result::Result<Snapshot, MigrationError> {
+        migrate::save(self)
+    }
+
+    fn resume(&self) {
+        migrate::resume(self);
+    }
+
+    fn load(&self, snapshot: Snapshot) -> std::result::Result<(), MigrationError> {
+        migrate::load(self, snapshot)?;
+        migrate::resolve_in_background(&self.inodes);
+        Ok(())
     }
 
     fn interrupt(&self, unique: Unique) -> Result<()> {

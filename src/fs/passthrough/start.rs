@@ -3,19 +3,22 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use log::warn;
+use log::{info, warn};
 use rustix::io::Errno;
 
 use super::caller::identity::Identity;
 use super::handle_table::HandleTable;
 use super::host::{self, Host};
-use super::inode::{FdCache, InodeKey, InodeTable};
+use super::inode::{self, FdCache, InodeKey, InodeTable, OwnerRecords, Records};
 use super::lock_waiters::LockWaiters;
+use super::migrate::{self, Collector, SavedLocks};
 use super::ops::{labels, xattr};
 use super::start_error::StartError;
 use super::state::PassthroughFs;
+use crate::fs::Agreement;
 use crate::fs::passthrough::config::{FsConfig, InodeFileHandles};
 use crate::limits::{FdQuota, Limits};
+use crate::state_file::StateFile;
 use fuse_protocol::ids::NodeId;
 
 impl PassthroughFs {
@@ -30,24 +33,91 @@ impl PassthroughFs {
         proc_self_fd: OwnedFd,
         limits: Limits,
         config: FsConfig,
+        state: &Arc<StateFile>,
     ) -> Result<PassthroughFs, StartError> {
-        let Limits { fds, locked_ranges, memory } = limits;
         let key = InodeKey::of(&host::stat(&root)?);
+        // As all that is opened for the guest.
+        rustix::io::fcntl_setfd(&root, rustix::io::FdFlags::empty())?;
         let offers_acls = xattr::offers_acls(&root, &config)?;
-        let fd_cache = fd_cache(config.inode_file_handles, &root, &fds)?;
-        Ok(PassthroughFs {
+        let records = Records::new(state);
+        let fd_cache = fd_cache(config.inode_file_handles, &root, &limits.fds, &records)?;
+        let inodes = InodeTable::new(limits.fds.acquire()?.wrap(root), key, fd_cache)?;
+        Ok(PassthroughFs::with(
+            inodes,
+            Host::new(proc_self_fd, config.readonly),
+            limits,
+            config,
+            state,
+            offers_acls,
+        ))
+    }
+
+    /// Goes on serving what an earlier process has left in `state`, which no other process uses any more. `fdinfo` is the
+    /// directory `/proc/self/fdinfo` of this process, which tells the locks of open files. What is left to do beside requests is
+    /// [`PassthroughFs::background`].
+    pub fn restore(
+        proc_self_fd: OwnedFd,
+        fdinfo: &OwnedFd,
+        limits: Limits,
+        config: FsConfig,
+        state: &Arc<StateFile>,
+    ) -> Result<PassthroughFs, StartError> {
+        let records = Records::new(state);
+        let root = inode::root_descriptor(&records)?;
+        let offers_acls = xattr::offers_acls(&root, &config)?;
+        let fd_cache = fd_cache(config.inode_file_handles, &root, &limits.fds, &records)?;
+        let (inodes, forgotten) = InodeTable::restore(fd_cache)?;
+        let host = Host::new(proc_self_fd, config.readonly);
+        let fs = PassthroughFs::with(inodes, host, limits, config, state, offers_acls);
+        fs.restore_files(&forgotten, fdinfo);
+        migrate::restore_saved_locks(&fs);
+        Ok(fs)
+    }
+
+    /// Opens anew, below `root`, what an earlier process has left in `state`: the share was mounted again since.
+    /// [`PassthroughFs::restore`] is to follow.
+    pub fn reopen(root: &OwnedFd, proc_self_fd: &OwnedFd, state: &Arc<StateFile>) -> Result<(), StartError> {
+        let done = inode::reopen(state, root, proc_self_fd)?;
+        info!(
+            "{} of {} inodes that the guest knows and {} of {} files that it has open are there again",
+            done.inodes.0, done.inodes.1, done.files.0, done.files.1
+        );
+        if done.lock_owners > 0 {
+            warn!("{} owners of file locks in the guest have none any more", done.lock_owners);
+        }
+        Ok(())
+    }
+
+    fn with(
+        inodes: InodeTable,
+        host: Host,
+        limits: Limits,
+        config: FsConfig,
+        state: &Arc<StateFile>,
+        offers_acls: bool,
+    ) -> PassthroughFs {
+        PassthroughFs {
             identity: Identity::new(&config),
-            host: Host::new(proc_self_fd, config.readonly),
-            inodes: InodeTable::new(fds.acquire()?.wrap(root), key, fd_cache)?,
-            handles: HandleTable::new(memory),
+            host,
+            inodes: Arc::new(inodes),
+            handles: HandleTable::new(limits.memory, state),
             lock_waiters: LockWaiters::default(),
-            locked_ranges,
+            locked_ranges: limits.locked_ranges,
+            owner_records: OwnerRecords::new(state),
             offers_acls,
             offers_labels: false,
             mapped_capability: xattr::mapped_capability(&config),
-            agreement: Arc::default(),
+            agreement: Arc::new(Agreement::of(state)),
             config,
-        })
+            collector: Collector::default(),
+            growing: Arc::default(),
+            saved_locks: SavedLocks::default(),
+        }
+    }
+
+    /// What a share that goes on has to do beside requests.
+    pub fn background(&self) -> Background {
+        Background(Arc::clone(&self.inodes))
     }
 
     /// Whether inodes may be evicted and opened again by file handle, which takes a capability and two system calls.
@@ -64,15 +134,31 @@ impl PassthroughFs {
     }
 }
 
+/// Work that [`PassthroughFs::restore`] has left for a thread: inodes that are not made or not found yet.
+#[derive(Debug)]
+pub struct Background(Arc<InodeTable>);
+
+impl Background {
+    /// Begins it. The thread has the capabilities and the filter of the caller.
+    pub fn begin(self) {
+        migrate::resolve_in_background(&self.0);
+    }
+}
+
 /// The cache of inodes' descriptors, with or without a limit.
-fn fd_cache(wanted: InodeFileHandles, root: &OwnedFd, quota: &Arc<FdQuota>) -> Result<FdCache, StartError> {
-    match (wanted, FdCache::limited(root, quota)) {
-        (InodeFileHandles::Never, _) => Ok(FdCache::unlimited(quota)),
+fn fd_cache(
+    wanted: InodeFileHandles,
+    root: &OwnedFd,
+    quota: &Arc<FdQuota>,
+    records: &Arc<Records>,
+) -> Result<FdCache, StartError> {
+    match (wanted, FdCache::limited(root, quota, records)) {
+        (InodeFileHandles::Never, _) => Ok(FdCache::unlimited(quota, records)),
         (_, Ok(cache)) => Ok(cache),
         (InodeFileHandles::Mandatory, Err(_)) => Err(StartError::NoFileHandles),
         (InodeFileHandles::Prefer, Err(errno)) => {
             warn_without_handles(errno, quota);
-            Ok(FdCache::unlimited(quota))
+            Ok(FdCache::unlimited(quota, records))
         }
     }
 }

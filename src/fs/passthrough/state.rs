@@ -8,8 +8,10 @@ use super::caller::set_id::KillPriv;
 use super::handle_table::HandleTable;
 use super::host::Host;
 use super::host::file::Opener;
-use super::inode::{Inode, InodeTable};
+use super::inode::{Inode, InodeTable, OwnerRecords};
 use super::lock_waiters::LockWaiters;
+use super::migrate::{Collector, SavedLocks};
+use super::ops::growing::Growing;
 use super::session::Session;
 use crate::fs::passthrough::config::FsConfig;
 use crate::fs::{Agreement, Result};
@@ -21,10 +23,12 @@ pub struct PassthroughFs {
     pub(super) config: FsConfig,
     pub(super) identity: Identity,
     pub(super) host: Host,
-    pub(super) inodes: InodeTable,
+    pub(super) inodes: Arc<InodeTable>,
     pub(super) handles: HandleTable,
+    pub(super) growing: Arc<Growing>,
     pub(super) lock_waiters: LockWaiters,
     pub(super) locked_ranges: Arc<LockedRangeQuota>,
+    pub(super) owner_records: Arc<OwnerRecords>,
     /// The host has ACLs, and they were asked for.
     pub(super) offers_acls: bool,
     /// The same with security labels.
@@ -32,6 +36,9 @@ pub struct PassthroughFs {
     /// See [`KillPriv::mapped_capability`].
     pub(super) mapped_capability: Option<CString>,
     pub(super) agreement: Arc<Agreement>,
+    /// Where inodes are, while a migration is prepared.
+    pub(super) collector: Collector,
+    pub(super) saved_locks: SavedLocks,
 }
 
 impl PassthroughFs {

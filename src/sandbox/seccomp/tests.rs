@@ -10,7 +10,7 @@ use std::process::ExitStatus;
 /// 0 if it came back, whatever the answer, and 1 if the answer was ENOSYS.
 pub(in crate::sandbox) fn attempt(mode: SeccompAction, call: c_long, arguments: [c_long; 4]) -> ExitStatus {
     // The filter of the child has its own id in it.
-    let programs = |action| [without_optional().unwrap(), allow_list(action, false).unwrap()];
+    let programs = |action| [without_optional().unwrap(), allow_list(action, Uses::default()).unwrap()];
     let [a, b, c, d] = arguments;
     // SAFETY: the child does nothing but system calls, and memory that the C library's fork
     // has put in order.
@@ -54,10 +54,13 @@ fn what_serving_does_not_take_ends_the_process() {
         ("unshare", libc::SYS_unshare, [long(libc::CLONE_NEWUSER), 0, 0, 0]),
         ("bpf", libc::SYS_bpf, [-1, 0, 0, 0]),
         ("io_uring_setup", libc::SYS_io_uring_setup, [0; 4]),
+        ("io_uring_register", libc::SYS_io_uring_register, [0; 4]),
+        ("io_uring_enter", libc::SYS_io_uring_enter, [0; 4]),
         ("open_by_handle_at", libc::SYS_open_by_handle_at, [-1, 0, 0, 0]),
         ("socket", libc::SYS_socket, [long(libc::AF_UNIX), long(libc::SOCK_STREAM), 0, 0]),
         ("connect", libc::SYS_connect, [-1, 0, 0, 0]),
         ("ioctl", libc::SYS_ioctl, [-1, 0, 0, 0]),
+        ("userfaultfd", libc::SYS_userfaultfd, [0; 4]),
         ("kill", libc::SYS_kill, [0, 0, 0, 0]),
         ("memfd_create", libc::SYS_memfd_create, [0; 4]),
         ("process_vm_readv", libc::SYS_process_vm_readv, [0; 4]),
@@ -119,6 +122,13 @@ fn arguments_are_looked_at() {
         ("ioctl", libc::SYS_ioctl, [-1, 0x5401 /* TCGETS */, 0, 0], Some([-1, 0x4008_6602, 0, 0])),
         ("ioctl", libc::SYS_ioctl, [-1, 0x4004_9409 /* FICLONE */, 0, 0], Some([-1, 0x801c_581f, 0, 0])),
         ("ioctl", libc::SYS_ioctl, [-1, 0xc018_5879 /* FITRIM */, 0, 0], Some([-1, 0x401c_5820, 0, 0])),
+        (
+            "ioctl",
+            libc::SYS_ioctl,
+            [-1, 0xaa00 /* USERFAULTFD_IOC_NEW */, 0, 0],
+            Some([-1, 0xc018_aa3f, 0, 0]),
+        ),
+        ("ioctl", libc::SYS_ioctl, [-1, 0xc028_aa03 /* UFFDIO_COPY */, 0, 0], Some([-1, 0x8010_aa02, 0, 0])),
         ("prctl", libc::SYS_prctl, [long(libc::PR_SET_DUMPABLE), 1, 0, 0], None),
         ("prctl", libc::SYS_prctl, [long(libc::PR_CAPBSET_DROP), 0, 0, 0], None),
         ("socketpair", libc::SYS_socketpair, [long(libc::AF_INET), 1, 0, 0], Some([1, 1, 0, 0])),
@@ -175,7 +185,8 @@ fn is_decided_by_number(program: &BpfProgram, call: c_long) -> bool {
 
 #[test]
 fn calls_of_the_way_of_a_request_are_decided_by_their_number() {
-    let programs = [without_optional().unwrap(), allow_list(SeccompAction::KillProcess, true).unwrap()];
+    let uses = Uses { file_handles: true, rings: true };
+    let programs = [without_optional().unwrap(), allow_list(SeccompAction::KillProcess, uses).unwrap()];
     let decided = |call| programs.iter().all(|program| is_decided_by_number(program, call));
     for call in [
         libc::SYS_preadv2,
@@ -192,6 +203,7 @@ fn calls_of_the_way_of_a_request_are_decided_by_their_number() {
         libc::SYS_write,
         libc::SYS_futex,
         libc::SYS_open_by_handle_at,
+        libc::SYS_io_uring_enter,
     ] {
         assert!(decided(call), "call {call}");
     }
@@ -203,7 +215,8 @@ fn calls_of_the_way_of_a_request_are_decided_by_their_number() {
 #[test]
 fn a_worker_gets_along_with_it() {
     let work = || {
-        for program in [without_optional().unwrap(), allow_list(SeccompAction::KillProcess, false).unwrap()] {
+        let allowed = allow_list(SeccompAction::KillProcess, Uses::default()).unwrap();
+        for program in [without_optional().unwrap(), allowed] {
             seccompiler::apply_filter(&program).unwrap();
         }
         let inherited = || std::fs::read_to_string("/proc/thread-self/status").unwrap();

@@ -16,7 +16,7 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -50,6 +50,8 @@ pub enum Call {
     Getattr,
     /// Opening the file.
     Open,
+    /// Changing attributes, which are changed also if it fails.
+    Setattr,
     /// Reading from it.
     Read,
     /// Writing to it.
@@ -60,19 +62,37 @@ pub enum Call {
     Flush,
 }
 
-const CALLS: usize = 7;
+const CALLS: usize = 8;
 
 #[derive(Debug, Default)]
 struct Controls {
     errors: [AtomicI32; CALLS],
     calls: [AtomicU64; CALLS],
+    /// Calls that are not answered yet, and the most of them at once.
+    under_way: [AtomicU64; CALLS],
+    most_under_way: [AtomicU64; CALLS],
+    /// The file can grow and shrink.
+    is_growing: AtomicBool,
     /// Most bytes of a read; 0 for any number.
     longest_read: AtomicU64,
     delay_in_ms: AtomicU64,
     delay_of_names_in_ms: AtomicU64,
+    /// Permissions of the file.
+    mode: AtomicU32,
+    /// Writes that say that they append.
+    appends: AtomicU64,
 }
 
 impl Controls {
+    fn begin(&self, call: Call) {
+        let now = self.under_way[call as usize].fetch_add(1, Ordering::SeqCst) + 1;
+        self.most_under_way[call as usize].fetch_max(now, Ordering::SeqCst);
+    }
+
+    fn end(&self, call: Call) {
+        self.under_way[call as usize].fetch_sub(1, Ordering::SeqCst);
+    }
+
     fn check(&self, call: Call) -> Result<(), i32> {
         self.calls[call as usize].fetch_add(1, Ordering::SeqCst);
         match self.errors[call as usize].load(Ordering::SeqCst) {
@@ -87,6 +107,7 @@ impl Controls {
 pub struct FaultFs {
     path: PathBuf,
     controls: Arc<Controls>,
+    contents: Arc<Mutex<Vec<u8>>>,
     session: Option<BackgroundSession>,
 }
 
@@ -98,12 +119,12 @@ impl FaultFs {
 
     /// The same with another length of the file, in bytes.
     pub fn with_length(path: &Path, length: usize) -> std::io::Result<FaultFs> {
-        let controls = Arc::new(Controls::default());
+        let controls = Arc::new(Controls { mode: AtomicU32::new(0o644), ..Controls::default() });
         let contents = Arc::new(Mutex::new(vec![0; length]));
-        let store = Store { controls: Arc::clone(&controls), contents, length };
+        let store = Store { controls: Arc::clone(&controls), contents: Arc::clone(&contents) };
         let options = [MountOption::FSName("faultfs".into()), MountOption::DefaultPermissions];
         let session = fuser::spawn_mount2(store, path, &options)?;
-        Ok(FaultFs { path: path.to_path_buf(), controls, session: Some(session) })
+        Ok(FaultFs { path: path.to_path_buf(), controls, contents, session: Some(session) })
     }
 
     /// Lets a call fail with an errno from now on, or work again with 0.
@@ -114,6 +135,31 @@ impl FaultFs {
     /// How often the host's kernel has asked for this so far.
     pub fn calls(&self, call: Call) -> u64 {
         self.controls.calls[call as usize].load(Ordering::SeqCst)
+    }
+
+    /// How many calls of this kind are not answered yet.
+    pub fn under_way(&self, call: Call) -> u64 {
+        self.controls.under_way[call as usize].load(Ordering::SeqCst)
+    }
+
+    /// The most of them at once so far.
+    pub fn most_under_way(&self, call: Call) -> u64 {
+        self.controls.most_under_way[call as usize].load(Ordering::SeqCst)
+    }
+
+    /// Lets the file grow and shrink from now on; until then it has one length.
+    pub fn let_grow(&self) {
+        self.controls.is_growing.store(true, Ordering::SeqCst);
+    }
+
+    /// What the file holds.
+    pub fn contents(&self) -> Vec<u8> {
+        self.contents.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How many writes have said that they append.
+    pub fn appends(&self) -> u64 {
+        self.controls.appends.load(Ordering::SeqCst)
     }
 
     /// Lets a read give no more than so many bytes from now on, though there are more.
@@ -150,7 +196,6 @@ impl Drop for FaultFs {
 struct Store {
     controls: Arc<Controls>,
     contents: Arc<Mutex<Vec<u8>>>,
-    length: usize,
 }
 
 impl Store {
@@ -161,13 +206,25 @@ impl Store {
             Call::Lookup | Call::Open => &controls.delay_of_names_in_ms,
             _ => &controls.delay_in_ms,
         };
+        controls.begin(call);
         match delay.load(Ordering::SeqCst) {
-            0 => answer(controls.check(call)),
+            0 => {
+                let result = controls.check(call);
+                // Before the answer: who gets that may send the next call.
+                controls.end(call);
+                answer(result);
+            }
             delay => drop(std::thread::spawn(move || {
                 std::thread::sleep(Duration::from_millis(delay));
-                answer(controls.check(call));
+                let result = controls.check(call);
+                controls.end(call);
+                answer(result);
             })),
         }
+    }
+
+    fn length(&self) -> usize {
+        self.contents.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     fn attributes(&self, inode: u64) -> FileAttr {
@@ -175,14 +232,14 @@ impl Store {
         let is_file = inode == FILE_INODE;
         FileAttr {
             ino: inode,
-            size: if is_file { self.length as u64 } else { 0 },
+            size: if is_file { self.length() as u64 } else { 0 },
             blocks: 0,
             atime: time,
             mtime: time,
             ctime: time,
             crtime: time,
             kind: if is_file { FileType::RegularFile } else { FileType::Directory },
-            perm: if is_file { 0o644 } else { 0o755 },
+            perm: if is_file { self.controls.mode.load(Ordering::SeqCst) as u16 } else { 0o755 },
             nlink: if is_file { 1 } else { 2 },
             uid: 0,
             gid: 0,
@@ -226,10 +283,10 @@ impl Filesystem for Store {
         &mut self,
         _: &Request<'_>,
         inode: u64,
-        _mode: Option<u32>,
+        mode: Option<u32>,
         _uid: Option<u32>,
         _gid: Option<u32>,
-        _size: Option<u64>,
+        size: Option<u64>,
         _atime: Option<TimeOrNow>,
         _mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
@@ -240,7 +297,18 @@ impl Filesystem for Store {
         _flags: Option<u32>,
         reply: ReplyAttr,
     ) {
-        reply.attr(&NO_TIME, &self.attributes(inode));
+        if let Some(mode) = mode.filter(|_| inode == FILE_INODE) {
+            self.controls.mode.store(mode & 0o7777, Ordering::SeqCst);
+        }
+        if let Some(size) = size.filter(|_| self.controls.is_growing.load(Ordering::SeqCst)) {
+            let mut contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+            contents.resize(size as usize, 0);
+        }
+        let attributes = self.attributes(inode);
+        self.later(Call::Setattr, move |result| match result {
+            Ok(()) => reply.attr(&NO_TIME, &attributes),
+            Err(errno) => reply.error(errno),
+        });
     }
 
     fn open(&mut self, _: &Request<'_>, _inode: u64, _flags: i32, reply: ReplyOpen) {
@@ -283,14 +351,22 @@ impl Filesystem for Store {
         offset: i64,
         data: &[u8],
         _write_flags: u32,
-        _flags: i32,
+        flags: i32,
         _owner: Option<u64>,
         reply: ReplyWrite,
     ) {
+        if flags & libc::O_APPEND != 0 {
+            self.controls.appends.fetch_add(1, Ordering::SeqCst);
+        }
         let (contents, data) = (Arc::clone(&self.contents), data.to_vec());
+        let is_growing = self.controls.is_growing.load(Ordering::SeqCst);
         self.later(Call::Write, move |result| match result {
             Ok(()) => {
                 let mut contents = contents.lock().unwrap_or_else(PoisonError::into_inner);
+                let end = usize::try_from(offset).unwrap_or(0) + data.len();
+                if is_growing && end > contents.len() {
+                    contents.resize(end, 0);
+                }
                 let range = range(contents.len(), offset, data.len());
                 let written = range.len();
                 contents[range].copy_from_slice(&data[..written]);

@@ -3,14 +3,12 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -28,8 +26,7 @@ pub struct Backend {
     child: Child,
     socket: PathBuf,
     share: PathBuf,
-    stderr: Arc<Mutex<String>>,
-    reader: Option<JoinHandle<()>>,
+    stderr: fs::File,
     /// Holds socket and share, unless the share is the caller's.
     _directory: TempDir,
 }
@@ -121,13 +118,14 @@ impl Starter {
                 self.command.arg("--shared-dir").arg(&share).arg("--socket-path").arg(&socket);
             }
         }
-        self.command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child =
+        // A file shows at once what was written: a pipe would need a thread, which may be late.
+        let make_file = || tempfile::tempfile().and_then(|file| Ok((file.try_clone()?, file)));
+        let (stderr, childs) = make_file().map_err(Error::system("make a file for what is said"))?;
+        self.command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(childs);
+        let child =
             self.command.spawn().map_err(Error::system(format!("start {}", self.program.display())))?;
         drop(listener);
-        let stderr = Arc::new(Mutex::new(String::new()));
-        let reader = child.stderr.take().map(|pipe| collect(pipe, stderr.clone()));
-        Ok(Backend { program: self.program, child, socket, share, stderr, reader, _directory: directory })
+        Ok(Backend { program: self.program, child, socket, share, stderr, _directory: directory })
     }
 
     /// Starts the process and waits until its socket is there.
@@ -171,16 +169,6 @@ fn pass_fd(command: &mut Command, fd: i32) {
     unsafe { command.pre_exec(hand_over) };
 }
 
-fn collect(pipe: impl std::io::Read + Send + 'static, to: Arc<Mutex<String>>) -> JoinHandle<()> {
-    std::thread::spawn(move || {
-        for line in BufReader::new(pipe).split(b'\n').map_while(std::result::Result::ok) {
-            let mut text = to.lock().unwrap_or_else(PoisonError::into_inner);
-            text.push_str(&String::from_utf8_lossy(&line));
-            text.push('\n');
-        }
-    })
-}
-
 impl Backend {
     /// The socket's path.
     pub fn socket(&self) -> &Path {
@@ -207,15 +195,14 @@ impl Backend {
         self.child.id()
     }
 
-    /// What the process has written to stderr so far; all of it once it has ended.
-    pub fn stderr(&mut self) -> String {
-        if self.child.try_wait().is_ok_and(|status| status.is_some())
-            && let Some(reader) = self.reader.take()
-        {
-            // A panic of the reader would only lose text.
-            let _ = reader.join();
+    /// What the process and its children have written to stderr so far.
+    pub fn stderr(&self) -> String {
+        let mut text = vec![0; self.stderr.metadata().map_or(0, |file| file.len() as usize)];
+        // At an offset, as the children write at the one that is shared with them.
+        match self.stderr.read_exact_at(&mut text, 0) {
+            Ok(()) => String::from_utf8_lossy(&text).into_owned(),
+            Err(error) => format!("(stderr cannot be read: {error})"),
         }
-        self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The exit status if the process has ended.
@@ -252,16 +239,72 @@ impl Backend {
 
     /// Sends a signal.
     pub fn signal(&self, signal: i32) -> Result<()> {
-        let pid = i32::try_from(self.pid()).unwrap_or(i32::MAX);
-        // SAFETY: a plain system call; the child was not reaped, so the number is still its own.
-        match unsafe { libc::kill(pid, signal) } {
-            0 => Ok(()),
-            _ => Err(Error::system(format!("send signal {signal}"))(std::io::Error::last_os_error())),
+        send(self.pid(), signal)
+    }
+
+    /// The worker: the child of the process that was started, if it has one that lives.
+    pub fn worker(&self) -> Option<u32> {
+        child_of(self.pid())
+    }
+
+    /// Sends a signal that ends it to the worker, and waits until another one is there.
+    pub fn replace_worker(&self, signal: i32) -> Result<()> {
+        self.replacing_worker(|victim| send(victim, signal))
+    }
+
+    /// Has the back end upgraded to the program that is where it was started from, and waits until another worker is there.
+    pub fn upgrade(&self) -> Result<()> {
+        self.replacing_worker(|_| self.signal(libc::SIGHUP))
+    }
+
+    fn replacing_worker(&self, act: impl FnOnce(u32) -> Result<()>) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let victim = self.worker().ok_or_else(|| self.complaint("has no worker".into()))?;
+        act(victim)?;
+        while self.worker().is_none_or(|worker| worker == victim) {
+            if Instant::now() > deadline {
+                return Err(self.complaint(format!("makes no worker in place of {victim}")));
+            }
+            std::thread::sleep(Duration::from_micros(200));
         }
+        Ok(())
+    }
+
+    /// Memory of the process that was started, and of the memory files that it has open: both anonymous and shared
+    /// resident pages, and pages that nobody has mapped, in KiB.
+    pub fn lasting_kib(&self) -> Result<usize> {
+        let pid = self.pid();
+        let folder = format!("/proc/{pid}/fd");
+        let mut bytes = 0;
+        for entry in
+            fs::read_dir(&folder).map_err(Error::system(format!("list {folder}")))?.filter_map(|e| e.ok())
+        {
+            let target = fs::read_link(entry.path()).unwrap_or_default();
+            let name = target.to_string_lossy();
+            if name.contains("memfd:") && !name.contains("memfd:lanefsd-frontend") {
+                bytes += fs::metadata(entry.path()).map_or(0, |found| found.blocks() * 512);
+            }
+        }
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let own = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap_or_default();
+        let own: usize = own.split_whitespace().next().and_then(|number| number.parse().ok()).unwrap_or(0);
+        Ok(own + usize::try_from(bytes / 1024).unwrap_or(usize::MAX))
     }
 
     /// Open descriptors of the process that serves, and what they are.
     pub fn descriptors(&self) -> Result<Vec<String>> {
+        // A process that serves may end and be followed by another one.
+        let deadline = Instant::now() + Duration::from_secs(1);
+        loop {
+            match self.list_descriptors() {
+                Ok(found) if !found.is_empty() => return Ok(found),
+                result if Instant::now() > deadline => return result,
+                _ => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
+    fn list_descriptors(&self) -> Result<Vec<String>> {
         let mut found = Vec::new();
         for entry in self.proc("fd").read_dir().map_err(Error::system("list the back end's descriptors"))? {
             // A descriptor may be closed between readdir and readlink.
@@ -314,8 +357,7 @@ impl Backend {
         let mut pid = self.pid();
         let mut seen = BTreeSet::new();
         while seen.insert(pid) {
-            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-            match children.split_whitespace().next().and_then(|child| child.parse().ok()) {
+            match child_of(pid) {
                 Some(child) => pid = child,
                 None => break,
             }
@@ -324,10 +366,30 @@ impl Backend {
     }
 
     fn complaint(&self, problem: String) -> Error {
-        let stderr = self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let stderr = self.stderr();
         let problem =
             if stderr.is_empty() { problem } else { format!("{problem}; stderr: {}", stderr.trim_end()) };
         Error::Backend { program: self.program.display().to_string(), problem }
+    }
+}
+
+/// The first child of a process that lives: it is neither a zombie (Z) nor being reaped (X).
+fn child_of(pid: u32) -> Option<u32> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let children = fs::read_to_string(path).unwrap_or_default();
+    let mut pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+    pids.find(|pid: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(['Z', 'X']))
+    })
+}
+
+fn send(pid: u32, signal: i32) -> Result<()> {
+    let pid = i32::try_from(pid).unwrap_or(i32::MAX);
+    // SAFETY: a plain system call. The process is our child, not yet waited for, or a child of that.
+    match unsafe { libc::kill(pid, signal) } {
+        0 => Ok(()),
+        _ => Err(Error::system(format!("send signal {signal}"))(std::io::Error::last_os_error())),
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! From the bottom up: [`connection`] speaks vhost-user, [`memory`] is the guest's memory, [`ring`] and
 //! [`queue`] are virtqueues, [`chain`] and [`request`] are FUSE requests in memory, [`session`] holds
-//! all of them together, [`client`] has a method per FUSE operation. [`backend`] starts the process
+//! all of them together, [`client`] has a method per FUSE operation. [`migration`] copies guest memory while it is in use, and
+//! [`postcopy`] does without it. [`backend`] starts the process
 //! under test, and [`malicious`] is what a hostile guest does.
 #![allow(
     clippy::unwrap_used,
@@ -25,6 +26,8 @@ pub mod error;
 pub mod malicious;
 pub mod memory;
 pub mod message;
+pub mod migration;
+pub mod postcopy;
 pub mod queue;
 pub mod random;
 pub mod request;
@@ -37,5 +40,6 @@ pub use client::Client;
 pub use errno::Errno;
 pub use error::{Error, Result};
 pub use memory::Memory;
+pub use migration::Migration;
 pub use request::{Caller, Request};
 pub use session::{Session, SessionOptions};

@@ -4,9 +4,10 @@
 //! million requests ends with as much memory in use as it began with, and allocation stays cheap.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::error::{Error, Result};
@@ -23,6 +24,10 @@ pub struct Region {
     size: usize,
     file: File,
     host: NonNull<u8>,
+    /// Whether there is a copy.
+    copied: AtomicBool,
+    /// What a destination of a migration has: what this process writes at once, and what the device writes page by page.
+    copy: Mutex<Vec<u8>>,
 }
 
 // SAFETY: the mapping lives as long as the Region, and all access goes through raw copies and
@@ -54,9 +59,14 @@ impl Region {
             )
         };
         match NonNull::new(host.cast::<u8>()) {
-            Some(host) if host.as_ptr().cast() != libc::MAP_FAILED => {
-                Ok(Arc::new(Region { guest, size, file, host }))
-            }
+            Some(host) if host.as_ptr().cast() != libc::MAP_FAILED => Ok(Arc::new(Region {
+                guest,
+                size,
+                file,
+                host,
+                copied: AtomicBool::new(false),
+                copy: Mutex::default(),
+            })),
             _ => Err(Error::system(format!("map {size} bytes of guest memory"))(
                 std::io::Error::last_os_error(),
             )),
@@ -93,6 +103,81 @@ impl Region {
         let to = self.at(offset, bytes.len());
         // SAFETY: `at` checked the range; Rust memory and the mapping do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
+        self.copy_own(offset, bytes);
+    }
+
+    /// Brings the copy up to date with what this process has written.
+    fn copy_own(&self, offset: usize, bytes: &[u8]) {
+        if self.copied.load(Ordering::Relaxed)
+            && let Some(copy) = self.copy().get_mut(offset..offset + bytes.len())
+        {
+            copy.copy_from_slice(bytes);
+        }
+    }
+
+    /// Makes a copy of the region, as it is now.
+    pub fn begin_copy(&self) {
+        let mut copy = self.copy();
+        self.copied.store(true, Ordering::SeqCst);
+        copy.resize(self.size, 0);
+        self.read(0, &mut copy);
+    }
+
+    /// Copies one page again.
+    pub fn copy_page(&self, page: usize) {
+        let range = page * PAGE..((page + 1) * PAGE).min(self.size);
+        let mut copy = self.copy();
+        self.read(range.start, &mut copy[range]);
+    }
+
+    /// Numbers of the pages that differ from their copies.
+    pub fn stale_pages(&self) -> Vec<usize> {
+        let (mut now, mut stale) = (vec![0; 64 * PAGE], Vec::new());
+        for (block, copy) in self.copy().chunks(64 * PAGE).enumerate() {
+            let now = &mut now[..copy.len()];
+            self.read(block * 64 * PAGE, now);
+            // Mostly they are the same.
+            if now != copy {
+                let pages = now.chunks(PAGE).zip(copy.chunks(PAGE)).enumerate();
+                stale.extend(pages.filter(|(_, (now, copy))| now != copy).map(|(page, _)| block * 64 + page));
+            }
+        }
+        stale
+    }
+
+    /// Drops the copy.
+    pub fn end_copy(&self) {
+        self.copied.store(false, Ordering::SeqCst);
+        *self.copy() = Vec::new();
+    }
+
+    fn copy(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.copy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the file behind the region shorter or longer; whoever touches what is gone gets SIGBUS.
+    pub fn resize_file(&self, size: usize) -> Result<()> {
+        self.file.set_len(size as u64).map_err(Error::system("resize guest memory"))
+    }
+
+    /// Takes the content away, as it is: no page is there afterwards.
+    pub fn take_content(&self) -> Result<Vec<u8>> {
+        let mut content = vec![0; self.size];
+        self.file.read_exact_at(&mut content, 0).map_err(Error::system("read guest memory"))?;
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: a plain system call on our own file.
+        match unsafe { libc::fallocate(self.file.as_raw_fd(), mode, 0, self.size as i64) } {
+            0 => Ok(content),
+            _ => Err(Error::system("take guest memory away")(std::io::Error::last_os_error())),
+        }
+    }
+
+    /// Takes the word at `offset`, and leaves 0.
+    pub(crate) fn take_u64(&self, offset: usize) -> u64 {
+        assert!(offset.is_multiple_of(8), "words are aligned");
+        let at = self.at(offset, 8);
+        // SAFETY: in range, aligned, and alive as long as the region.
+        unsafe { AtomicU64::from_ptr(at.cast()) }.swap(0, Ordering::AcqRel)
     }
 
     fn read(&self, offset: usize, bytes: &mut [u8]) {
@@ -209,6 +294,16 @@ impl Memory {
         Ok(Buffer { memory: self.clone(), region, offset, len })
     }
 
+    /// A buffer of `len` zero bytes in a region of its own at `guest`, laid out so that its first `head` bytes end where a
+    /// page ends: the rest can be hidden from the device ([`Buffer::hide`]).
+    pub fn allocate_hideable(self: &Arc<Self>, guest: u64, head: usize, len: usize) -> Result<Buffer> {
+        let pages = head.next_multiple_of(PAGE);
+        let region = Region::new(guest, pages + (len - head).next_multiple_of(PAGE))?;
+        self.regions.write().unwrap_or_else(PoisonError::into_inner).push(region.clone());
+        self.in_use.fetch_add(len.max(SMALLEST_CLASS).next_power_of_two(), Ordering::Relaxed);
+        Ok(Buffer { memory: self.clone(), region, offset: pages - head, len })
+    }
+
     fn heap(&self) -> MutexGuard<'_, Heap> {
         self.heap.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -285,12 +380,36 @@ impl Buffer {
         let at = self.region.at(self.offset, self.len);
         // SAFETY: `at` checked the range.
         unsafe { std::ptr::write_bytes(at, byte, self.len) }
+        if self.region.copied.load(Ordering::Relaxed) {
+            self.region.copy_own(self.offset, &vec![byte; self.len]);
+        }
+    }
+
+    /// Stores the aligned 16-bit word at `offset`, for ring indices.
+    pub fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
+        self.atomic_u16(offset).store(value, order);
+        self.region.copy_own(self.offset + offset, &value.to_ne_bytes());
     }
 
     /// The aligned 16-bit word at `offset`, for ring indices.
     pub fn atomic_u16(&self, offset: usize) -> &AtomicU16 {
         self.check(offset, 2);
         self.region.atomic_u16(self.offset + offset)
+    }
+
+    /// Hides what follows the first page boundary in the buffer, and all that lies behind it in its region: whoever
+    /// touches that, this process too, gets SIGBUS until [`Buffer::show`].
+    pub fn hide(&self) -> Result<()> {
+        self.resize((self.offset + 1).next_multiple_of(PAGE))
+    }
+
+    /// Ends [`Buffer::hide`]. What was hidden is zero.
+    pub fn show(&self) -> Result<()> {
+        self.resize(self.region.size)
+    }
+
+    fn resize(&self, size: usize) -> Result<()> {
+        self.region.resize_file(size)
     }
 
     fn check(&self, offset: usize, len: usize) {

@@ -4,6 +4,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Feature bits of `GET_FEATURES` and `SET_FEATURES`.
 pub mod feature {
+    /// Writes to guest memory are recorded (VHOST_F_LOG_ALL).
+    pub const LOG_ALL: u64 = 1 << 26;
     /// Indirect descriptors.
     pub const INDIRECT_DESC: u64 = 1 << 28;
     /// `used_event` and `avail_event`.
@@ -22,6 +24,8 @@ pub mod protocol {
     pub const LOG_SHMFD: u64 = 1 << 1;
     /// Acknowledgements.
     pub const REPLY_ACK: u64 = 1 << 3;
+    /// Page faults of the device are answered, for post-copy.
+    pub const PAGEFAULT: u64 = 1 << 8;
     /// The device's config space is read through the socket.
     pub const CONFIG: u64 = 1 << 9;
     /// In-flight tracking in shared memory.
@@ -66,6 +70,8 @@ codes! {
     SET_MEM_TABLE = 5,
     /// Tells the migration log.
     SET_LOG_BASE = 6,
+    /// The eventfd that announces marks in the migration log.
+    SET_LOG_FD = 7,
     /// Size of a queue.
     SET_VRING_NUM = 8,
     /// Where a queue's rings are.
@@ -92,6 +98,16 @@ codes! {
     GET_CONFIG = 24,
     /// Writes the config space.
     SET_CONFIG = 25,
+    /// Asks for the device's userfaultfd.
+    POSTCOPY_ADVISE = 28,
+    /// Memory may be missing from now on.
+    POSTCOPY_LISTEN = 29,
+    /// All memory is there.
+    POSTCOPY_END = 30,
+    /// Asks for a region to track requests in flight.
+    GET_INFLIGHT_FD = 31,
+    /// Gives such a region.
+    SET_INFLIGHT_FD = 32,
     /// Resets the device.
     RESET_DEVICE = 34,
     /// Asks for the number of memory slots.
@@ -100,6 +116,10 @@ codes! {
     ADD_MEM_REG = 37,
     /// Removes one memory region.
     REM_MEM_REG = 38,
+    /// Gives the device a pipe for its state.
+    SET_DEVICE_STATE_FD = 42,
+    /// Asks how the transfer of the device's state ended.
+    CHECK_DEVICE_STATE = 43,
 }
 
 /// `flags` of a header: protocol version 1.
@@ -133,6 +153,21 @@ pub struct VringState {
     pub value: u32,
 }
 
+/// Payload of SET_DEVICE_STATE_FD.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct TransferState {
+    /// [`SAVE`] or [`LOAD`].
+    pub direction: u32,
+    /// 0: all queues are stopped.
+    pub phase: u32,
+}
+
+/// From the device to the front end.
+pub const SAVE: u32 = 0;
+/// From the front end to the device.
+pub const LOAD: u32 = 1;
+
 /// Payload of SET_VRING_ADDR; addresses are those of the front end's process.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -151,6 +186,16 @@ pub struct VringAddress {
     pub log: u64,
 }
 
+/// Payload of SET_LOG_BASE and of its answer.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct LogArea {
+    /// Size in bytes.
+    pub size: u64,
+    /// Offset in the file that comes along.
+    pub offset: u64,
+}
+
 /// One region in SET_MEM_TABLE, ADD_MEM_REG and REM_MEM_REG.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -163,6 +208,22 @@ pub struct MemoryRegion {
     pub user: u64,
     /// Offset of the region in the file that comes along.
     pub offset: u64,
+}
+
+/// Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Inflight {
+    /// Bytes of the region.
+    pub size: u64,
+    /// Where it begins in its file.
+    pub offset: u64,
+    /// Queues.
+    pub queues: u16,
+    /// Descriptors of each.
+    pub queue_size: u16,
+    /// Up to a multiple of 8.
+    pub padding: u32,
 }
 
 /// Start of GET_CONFIG's and SET_CONFIG's payload; the bytes follow.

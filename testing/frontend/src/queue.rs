@@ -16,6 +16,9 @@ use crate::error::{Error, Result};
 use crate::memory::Memory;
 use crate::ring::{Ring, RingOptions, Segment};
 
+/// Guest-physical address of the regions of rings that can be hidden.
+const HIDEABLE: u64 = 1 << 40;
+
 /// Names one submitted chain of one queue. Tokens grow in the order of submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Token(u64);
@@ -67,13 +70,28 @@ pub struct Queue {
 impl Queue {
     /// A queue with a fresh ring in `memory`. Waiting ends with an error after `timeout`.
     pub fn new(memory: &Arc<Memory>, index: usize, options: RingOptions, timeout: Duration) -> Result<Queue> {
+        Queue::of(memory, index, Ring::new(memory, index, options)?, timeout)
+    }
+
+    /// The same with a ring whose parts can be hidden ([`Ring::hideable`]).
+    pub fn hideable(
+        memory: &Arc<Memory>,
+        index: usize,
+        options: RingOptions,
+        timeout: Duration,
+    ) -> Result<Queue> {
+        let guest = HIDEABLE + ((index as u64) << 32);
+        Queue::of(memory, index, Ring::hideable(memory, index, options, guest)?, timeout)
+    }
+
+    fn of(memory: &Arc<Memory>, index: usize, ring: Ring<Pending>, timeout: Duration) -> Result<Queue> {
         let event =
             || EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::system("create an eventfd"));
         Ok(Queue {
             index,
             memory: memory.clone(),
             state: Mutex::new(State {
-                ring: Ring::new(memory, index, options)?,
+                ring,
                 done: BTreeMap::new(),
                 next_token: 0,
                 segments: Vec::new(),

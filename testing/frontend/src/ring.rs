@@ -67,6 +67,15 @@ pub struct RingOptions {
     pub event_idx: bool,
 }
 
+/// A part of a ring that can be hidden from the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The used entries, with the event index behind them.
+    UsedEntries,
+    /// The word that says when the driver wants a notification (EVENT_IDX).
+    UsedEvent,
+}
+
 #[derive(Debug)]
 struct InFlight<T> {
     tag: T,
@@ -102,13 +111,35 @@ impl<T> Ring<T> {
     /// A fresh ring in `memory`; `queue` is only for messages.
     pub fn new(memory: &Arc<Memory>, queue: usize, options: RingOptions) -> Result<Ring<T>> {
         let size = usize::from(options.size);
+        let available = memory.allocate_zeroed(6 + 2 * size)?;
+        let used = memory.allocate_zeroed(6 + 8 * size)?;
+        Ring::of(memory, queue, options, available, used)
+    }
+
+    /// The same with parts that can be hidden from the device ([`Ring::hide`]), in regions of their own from `guest` on.
+    pub fn hideable(memory: &Arc<Memory>, queue: usize, options: RingOptions, guest: u64) -> Result<Ring<T>> {
+        let size = usize::from(options.size);
+        // The used event is the last word of the available ring; entries follow two words of the used ring.
+        let available = memory.allocate_hideable(guest, 4 + 2 * size, 6 + 2 * size)?;
+        let used = memory.allocate_hideable(guest + (1 << 24), 4, 6 + 8 * size)?;
+        Ring::of(memory, queue, options, available, used)
+    }
+
+    fn of(
+        memory: &Arc<Memory>,
+        queue: usize,
+        options: RingOptions,
+        available: Buffer,
+        used: Buffer,
+    ) -> Result<Ring<T>> {
+        let size = usize::from(options.size);
         Ok(Ring {
             queue,
             options,
             memory: memory.clone(),
             descriptors: memory.allocate_zeroed(16 * size)?,
-            available: memory.allocate_zeroed(6 + 2 * size)?,
-            used: memory.allocate_zeroed(6 + 8 * size)?,
+            available,
+            used,
             free: (0..options.size).rev().collect(),
             in_flight: (0..size).map(|_| None).collect(),
             count_in_flight: 0,
@@ -117,6 +148,20 @@ impl<T> Ring<T> {
             kicked_at: 0,
             next_used: 0,
         })
+    }
+
+    /// Hides a part of the ring from the device, and from this process: who touches it gets SIGBUS.
+    pub fn hide(&self, part: Part) -> Result<()> {
+        match part {
+            Part::UsedEntries => self.used.hide(),
+            Part::UsedEvent => self.available.hide(),
+        }
+    }
+
+    /// Ends [`Ring::hide`] of both parts. Entries that were taken and the used event are zero then.
+    pub fn show(&self) -> Result<()> {
+        self.used.show()?;
+        self.available.show()
     }
 
     /// Number of descriptors.
@@ -132,6 +177,11 @@ impl<T> Ring<T> {
     /// Addresses of descriptor table, available ring and used ring in the front end's process.
     pub fn user_addresses(&self) -> (u64, u64, u64) {
         (self.descriptors.user_address(), self.available.user_address(), self.used.user_address())
+    }
+
+    /// Guest-physical address of the used ring.
+    pub fn used_address(&self) -> u64 {
+        self.used.address()
     }
 
     /// The next available index that the driver will write.
@@ -229,14 +279,14 @@ impl<T> Ring<T> {
     /// Writes any index to the next slot of the available ring, not yet visible to the device.
     pub fn offer(&mut self, head: u16) {
         let slot = usize::from(self.next_available) % self.size();
-        self.available.atomic_u16(4 + 2 * slot).store(head, Ordering::Relaxed);
+        self.available.store_u16(4 + 2 * slot, head, Ordering::Relaxed);
         self.next_available = self.next_available.wrapping_add(1);
     }
 
     /// Makes all added chains visible to the device.
     pub fn publish(&mut self) {
         self.published = self.next_available;
-        self.available_index().store(self.published, Ordering::Release);
+        self.available.store_u16(2, self.published, Ordering::Release);
     }
 
     /// Whether the device wants to be told about what was published since the last call.
@@ -303,9 +353,9 @@ impl<T> Ring<T> {
     /// notification will come.
     pub fn ask_for_call(&mut self) -> bool {
         if self.options.event_idx {
-            self.used_event().store(self.next_used, Ordering::Relaxed);
+            self.available.store_u16(4 + 2 * self.size(), self.next_used, Ordering::Relaxed);
         } else {
-            self.available.atomic_u16(0).store(0, Ordering::Relaxed);
+            self.available.store_u16(0, 0, Ordering::Relaxed);
         }
         // The wish must be visible before the used index is read again.
         fence(Ordering::SeqCst);
@@ -315,9 +365,10 @@ impl<T> Ring<T> {
     /// Asks for no notifications.
     pub fn refuse_calls(&mut self) {
         if self.options.event_idx {
-            self.used_event().store(self.next_used.wrapping_sub(1), Ordering::Relaxed);
+            let event = self.next_used.wrapping_sub(1);
+            self.available.store_u16(4 + 2 * self.size(), event, Ordering::Relaxed);
         } else {
-            self.available.atomic_u16(0).store(1, Ordering::Relaxed);
+            self.available.store_u16(0, 1, Ordering::Relaxed);
         }
     }
 
@@ -334,6 +385,11 @@ impl<T> Ring<T> {
     /// The word in which the device says when it wants a kick (EVENT_IDX).
     pub fn available_event(&self) -> u16 {
         self.used.atomic_u16(4 + 8 * self.size()).load(Ordering::Acquire)
+    }
+
+    /// The available index as the device reads it.
+    pub fn published_index(&self) -> u16 {
+        self.published
     }
 
     /// The used index as the device wrote it.

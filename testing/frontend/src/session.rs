@@ -1,7 +1,8 @@
 //! A front end with all its queues, from the first message to INIT and on to its end.
 
+use std::fs::File;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use crate::client::Client;
 use crate::connection::Connection;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
-use crate::message::{feature, protocol};
+use crate::message::{Inflight, feature, protocol};
 use crate::queue::{Completion, Queue, Token};
 use crate::request::{Reply, Request};
 use crate::ring::RingOptions;
@@ -41,6 +42,8 @@ pub struct SessionOptions {
     pub minor: u32,
     /// INIT flags of the guest.
     pub init_flags: InitFlags,
+    /// Parts of the rings can be hidden from the device ([`crate::ring::Ring::hide`]), until a reset renews them.
+    pub hideable_rings: bool,
 }
 
 impl Default for SessionOptions {
@@ -56,12 +59,15 @@ impl Default for SessionOptions {
             protocol_features: protocol::MQ
                 | protocol::REPLY_ACK
                 | protocol::CONFIG
+                | protocol::LOG_SHMFD
                 | protocol::RESET_DEVICE
-                | protocol::CONFIGURE_MEM_SLOTS,
+                | protocol::CONFIGURE_MEM_SLOTS
+                | protocol::DEVICE_STATE,
             memory: vec![(0x10_0000, 256 << 20)],
             timeout: Duration::from_secs(20),
             minor: 45,
             init_flags: linux_init_flags(),
+            hideable_rings: false,
         }
     }
 }
@@ -102,6 +108,23 @@ pub struct Session {
     protocol_features: u64,
     unique: AtomicU64,
     init: OnceLock<InitOut>,
+    /// With INFLIGHT_SHMFD, what the back end has given.
+    inflight: Mutex<Option<(Inflight, File)>>,
+    after_send: AfterSend,
+    /// Writes of the device are recorded.
+    pub(crate) logs: AtomicBool,
+}
+
+/// What is to be done once, between the next request and the wait for its reply.
+#[derive(Default)]
+struct AfterSend(Mutex<Option<Act>>);
+
+type Act = Box<dyn FnOnce(&Session) + Send>;
+
+impl std::fmt::Debug for AfterSend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("AfterSend")
+    }
 }
 
 impl Session {
@@ -129,7 +152,10 @@ impl Session {
             event_idx: features & feature::EVENT_IDX != 0,
         };
         let queues = (0..=options.queues)
-            .map(|index| Queue::new(&memory, index, ring, options.timeout))
+            .map(|index| match options.hideable_rings {
+                true => Queue::hideable(&memory, index, ring, options.timeout),
+                false => Queue::new(&memory, index, ring, options.timeout),
+            })
             .collect::<Result<Vec<_>>>()?;
         let session = Session {
             connection: Mutex::new(connection),
@@ -140,12 +166,63 @@ impl Session {
             protocol_features,
             unique: AtomicU64::new(2),
             init: OnceLock::new(),
+            inflight: Mutex::new(None),
+            after_send: AfterSend::default(),
+            logs: AtomicBool::new(false),
         };
         session.share_memory()?;
+        session.track_inflight()?;
         for queue in 0..session.queues.len().min(session.options.started) {
             session.start_queue(queue)?;
         }
         Ok(session)
+    }
+
+    /// Gets a region to track requests in flight, unless there is one, and gives it to the back end.
+    fn track_inflight(&self) -> Result<()> {
+        if self.protocol_features & protocol::INFLIGHT_SHMFD == 0 {
+            return Ok(());
+        }
+        let connection = self.connection();
+        let mut region = self.inflight();
+        if region.is_none() {
+            *region = Some(connection.inflight_region(self.queues.len() as u16, self.options.ring_size)?);
+        }
+        region.iter().try_for_each(|(region, file)| connection.set_inflight_region(region, file))
+    }
+
+    /// The region to track requests in flight.
+    pub fn inflight(&self) -> MutexGuard<'_, Option<(Inflight, File)>> {
+        self.inflight.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes the connection, with all that is in flight.
+    pub fn disconnect(&self) {
+        self.connection().shut_down();
+    }
+
+    /// Goes on over a new connection, in the order of cloud-hypervisor's messages: it asks for no protocol features, and
+    /// says of each ring where its available index is.
+    pub fn reconnect(&self, mut connection: Connection) -> Result<()> {
+        connection.set_owner()?;
+        connection.features()?;
+        connection.set_protocol_features(self.protocol_features)?;
+        connection.set_features(self.features)?;
+        *self.connection() = connection;
+        self.share_memory()?;
+        self.track_inflight()?;
+        let connection = self.connection();
+        for (index, queue) in self.queues.iter().enumerate() {
+            queue.with_ring(|ring| {
+                let base = ring.published_index();
+                connection.set_up_ring_at(index, ring, base, queue.kick_event(), queue.call_event())
+            })?;
+        }
+        for (index, queue) in self.queues.iter().enumerate() {
+            connection.enable_ring(index, true)?;
+            queue.kick()?;
+        }
+        Ok(())
     }
 
     fn share_memory(&self) -> Result<()> {
@@ -161,8 +238,11 @@ impl Session {
     pub fn start_queue(&self, index: usize) -> Result<()> {
         let connection = self.connection();
         let queue = self.queue(index);
-        queue
-            .with_ring(|ring| connection.set_up_ring(index, ring, queue.kick_event(), queue.call_event()))?;
+        let (kick, call) = (queue.kick_event(), queue.call_event());
+        queue.with_ring(|ring| {
+            let log = self.logs.load(Ordering::SeqCst).then(|| ring.used_address());
+            connection.set_up_logged_ring(index, ring, kick, call, log)
+        })?;
         connection.enable_ring(index, true)?;
         // What was published while the queue was down has nobody told of it.
         queue.kick()
@@ -171,6 +251,44 @@ impl Session {
     /// Stops one queue as QEMU does (GET_VRING_BASE) and returns the index it would go on from.
     pub fn stop_queue(&self, index: usize) -> Result<u16> {
         self.connection().stop_ring(index)
+    }
+
+    /// Stops all queues as QEMU does when the VM stops, and returns the indices they would go on from.
+    pub fn stop_queues(&self) -> Result<Vec<u16>> {
+        (0..self.queues.len()).map(|queue| self.stop_queue(queue)).collect()
+    }
+
+    /// Starts all queues, from these indices on.
+    pub fn start_queues_at(&self, bases: &[u16]) -> Result<()> {
+        for (index, base) in bases.iter().enumerate() {
+            let connection = self.connection();
+            let (queue, base) = (self.queue(index), *base);
+            let (kick, call) = (queue.kick_event(), queue.call_event());
+            queue.with_ring(|ring| connection.set_up_ring_at(index, ring, base, kick, call))?;
+            connection.enable_ring(index, true)?;
+            queue.kick()?;
+        }
+        Ok(())
+    }
+
+    /// The device's state. All queues are stopped.
+    pub fn save_device_state(&self) -> Result<Vec<u8>> {
+        self.connection().save_device_state()
+    }
+
+    /// The guest goes on with another back end, which gets `state` and queues that begin at `bases`. After an error the
+    /// session is with the back end that it was with, whose queues are stopped. The connection with that is returned.
+    pub fn move_to(&self, mut other: Connection, state: &[u8], bases: &[u16]) -> Result<Connection> {
+        let features = other.features()? & self.features;
+        other.protocol_features()?;
+        other.set_protocol_features(self.protocol_features)?;
+        other.set_owner()?;
+        other.load_device_state(state)?;
+        other.set_features(features)?;
+        let former = std::mem::replace(&mut *self.connection(), other);
+        self.share_memory()?;
+        self.start_queues_at(bases)?;
+        Ok(former)
     }
 
     /// Resets the device as a guest's reboot does: stops all queues, and sets them up with fresh rings.
@@ -183,7 +301,7 @@ impl Session {
             let connection = self.connection();
             connection.reset_device()?;
             // The reset took the features along.
-            connection.set_features(self.features)?;
+            connection.set_features(self.features_now())?;
         }
         for (index, queue) in self.queues.iter().enumerate() {
             queue.abandon();
@@ -252,7 +370,16 @@ impl Session {
         let limit = usize::from(self.options.ring_size);
         let chain = request.to_chain(&self.memory, unique, segmentation, limit)?;
         let token = self.queue(queue).submit(chain)?;
+        let act = self.after_send.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(act) = act {
+            act(self);
+        }
         Ok(Pending { queue, token, unique })
+    }
+
+    /// Runs `act` once, between the next [`Session::send`] and the wait for its reply.
+    pub fn after_next_send(&self, act: impl FnOnce(&Session) + Send + 'static) {
+        *self.after_send.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(act));
     }
 
     /// Puts a request onto a queue that nobody will wait for.
@@ -297,9 +424,14 @@ impl Session {
         &self.options
     }
 
-    /// The virtio features in use.
+    /// The virtio features in use, without those that come and go.
     pub fn features(&self) -> u64 {
         self.features
+    }
+
+    pub(crate) fn features_now(&self) -> u64 {
+        let logs = self.logs.load(Ordering::SeqCst);
+        self.features | if logs { feature::LOG_ALL } else { 0 }
     }
 
     /// The protocol features in use.

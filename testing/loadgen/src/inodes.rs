@@ -35,8 +35,8 @@ pub struct InodesReport {
     bytes_per_inode: f64,
 }
 
-/// Looks up many files and forgets none.
-pub fn inodes(options: &InodesOptions) -> Result<InodesReport> {
+/// A back end and a session with it, and the directory with the files, none of them looked up.
+pub fn begin(options: &InodesOptions) -> Result<(Backend, Session, u64)> {
     layout::make_entries(&options.share, options.files)?;
     let limit = format!("--rlimit-nofile={}", options.limit);
     let backend = Backend::of(&options.backend)
@@ -46,12 +46,24 @@ pub fn inodes(options: &InodesOptions) -> Result<InodesReport> {
         .start()?;
     let session = backend.connect(SessionOptions::default())?;
     let directory = session.client().lookup(1, layout::many(options.files))?.nodeid;
+    Ok((backend, session, directory))
+}
+
+/// Looks all files up.
+pub fn look_up_all(session: &Session, directory: u64, files: u32) -> Result<()> {
+    for first in (0..files).step_by(DEPTH as usize) {
+        look_up(session, directory, first..files.min(first + DEPTH))?;
+    }
+    Ok(())
+}
+
+/// Looks up many files and forgets none.
+pub fn inodes(options: &InodesOptions) -> Result<InodesReport> {
+    let (backend, session, directory) = begin(options)?;
     // Workers have what they need for serving before the first look.
     look_up(&session, directory, 0..options.files.min(2 * DEPTH))?;
     let before = backend.resident_kib()?;
-    for first in (0..options.files).step_by(DEPTH as usize) {
-        look_up(&session, directory, first..options.files.min(first + DEPTH))?;
-    }
+    look_up_all(&session, directory, options.files)?;
     let after = backend.resident_kib()?;
     Ok(InodesReport {
         backend: options.backend.clone(),

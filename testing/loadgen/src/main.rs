@@ -3,7 +3,8 @@
 //! `loadgen run` plays the guest: one thread per request queue, requests that lie ready in guest
 //! memory, nothing allocated while it measures. `loadgen limit` does the same work with plain threads
 //! and system calls: what the host can do with no protocol in between. `loadgen inodes` asks what inodes
-//! cost that a guest keeps, and `loadgen start` how long a start takes. Each prints one JSON object.
+//! cost that a guest keeps, `loadgen deaths` how long requests wait when a worker dies, and `loadgen start` how long a
+//! start takes. Each prints one JSON object.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -17,6 +18,7 @@
 )]
 
 mod cycles;
+mod deaths;
 mod error;
 mod exchange;
 mod forgets;
@@ -43,6 +45,7 @@ fn main() {
         Command::Run(options) => run::run(&options).and_then(|report| print(&report)),
         Command::Limit(options) => limit::limit(&options).and_then(|report| print(&report)),
         Command::Inodes(options) => inodes::inodes(&options).and_then(|report| print(&report)),
+        Command::Deaths(options) => deaths::deaths(&options).and_then(|report| print(&report)),
         Command::Start(options) => start::start(&options).and_then(|report| print(&report)),
     };
     if let Err(error) = result {

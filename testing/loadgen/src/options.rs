@@ -25,6 +25,8 @@ pub enum Command {
     Limit(LimitOptions),
     /// Have a back end look up many files, and see what memory it needs for them.
     Inodes(InodesOptions),
+    /// Kill the worker of a back end again and again, and see how long requests wait.
+    Deaths(DeathsOptions),
     /// Start a back end, and see how long it takes until it can be connected to.
     Start(StartOptions),
 }
@@ -93,6 +95,9 @@ pub struct RunOptions {
     /// is not counted.
     #[arg(long, value_name = "PATH")]
     pub slow_file: Option<String>,
+    /// Have the back end record what it writes into guest memory, as while a guest migrates.
+    #[arg(long)]
+    pub dirty_log: bool,
     /// The work.
     #[command(flatten)]
     pub work: Work,
@@ -127,6 +132,24 @@ pub struct InodesOptions {
     /// The back end's --rlimit-nofile.
     #[arg(long, default_value_t = 1024)]
     pub limit: u64,
+}
+
+/// Options of `loadgen deaths`.
+#[derive(Debug, Args)]
+pub struct DeathsOptions {
+    /// Back end and files.
+    #[command(flatten)]
+    pub inodes: InodesOptions,
+    /// How often to kill the worker.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    pub kills: u32,
+    /// Upgrade the back end to the program that it was started from, in place of kills.
+    #[arg(long)]
+    pub upgrade: bool,
+    /// Milliseconds between two of them, and a random part of a tenth more. A daemon gives up after too many in a
+    /// short time.
+    #[arg(long, default_value_t = 2600)]
+    pub interval: u64,
 }
 
 /// Options of `loadgen start`.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use lanefsd_frontend::backend::Backend;
 use lanefsd_frontend::message::feature;
+use lanefsd_frontend::migration::Log;
 use lanefsd_frontend::session::{Session, SessionOptions};
 
 use crate::cycles::prepare;
@@ -51,6 +52,10 @@ fn measure(session: &Session, pid: u32, options: &RunOptions) -> Result<Report> 
     }
     let workload = prepare(&session.client(), work)?;
     let forgets = Forgets::new(session)?;
+    let log = options.dirty_log.then(|| Log::of(session)).transpose()?;
+    if let Some(log) = &log {
+        session.begin_logging(log)?;
+    }
     let coordinator = Coordinator::default();
     let queues = 0..usize::from(work.queues);
     let lanes = queues.map(|index| Lane::new(session, index, &workload, &forgets, &coordinator));

@@ -80,7 +80,7 @@ impl FileSystem for MemoryFs {
         self.state().lookup(parent, lookup.name)
     }
 
-    fn forget(&self, node: NodeId, count: u64) {
+    fn forget(&self, _: &Context, node: NodeId, count: u64) {
         self.state().forget(node, count);
     }
 

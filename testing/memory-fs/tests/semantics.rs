@@ -22,6 +22,7 @@ use fuse_protocol::request::{
     Fallocate, Flush, Lock, LockKind, Lookup, Mkdir, Mknod, Open, Release, Rename, Rmdir, Unlink,
 };
 use lanefsd::fs::{Context, FileSystem};
+use lanefsd::state_file::Effects;
 use lanefsd_memory_fs::MemoryFs;
 use rustix::io::Errno;
 
@@ -35,6 +36,7 @@ fn context(unique: u64) -> Context<'static> {
         pid: 1,
         supplementary_group: None,
         labels: Labels::default(),
+        effects: Effects::NONE,
     }
 }
 
@@ -72,7 +74,7 @@ fn an_unlinked_file_lives_until_it_is_closed_and_forgotten() {
     let release = Release { handle, flags: Default::default(), lock_owner: LockOwner(1) };
     fs.release(&context(1), node, &release).unwrap();
     assert_eq!((fs.nodes(), fs.used()), (2, 4096));
-    fs.forget(node, 1);
+    fs.forget(&context(0), node, 1);
     assert_eq!((fs.nodes(), fs.used()), (1, 0));
 }
 

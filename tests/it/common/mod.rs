@@ -4,12 +4,14 @@
 #![allow(dead_code, reason = "the programs beside this folder use a part of it")]
 
 pub mod fuse_host;
+pub mod store;
 pub mod strace;
 
 use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use lanefsd_frontend::backend::Starter;
@@ -142,10 +144,15 @@ pub fn disk_directory() -> TempDir {
 }
 
 /// Waits until the back end has written these words to stderr.
-pub fn wait_for_words(backend: &mut Backend, words: &str) {
+pub fn wait_for_words(backend: &Backend, words: &str) {
+    wait_for(backend, |text| text.contains(words), words);
+}
+
+/// Waits until what the back end has written to stderr is as wanted.
+pub fn wait_for(backend: &Backend, is_there: impl Fn(&str) -> bool, what: &str) {
     let deadline = Instant::now() + Duration::from_secs(5);
-    while !backend.stderr().contains(words) {
-        assert!(Instant::now() < deadline, "no {words} in stderr: {}", backend.stderr());
+    while !is_there(&backend.stderr()) {
+        assert!(Instant::now() < deadline, "no {what} in stderr: {}", backend.stderr());
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -158,6 +165,13 @@ pub fn errno<T: std::fmt::Debug>(result: lanefsd_frontend::Result<T>) -> i32 {
     }
 }
 
+/// A test that runs below nohup(1) would have its daemons ignore SIGHUP.
+#[allow(unsafe_code)]
+pub fn hear_hangups() {
+    // SAFETY: the default action is no function of ours.
+    unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
+}
+
 /// Waits until a process runs no more, though whose child it is may not have asked for its status yet.
 pub fn expect_end(pid: u32) {
     let deadline = Instant::now() + Duration::from_secs(5);
@@ -166,6 +180,20 @@ pub fn expect_end(pid: u32) {
         assert!(Instant::now() < deadline, "process {pid} runs on");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// How many descriptors a daemon has open that has nothing to do: its processes have started, and front ends that left
+/// are forgotten.
+pub fn steady_descriptors(backend: &Backend) -> usize {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let (mut count, mut times) = (0, 0);
+    while times < 15 && Instant::now() < deadline {
+        let now = backend.descriptors().expect("the back end runs").len();
+        times = if now == count { times + 1 } else { 0 };
+        count = now;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    count
 }
 
 /// Descriptors of a back end once there are no more than `limit`. Threads that have served a queue may
@@ -191,4 +219,13 @@ pub fn own_mounts() {
         .expect("the thread gets its own mounts");
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .expect("mounts stay where they are made");
+}
+
+/// Tells threads beside a test to end, also when the test fails.
+pub struct Done<'a>(pub &'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }

@@ -45,6 +45,7 @@ fn permissions(stat: &Statx) -> Mode {
 pub fn has_set_id_bits(inode: &Inode, stat: &Statx) -> bool {
     let mode = permissions(stat);
     let has = mode.intersects(BITS) && inode.kind() == FileType::RegularFile;
+    inode.set_set_id_bits(has);
     inode.set_lone_group_bit(has && mode.intersection(GROUP_EXECUTES) == Mode::SGID);
     has
 }
@@ -89,6 +90,9 @@ impl KillPriv<'_> {
     pub fn begin(self, ctx: &Context, inode: &Inode, bits: SetIdBits) -> Result<Option<GroupGuard>> {
         set_id_bits(bits)?;
         self.drop_mapped_capability(inode)?;
+        if bits == SetIdBits::Clear && inode.may_have_set_id_bits() {
+            self.clear_rest(inode)?;
+        }
         if bits == SetIdBits::Keep || !inode.has_lone_group_bit() {
             return Ok(None);
         }
@@ -112,7 +116,7 @@ impl KillPriv<'_> {
         Ok(done)
     }
 
-    /// Clears the set-id bits and capabilities that file systems of older hosts leave (fallocate(2) before Linux 5.17).
+    /// Clears the set-id bits and capabilities that some file systems leave (FUSE; all at fallocate(2) before Linux 5.17).
     fn clear_rest(self, inode: &Inode) -> Result<()> {
         let mode = permissions(&stat(inode.path()?)?);
         let mut left = mode;
@@ -125,8 +129,10 @@ impl KillPriv<'_> {
         }
         let path = inode.path()?;
         if self.shows_capabilities && getxattr_query(proc_name(&*path).as_c_str(), CAPABILITY).is_ok() {
-            return removexattr(proc_name(&*path), CAPABILITY);
+            removexattr(proc_name(&*path), CAPABILITY)?;
         }
+        // What is left gives no rights, or comes with the next look at its attributes.
+        inode.set_set_id_bits(false);
         Ok(())
     }
 

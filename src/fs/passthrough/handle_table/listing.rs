@@ -52,6 +52,8 @@ pub struct Listing {
     is_new: bool,
     /// Some offset is too large for lseek(2).
     has_large_offsets: bool,
+    /// The host may never have read from this descriptor (see [`Listing::prime`]).
+    is_unread: bool,
     /// Bytes that all listings keep, and how many of them are counted for this one.
     quota: Arc<MemoryQuota>,
     counted: usize,
@@ -68,9 +70,18 @@ impl Listing {
             is_in_place: true,
             is_new: true,
             has_large_offsets: false,
+            is_unread: false,
             quota,
             counted: 0,
         }
+    }
+
+    /// Of a directory that an earlier process had open: its descriptor may be anywhere, and its offsets large.
+    pub fn restored(quota: Arc<MemoryQuota>) -> Listing {
+        let mut listing = Listing::new(quota);
+        (listing.is_in_place, listing.is_new, listing.has_large_offsets) = (false, false, true);
+        listing.is_unread = true;
+        listing
     }
 
     /// Continues at `offset`, which is 0 or the next offset of an entry. EINVAL for an offset that no entry has, if the
@@ -89,11 +100,23 @@ impl Listing {
             return Ok(());
         }
         if i64::try_from(offset).is_ok() {
+            self.prime(directory)?;
             fs::seek(directory, SeekFrom::Start(offset))?;
             self.start_at(offset);
             return Ok(());
         }
         self.read_up_to(directory, offset)
+    }
+
+    /// Reads once from the beginning of a directory that was opened again, before it continues anywhere else: on ext4 a
+    /// descriptor whose first getdents(2) is at the end finds no entry after a later rewind.
+    fn prime(&mut self, directory: BorrowedFd<'_>) -> Result<()> {
+        if std::mem::take(&mut self.is_unread) {
+            self.rewind(directory)?;
+            self.read(directory, SMALLEST_READ)?;
+            self.records.clear();
+        }
+        Ok(())
     }
 
     /// Continues at an offset that lseek(2) does not take: reads the directory from the beginning up to it.
@@ -291,6 +314,25 @@ mod tests {
         assert_eq!(listing.seek(directory.as_fd(), u64::MAX), Err(Errno::INVAL));
         listing.end();
         assert_eq!(quota.in_use(), 0);
+    }
+
+    #[test]
+    fn a_directory_that_is_opened_again_at_its_end_can_be_read_from_the_beginning() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        for number in 0..20 {
+            File::create(folder.path().join(format!("file{number}"))).unwrap();
+        }
+        let quota = Arc::new(MemoryQuota::default());
+        let directory = File::open(folder.path()).unwrap();
+        let mut listing = Listing::new(Arc::clone(&quota));
+        let all = names(&mut listing, &directory, usize::MAX);
+        let (end, _) = all.last().cloned().unwrap();
+        let again = File::open(folder.path()).unwrap();
+        let mut listing = Listing::restored(quota);
+        listing.seek(again.as_fd(), end).unwrap();
+        assert_eq!(names(&mut listing, &again, usize::MAX), []);
+        listing.seek(again.as_fd(), 0).unwrap();
+        assert_eq!(names(&mut listing, &again, usize::MAX), all);
     }
 
     #[test]

@@ -3,12 +3,17 @@
 //! A program may clear O_DIRECT after the open, as dd(1) does for its last block, and a guest that writes back its
 //! page cache uses any handle of the file. Such requests have any length, which the host refuses on a descriptor
 //! with O_DIRECT. So the first of them opens a second descriptor without that flag.
+//!
+//! A FUSE server takes any length, and the host's kernel lets one thread at a time write to its file, but many
+//! asynchronous requests with O_DIRECT. So a file in parallel mode is open with O_DIRECT there whatever the guest's program
+//! said ([`HostFile::for_parallel`]). All requests go by that descriptor: pages that the kernel reads ahead for
+//! another one could be older than what is being written.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use rustix::fs::{Mode, OFlags, fcntl_setfl};
+use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
 use super::Host;
@@ -27,15 +32,55 @@ pub struct HostFile {
     flags: OFlags,
     /// `file` bypasses the host's page cache.
     direct: AtomicBool,
+    /// `file` has bypassed it once.
+    given_up: AtomicBool,
     /// The same file through the host's page cache.
     buffered: OnceLock<GuestFd>,
+    /// The same file, open with O_APPEND.
+    appender: OnceLock<GuestFd>,
 }
 
 impl HostFile {
     /// A file, or a directory, that was opened with `flags`.
     pub fn new(file: GuestFd, flags: OFlags) -> HostFile {
         let direct = AtomicBool::new(flags.contains(OFlags::DIRECT));
-        HostFile { file, flags, direct, buffered: OnceLock::new() }
+        HostFile {
+            file,
+            flags,
+            direct,
+            given_up: AtomicBool::new(false),
+            buffered: OnceLock::new(),
+            appender: OnceLock::new(),
+        }
+    }
+
+    /// The same file with O_DIRECT, for requests of any length, whether or not the guest has asked for O_DIRECT.
+    pub fn for_parallel(self, open: Opener<'_>) -> Result<HostFile> {
+        if self.is_direct() {
+            return Ok(self);
+        }
+        match open.again(self.fd(), self.flags & SHARED | OFlags::DIRECT) {
+            Ok(file) => Ok(HostFile { file, direct: AtomicBool::new(true), ..self }),
+            // The server does not want it.
+            Err(Errno::INVAL) => Ok(self),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// A file that an earlier process has opened with `flags`. It may have given up O_DIRECT since, or be open with it
+    /// for many writers.
+    pub fn restored(file: GuestFd, flags: OFlags) -> HostFile {
+        let now = fcntl_getfl(&file).unwrap_or(OFlags::empty());
+        let is_direct = now.contains(OFlags::DIRECT);
+        let restored = HostFile::new(file, flags);
+        restored.given_up.store(now.contains(OFlags::NONBLOCK), Ordering::Relaxed);
+        restored.direct.store(is_direct, Ordering::Release);
+        restored
+    }
+
+    /// What it was opened with.
+    pub fn flags(&self) -> OFlags {
+        self.flags
     }
 
     /// The descriptor that was opened first.
@@ -45,12 +90,48 @@ impl HostFile {
 
     /// All descriptors.
     pub fn all(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        std::iter::once(&self.file).chain(self.buffered.get()).map(AsFd::as_fd)
+        std::iter::once(&self.file).chain(self.buffered.get()).chain(self.appender.get()).map(AsFd::as_fd)
+    }
+
+    /// The descriptor that was appended through, if there is one besides the first.
+    pub fn appended(&self) -> Option<BorrowedFd<'_>> {
+        self.appender.get().map(AsFd::as_fd)
+    }
+
+    /// A descriptor that is open with O_APPEND.
+    ///
+    /// For a file system whose server appends: pwritev2(2) with RWF_APPEND sends it an offset, which is the end as this
+    /// host has last seen it, and nothing that says that it is an append.
+    pub fn appender(&self, open: Opener<'_>) -> Result<BorrowedFd<'_>> {
+        if self.is_append_only() {
+            return Ok(self.fd());
+        }
+        if let Some(file) = self.appender.get() {
+            return Ok(file.as_fd());
+        }
+        let file = open.again(self.fd(), self.flags & SHARED | OFlags::APPEND)?;
+        Ok(self.appender.get_or_init(|| file).as_fd())
     }
 
     /// Whether requests can bypass the host's page cache.
     pub fn is_direct(&self) -> bool {
         self.direct.load(Ordering::Acquire)
+    }
+
+    /// Whether it bypasses the host's page cache for requests of any length.
+    pub fn takes_any_length(&self) -> bool {
+        !self.flags.contains(OFlags::DIRECT) && self.is_direct()
+    }
+
+    /// Whether O_DIRECT was cleared, and O_NONBLOCK set with it.
+    pub fn has_given_up_direct(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed)
+    }
+
+    /// A request was refused for its length or its place. Returns whether it is to be tried again, through the host's page
+    /// cache, and so are all that come.
+    pub fn refuse_any_length(&self) -> bool {
+        self.takes_any_length() && self.give_up_direct(Errno::INVAL).is_ok()
     }
 
     /// Whether it can be read.
@@ -76,9 +157,15 @@ impl HostFile {
         if now & OFlags::DIRECT.bits() != 0 { Ok(self.fd()) } else { self.buffered(open) }
     }
 
+    /// The same, after [`HostFile::for_flags`].
+    pub fn opened_for(&self, now: u32) -> BorrowedFd<'_> {
+        let is_first = now & OFlags::DIRECT.bits() != 0 || !self.is_direct() || self.takes_any_length();
+        self.buffered.get().filter(|_| !is_first).unwrap_or(&self.file).as_fd()
+    }
+
     /// A descriptor that takes requests of any length.
     pub fn buffered(&self, open: Opener<'_>) -> Result<BorrowedFd<'_>> {
-        if !self.is_direct() {
+        if !self.is_direct() || self.takes_any_length() {
             return Ok(self.fd());
         }
         if let Some(file) = self.buffered.get() {
@@ -99,6 +186,7 @@ impl HostFile {
         }
         // It clears O_NOATIME as well. O_NONBLOCK means nothing to regular files, and is the one flag
         // that the filter of system calls lets F_SETFL set.
+        self.given_up.store(true, Ordering::Relaxed);
         fcntl_setfl(self.fd(), OFlags::NONBLOCK)?;
         self.direct.store(false, Ordering::Release);
         Ok(())
@@ -116,6 +204,11 @@ impl<'a> Opener<'a> {
     /// Descriptors are counted by `fds`.
     pub fn new(host: &'a Host, fds: &'a Arc<FdQuota>) -> Opener<'a> {
         Opener { host, fds }
+    }
+
+    /// A second open file of what `file` has open, which is asked for errors of writeback and for nothing else.
+    pub fn witness(self, file: BorrowedFd<'_>) -> Result<GuestFd> {
+        self.again(file, OFlags::RDONLY)
     }
 
     /// Opens what `file` has open, whatever has become of its name.

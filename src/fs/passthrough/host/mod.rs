@@ -3,6 +3,9 @@
 //! No call takes a path that a guest made. A name is one component, looked up in the descriptor of its directory
 //! without following links; an inode is reached by its O_PATH descriptor, or by that descriptor's number in
 //! `/proc/self/fd` where the system call takes no descriptor.
+//!
+//! What is opened for the guest has no O_CLOEXEC: an upgrade executes the new program in the process that shares all
+//! descriptors, and to clear the flag of each would take longer than the rest of it. Nothing else is ever executed.
 
 pub mod file;
 
@@ -18,7 +21,7 @@ use crate::fs::Result;
 /// What statx(2) is asked for: all that replies need, and the mount.
 pub const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 /// An O_PATH descriptor of an entry itself, whatever it is: nothing is opened or followed.
-pub const PATH: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+pub const PATH: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW);
 
 /// Attributes of what `fd` refers to.
 pub fn stat(fd: impl AsFd) -> Result<Statx> {
@@ -63,7 +66,7 @@ impl Host {
 
     /// Opens what `fd` refers to with `flags`, whatever has become of its name. `mode` is for O_TMPFILE.
     pub fn open(&self, fd: impl AsFd, flags: OFlags, mode: Mode) -> Result<OwnedFd> {
-        openat(&self.proc_self_fd, DecInt::from_fd(fd), flags | OFlags::CLOEXEC, mode)
+        openat(&self.proc_self_fd, DecInt::from_fd(fd), flags, mode)
     }
 
     /// The same for a file or directory that the guest reads; the access time of a read-only share stays.
@@ -87,8 +90,7 @@ impl Host {
 /// As [`Host::path_of`], without a walk through /proc. It fails on hosts before Linux 5.2, and in containers that
 /// forbid the call.
 fn path_by_tree(file: &OwnedFd) -> Result<OwnedFd> {
-    let flags = OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    open_tree(file, c"", flags)
+    open_tree(file, c"", OpenTreeFlags::AT_EMPTY_PATH)
 }
 
 #[cfg(test)]
@@ -108,7 +110,7 @@ mod tests {
             assert_eq!(identity(stat(&path).unwrap()), identity(stat(&file).unwrap()));
             assert!(rustix::fs::fcntl_getfl(&path).unwrap().contains(OFlags::PATH));
             let flags = rustix::io::fcntl_getfd(&path).unwrap();
-            assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+            assert!(flags.is_empty(), "an upgrade keeps it");
         }
     }
 }

@@ -12,7 +12,7 @@
 //! low watermark. Where inodes cannot be evicted, the limit rises; where the process runs out of descriptors, it falls.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
@@ -21,6 +21,7 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use super::mount::{self, Mount};
+use super::records::Records;
 use super::shards::{CachePadded, SHARDS, Shards};
 use crate::fs::Result;
 use crate::limits::FdQuota;
@@ -45,8 +46,13 @@ pub struct FdCache {
     clock: Shards<Mutex<Clock>>,
     mounts: CachePadded<RwLock<HashMap<u32, Weak<Mount>>>>,
     reported_mount: AtomicBool,
+    /// The message about a FUSE file system was logged.
+    reported_fuse: AtomicBool,
+    /// The guest has met a mount whose files are a FUSE server's.
+    has_fuse: AtomicBool,
     /// What inodes share with all other descriptors of the guest.
     quota: Arc<FdQuota>,
+    records: Arc<Records>,
 }
 
 /// A shard of the clock.
@@ -81,19 +87,19 @@ impl Clock {
 
 impl FdCache {
     /// No limit but the quota's: each inode keeps its descriptor.
-    pub fn unlimited(quota: &Arc<FdQuota>) -> FdCache {
-        FdCache::with_limit(quota, usize::MAX)
+    pub fn unlimited(quota: &Arc<FdQuota>, records: &Arc<Records>) -> FdCache {
+        FdCache::with_limit(quota, records, usize::MAX)
     }
 
     /// Half of the quota, if inodes can be opened by handle at the share's `root`.
     ///
     /// EPERM without CAP_DAC_READ_SEARCH, EOPNOTSUPP where the file system has no durable handles.
-    pub fn limited(root: &OwnedFd, quota: &Arc<FdQuota>) -> Result<FdCache> {
+    pub fn limited(root: impl AsFd, quota: &Arc<FdQuota>, records: &Arc<Records>) -> Result<FdCache> {
         mount::try_handles(root)?;
-        Ok(FdCache::with_limit(quota, half_of(quota)))
+        Ok(FdCache::with_limit(quota, records, half_of(quota)))
     }
 
-    pub(super) fn with_limit(quota: &Arc<FdQuota>, limit: usize) -> FdCache {
+    pub(super) fn with_limit(quota: &Arc<FdQuota>, records: &Arc<Records>, limit: usize) -> FdCache {
         FdCache {
             over_limit: CachePadded::default(),
             limit: AtomicUsize::new(limit),
@@ -102,8 +108,21 @@ impl FdCache {
             clock: Shards::default(),
             mounts: CachePadded::default(),
             reported_mount: AtomicBool::new(false),
+            reported_fuse: AtomicBool::new(false),
+            has_fuse: AtomicBool::new(false),
             quota: Arc::clone(quota),
+            records: Arc::clone(records),
         }
+    }
+
+    /// The records of inodes and mounts.
+    pub(super) fn records(&self) -> &Records {
+        &self.records
+    }
+
+    /// The same, to keep.
+    pub(super) fn shared_records(&self) -> &Arc<Records> {
+        &self.records
     }
 
     /// Whether inodes can be evicted.
@@ -194,6 +213,25 @@ impl FdCache {
         }
     }
 
+    /// The guest has met a mount whose files are a FUSE server's.
+    pub(super) fn note_fuse(&self) {
+        self.has_fuse.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it has met one. A thread that has an inode on it sees that.
+    pub fn has_fuse(&self) -> bool {
+        self.has_fuse.load(Ordering::Relaxed)
+    }
+
+    /// Logs once what is different about a FUSE file system at the share or below.
+    pub(super) fn report_fuse(&self) {
+        if !self.reported_fuse.swap(true, Ordering::Relaxed) {
+            info!(
+                "the share has a FUSE file system: each inode that the guest knows there takes a descriptor, the daemon itself clears set-id bits, locks reach as far as the server's do, and after an unmount `lanefsd reopen` is needed (docs/shared-storage.md)"
+            );
+        }
+    }
+
     /// A mount that the guest knows inodes on.
     pub fn known_mount(&self, id: u32) -> Option<Arc<Mount>> {
         self.mounts.read().unwrap_or_else(PoisonError::into_inner).get(&id).and_then(Weak::upgrade)
@@ -211,7 +249,12 @@ impl FdCache {
             return Ok(mount);
         }
         // Made before the lock is taken, and dropped after it: both make system calls.
-        let new = Arc::new(Mount::new(id, inode, kind, self));
+        self.add_mount(Mount::new(id, inode, kind, self))
+    }
+
+    /// The same for a mount that the caller has made.
+    pub(super) fn add_mount(&self, new: Mount) -> Result<Arc<Mount>> {
+        let (id, new) = (new.id(), Arc::new(new));
         let mut mounts = self.mounts.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(mount) = mounts.get(&id).and_then(Weak::upgrade) {
             return Ok(mount);

@@ -4,14 +4,15 @@
 //! alone, which has a generation in it: see [`InodeFd::is`].
 
 use std::ops::Deref;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwapOption, Guard};
 use rustix::io::Errno;
 
 use super::mount::Mount;
+use super::records::{Record, Records};
 use crate::fs::Result;
 use crate::limits::GuestFd;
 use crate::sys::file_handles::{FileHandle, name_to_handle, open_by_handle};
@@ -48,25 +49,38 @@ impl AsFd for PathGuard {
 #[derive(Debug)]
 pub(super) struct InodeFd {
     path: ArcSwapOption<GuestFd>,
-    /// Known once the inode was evicted for the first time.
-    handle: OnceLock<FileHandle>,
+    /// Holds the handle, once the inode was evicted for the first time, and the number of the descriptor.
+    record: Record,
     /// The reference bit: used since the clock has last tested it.
     used: AtomicBool,
     mount: Arc<Mount>,
 }
 
 impl InodeFd {
-    /// The inode that `path`, an O_PATH descriptor, refers to.
-    pub(super) fn new(path: GuestFd, mount: Arc<Mount>) -> InodeFd {
-        if mount.directory().is_some() {
+    /// The inode that `path`, an O_PATH descriptor, refers to; without one, `record` has its handle.
+    pub(super) fn new(path: Option<GuestFd>, mount: Arc<Mount>, record: Record) -> InodeFd {
+        if path.is_some() && mount.directory().is_some() {
             mount.fd_cache().count_opened();
         }
-        InodeFd {
-            path: ArcSwapOption::from_pointee(path),
-            handle: OnceLock::new(),
-            used: AtomicBool::new(false),
-            mount,
-        }
+        InodeFd { path: ArcSwapOption::from_pointee(path), record, used: AtomicBool::new(false), mount }
+    }
+
+    /// The inode's record.
+    pub(super) fn record(&self) -> Record {
+        self.record
+    }
+
+    fn records(&self) -> &Records {
+        self.mount.fd_cache().records()
+    }
+
+    fn has_handle(&self) -> bool {
+        self.records().inode(self.record).has_handle()
+    }
+
+    /// Whether it has a descriptor just now.
+    pub(super) fn has_path(&self) -> bool {
+        self.path.load().is_some()
     }
 
     /// The mount that the inode is on.
@@ -86,13 +100,20 @@ impl InodeFd {
 
     #[cold]
     fn open_again(&self, node: NodeId) -> Result<PathGuard> {
-        let (handle, directory) = self.handle.get().zip(self.mount.directory()).ok_or(Errno::STALE)?;
+        let handle = self.records().handle(self.record);
+        let (handle, directory) = handle.zip(self.mount.directory()).ok_or(Errno::STALE)?;
         let permit = self.mount.fd_cache().quota().acquire();
-        let path = open_by_handle(directory.as_fd(), handle)?;
+        let path = open_by_handle(directory.as_fd(), &handle)?;
         // Where the guest has used up its quota, each request opens the inode again.
         let Ok(permit) = permit else { return Ok(PathGuard::of(Arc::new(GuestFd::uncounted(path)))) };
         let path = Arc::new(permit.wrap(path));
-        if self.path.swap(Some(Arc::clone(&path))).is_none() {
+        let before = {
+            let _lock = self.records().lock(node.0);
+            let before = self.path.swap(Some(Arc::clone(&path)));
+            self.records().inode(self.record).set_descriptor(Some(path.as_fd().as_raw_fd()));
+            before
+        };
+        if before.is_none() {
             self.mount.fd_cache().count_opened();
             self.enter_clock(node);
         }
@@ -108,7 +129,7 @@ impl InodeFd {
 
     /// Whether the next use has to open it.
     pub(super) fn is_evicted(&self) -> bool {
-        self.handle.get().is_some() && self.path.load().is_none()
+        self.has_handle() && self.path.load().is_none()
     }
 
     /// Whether the inode is the one that was just met under its number; `handle` is that one's, if it is known. `None`
@@ -118,16 +139,10 @@ impl InodeFd {
     pub(super) fn is(&self, handle: Option<&FileHandle>) -> Option<bool> {
         // The handle is set before the first eviction. To read it costs less than to read the descriptor, which takes
         // two atomic changes.
-        if self.handle.get().is_none() || self.path.load().is_some() {
+        if !self.has_handle() || self.path.load().is_some() {
             return Some(true);
         }
-        handle.map(|handle| self.handle.get() == Some(handle))
-    }
-
-    /// Remembers the inode's handle, which was asked for anyway.
-    pub(super) fn set_handle(&self, handle: FileHandle) {
-        // If it is known already, it is the same.
-        let _ = self.handle.set(handle);
+        handle.map(|handle| self.records().handle(self.record).as_ref() == Some(handle))
     }
 
     /// Tests and clears the reference bit.
@@ -135,17 +150,26 @@ impl InodeFd {
         self.used.swap(false, Ordering::Relaxed)
     }
 
-    /// Closes the descriptor; false if the inode has to keep it.
-    pub(super) fn evict(&self) -> bool {
+    /// Closes the descriptor; false if the inode has to keep it. `node` is the inode's.
+    pub(super) fn evict(&self, node: NodeId) -> bool {
         let Some(path) = self.path.load_full() else { return true };
         if self.mount.directory().is_none() {
             return false;
         }
-        if self.handle.get().is_none() {
-            let Ok(handle) = name_to_handle(path.as_fd()) else { return false };
-            self.set_handle(handle);
+        let handle = if self.has_handle() { None } else { Some(name_to_handle(path.as_fd())) };
+        let lock = self.records().lock(node.0);
+        let is_known = match handle {
+            None => true,
+            Some(Ok(handle)) => self.records().set_handle(self.record, &handle),
+            Some(Err(_)) => false,
+        };
+        if !is_known {
+            return false;
         }
-        if self.path.swap(None).is_some() {
+        let before = self.path.swap(None);
+        self.records().inode(self.record).set_descriptor(None);
+        drop(lock);
+        if before.is_some() {
             self.mount.fd_cache().count_closed();
         }
         true
@@ -154,6 +178,8 @@ impl InodeFd {
 
 impl Drop for InodeFd {
     fn drop(&mut self) {
+        // Before the descriptor is closed.
+        self.records().give_back(self.record);
         if self.mount.directory().is_some() && self.path.load().is_some() {
             self.mount.fd_cache().count_closed();
         }
@@ -172,6 +198,7 @@ mod tests {
     use super::*;
     use crate::fs::passthrough::host::stat;
     use crate::limits::FdQuota;
+    use crate::state_file::StateFile;
 
     fn path_of(path: &std::path::Path) -> OwnedFd {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -187,19 +214,21 @@ mod tests {
         // One is for the mount.
         let quota = Arc::new(FdQuota::new(max + 1, 0));
         mount::try_handles(path_of(root)).unwrap();
-        let all = Arc::new(FdCache::with_limit(&quota, 1));
+        let records = Records::new(&StateFile::create().unwrap());
+        let all = Arc::new(FdCache::with_limit(&quota, &records, 1));
         let mount = all.mount(1, path_of(root), FileType::Directory).unwrap();
         (quota, mount)
     }
 
     fn inode_fd(path: &std::path::Path, quota: &Arc<FdQuota>, mount: &Arc<Mount>) -> InodeFd {
-        InodeFd::new(quota.acquire().unwrap().wrap(path_of(path)), Arc::clone(mount))
+        let record = mount.fd_cache().records().inodes().take().unwrap();
+        InodeFd::new(Some(quota.acquire().unwrap().wrap(path_of(path))), Arc::clone(mount), record)
     }
 
     /// One test of the clock.
     fn ask(fd: &InodeFd) {
         if !fd.take_reference() {
-            assert!(fd.evict());
+            assert!(fd.evict(NodeId(2)));
         }
     }
 

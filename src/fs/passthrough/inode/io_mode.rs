@@ -102,12 +102,40 @@ impl IoMode {
         self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, update).ok().map(|_| mode)
     }
 
+    /// The mode that the openers share, if there are any.
+    pub fn current(&self) -> Mode {
+        decode(self.0.load(Ordering::SeqCst))
+    }
+
+    /// Counts an opener of a file that had this mode.
+    pub fn restore(&self, mode: Mode) {
+        let update = |word: u32| Some((word & !(ONE_OPENER - 1)).saturating_add(ONE_OPENER) | encode(mode));
+        // It never fails: `update` always has a value.
+        let _ = self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, update);
+    }
+
     /// One opener has closed the file; after the last one the next opener decides. Returns whether it was the last.
     pub fn release(&self) -> bool {
         // It never fails: every release belongs to one open.
         let less = |word: u32| word.checked_sub(ONE_OPENER);
         let before = self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less);
         before.is_ok_and(|word| word < 2 * ONE_OPENER)
+    }
+}
+
+impl Mode {
+    /// As a number, for the record of a handle.
+    pub fn number(self) -> u8 {
+        match self {
+            Mode::Parallel => 0,
+            Mode::Direct => 1,
+            Mode::Cached => 2,
+        }
+    }
+
+    /// The mode with this number; [`Mode::Cached`], which promises most, for any other.
+    pub fn of_number(number: u8) -> Mode {
+        decode(number.into())
     }
 }
 

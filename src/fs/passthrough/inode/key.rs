@@ -7,6 +7,7 @@ use rustix::fs::{FileType, Statx, StatxFlags};
 
 use super::mount::Mount;
 use crate::fs::passthrough::host::kind;
+use crate::state_file::InodeEntry;
 use crate::sys::file_handles::name_to_handle;
 use fuse_protocol::ids::NodeId;
 
@@ -38,9 +39,30 @@ impl InodeKey {
         InodeKey { device: (major, minor), ino: stat.stx_ino, mount, generation: 0 }
     }
 
+    /// The device in one word: Linux keeps 12 bits of the major number and 20 of the minor one.
+    pub(super) fn packed_device(&self) -> u32 {
+        self.device.0 << 20 | self.device.1 & 0xf_ffff
+    }
+
+    /// The device of such a word.
+    fn unpacked_device(word: u32) -> (u32, u32) {
+        (word >> 20, word & 0xf_ffff)
+    }
+
+    /// The key in a record.
+    pub(super) fn of_entry(entry: &InodeEntry) -> InodeKey {
+        let device = InodeKey::unpacked_device(entry.device);
+        InodeKey { device, ino: entry.ino, mount: entry.mount, generation: entry.generation }
+    }
+
     /// Where several files may share a number: by the number of the host's kernel, if the handle of `path` has one.
     pub fn on(self, mount: &Mount, path: impl AsFd) -> InodeKey {
-        let handle = mount.numbers_alias().then(|| name_to_handle(path.as_fd()).ok()).flatten();
+        if mount.numbers_alias() { self.with_kernels_number(path) } else { self }
+    }
+
+    /// By the number of the host's kernel, if the handle of `path` has one.
+    pub(super) fn with_kernels_number(self, path: impl AsFd) -> InodeKey {
+        let handle = name_to_handle(path.as_fd()).ok();
         match handle.and_then(|handle| handle.number_and_generation()) {
             Some((ino, generation)) => InodeKey { ino, generation, ..self },
             None => self,

@@ -68,6 +68,11 @@ impl LockedRanges {
         self.locked.get(&lock.start).is_some_and(|range| *range == (lock.end, lock.kind))
     }
 
+    /// All of them.
+    pub fn all(&self) -> impl Iterator<Item = ByteLock> {
+        self.locked.iter().map(|(start, (end, kind))| ByteLock { kind: *kind, start: *start, end: *end })
+    }
+
     fn change(&self, lock: &ByteLock) -> Change {
         let ByteLock { kind, start, end } = *lock;
         let (mut first, mut last, mut change) = (start, end, Change::default());

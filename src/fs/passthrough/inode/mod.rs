@@ -7,19 +7,31 @@
 //! Fields are private to this folder, so that the count of lookups, the two ways to find an inode, and the number of
 //! open descriptors stay true together.
 
+mod eviction;
 mod fd_cache;
 mod inode_fd;
 pub mod io_mode;
 mod key;
+mod listed;
 mod locked_ranges;
 mod mount;
+mod owner_records;
 mod posix_locks;
 pub mod range_lock;
+mod records;
+mod reopen;
+mod resolve;
+mod restore;
+mod search;
 pub mod shards;
+mod stored;
+mod survey;
 mod table;
+mod unnamed;
+mod unresolved;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FileType;
 
@@ -28,8 +40,13 @@ use self::inode_fd::{InodeFd, PathGuard};
 use self::io_mode::{IoMode, IoPolicy, Mode};
 pub use self::key::{InodeKey, Seen};
 pub use self::mount::Mount;
-pub use self::posix_locks::{OwnerFile, PosixLocks};
+pub use self::owner_records::OwnerRecords;
+pub use self::posix_locks::{OwnerFile, PosixLocks, RestoredOwner};
 use self::range_lock::RangeLock;
+pub use self::records::Records;
+pub use self::reopen::reopen;
+pub use self::restore::{adopt_descriptor, on_threads, root_descriptor, threads_for};
+pub use self::search::{identity, is_same};
 pub use self::table::InodeTable;
 use crate::fs::Result;
 use fuse_protocol::ids::NodeId;
@@ -45,15 +62,17 @@ pub struct Inode {
     locks: PosixLocks,
     /// It had a set-group-ID bit without execution by the group when its attributes were last read.
     lone_group_bit: AtomicBool,
+    /// It may have set-id bits that the host does not clear.
+    set_id_bits: AtomicBool,
+    /// Also knows its record, which counts how often the guest has looked it up and not forgotten it. The count goes up
+    /// only under the lock of the inode's key, so that a count of 0 seen there is final.
     fd: InodeFd,
-    /// How often the guest has looked it up and not forgotten it. Goes up only under the lock of the inode's key, so
-    /// that a count of 0 seen there is final.
-    lookups: AtomicU64,
 }
 
 impl Inode {
     /// An inode that was not looked up yet.
     fn new(node: NodeId, key: InodeKey, kind: FileType, fd: InodeFd) -> Inode {
+        let leaves_set_id_bits = fd.mount().leaves_set_id_bits();
         Inode {
             node,
             key,
@@ -62,8 +81,8 @@ impl Inode {
             ranges: RangeLock::default(),
             locks: PosixLocks::default(),
             lone_group_bit: AtomicBool::new(false),
+            set_id_bits: AtomicBool::new(leaves_set_id_bits),
             fd,
-            lookups: AtomicU64::new(0),
         }
     }
 
@@ -108,6 +127,16 @@ impl Inode {
         &self.locks
     }
 
+    /// The mode that all of its openers share.
+    pub fn mode(&self) -> Mode {
+        self.io_mode.current()
+    }
+
+    /// Counts an opener from before this process began, when the inode had this mode.
+    pub fn restore_opener(&self, mode: Mode) {
+        self.io_mode.restore(mode);
+    }
+
     /// Counts one more opener; see [`IoMode::open`].
     pub fn open(&self, policy: IoPolicy, direct_requested: bool) -> Option<Mode> {
         self.io_mode.open(policy, direct_requested)
@@ -123,6 +152,19 @@ impl Inode {
     /// Whether it had a set-group-ID bit without execution by the group when its attributes were last read.
     pub fn has_lone_group_bit(&self) -> bool {
         self.lone_group_bit.load(Ordering::Relaxed)
+    }
+
+    /// Whether it may have set-id bits that the daemon has to clear, since the host does not.
+    pub fn may_have_set_id_bits(&self) -> bool {
+        self.set_id_bits.load(Ordering::Relaxed)
+    }
+
+    /// Its attributes were read, and it has such bits or not.
+    pub fn set_set_id_bits(&self, has: bool) {
+        let has = has && self.mount().leaves_set_id_bits();
+        if self.may_have_set_id_bits() != has {
+            self.set_id_bits.store(has, Ordering::Relaxed);
+        }
     }
 
     /// Its attributes were read.

@@ -19,7 +19,7 @@
 //! Where handles are not durable, or cannot be opened when the mount is met, inodes keep their descriptors, which also
 //! keeps their numbers from being reused.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, OnceLock, Weak};
 
 use rustix::fs::{FileType, Mode, OFlags, fstatfs, openat};
@@ -29,6 +29,7 @@ use super::Inode;
 use super::fd_cache::FdCache;
 use crate::fs::Result;
 use crate::limits::GuestFd;
+use crate::state_file::{Index, MountEntry, MountRecord};
 use crate::sys::file_handles::{name_to_handle, open_by_handle};
 
 /// `FUSE_SUPER_MAGIC` of linux/magic.h.
@@ -42,13 +43,15 @@ const VFAT: u32 = 0x4d44;
 #[repr(align(128))]
 pub struct Mount {
     id: u32,
-    numbers_alias: bool,
+    is_fuse: bool,
     is_of_a_file: bool,
     /// A directory on it that is open, not only as O_PATH, if its inodes may be opened by handle.
     directory: Option<GuestFd>,
     /// The first directory on it that the guest looked up.
     top: OnceLock<Weak<Inode>>,
     fd_cache: Arc<FdCache>,
+    /// `None` if there was none left: its inodes do not outlive the process.
+    record: Option<Index<MountRecord>>,
 }
 
 impl Mount {
@@ -60,15 +63,40 @@ impl Mount {
         if let Some(Err(errno)) = &directory {
             fd_cache.report_mount(*errno);
         }
-        Mount {
-            id,
-            // A FUSE server may leave the question for its kind unanswered.
-            numbers_alias: matches!(file_system, None | Some(FUSE)),
-            is_of_a_file: kind != FileType::Directory,
-            directory: directory.and_then(Result::ok),
-            top: OnceLock::new(),
-            fd_cache: Arc::clone(fd_cache),
+        let directory = directory.and_then(Result::ok);
+        let numbers_alias = numbers_alias_on(file_system);
+        if file_system == Some(FUSE) {
+            fd_cache.report_fuse();
         }
+        let descriptor = directory.as_ref().map(|directory| directory.as_fd().as_raw_fd());
+        let is_of_a_file = kind != FileType::Directory;
+        let entry = MountEntry { id, descriptor, numbers_alias, is_of_a_file };
+        let record = fd_cache.records().add_mount(&entry);
+        Mount::with(&entry, directory, record, fd_cache)
+    }
+
+    /// The mount in a record. `directory` is its descriptor, if it has one.
+    pub(super) fn restored(
+        entry: &MountEntry,
+        directory: Option<GuestFd>,
+        record: Index<MountRecord>,
+        fd_cache: &Arc<FdCache>,
+    ) -> Mount {
+        Mount::with(entry, directory, Some(record), fd_cache)
+    }
+
+    fn with(
+        entry: &MountEntry,
+        directory: Option<GuestFd>,
+        record: Option<Index<MountRecord>>,
+        fd_cache: &Arc<FdCache>,
+    ) -> Mount {
+        let MountEntry { id, numbers_alias, is_of_a_file, .. } = *entry;
+        if numbers_alias {
+            fd_cache.note_fuse();
+        }
+        let (top, fd_cache) = (OnceLock::new(), Arc::clone(fd_cache));
+        Mount { id, is_fuse: numbers_alias, is_of_a_file, directory, top, fd_cache, record }
     }
 
     /// Its number; see [`super::InodeKey::mount`].
@@ -79,7 +107,24 @@ impl Mount {
     /// Whether different inodes may have the same number: the kernel's own number, which stands in the handle, tells
     /// them apart.
     pub fn numbers_alias(&self) -> bool {
-        self.numbers_alias
+        self.is_fuse
+    }
+
+    /// Whether its files are a FUSE server's, or may be.
+    pub fn is_fuse(&self) -> bool {
+        self.is_fuse
+    }
+
+    /// Whether the host's kernel may leave set-id bits of a file that is written. Its FUSE client clears them before a write
+    /// to its page cache. Direct writes go to the server as they are, with a flag that few servers look at.
+    pub fn leaves_set_id_bits(&self) -> bool {
+        self.is_fuse
+    }
+
+    /// Whether appends are a matter of a FUSE server, which has to be told that a write is one: other hosts may have
+    /// appended since this one has last asked for the size.
+    pub fn server_appends(&self) -> bool {
+        self.is_fuse
     }
 
     /// Whether a single file is mounted, not a directory.
@@ -93,8 +138,13 @@ impl Mount {
     }
 
     /// Where its inodes are opened by handle; `None` if they must keep their descriptors.
-    pub(super) fn directory(&self) -> Option<&GuestFd> {
+    pub fn directory(&self) -> Option<&GuestFd> {
         self.directory.as_ref()
+    }
+
+    /// Whether its inodes can be opened by handle, by this daemon and for as long as they exist.
+    pub fn opens_handles(&self) -> bool {
+        self.directory.is_some()
     }
 
     /// Remembers a directory of it, by a weak reference.
@@ -115,6 +165,10 @@ impl Mount {
 impl Drop for Mount {
     fn drop(&mut self) {
         self.fd_cache.forget_mount(self.id);
+        if let Some(record) = self.record {
+            // Before the descriptor is closed.
+            self.fd_cache.records().drop_mount(record);
+        }
     }
 }
 
@@ -134,14 +188,20 @@ fn open_directory(directory: impl AsFd, file_system: Option<u32>) -> Result<Owne
     if !handles_are_durable(file_system) {
         return Err(Errno::OPNOTSUPP);
     }
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
     let open = openat(&directory, c".", flags, Mode::empty())?;
     open_by_handle(open.as_fd(), &name_to_handle(directory.as_fd())?)?;
     Ok(open)
 }
 
+/// Whether different inodes may have one number on a file system. A FUSE server may leave the question for its kind
+/// unanswered.
+pub(super) fn numbers_alias_on(file_system: Option<u32>) -> bool {
+    matches!(file_system, None | Some(FUSE))
+}
+
 /// The magic number of the file system; `None` if it cannot be had.
-fn file_system(fd: impl AsFd) -> Option<u32> {
+pub(super) fn file_system(fd: impl AsFd) -> Option<u32> {
     // The number has 32 bits, and its type on some machines a sign.
     u32::try_from(fstatfs(fd).ok()?.f_type & 0xffff_ffff).ok()
 }

@@ -12,16 +12,18 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
 use super::locked_ranges::LockedRanges;
+use super::owner_records::{OwnerGuard, OwnerRecords};
 use crate::fs::Result;
 use crate::limits::{GuestFd, LockedRangeQuota};
+use crate::state_file::{Index, OwnerEntry, OwnerHandleRecord, OwnerRecord};
 use crate::sys::locks::{ByteLock, LockType, ofd_get, ofd_set};
-use fuse_protocol::ids::{HandleId, LockOwner};
+use fuse_protocol::ids::{HandleId, LockOwner, NodeId};
 
 /// Owners that may have locks on one inode; each takes a descriptor.
 const MAX_OWNERS: usize = 1024;
@@ -37,19 +39,68 @@ type Owners = HashMap<u64, Arc<OwnerFile>>;
 /// An open file description of one owner, and the ranges that are locked on it.
 #[derive(Debug)]
 pub struct OwnerFile {
+    // Dropped first: the record gives the descriptor up before it is closed.
+    record: OwnerGuard,
     file: GuestFd,
     pid: u32,
     ranges: Mutex<LockedRanges>,
     /// Handles that it has locked through since its last FLUSH, all of them open, and how many requests are locking
     /// through each just now. It changes only while the table of owners is locked, so that an owner is in the table as
     /// long as it has any.
-    handles: Mutex<HashMap<u64, usize>>,
+    handles: Mutex<HashMap<u64, Through>>,
+}
+
+/// A handle that an owner has locked through.
+#[derive(Debug)]
+struct Through {
+    /// Requests that are locking just now.
+    under_way: usize,
+    record: Index<OwnerHandleRecord>,
 }
 
 impl OwnerFile {
-    /// An owner without locks, whose process in the guest is `pid`. Its ranges are counted by `quota`.
-    pub fn new(file: GuestFd, pid: u32, quota: &Arc<LockedRangeQuota>) -> OwnerFile {
-        OwnerFile { file, pid, ranges: Mutex::new(LockedRanges::new(quota)), handles: Mutex::default() }
+    /// An owner without locks on inode `node`, whose number in the guest is `owner` and whose process there is `pid`.
+    /// Its ranges are counted by `quota`. ENOLCK if there are too many owners.
+    pub fn new(
+        file: GuestFd,
+        (node, owner, pid): (NodeId, LockOwner, u32),
+        quota: &Arc<LockedRangeQuota>,
+        records: &Arc<OwnerRecords>,
+    ) -> Result<OwnerFile> {
+        let descriptor = file.as_fd().as_raw_fd();
+        let entry = OwnerEntry { node: node.0, owner: owner.0, descriptor, process: pid };
+        let record = OwnerGuard::new(records, &entry).ok_or(Errno::NOLCK)?;
+        Ok(OwnerFile::with(record, file, pid, quota))
+    }
+
+    fn with(record: OwnerGuard, file: GuestFd, pid: u32, quota: &Arc<LockedRangeQuota>) -> OwnerFile {
+        let ranges = Mutex::new(LockedRanges::new(quota));
+        OwnerFile { record, file, pid, ranges, handles: Mutex::default() }
+    }
+
+    /// An owner of an earlier process, which has locked through these handles. `locks` are those of its file.
+    pub fn restored(
+        restored: RestoredOwner,
+        file: GuestFd,
+        locks: &[ByteLock],
+        quota: &Arc<LockedRangeQuota>,
+    ) -> OwnerFile {
+        let RestoredOwner { record, entry, handles } = restored;
+        let owner = OwnerFile::with(record, file, entry.process, quota);
+        for lock in locks {
+            // They are there, whatever the quota.
+            quota.add(1);
+            let _ = owner.ranges().set(lock, || Ok(()));
+            quota.release(1);
+        }
+        let through = |(handle, record)| (handle, Through { under_way: 0, record });
+        *owner.handles() = handles.into_iter().map(through).collect();
+        owner
+    }
+
+    /// Counts a lock that the host is to have again ([`OwnerFile::take_again`]).
+    pub fn remember(&self, lock: &ByteLock) {
+        let _ = self.ranges().set(lock, || Ok(()));
     }
 
     /// Locks or unlocks without a wait.
@@ -65,6 +116,31 @@ impl OwnerFile {
         result
     }
 
+    /// All ranges that are locked.
+    pub fn locks(&self) -> Vec<ByteLock> {
+        self.ranges().all().collect()
+    }
+
+    /// The handles that it has locked through.
+    pub fn through(&self) -> Vec<u64> {
+        self.handles().keys().copied().collect()
+    }
+
+    /// Its process in the guest.
+    pub fn process(&self) -> u32 {
+        self.pid
+    }
+
+    /// Unlocks everything on the host, where others may lock it until [`OwnerFile::take_again`].
+    pub fn let_go(&self) -> Result<()> {
+        ofd_set(self.file.as_fd(), EVERYTHING)
+    }
+
+    /// Locks all of its ranges on the host once more; EAGAIN if another process has locked one.
+    pub fn take_again(&self) -> Result<()> {
+        self.locks().into_iter().try_for_each(|lock| ofd_set(self.file.as_fd(), lock))
+    }
+
     /// A lock that conflicts with this one.
     pub fn conflict(&self, lock: ByteLock) -> Result<Option<ByteLock>> {
         ofd_get(self.file.as_fd(), lock)
@@ -74,30 +150,97 @@ impl OwnerFile {
     fn begin(&self, handle: HandleId) -> Result<()> {
         let mut handles = self.handles();
         handles.try_reserve(1).map_err(|_| Errno::NOMEM)?;
-        let under_way = handles.entry(handle.0).or_default();
-        *under_way = under_way.saturating_add(1);
+        let through = match handles.entry(handle.0) {
+            Entry::Occupied(there) => there.into_mut(),
+            Entry::Vacant(place) => {
+                let record = self.record.add_handle(handle.0).ok_or(Errno::NOLCK)?;
+                place.insert(Through { under_way: 0, record })
+            }
+        };
+        through.under_way = through.under_way.saturating_add(1);
         Ok(())
     }
 
     /// Forgets a handle; whether it was the last one.
     fn ends_with(&self, handle: HandleId) -> bool {
         let mut handles = self.handles();
-        handles.remove(&handle.0).is_some() && handles.is_empty()
+        let Some(through) = handles.remove(&handle.0) else { return false };
+        self.record.drop_handle(through.record);
+        handles.is_empty()
     }
 
     /// Forgets the handles that no request is locking through; whether there are no others.
     fn ends_with_flush(&self) -> bool {
         let mut handles = self.handles();
-        handles.retain(|_, under_way| *under_way > 0);
+        handles.retain(|_, through| {
+            let stays = through.under_way > 0;
+            if !stays {
+                self.record.drop_handle(through.record);
+            }
+            stays
+        });
         handles.is_empty()
     }
 
-    fn handles(&self) -> MutexGuard<'_, HashMap<u64, usize>> {
+    fn handles(&self) -> MutexGuard<'_, HashMap<u64, Through>> {
         self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn ranges(&self) -> MutexGuard<'_, LockedRanges> {
         self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for OwnerFile {
+    fn drop(&mut self) {
+        for (_, through) in self.handles().drain() {
+            self.record.drop_handle(through.record);
+        }
+    }
+}
+
+/// What records have of one owner.
+#[derive(Debug)]
+pub struct RestoredOwner {
+    record: OwnerGuard,
+    entry: OwnerEntry,
+    handles: Vec<(u64, Index<OwnerHandleRecord>)>,
+}
+
+impl RestoredOwner {
+    /// The owner.
+    pub fn entry(&self) -> &OwnerEntry {
+        &self.entry
+    }
+
+    /// All owners in the state file, each once.
+    pub fn all(records: &Arc<OwnerRecords>) -> Vec<RestoredOwner> {
+        let restored = |(index, entry): (Index<OwnerRecord>, OwnerEntry)| {
+            let record = OwnerGuard::restored(records, index);
+            (index.get(), RestoredOwner { record, entry, handles: Vec::new() })
+        };
+        let mut owners: HashMap<usize, RestoredOwner> = records.owners().into_iter().map(restored).collect();
+        for (record, entry) in records.handles() {
+            match owners.get_mut(&entry.owner.get()) {
+                Some(owner) => owner.handles.push((entry.handle, record)),
+                None => records.drop_handle(record),
+            }
+        }
+        owners.into_values().collect()
+    }
+
+    /// Drops an owner that has no file any more. Its records go before its descriptor is closed.
+    pub fn discard(mut self) {
+        self.keep_handles(|_| false);
+    }
+
+    /// Keeps the handles that are open. Whether any are left: an owner without one was about to lock, or has unlocked all.
+    pub fn keep_handles(&mut self, is_open: impl Fn(u64) -> bool) -> bool {
+        let (open, closed) = std::mem::take(&mut self.handles).into_iter().partition(|(id, _)| is_open(*id));
+        self.handles = open;
+        let closed: Vec<(u64, Index<OwnerHandleRecord>)> = closed;
+        closed.into_iter().for_each(|(_, record)| self.record.drop_handle(record));
+        !self.handles.is_empty()
     }
 }
 
@@ -118,8 +261,8 @@ impl Locking {
 impl Drop for Locking {
     fn drop(&mut self) {
         // The handle may have been closed, by a guest that does not wait for its requests.
-        if let Some(under_way) = self.owner.handles().get_mut(&self.handle.0) {
-            *under_way = under_way.saturating_sub(1);
+        if let Some(through) = self.owner.handles().get_mut(&self.handle.0) {
+            through.under_way = through.under_way.saturating_sub(1);
         }
     }
 }
@@ -130,7 +273,10 @@ impl PosixLocks {
         let dropped = {
             let mut owners = self.lock();
             match owners.as_mut().map(|owners| owners.entry(owner.0)) {
-                Some(Entry::Occupied(found)) if found.get().ends_with_flush() => Some(found.remove()),
+                Some(Entry::Occupied(found)) if found.get().ends_with_flush() => {
+                    found.get().record.clear();
+                    Some(found.remove())
+                }
                 Some(Entry::Occupied(found)) => Some(Arc::clone(found.get())),
                 _ => None,
             }
@@ -148,6 +294,18 @@ impl PosixLocks {
         if let Some(owners) = self.lock().as_mut() {
             owners.retain(|_, owner| !owner.ends_with(handle));
         }
+    }
+
+    /// Adds an owner of an earlier process.
+    pub fn restore(&self, owner: LockOwner, file: OwnerFile) {
+        self.lock().get_or_insert_default().insert(owner.0, Arc::new(file));
+    }
+
+    /// All owners.
+    pub fn all(&self) -> Vec<(u64, Arc<OwnerFile>)> {
+        let owners = self.lock();
+        let all = owners.iter().flat_map(|owners| owners.iter());
+        all.map(|(owner, file)| (*owner, Arc::clone(file))).collect()
     }
 
     /// The open file of an owner that has locked something.

@@ -55,7 +55,26 @@ pub struct RangeGuard<'a> {
     ticket: u64,
 }
 
+/// A range that a request holds, whichever thread it is on, until it is given to [`RangeLock::unlock`].
+#[derive(Debug)]
+#[must_use = "the range stays locked"]
+pub struct Ticket(u64);
+
+impl RangeGuard<'_> {
+    /// Leaves the range locked.
+    pub fn keep(self) -> Ticket {
+        let ticket = Ticket(self.ticket);
+        std::mem::forget(self);
+        ticket
+    }
+}
+
 impl RangeLock {
+    /// Unlocks a range that was kept.
+    pub fn unlock(&self, ticket: Ticket) {
+        self.release(ticket.0);
+    }
+
     /// Locks `len` bytes from `start` on exclusively; waits for all requests that read or write any of them.
     pub fn write(&self, start: u64, len: u64) -> RangeGuard<'_> {
         self.acquire(Range { start, end: start.saturating_add(len), exclusive: true })

@@ -24,6 +24,12 @@ impl<T> Deref for CachePadded<T> {
 #[derive(Debug)]
 pub struct Shards<T>([CachePadded<T>; SHARDS]);
 
+/// The number of the shard that a number selects.
+#[allow(clippy::cast_possible_truncation, reason = "the remainder is small")]
+pub fn shard_of(number: u64) -> usize {
+    (number % SHARDS as u64) as usize
+}
+
 impl<T: Default> Default for Shards<T> {
     fn default() -> Shards<T> {
         Shards(std::array::from_fn(|_| CachePadded::default()))
@@ -32,13 +38,9 @@ impl<T: Default> Default for Shards<T> {
 
 impl<T> Shards<T> {
     /// The shard of `number`.
-    #[allow(
-        clippy::indexing_slicing,
-        clippy::cast_possible_truncation,
-        reason = "the remainder is below the array's length"
-    )]
+    #[allow(clippy::indexing_slicing, reason = "the remainder is below the array's length")]
     pub fn of(&self, number: u64) -> &T {
-        &self.0[(number % SHARDS as u64) as usize]
+        &self.0[shard_of(number)]
     }
 
     /// All shards.
@@ -61,6 +63,10 @@ impl Hasher for IdHasher {
         // both ends.
         let product = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         self.0 = product ^ (product >> 32);
+    }
+
+    fn write_u32(&mut self, number: u32) {
+        self.write_u64(number.into());
     }
 
     fn write(&mut self, bytes: &[u8]) {

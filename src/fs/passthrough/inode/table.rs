@@ -1,17 +1,17 @@
 //! The table of inodes: by the guest's node id, and by their key on the host.
 //!
-//! Locks: the shard of a key is locked before the shard of a node id; the hand of the clock before a shard of the clock.
-//! No lock but the hand is held during a system call.
+//! Locks: the shard of a key is locked before the shard of a node id and before a shard of the clock; the hand of the clock
+//! before any of them; a shard of the clock before that of a node id. No lock but the hand is held during a system call.
 
 use std::borrow::Borrow;
 use std::collections::HashSet;
 use std::hash::{Hash, Hasher};
 use std::mem::take;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{FileType, OFlags, Statx};
 use rustix::io::Errno;
 
 use super::Inode;
@@ -19,20 +19,24 @@ use super::fd_cache::FdCache;
 use super::inode_fd::InodeFd;
 use super::key::{InodeKey, Seen};
 use super::mount::Mount;
-use super::shards::{BuildIdHasher, CachePadded, Shards};
+use super::records::Records;
+use super::shards::{BuildIdHasher, Shards};
+use super::stored::Stored;
+use super::unresolved::Unresolved;
+use crate::fs::Result;
 use crate::fs::passthrough::host::Host;
-use crate::fs::{DeviceDescriptors, Result};
-use crate::limits::{FdPermit, FdQuota, GuestFd};
+use crate::limits::{FdQuota, GuestFd};
+use crate::state_file::{Effects, InodeEntry, InodeRecord};
 use crate::sys::file_handles::{FileHandle, name_to_handle};
 use fuse_protocol::ids::NodeId;
 
 /// An inode in a table where it is found by its node id.
 #[derive(Debug)]
-struct ByNode(Arc<Inode>);
+pub(super) struct ByNode(pub(super) Arc<Inode>);
 
 /// An inode in a table where it is found by its key.
 #[derive(Debug)]
-struct ByKey(Arc<Inode>);
+pub(super) struct ByKey(pub(super) Arc<Inode>);
 
 /// Only the inode has the key: a guest may know millions.
 macro_rules! found_by {
@@ -68,19 +72,16 @@ pub struct InodeTable {
     by_node: Shards<RwLock<HashSet<ByNode, BuildIdHasher>>>,
     /// Without those that were deleted on the host and whose number another inode has now.
     by_key: Shards<Mutex<HashSet<ByKey>>>,
-    next_node: CachePadded<AtomicU64>,
-    root: Arc<Inode>,
-    fd_cache: Arc<FdCache>,
+    pub(super) root: Arc<Inode>,
+    pub(super) fd_cache: Arc<FdCache>,
     /// The hand of the clock: the shard that is next. Locked by the thread that evicts inodes.
-    hand: Mutex<u64>,
+    pub(super) hand: Mutex<u64>,
+    pub(super) records: Arc<Records>,
+    /// Those of an earlier process that were not made of their records yet.
+    pub(super) stored: Stored,
+    /// Those that came with a migration and were not found yet.
+    pub(super) unresolved: Unresolved,
 }
-
-/// Inodes that one sweep of the clock evicts, at two system calls each, ...
-const EVICT_MAX: usize = 8;
-/// ... and reference bits that it tests.
-const SWEEP: usize = 32;
-/// Sweeps of a request that gets no descriptor.
-const MAX_SWEEPS: usize = 32;
 
 impl InodeTable {
     /// A table with the root alone.
@@ -88,20 +89,29 @@ impl InodeTable {
         let fd_cache = Arc::new(fd_cache);
         let mount = fd_cache.mount(key.mount, &root, FileType::Directory)?;
         let key = key.on(&mount, &root);
-        let root = Arc::new(Inode::new(NodeId::ROOT, key, FileType::Directory, InodeFd::new(root, mount)));
+        let record = fd_cache.records().inodes().take().ok_or(Errno::NOMEM)?;
+        let entry = entry_of(NodeId::ROOT, &key, FileType::Directory, &root);
+        fd_cache.records().inode(record).store(&entry, 0);
+        let fd = InodeFd::new(Some(root), mount, record);
+        let root = Arc::new(Inode::new(NodeId::ROOT, key, FileType::Directory, fd));
         root.mount().add_top(&root);
-        let next_node = CachePadded::<AtomicU64>::default();
-        next_node.store(NodeId::ROOT.0 + 1, Ordering::Relaxed);
+        Ok(InodeTable::with_root(root, fd_cache))
+    }
+
+    /// A table with this root, which has its record.
+    pub(super) fn with_root(root: Arc<Inode>, fd_cache: Arc<FdCache>) -> InodeTable {
         let table = InodeTable {
             by_node: Shards::default(),
             by_key: Shards::default(),
-            next_node,
             root,
+            records: Arc::clone(fd_cache.shared_records()),
             fd_cache,
             hand: Mutex::new(0),
+            stored: Stored::default(),
+            unresolved: Unresolved::default(),
         };
         table.insert_root();
-        Ok(table)
+        table
     }
 
     /// The inode with this id; ESTALE if the guest has forgotten it or never knew it.
@@ -112,32 +122,11 @@ impl InodeTable {
         if node == NodeId::ROOT {
             return Ok(Arc::clone(&self.root));
         }
-        let inode = self.known(node).ok_or(Errno::STALE)?;
+        let Some(inode) = self.known(node) else { return self.resolve(node) };
         if inode.fd.is_evicted() && matches!(inode.path(), Err(Errno::MFILE | Errno::NFILE)) {
             self.process_is_full();
         }
         Ok(inode)
-    }
-
-    fn known(&self, node: NodeId) -> Option<Arc<Inode>> {
-        let shard = self.node_shard(node).read().unwrap_or_else(PoisonError::into_inner);
-        shard.get(&node).map(|entry| Arc::clone(&entry.0))
-    }
-
-    /// The permit to keep one more descriptor open for the guest. Inodes are evicted for it if need be.
-    pub fn acquire_fd(&self) -> Result<FdPermit> {
-        match self.fds().acquire() {
-            Err(Errno::MFILE) if self.make_room() => self.fds().acquire(),
-            result => result,
-        }
-    }
-
-    /// What `open` opens. Where the process has no descriptor left at all, inodes are evicted.
-    pub fn with_room(&self, open: impl Fn() -> Result<OwnedFd>) -> Result<OwnedFd> {
-        match open() {
-            Err(Errno::MFILE | Errno::NFILE) if self.process_is_full() => open(),
-            result => result,
-        }
     }
 
     /// Opens an inode with `flags`: regular files and directories only. Devices, FIFOs and sockets belong to the
@@ -170,7 +159,7 @@ impl InodeTable {
     /// Node ids up to this one, exclusively, have been assigned. An inode with one of them had its descriptor before this
     /// call (see [`InodeTable::find_or_insert`], which assigns them).
     pub fn ids_given(&self) -> NodeId {
-        NodeId(self.next_node.load(Ordering::Acquire))
+        NodeId(self.records.state().next_node().load(Ordering::Acquire))
     }
 
     /// The inode that was just seen if the guest knows it; counts one more lookup. `None` also where only a descriptor of
@@ -179,9 +168,14 @@ impl InodeTable {
     /// An inode with a descriptor has its number for itself, so the number is enough. Without one it is
     /// identified by its handle, which `ask` gets from the host. An inode that got its id after the call may
     /// have taken the number over since.
-    pub fn find(&self, seen: &Seen, ask: impl FnOnce() -> Result<FileHandle>) -> Option<Arc<Inode>> {
+    pub fn find(
+        &self,
+        effects: Effects<'_>,
+        seen: &Seen,
+        ask: impl FnOnce() -> Result<FileHandle>,
+    ) -> Option<Arc<Inode>> {
         let shard = self.key_shard(&seen.key);
-        match compare(&shard, seen, None) {
+        match self.compare(effects, &shard, seen, None) {
             Known::As(inode) => return Some(inode),
             Known::Not => return None,
             Known::ByHandle => {}
@@ -189,7 +183,7 @@ impl InodeTable {
         // No lock is held during the system call.
         drop(shard);
         let handle = ask().ok()?;
-        match compare(&self.key_shard(&seen.key), seen, Some(&handle)) {
+        match self.compare(effects, &self.key_shard(&seen.key), seen, Some(&handle)) {
             Known::As(inode) => Some(inode),
             Known::Not | Known::ByHandle => None,
         }
@@ -200,6 +194,7 @@ impl InodeTable {
     /// A known inode whose number this one has now stays under its node id, where it is ESTALE.
     pub fn find_or_insert(
         &self,
+        effects: Effects<'_>,
         key: InodeKey,
         kind: FileType,
         path: GuestFd,
@@ -212,31 +207,35 @@ impl InodeTable {
         let seen = Seen { key, kind, before: NodeId(u64::MAX) };
         let mut shard = self.key_shard(&key);
         let mut handle = None;
-        match compare(&shard, &seen, None) {
+        match self.compare(effects, &shard, &seen, None) {
             Known::As(inode) => return Ok(inode),
             Known::Not => {}
             Known::ByHandle => {
                 drop(shard);
                 handle = name_to_handle(path.as_fd()).ok();
                 shard = self.key_shard(&key);
-                if let Known::As(inode) = compare(&shard, &seen, handle.as_ref()) {
+                if let Known::As(inode) = self.compare(effects, &shard, &seen, handle.as_ref()) {
                     return Ok(inode);
                 }
             }
         }
         shard.try_reserve(1).map_err(|_| Errno::NOMEM)?;
         // Pairs with `ids_given`: a thread that sees this id assigned knows that the inode's number was kept since before.
-        let node = NodeId(self.next_node.fetch_add(1, Ordering::Release));
-        let fd = InodeFd::new(path, mount);
-        if let Some(handle) = handle {
-            fd.set_handle(handle);
-        }
-        let inode = Arc::new(Inode::new(node, key, kind, fd));
-        inode.lookups.store(1, Ordering::Relaxed);
+        let record = self.records.inodes().take().ok_or(Errno::NFILE)?;
+        let node = NodeId(self.records.state().next_node().fetch_add(1, Ordering::Release));
+        let entry = entry_of(node, &key, kind, &path);
+        let inode = Arc::new(Inode::new(node, key, kind, InodeFd::new(Some(path), mount, record)));
         {
             let mut by_node = self.node_shard(node).write().unwrap_or_else(PoisonError::into_inner);
             by_node.try_reserve(1).map_err(|_| Errno::NOMEM)?;
+            // Nothing can fail from here on.
+            self.records.inode(record).store(&entry, effects.begin_lookups(record));
             by_node.insert(ByNode(Arc::clone(&inode)));
+        }
+        if let Some(handle) = handle {
+            let _lock = self.records.lock(node.0);
+            // Without room for it, the inode is not evicted.
+            let _ = self.records.set_handle(record, &handle);
         }
         let replaced = shard.replace(ByKey(Arc::clone(&inode)));
         // Descriptors are closed without the lock.
@@ -247,30 +246,46 @@ impl InodeTable {
     }
 
     /// Counts one more lookup of an inode; ESTALE if the guest has just forgotten it.
-    pub fn look_up_again(&self, inode: &Inode) -> Result<()> {
+    pub fn look_up_again(&self, effects: Effects<'_>, inode: &Inode) -> Result<()> {
         let _shard = self.key_shard(&inode.key);
-        if inode.node != NodeId::ROOT && inode.lookups.load(Ordering::Relaxed) == 0 {
+        let record = self.record_of(inode);
+        if inode.node != NodeId::ROOT && record.lookups() == 0 {
             return Err(Errno::STALE);
         }
-        inode.lookups.fetch_add(1, Ordering::Relaxed);
+        effects.count_lookup(inode.fd.record(), record);
         Ok(())
     }
 
     /// Takes `count` off an inode's lookups; at 0 it is gone. The root stays.
-    pub fn forget(&self, node: NodeId, count: u64) {
+    pub fn forget(&self, effects: Effects<'_>, node: NodeId, count: u64) {
         if node == NodeId::ROOT {
             return;
         }
         // It is the last one to be dropped, without a lock.
-        let Some(inode) = self.known(node) else { return };
-        let less = |lookups: u64| Some(lookups.saturating_sub(count));
-        // It never fails: `less` always has a value.
-        let before = inode.lookups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).unwrap_or(0);
-        if before > count {
-            return;
+        let Some(inode) = self.known(node) else {
+            return self.forget_unresolved(effects, node, count);
+        };
+        let record = self.record_of(&inode);
+        if effects.forget(record, count).is_some_and(|before| before <= count) {
+            self.drop_forgotten(&inode);
         }
+    }
+
+    /// Takes back the lookup that a request has counted last, and does not answer with.
+    pub fn take_back_lookup(&self, effects: Effects<'_>, node: NodeId) {
+        let known = if node == NodeId::ROOT { Some(Arc::clone(&self.root)) } else { self.known(node) };
+        let Some(inode) = known else { return };
+        if effects.take_back_lookup(self.record_of(&inode)) <= 1 && node != NodeId::ROOT {
+            self.drop_forgotten(&inode);
+        }
+    }
+
+    /// Drops an inode unless it was looked up meanwhile.
+    fn drop_forgotten(&self, inode: &Inode) {
+        let node = inode.node;
         let mut shard = self.key_shard(&inode.key);
-        if inode.lookups.load(Ordering::Relaxed) == 0 {
+        if self.record_of(inode).lookups() == 0 {
+            // Its record goes with the last handle: a process that goes on opens no file again.
             // The number may have another inode by now.
             if shard.get(&inode.key).is_some_and(|known| known.0.node == node) {
                 shard.remove(&inode.key);
@@ -279,79 +294,19 @@ impl InodeTable {
         }
     }
 
-    fn enter_clock(&self, inode: &Arc<Inode>) {
+    pub(super) fn enter_clock(&self, inode: &Arc<Inode>) {
         if inode.mount().directory().is_some() {
             inode.fd.enter_clock(inode.node);
-            self.fd_cache.clock(inode.node.0).drop_forgotten(|node| self.known(node).is_some());
+            self.fd_cache.clock(inode.node.0).drop_forgotten(|node| self.made(node).is_some());
         }
         inode.mount().add_top(inode);
-    }
-
-    /// Evicts a few inodes that were not used lately. One thread does that at a time.
-    fn evict_some(&self) {
-        if let Ok(mut hand) = self.hand.try_lock() {
-            self.sweep(&mut hand);
-        }
-    }
-
-    /// Evicts inodes until a descriptor is free; false if none can be evicted.
-    fn make_room(&self) -> bool {
-        if !self.fd_cache.evicts() {
-            return false;
-        }
-        let mut hand = self.hand.lock().unwrap_or_else(PoisonError::into_inner);
-        (0..MAX_SWEEPS).any(|_| self.sweep(&mut hand) > 0)
-    }
-
-    /// The process got no descriptor, as the device took more than its reserve: from now on inodes may have fewer. False
-    /// if none can be evicted.
-    fn process_is_full(&self) -> bool {
-        if self.fd_cache.evicts() {
-            self.fd_cache.lower_limit();
-        }
-        self.make_room()
-    }
-
-    /// The device has opened descriptors, or closed some: inodes are evicted until the guest is within its quota.
-    pub fn reserve_for(&self, device: DeviceDescriptors) {
-        let quota = self.fds();
-        if quota.reserve_for(device) {
-            self.fd_cache.on_quota_change();
-            while quota.is_exceeded() && self.make_room() {}
-        }
-    }
-
-    /// Moves the hand of the clock on; returns how many inodes were evicted. No lock but the hand is held across system
-    /// calls.
-    fn sweep(&self, hand: &mut u64) -> usize {
-        let (mut evicted, mut refused) = (0, 0);
-        for _ in 0..SWEEP {
-            let shard = *hand;
-            *hand = hand.wrapping_add(1);
-            let Some(node) = self.fd_cache.clock(shard).next() else { continue };
-            let Some(inode) = self.known(node) else { continue };
-            // The second chance: evicted when the hand comes again, unless it was used meanwhile.
-            if inode.fd.take_reference() {
-                self.fd_cache.clock(shard).push(node);
-            } else if inode.fd.evict() {
-                evicted += 1;
-            } else {
-                refused += 1;
-                self.fd_cache.clock(shard).push(node);
-            }
-            if evicted + refused == EVICT_MAX {
-                break;
-            }
-        }
-        if evicted == 0 && refused > 0 {
-            self.fd_cache.raise_limit();
-        }
-        evicted
     }
 
     /// Forgets all but the root.
     #[allow(clippy::mutable_key_type, reason = "the key of an inode does not change")]
     pub fn clear(&self) {
+        self.end_unresolved(None);
+        self.make_rest();
         // Their descriptors are closed when no lock is held.
         for shard in self.by_node.iter() {
             let known = take(&mut *shard.write().unwrap_or_else(PoisonError::into_inner));
@@ -370,9 +325,50 @@ impl InodeTable {
         self.fd_cache.evicts()
     }
 
-    /// Inodes beside the root.
+    /// Inodes beside the root that were made.
     pub fn len(&self) -> usize {
         self.by_node.iter().map(|shard| shard.read().unwrap_or_else(PoisonError::into_inner).len()).sum()
+    }
+
+    #[inline]
+    pub(super) fn record_of(&self, inode: &Inode) -> &InodeRecord {
+        self.records.inode(inode.fd.record())
+    }
+
+    /// Looks for what was seen, and whose handle may be known; counts one more lookup if it is found.
+    #[allow(clippy::mutable_key_type, reason = "the key of an inode does not change")]
+    fn compare(
+        &self,
+        effects: Effects<'_>,
+        shard: &HashSet<ByKey>,
+        seen: &Seen,
+        handle: Option<&FileHandle>,
+    ) -> Known {
+        let Some(ByKey(inode)) = shard.get(&seen.key) else { return Known::Not };
+        if inode.kind != seen.kind || inode.node.0 >= seen.before.0 {
+            return Known::Not;
+        }
+        match inode.fd.is(handle) {
+            None => Known::ByHandle,
+            Some(false) => Known::Not,
+            Some(true) => {
+                effects.count_lookup(inode.fd.record(), self.record_of(inode));
+                Known::As(Arc::clone(inode))
+            }
+        }
+    }
+
+    /// Whether the guest may know an inode with this number.
+    pub fn knows(&self, stat: &Statx) -> bool {
+        let key = InodeKey::of(stat);
+        self.key_shard(&key).contains(&key)
+    }
+
+    /// All shards of both ways to find an inode, in pairs.
+    pub(super) fn all_shards(
+        &self,
+    ) -> impl Iterator<Item = (&RwLock<HashSet<ByNode, BuildIdHasher>>, &Mutex<HashSet<ByKey>>)> {
+        self.by_node.iter().zip(self.by_key.iter())
     }
 
     /// The root is found by its key too: a name may lead back to it.
@@ -380,11 +376,12 @@ impl InodeTable {
         self.key_shard(&self.root.key).insert(ByKey(Arc::clone(&self.root)));
     }
 
-    fn node_shard(&self, node: NodeId) -> &RwLock<HashSet<ByNode, BuildIdHasher>> {
+    pub(super) fn node_shard(&self, node: NodeId) -> &RwLock<HashSet<ByNode, BuildIdHasher>> {
         self.by_node.of(node.0)
     }
 
-    fn key_shard(&self, key: &InodeKey) -> MutexGuard<'_, HashSet<ByKey>> {
+    /// The shard of a key, locked, without those that are still to be made: see [`InodeTable::key_shard`].
+    pub(super) fn unmade_key_shard(&self, key: &InodeKey) -> MutexGuard<'_, HashSet<ByKey>> {
         self.by_key.of(key.ino).lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -399,27 +396,30 @@ enum Known {
     ByHandle,
 }
 
-/// Looks for what was seen, and whose handle may be known.
-#[allow(clippy::mutable_key_type, reason = "the key of an inode does not change")]
-fn compare(shard: &HashSet<ByKey>, seen: &Seen, handle: Option<&FileHandle>) -> Known {
-    let Some(ByKey(inode)) = shard.get(&seen.key) else { return Known::Not };
-    if inode.kind != seen.kind || inode.node.0 >= seen.before.0 {
-        return Known::Not;
+/// An inode that was looked up once, as its record has it.
+pub(super) fn entry_of(node: NodeId, key: &InodeKey, kind: FileType, path: &GuestFd) -> InodeEntry {
+    InodeEntry {
+        node: node.0,
+        lookups: 1,
+        ino: key.ino,
+        device: key.packed_device(),
+        mount: key.mount,
+        generation: key.generation,
+        kind: packed_kind(kind),
+        descriptor: Some(path.as_fd().as_raw_fd()),
     }
-    match inode.fd.is(handle) {
-        None => Known::ByHandle,
-        Some(false) => Known::Not,
-        Some(true) => {
-            inode.lookups.fetch_add(1, Ordering::Relaxed);
-            Known::As(Arc::clone(inode))
-        }
-    }
+}
+
+/// A type as the upper bits of a mode.
+fn packed_kind(kind: FileType) -> u8 {
+    u8::try_from(kind.as_raw_mode() >> 12).unwrap_or(0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::limits::FdQuota;
+    use crate::state_file::StateFile;
 
     fn any_fd() -> GuestFd {
         GuestFd::uncounted(std::fs::File::open("/").unwrap().into())
@@ -430,17 +430,25 @@ mod tests {
     }
 
     fn table() -> InodeTable {
-        InodeTable::new(any_fd(), key(1), FdCache::unlimited(&Arc::new(FdQuota::new(1000, 0)))).unwrap()
+        InodeTable::new(
+            any_fd(),
+            key(1),
+            FdCache::unlimited(
+                &Arc::new(FdQuota::new(1000, 0)),
+                &Records::new(&StateFile::create().unwrap()),
+            ),
+        )
+        .unwrap()
     }
 
     fn insert(table: &InodeTable, ino: u64) -> Arc<Inode> {
         let mount = Arc::clone(table.root().mount());
-        table.find_or_insert(key(ino), FileType::RegularFile, any_fd(), mount).unwrap()
+        table.find_or_insert(Effects::NONE, key(ino), FileType::RegularFile, any_fd(), mount).unwrap()
     }
 
     fn find(table: &InodeTable, ino: u64, kind: FileType) -> Option<Arc<Inode>> {
         let seen = Seen { key: key(ino), kind, before: table.ids_given() };
-        table.find(&seen, || Err(Errno::OPNOTSUPP))
+        table.find(Effects::NONE, &seen, || Err(Errno::OPNOTSUPP))
     }
 
     #[test]
@@ -448,21 +456,21 @@ mod tests {
         let table = table();
         let node = insert(&table, 5).node;
         assert_eq!(find(&table, 5, FileType::RegularFile).unwrap().node, node);
-        table.forget(node, 1);
+        table.forget(Effects::NONE, node, 1);
         assert_eq!(table.get(node).unwrap().key, key(5));
-        table.forget(node, 1);
+        table.forget(Effects::NONE, node, 1);
         assert_eq!(table.get(node).unwrap_err(), Errno::STALE);
         let again = insert(&table, 5).node;
         assert_ne!(again, node, "ids are not used twice");
-        table.forget(again, u64::MAX);
-        table.forget(again, 1);
+        table.forget(Effects::NONE, again, u64::MAX);
+        table.forget(Effects::NONE, again, 1);
         assert_eq!(table.len(), 0);
     }
 
     #[test]
     fn the_root_stays() {
         let table = table();
-        table.forget(NodeId::ROOT, u64::MAX);
+        table.forget(Effects::NONE, NodeId::ROOT, u64::MAX);
         assert_eq!(find(&table, 1, FileType::Directory).unwrap().node, NodeId::ROOT);
         table.clear();
         assert_eq!(find(&table, 1, FileType::Directory).unwrap().node, NodeId::ROOT);
@@ -482,7 +490,7 @@ mod tests {
                         };
                         // It was looked up, so it must be there until it is forgotten.
                         assert_eq!(table.get(inode.node).unwrap().node, inode.node);
-                        table.forget(inode.node, 1);
+                        table.forget(Effects::NONE, inode.node, 1);
                     }
                 });
             }

@@ -107,7 +107,7 @@ pub fn setattr(fs: &PassthroughFs, ctx: &Context, inode: &Inode, set: &Setattr) 
         let times = Timestamps { last_access: timespec(set.atime)?, last_modification: timespec(set.mtime)? };
         set_times(&*inode.path()?, &times)?;
     }
-    getattr(&fs.view(), inode)
+    getattr(&fs.view(ctx), inode)
 }
 
 fn set_mode(inode: &Inode, mode: u32) -> Result<()> {
@@ -132,6 +132,7 @@ fn set_size(
         _ => return Err(Errno::INVAL),
     }
     let _guard = inode.ranges().write_from(size.min(stat(inode.path()?)?.stx_size));
+    fs.disturb_size(inode);
     let kill_priv = fs.kill_priv(&fs.session());
     let _member = kill_priv.begin(ctx, inode, kill_priv.bits_after(ctx, kill_suidgid, true))?;
     let handle = handle.and_then(|handle| fs.handles.get(inode.node(), handle).ok());

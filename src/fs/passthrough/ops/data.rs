@@ -6,12 +6,14 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, statx};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
+use super::replay::{self, begin_append};
 use crate::fs::passthrough::caller::set_id::KillPriv;
 use crate::fs::passthrough::handle_table::Handle;
 use crate::fs::passthrough::host::file::Opener;
 use crate::fs::passthrough::inode::io_mode::Mode;
 use crate::fs::passthrough::inode::range_lock::{RangeGuard, lock_copy};
 use crate::fs::{Context, Result};
+use crate::state_file::Effects;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::flags::{FsyncFlags, WriteFlags};
 use fuse_protocol::ids::LockOwner;
@@ -40,6 +42,7 @@ pub fn read(opener: Opener<'_>, handle: &Handle, read: &Read, data: &mut GuestWr
                 }
             }
             Err(Errno::INTR) => {}
+            Err(Errno::INVAL) if handle.file().refuse_any_length() => {}
             // What was read before an error is valid; the next read meets the error again.
             Err(_) if done > 0 => break,
             Err(errno) => return Err(errno),
@@ -68,6 +71,8 @@ pub fn write(
     }
     let file = if from_cache {
         handle.file().buffered(opener)?
+    } else if appends && handle.inode().mount().server_appends() {
+        handle.file().appender(opener)?
     } else {
         handle.file().for_flags(write.flags, opener)?
     };
@@ -80,11 +85,15 @@ pub fn write(
     let _member = kill_priv.begin(ctx, handle.inode(), kill_priv.bits_after_write(ctx, mode, write))?;
     let flags = sync_flags(write.flags);
     if appends {
-        append(file, write.offset, flags | libc::RWF_APPEND, data)
+        let there = begin_append(ctx.effects, opener, handle, data)?;
+        if there > 0 && data.is_empty() {
+            return Ok(there);
+        }
+        append(file, write.offset, flags | libc::RWF_APPEND, data).map(|written| there + written)
     } else if append_only {
         append_pages(file, write.offset, flags, data)
     } else {
-        write_all(file, write.offset, flags, data)
+        write_all(handle, file, write.offset, flags, data)
     }
 }
 
@@ -92,7 +101,7 @@ pub fn write(
 ///
 /// The guest's size of the file may be old, so the host's applies; unless the guest writes back its cache: then its
 /// size applies, which may include data that it has not sent yet.
-fn appends(handle: &Handle, flags: u32, writeback: bool) -> bool {
+pub fn appends(handle: &Handle, flags: u32, writeback: bool) -> bool {
     flags & libc::O_APPEND.cast_unsigned() != 0 && (handle.file().is_append_only() || !writeback)
 }
 
@@ -148,7 +157,7 @@ pub fn copy_file_range(
 ///
 /// On a local disk it has. A network file system, or one in user space, may return fewer bytes than there are, so the size
 /// that the host has cached is compared.
-fn is_end(handle: &Handle, file: BorrowedFd<'_>, end: u64) -> bool {
+pub fn is_end(handle: &Handle, file: BorrowedFd<'_>, end: u64) -> bool {
     // File systems without a block device have devices of major number 0.
     handle.inode().key().device.0 != 0
         || statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::SIZE)
@@ -157,7 +166,7 @@ fn is_end(handle: &Handle, file: BorrowedFd<'_>, end: u64) -> bool {
 
 /// Flags of pwritev2(2) for the guest's `O_*` flags: these have `RWF_DSYNC` of the guest's pwritev2(2), and
 /// `mount -o sync`, which the flags of the open do not.
-fn sync_flags(flags: u32) -> i32 {
+pub fn sync_flags(flags: u32) -> i32 {
     let flags = flags.cast_signed();
     if flags & libc::O_SYNC == libc::O_SYNC {
         libc::RWF_SYNC
@@ -217,13 +226,20 @@ fn append_pages(file: BorrowedFd<'_>, offset: u64, flags: i32, data: &mut GuestR
 }
 
 /// Writes all of `data`; fewer bytes only if an error came after the first one.
-fn write_all(file: BorrowedFd<'_>, offset: u64, flags: i32, data: &mut GuestReader<'_>) -> Result<usize> {
+fn write_all(
+    handle: &Handle,
+    file: BorrowedFd<'_>,
+    offset: u64,
+    flags: i32,
+    data: &mut GuestReader<'_>,
+) -> Result<usize> {
     let mut done = 0;
     while !data.is_empty() {
         match data.write_to(file, offset.saturating_add(done as u64), flags) {
             Ok(0) => break,
             Ok(count) => done += count,
             Err(Errno::INTR) => {}
+            Err(Errno::INVAL) if handle.file().refuse_any_length() => {}
             Err(_) if done > 0 => break,
             Err(errno) => return Err(errno),
         }
@@ -232,12 +248,17 @@ fn write_all(file: BorrowedFd<'_>, offset: u64, flags: i32, data: &mut GuestRead
 }
 
 /// FSYNC and FSYNCDIR.
-pub fn fsync(handle: &Handle, flags: FsyncFlags) -> Result<()> {
-    if flags.contains(FsyncFlags::FDATASYNC) {
-        rustix::fs::fdatasync(handle.fd())
-    } else {
-        rustix::fs::fsync(handle.fd())
-    }
+pub fn fsync(opener: Opener<'_>, effects: Effects<'_>, handle: &Handle, flags: FsyncFlags) -> Result<()> {
+    let sync = |file: BorrowedFd<'_>| {
+        if flags.contains(FsyncFlags::FDATASYNC) {
+            rustix::fs::fdatasync(file)
+        } else {
+            rustix::fs::fsync(file)
+        }
+    };
+    replay::sync(effects, opener, handle, sync)?;
+    // A server may keep what was written through each of its open files apart.
+    handle.file().appended().map_or(Ok(()), sync)
 }
 
 /// FALLOCATE. Modes that move data exclude all writes behind the range.

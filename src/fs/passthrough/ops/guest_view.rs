@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use rustix::fs::{FileType, Statx};
 
-use crate::fs::Agreement;
 use crate::fs::passthrough::caller::identity::{Identity, Owner};
 use crate::fs::passthrough::caller::set_id::has_set_id_bits;
 use crate::fs::passthrough::config::FsConfig;
@@ -12,6 +11,8 @@ use crate::fs::passthrough::host::kind;
 use crate::fs::passthrough::inode::Inode;
 use crate::fs::passthrough::session::Session;
 use crate::fs::passthrough::state::PassthroughFs;
+use crate::fs::{Agreement, Context};
+use crate::state_file::Effects;
 use fuse_protocol::abi;
 use fuse_protocol::flags::AttrFlags;
 use fuse_protocol::reply::{Attributes, Entry};
@@ -26,17 +27,20 @@ pub struct GuestView<'a> {
     timeout: Duration,
     /// The device of the share's root.
     root_device: (u32, u32),
+    /// Lookups that the request counts are noted here.
+    pub effects: Effects<'a>,
 }
 
 impl PassthroughFs {
-    /// The view of the guest.
-    pub(in crate::fs::passthrough) fn view(&self) -> GuestView<'_> {
+    /// The view of the guest, for one request.
+    pub(in crate::fs::passthrough) fn view<'a>(&'a self, ctx: &Context<'a>) -> GuestView<'a> {
         GuestView {
             identity: &self.identity,
             config: &self.config,
             agreement: &self.agreement,
             timeout: self.config.cache.timeout(),
             root_device: self.inodes.root().key().device,
+            effects: ctx.effects,
         }
     }
 }

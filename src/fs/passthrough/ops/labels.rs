@@ -51,7 +51,7 @@ pub fn offers_labels(root: impl AsFd, config: &FsConfig) -> std::result::Result<
 
 /// Tries to label a temporary file without a name.
 fn probe(root: BorrowedFd<'_>, name: &CStr) -> Result<()> {
-    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let flags = OFlags::TMPFILE | OFlags::RDWR;
     match openat(PROC, DecInt::from_fd(root), flags, Mode::empty()) {
         Ok(file) => {
             setxattr(DecInt::from_fd(&file), name, PROBE, XattrFlags::empty())?;

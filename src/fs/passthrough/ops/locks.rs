@@ -59,7 +59,8 @@ pub fn setlk(fs: &PassthroughFs, handle: &Handle, lock: &Lock, wait: Option<Uniq
             errno => errno,
         })?;
         let file = permit.wrap(open_for_locks(fs, handle)?);
-        Ok(OwnerFile::new(file, lock.pid, &fs.locked_ranges))
+        let whose = (handle.inode().node(), lock.owner, lock.pid);
+        OwnerFile::new(file, whose, &fs.locked_ranges, &fs.owner_records)
     };
     let locking = locks.begin(lock.owner, lock.handle, open)?;
     let lock = byte_lock(lock);
@@ -80,12 +81,16 @@ fn set_flock(waiters: &LockWaiters, handle: &Handle, kind: LockKind, wait: Optio
     match wait {
         None => flock(handle.fd(), at_once),
         Some(unique) => waiters.run(unique, || flock(handle.fd(), waiting)),
-    }
+    }?;
+    handle.set_flock(Some(kind == LockKind::Write));
+    Ok(())
 }
 
 /// Drops the flock(2) lock of a handle.
 pub fn drop_flock(handle: &Handle) -> Result<()> {
-    flock(handle.fd(), FlockOperation::Unlock)
+    flock(handle.fd(), FlockOperation::Unlock)?;
+    handle.set_flock(None);
+    Ok(())
 }
 
 /// ENOSYS for locks that were not negotiated; only a hostile guest asks for these.

@@ -46,9 +46,10 @@ pub fn lookup_at(
 ) -> Result<Entry> {
     let before = inodes.ids_given();
     let stat = stat_entry(directory, name)?;
+    inodes.resolve_met(&stat, Some((parent.node(), name.to_bytes())));
     let seen = Seen::by_name(&stat, before);
     if numbers_identify(inodes, parent, seen.key.mount)
-        && let Some(inode) = inodes.find(&seen, || entry_to_handle(directory, name))
+        && let Some(inode) = inodes.find(view.effects, &seen, || entry_to_handle(directory, name))
     {
         return Ok(view.entry(&inode, &stat, Some(parent)));
     }
@@ -57,7 +58,7 @@ pub fn lookup_at(
         // A guest that has used up its quota may look up what it knows already.
         Err(Errno::MFILE) => {
             let path = openat(directory, name, PATH, Mode::empty())?;
-            let (inode, stat) = find_open(inodes, &path, Some(parent))?.ok_or(Errno::MFILE)?;
+            let (inode, stat) = find_open(inodes, view, &path, Some(parent))?.ok_or(Errno::MFILE)?;
             Ok(view.entry(&inode, &stat, Some(parent)))
         }
         Err(errno) => Err(errno),
@@ -93,22 +94,25 @@ pub fn adopt(
     parent: Option<&Inode>,
 ) -> Result<(Entry, Arc<Inode>)> {
     let stat = stat(&path)?;
+    inodes.resolve_met(&stat, None);
     let mount = mount_of(inodes, &path, &stat, parent)?;
     let key = InodeKey::of(&stat).on(&mount, &path);
-    let inode = inodes.find_or_insert(key, kind(&stat), path, mount)?;
+    let inode = inodes.find_or_insert(view.effects, key, kind(&stat), path, mount)?;
     Ok((view.entry(&inode, &stat, parent), inode))
 }
 
 /// The inode that `path` refers to, if the guest knows it; counts one more lookup.
 fn find_open(
     inodes: &InodeTable,
+    view: &GuestView<'_>,
     path: &OwnedFd,
     parent: Option<&Inode>,
 ) -> Result<Option<(Arc<Inode>, Statx)>> {
     let stat = stat(path)?;
+    inodes.resolve_met(&stat, None);
     let mount = mount_of(inodes, path, &stat, parent)?;
     let seen = Seen::open(&stat, InodeKey::of(&stat).on(&mount, path));
-    Ok(inodes.find(&seen, || name_to_handle(path.as_fd())).map(|inode| (inode, stat)))
+    Ok(inodes.find(view.effects, &seen, || name_to_handle(path.as_fd())).map(|inode| (inode, stat)))
 }
 
 fn mount_of(
@@ -127,7 +131,7 @@ fn mount_of(
 /// LOOKUP of `.`.
 fn lookup_self(inodes: &InodeTable, view: &GuestView<'_>, inode: &Inode) -> Result<Entry> {
     let stat = stat(inode.path()?)?;
-    inodes.look_up_again(inode)?;
+    inodes.look_up_again(view.effects, inode)?;
     Ok(view.entry(inode, &stat, None))
 }
 
@@ -141,6 +145,6 @@ fn lookup_parent(inodes: &InodeTable, view: &GuestView<'_>, inode: &Inode) -> Re
         return Err(Errno::NOTDIR);
     }
     let path = openat(inode.path()?, c"..", PATH | OFlags::DIRECTORY, Mode::empty())?;
-    let (parent, stat) = find_open(inodes, &path, Some(inode))?.ok_or(Errno::STALE)?;
+    let (parent, stat) = find_open(inodes, view, &path, Some(inode))?.ok_or(Errno::STALE)?;
     Ok(view.entry(&parent, &stat, None))
 }

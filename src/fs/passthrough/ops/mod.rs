@@ -5,6 +5,7 @@
 pub mod attributes;
 pub mod data;
 pub mod file_flags;
+pub mod growing;
 pub mod guest_view;
 pub mod labels;
 pub mod locks;
@@ -12,4 +13,6 @@ pub mod lookup;
 pub mod namespace_ops;
 pub mod open;
 pub mod readdir;
+pub mod replay;
+pub mod transfer;
 pub mod xattr;

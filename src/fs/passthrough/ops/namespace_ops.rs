@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use super::guest_view::GuestView;
 use super::labels::label_entry;
 use super::lookup::lookup_new;
+use super::replay;
 use crate::fs::passthrough::caller::identity::Identity;
 use crate::fs::passthrough::host::{PROC, kind, proc_name, stat, stat_entry};
 use crate::fs::passthrough::inode::{Inode, InodeKey, InodeTable};
@@ -19,6 +20,7 @@ use crate::fs::passthrough::session::Session;
 use crate::fs::passthrough::state::PassthroughFs;
 use crate::fs::{Context, Result};
 use crate::limits::FdPermit;
+use crate::state_file::Effects;
 use fuse_protocol::name::Name;
 use fuse_protocol::reply::Entry;
 use fuse_protocol::request::Rename;
@@ -34,7 +36,8 @@ pub fn mkdir(
 ) -> Result<Entry> {
     let (name, session) = (name.as_c_str(), fs.session());
     let (permit, path) = (fs.inodes.acquire_fd()?, parent.path()?);
-    fs.identity.create_as(&session, ctx, mode, umask, |mode| mkdirat(&path, name, mode))?;
+    let make = || fs.identity.create_as(&session, ctx, mode, umask, |mode| mkdirat(&path, name, mode));
+    replay::make(&fs.inodes, ctx.effects, (path.as_fd(), name), FileType::Directory, make)?;
     enter_made(fs, &session, ctx, (parent, name), FileType::Directory, permit)
 }
 
@@ -55,7 +58,9 @@ pub fn mknod(
     };
     let device = decode_device(rdev);
     let (permit, path) = (fs.inodes.acquire_fd()?, parent.path()?);
-    fs.identity.create_as(&session, ctx, mode, umask, |mode| mknodat(&path, name, kind, mode, device))?;
+    let make =
+        || fs.identity.create_as(&session, ctx, mode, umask, |mode| mknodat(&path, name, kind, mode, device));
+    replay::make(&fs.inodes, ctx.effects, (path.as_fd(), name), kind, make)?;
     enter_made(fs, &session, ctx, (parent, name), kind, permit)
 }
 
@@ -69,7 +74,8 @@ pub fn symlink(
 ) -> Result<Entry> {
     let (name, session) = (name.as_c_str(), fs.session());
     let (permit, path) = (fs.inodes.acquire_fd()?, parent.path()?);
-    fs.identity.create_as(&session, ctx, 0, 0, |_| symlinkat(target, &path, name))?;
+    let make = || fs.identity.create_as(&session, ctx, 0, 0, |_| symlinkat(target, &path, name));
+    replay::make(&fs.inodes, ctx.effects, (path.as_fd(), name), FileType::Symlink, make)?;
     enter_made(fs, &session, ctx, (parent, name), FileType::Symlink, permit)
 }
 
@@ -86,7 +92,7 @@ fn enter_made(
 ) -> Result<Entry> {
     let path = parent.path()?;
     let labelled = label_entry(fs, session, ctx, path.as_fd(), name);
-    let entered = labelled.and_then(|()| lookup_new(&fs.inodes, &fs.view(), parent, name, permit));
+    let entered = labelled.and_then(|()| lookup_new(&fs.inodes, &fs.view(ctx), parent, name, permit));
     entered.inspect_err(|_| remove_made_empty(path.as_fd(), name, kind))
 }
 
@@ -100,11 +106,15 @@ pub fn link(
 ) -> Result<Entry> {
     let name = name.as_c_str();
     let (path, directory) = (inode.path()?, parent.path()?);
-    inodes.look_up_again(inode)?;
-    linkat(PROC, proc_name(&*path), directory, name, AtFlags::SYMLINK_FOLLOW)
+    inodes.look_up_again(view.effects, inode)?;
+    let is_linked =
+        || stat_entry(&directory, name).is_ok_and(|there| InodeKey::of(&there).ino == inode.key().ino);
+    let link = || linkat(PROC, proc_name(&*path), &directory, name, AtFlags::SYMLINK_FOLLOW);
+    let linked = replay::link(view.effects, is_linked, link);
+    linked
         .and_then(|()| stat(&*path))
         .map(|stat| view.entry(inode, &stat, Some(parent)))
-        .inspect_err(|_| inodes.forget(inode.node(), 1))
+        .inspect_err(|_| inodes.take_back_lookup(view.effects, inode.node()))
 }
 
 /// READLINK.
@@ -116,13 +126,17 @@ pub fn readlink(inode: &Inode) -> Result<Vec<u8>> {
 }
 
 /// UNLINK.
-pub fn unlink(parent: &Inode, name: Name<'_>) -> Result<()> {
-    unlinkat(parent.path()?, name.as_c_str(), AtFlags::empty())
+pub fn unlink(effects: Effects<'_>, parent: &Inode, name: Name<'_>) -> Result<()> {
+    let path = parent.path()?;
+    let find = || replay::find(&path, name.as_c_str());
+    replay::remove(effects, find, || unlinkat(&path, name.as_c_str(), AtFlags::empty()))
 }
 
 /// RMDIR.
-pub fn rmdir(parent: &Inode, name: Name<'_>) -> Result<()> {
-    unlinkat(parent.path()?, name.as_c_str(), AtFlags::REMOVEDIR)
+pub fn rmdir(effects: Effects<'_>, parent: &Inode, name: Name<'_>) -> Result<()> {
+    let path = parent.path()?;
+    let find = || replay::find(&path, name.as_c_str());
+    replay::remove(effects, find, || unlinkat(&path, name.as_c_str(), AtFlags::REMOVEDIR))
 }
 
 /// RENAME and RENAME2. A whiteout that is left behind belongs to the caller.
@@ -137,12 +151,14 @@ pub fn rename(
     let flags = RenameFlags::from_bits(rename.flags).ok_or(Errno::INVAL)?;
     // Opened as the daemon: a caller may open nothing by file handle.
     let (from, to) = (from.path()?, to.path()?);
-    if flags.is_empty() {
-        return renameat(from, name, to, new_name);
-    }
-    let whiteout = flags.contains(RenameFlags::WHITEOUT);
-    let _caller = whiteout.then(|| identity.become_caller(session, ctx)).transpose()?;
-    renameat_with(from, name, to, new_name, flags)
+    replay::rename(ctx.effects, (from.as_fd(), name), (to.as_fd(), new_name), || {
+        if flags.is_empty() {
+            return renameat(&from, name, &to, new_name);
+        }
+        let whiteout = flags.contains(RenameFlags::WHITEOUT);
+        let _caller = whiteout.then(|| identity.become_caller(session, ctx)).transpose()?;
+        renameat_with(&from, name, &to, new_name, flags)
+    })
 }
 
 /// Removes a name that belongs to `made`, which this request has made.

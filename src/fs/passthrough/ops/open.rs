@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{OFlags, openat};
+use rustix::fs::{FileType, OFlags, openat};
 use rustix::io::Errno;
 
 use super::data::flush;
@@ -11,6 +11,7 @@ use super::labels::{create_labelled, is_labelled, write_labels};
 use super::locks::drop_flock;
 use super::lookup::{adopt, lookup_entry};
 use super::namespace_ops::remove_made;
+use super::replay;
 use crate::fs::passthrough::config::{CachePolicy, FsConfig};
 use crate::fs::passthrough::handle_table::Handle;
 use crate::fs::passthrough::host::file::HostFile;
@@ -18,6 +19,7 @@ use crate::fs::passthrough::inode::{Inode, InodeTable, io_mode};
 use crate::fs::passthrough::session::Session;
 use crate::fs::passthrough::state::PassthroughFs;
 use crate::fs::{Context, Opened, Result};
+use crate::state_file::Effects;
 use fuse_protocol::flags::{OpenReplyFlags, OpenRequestFlags, ReleaseFlags};
 use fuse_protocol::ids::{HandleId, LockOwner, NodeId};
 use fuse_protocol::reply::Entry;
@@ -46,8 +48,11 @@ pub fn open(
     let bits = kill_priv.bits_after(ctx, open_flags.contains(OpenRequestFlags::KILL_SUIDGID), false);
     let _member = truncates.then(|| kill_priv.begin(ctx, &inode, bits)).transpose()?;
     let permit = fs.inodes.acquire_fd()?;
+    if truncates {
+        fs.disturb_size(&inode);
+    }
     let (file, host_flags) = open_with_fallback(fs, &inode, host_flags, flags)?;
-    add_handle(fs, &session, &inode, HostFile::new(permit.wrap(file), host_flags), flags)
+    add_handle(fs, ctx, &session, &inode, HostFile::new(permit.wrap(file), host_flags), flags)
 }
 
 /// Opens a file with `wanted`, or with what the host allows instead; returns the flags that it was opened with. `flags`
@@ -87,32 +92,39 @@ pub fn create(
     let flags = (host_flags(&fs.config, &session, create.flags) - OFlags::TRUNC)
         | OFlags::CREATE
         | OFlags::EXCL
-        | OFlags::NOFOLLOW
-        | OFlags::CLOEXEC;
+        | OFlags::NOFOLLOW;
     // One for the inode and one for the handle, before there is a file.
     let permits = (fs.inodes.acquire_fd()?, fs.inodes.acquire_fd()?);
     let path = parent.path()?;
-    let created = if is_labelled(&session, ctx) {
-        let modes = (create.mode, create.umask);
-        create_labelled(fs, &session, ctx, (path.as_fd(), name), modes, flags)
-    } else {
+    let place = (path.as_fd(), name);
+    let make = || {
+        if is_labelled(&session, ctx) {
+            return create_labelled(fs, &session, ctx, place, (create.mode, create.umask), flags);
+        }
         let create_new = |mode| openat(&path, name, flags, mode);
         fs.identity.create_as(&session, ctx, create.mode, create.umask, create_new)
+    };
+    let created = match create.flags & OFlags::EXCL.bits() {
+        // What is there is opened, whoever has made it.
+        0 => make(),
+        _ => replay::make(&fs.inodes, ctx.effects, place, FileType::RegularFile, make),
     };
     match created {
         Ok(file) => {
             let new_path = fs.inodes.with_room(|| fs.host.path_of(&file));
             let (entry, inode) = new_path
-                .and_then(|new| adopt(&fs.inodes, &fs.view(), permits.0.wrap(new), Some(parent)))
+                .and_then(|new| adopt(&fs.inodes, &fs.view(ctx), permits.0.wrap(new), Some(parent)))
                 .inspect_err(|_| remove_made(path.as_fd(), name, &file))?;
             let file = HostFile::new(permits.1.wrap(file), flags);
-            with_handle(&fs.inodes, entry, || add_handle(fs, &session, &inode, file, create.flags))
-                .inspect_err(|_| inode.path().map_or((), |made| remove_made(path.as_fd(), name, &*made)))
+            with_handle(&fs.inodes, ctx.effects, entry, || {
+                add_handle(fs, ctx, &session, &inode, file, create.flags)
+            })
+            .inspect_err(|_| inode.path().map_or((), |made| remove_made(path.as_fd(), name, &*made)))
         }
         Err(Errno::EXIST) if create.flags & OFlags::EXCL.bits() == 0 => {
             drop(permits);
-            let entry = lookup_entry(&fs.inodes, &fs.view(), parent, name)?;
-            with_handle(&fs.inodes, entry, || {
+            let entry = lookup_entry(&fs.inodes, &fs.view(ctx), parent, name)?;
+            with_handle(&fs.inodes, ctx.effects, entry, || {
                 open(fs, ctx, fs.inode(entry.node)?, create.flags, create.open_flags)
             })
         }
@@ -142,13 +154,13 @@ pub fn tmpfile(
         write_labels(&fs.config, ctx, &file)?;
     }
     let new_path = permits.0.wrap(fs.inodes.with_room(|| fs.host.path_of(&file))?);
-    let (entry, inode) = adopt(&fs.inodes, &fs.view(), new_path, Some(&parent))?;
+    let (entry, inode) = adopt(&fs.inodes, &fs.view(ctx), new_path, Some(&parent))?;
     let file = HostFile::new(permits.1.wrap(file), flags);
-    with_handle(&fs.inodes, entry, || add_handle(fs, &session, &inode, file, tmpfile.flags))
+    with_handle(&fs.inodes, ctx.effects, entry, || add_handle(fs, ctx, &session, &inode, file, tmpfile.flags))
 }
 
 /// OPENDIR.
-pub fn opendir(fs: &PassthroughFs, inode: Arc<Inode>) -> Result<Opened> {
+pub fn opendir(fs: &PassthroughFs, ctx: &Context, inode: Arc<Inode>) -> Result<Opened> {
     if !inode.is_directory() {
         return Err(Errno::NOTDIR);
     }
@@ -161,20 +173,21 @@ pub fn opendir(fs: &PassthroughFs, inode: Arc<Inode>) -> Result<Opened> {
         CachePolicy::Metadata | CachePolicy::Always => OpenReplyFlags::CACHE_DIR | OpenReplyFlags::KEEP_CACHE,
     };
     let handle = Handle::new_directory(inode, file, fs.handles.new_listing());
-    Ok(Opened { handle: fs.handles.insert(handle)?, flags })
+    Ok(Opened { handle: fs.handles.insert(ctx.effects, handle)?, flags })
 }
 
 /// Completes a reply that has both an entry and a handle; without the handle the guest gets neither, and so has not
 /// looked the inode up.
 fn with_handle(
     inodes: &InodeTable,
+    effects: Effects<'_>,
     entry: Entry,
     open: impl FnOnce() -> Result<Opened>,
 ) -> Result<(Entry, Opened)> {
     match open() {
         Ok(opened) => Ok((entry, opened)),
         Err(errno) => {
-            inodes.forget(entry.node, 1);
+            inodes.take_back_lookup(effects, entry.node);
             Err(errno)
         }
     }
@@ -184,6 +197,7 @@ fn with_handle(
 /// answered with.
 fn add_handle(
     fs: &PassthroughFs,
+    ctx: &Context,
     session: &Session,
     inode: &Arc<Inode>,
     file: HostFile,
@@ -198,15 +212,25 @@ fn add_handle(
     if policy.writeback && writable && (file.is_append_only() || !file.is_readable()) {
         mode = io_mode::Mode::Direct;
     }
+    let file = for_mode(fs, inode, file, mode).inspect_err(|_| inode.release())?;
     let mut reply = policy.reply_flags(mode);
     // Without locks on the host, closing a file that was never written has no effect there.
     reply.set(OpenReplyFlags::NOFLUSH, !writable && !fs.config.posix_lock);
-    let handle = fs.handles.insert(Handle::new_file(Arc::clone(inode), file, mode))?;
+    let handle = fs.handles.insert(ctx.effects, Handle::new_file(Arc::clone(inode), file, mode))?;
     Ok(Opened { handle, flags: reply })
 }
 
+/// The file, opened as this mode needs it.
+pub fn for_mode(fs: &PassthroughFs, inode: &Inode, file: HostFile, mode: io_mode::Mode) -> Result<HostFile> {
+    if mode == io_mode::Mode::Parallel && fs.grows_ahead(inode) {
+        file.for_parallel(fs.opener())
+    } else {
+        Ok(file)
+    }
+}
+
 /// The host's open flags for those of the guest.
-fn host_flags(config: &FsConfig, session: &Session, flags: u32) -> OFlags {
+pub fn host_flags(config: &FsConfig, session: &Session, flags: u32) -> OFlags {
     let guest = OFlags::from_bits_retain(flags);
     let mut host = guest & PASSED_ON;
     host.set(OFlags::NOATIME, config.preserve_noatime && guest.contains(OFlags::NOATIME));
@@ -231,10 +255,11 @@ pub fn release(
         true => fs.handles.get(node, id).and_then(|handle| flush(&handle, owner)),
         false => Ok(()),
     };
-    let handle = fs.handles.remove(node, id)?;
     if fs.config.posix_lock {
-        handle.inode().locks().drop_handle(id);
+        // First: a process that goes on after a death in between finds the handle, and does both.
+        fs.handles.get(node, id)?.inode().locks().drop_handle(id);
     }
+    let handle = fs.handles.remove(node, id)?;
     if flags.contains(ReleaseFlags::FLOCK_UNLOCK) {
         // A request that is still under way may keep the descriptor, but not the lock.
         drop_flock(&handle)?;

@@ -82,7 +82,7 @@ fn push(
     let found = lookup_at(inodes, view, handle.fd(), directory, name).ok();
     let pushed = out.push(listed, found.as_ref());
     if let (Err(Full), Some(entry)) = (pushed, found) {
-        inodes.forget(entry.node, 1);
+        inodes.take_back_lookup(view.effects, entry.node);
     }
     pushed
 }

@@ -65,6 +65,9 @@ pub fn offers_acls(root: &OwnedFd, config: &FsConfig) -> std::result::Result<boo
     Ok(false)
 }
 
+/// `XATTR_SIZE_MAX` of linux/limits.h.
+const LONGEST_VALUE: u32 = 65_536;
+
 /// The extended attributes of a share, as the guest of a session sees them.
 #[derive(Clone, Copy, Debug)]
 pub struct Xattrs<'a> {
@@ -118,6 +121,12 @@ impl<'a> Xattrs<'a> {
             return Ok(false);
         }
         Ok(self.identity.owner(&stat(inode.path()?)?).gid != ctx.gid)
+    }
+
+    /// Whether an attribute has this value.
+    pub fn has_value(&self, inode: &Inode, name: &CStr, value: &[u8]) -> bool {
+        let found = self.getxattr(inode, name, LONGEST_VALUE);
+        matches!(found, Ok(XattrReply::Data(found)) if found == value)
     }
 
     /// GETXATTR.

@@ -48,6 +48,11 @@ impl Lock {
         Request::new(opcode, node).arg(&arg)
     }
 
+    /// A SETLK, for [`Client::send`].
+    pub fn set_request<'a>(self, node: u64, fh: u64) -> Request<'a> {
+        self.request(Opcode::Setlk, node, fh)
+    }
+
     /// A SETLKW, for [`Client::send`].
     pub fn waiting_request<'a>(self, node: u64, fh: u64) -> Request<'a> {
         self.request(Opcode::Setlkw, node, fh)

@@ -33,6 +33,9 @@ struct Options {
     /// Begin with an empty file instead of one of full size
     #[arg(long)]
     extend: bool,
+    /// Take the file as it is: another guest writes it as well
+    #[arg(long, conflicts_with = "extend")]
+    as_is: bool,
     /// Each writer has a file of its own, FILE.NUMBER, which holds its stripes one after the other
     #[arg(long)]
     files: bool,
@@ -98,6 +101,9 @@ fn write_all(options: &Options) -> Result<()> {
 
 /// Makes a file empty, or `size` bytes long.
 fn prepare(options: &Options, path: &Path, size: u64) -> Result<()> {
+    if options.as_is {
+        return Ok(());
+    }
     let file = open(path, false, false)?;
     if options.extend {
         file.set_len(0)?;

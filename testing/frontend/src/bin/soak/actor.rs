@@ -7,9 +7,9 @@ use fuse_protocol::abi::{
     AccessIn, Attr, AttrOut, CreateIn, Dirent, EntryOut, FsyncIn, GetattrIn, MkdirIn, OpenIn, OpenOut,
     ReadIn, ReleaseIn, RenameIn, StatfsOut, WriteOut,
 };
-use fuse_protocol::flags::WriteFlags;
+use fuse_protocol::flags::{InitFlags, WriteFlags};
 use fuse_protocol::opcode::Opcode;
-use lanefsd_frontend::client::{Change, Client, data};
+use lanefsd_frontend::client::{Change, Client, Lock, data};
 use lanefsd_frontend::queue::{Completion, Token};
 use lanefsd_frontend::random::Random;
 use lanefsd_frontend::request::{Reply, Request};
@@ -64,6 +64,10 @@ enum Step {
     Opendir,
     List(u64, u64),
     Releasedir(u64),
+    /// An owner takes a lock, another one does not get it, and the first one gives it back.
+    Lock,
+    TryLock,
+    Unlock,
     Missing,
     BadHandle,
 }
@@ -87,6 +91,8 @@ pub struct Actor {
     forgotten: VecDeque<u64>,
     /// How often the own name was seen in the listing under way.
     seen: usize,
+    /// FSYNC may fail with EIO: a worker that dies with it may have taken an error of the disk along.
+    pub tolerates_lost_fsync: bool,
 }
 
 impl Actor {
@@ -108,6 +114,7 @@ impl Actor {
             next: VecDeque::new(),
             forgotten: VecDeque::new(),
             seen: 0,
+            tolerates_lost_fsync: false,
         }
     }
 
@@ -192,6 +199,7 @@ impl Actor {
             91..94 => Step::Symlink,
             94 => Step::Opendir,
             95 => Step::BadHandle,
+            96 if client.session().init_flags().contains(InitFlags::POSIX_LOCKS) => Step::Lock,
             _ => Step::Missing,
         })
     }
@@ -278,9 +286,16 @@ impl Actor {
             }
             Step::Releasedir(fh) => Request::new(Opcode::Releasedir, self.home)
                 .arg(&ReleaseIn { fh: *fh, ..ReleaseIn::default() }),
+            Step::Lock => self.lock(1, libc::F_WRLCK).set_request(self.node, handle),
+            Step::TryLock => self.lock(2, libc::F_RDLCK).set_request(self.node, handle),
+            Step::Unlock => self.lock(1, libc::F_UNLCK).set_request(self.node, handle),
             Step::Missing => entry(Opcode::Lookup, self.home).name("there is no such name"),
             Step::BadHandle => data::read_request(self.node, u64::MAX - 5, 0, 100),
         }
+    }
+
+    fn lock(&self, owner: u64, kind: i32) -> Lock {
+        Lock::posix(owner, kind, 0, i64::MAX as u64)
     }
 
     fn setattr<'d>(&self, change: Change) -> Request<'d> {
@@ -294,6 +309,8 @@ impl Actor {
         let expected = match step {
             Step::Missing => Some(Errno(libc::ENOENT)),
             Step::BadHandle => Some(Errno(libc::EBADF)),
+            Step::TryLock => Some(Errno(libc::EAGAIN)),
+            Step::Fsync if self.tolerates_lost_fsync => reply.errno.filter(|errno| errno.0 == libc::EIO),
             _ => None,
         };
         if reply.errno != expected {
@@ -369,7 +386,8 @@ impl Actor {
             }
             Step::List(fh, _) => self.learn_listing(&step, fh, &reply.bytes())?,
             Step::Access | Step::Statfs | Step::Fsync | Step::Rmdir | Step::RemoveSymlink => {}
-            Step::Releasedir(_) | Step::Missing | Step::BadHandle => {}
+            Step::Lock => self.next.extend([Step::TryLock, Step::Unlock]),
+            Step::Releasedir(_) | Step::Unlock | Step::TryLock | Step::Missing | Step::BadHandle => {}
         }
         Ok(())
     }

@@ -1,7 +1,8 @@
 //! A soak test: a million mixed requests over several queues at depth, every answer checked.
 //!
 //! At the end everything is forgotten, and the back end has to be as small as after INIT: the same
-//! number of descriptors, and no more memory than after the first tenth of the run.
+//! number of descriptors, and no more memory than after the first tenth of the run. With `--kills` its worker dies
+//! again and again meanwhile, and nobody may notice.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -15,6 +16,7 @@
 )]
 
 mod actor;
+mod killer;
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -62,6 +64,13 @@ struct Options {
     /// Memory that the back end may have gained between the first tenth and the end, in KiB.
     #[arg(long, default_value_t = 4096)]
     memory_slack: usize,
+    /// How often to kill the worker of the back end at random moments; the run lasts as long as that takes.
+    #[arg(long, default_value_t = 0)]
+    kills: u64,
+    /// Milliseconds between two of them, and a random part of a tenth more. A daemon gives up after too many in a
+    /// short time.
+    #[arg(long, default_value_t = 2600)]
+    kill_interval: u64,
 }
 
 /// What all workers share.
@@ -71,6 +80,15 @@ struct Run<'a> {
     share: &'a Path,
     sent: AtomicU64,
     failed: AtomicU64,
+    killed: AtomicU64,
+}
+
+impl Run<'_> {
+    /// Whether a queue that has sent so many requests sends further ones.
+    fn goes_on(&self, sent: u64, budget: u64) -> bool {
+        let kills = self.killed.load(Ordering::Relaxed) < self.options.kills;
+        sent < budget || kills && self.failed.load(Ordering::Relaxed) == 0
+    }
 }
 
 fn main() {
@@ -108,6 +126,7 @@ fn run(options: &Options) -> Result<(), Failure> {
         share: share.path(),
         sent: AtomicU64::new(0),
         failed: AtomicU64::new(0),
+        killed: AtomicU64::new(0),
     };
     let started = Instant::now();
     let (early, busy, forgotten) = std::thread::scope(|scope| {
@@ -117,7 +136,9 @@ fn run(options: &Options) -> Result<(), Failure> {
                 scope.spawn(move || worker(run, queue))
             })
             .collect();
+        let killer = scope.spawn(|| killer::kill(&run, &backend));
         let memory = watch(&run, &backend);
+        killer.join().map_err(|_| "the killer panicked")??;
         let mut forgotten = Vec::new();
         for worker in workers {
             forgotten.extend(worker.join().map_err(|_| "a worker panicked")??);
@@ -164,16 +185,20 @@ fn watch(run: &Run<'_>, backend: &Backend) -> Result<(usize, usize), Failure> {
     let (mut early, mut most, mut reported) = (None, 0, 0);
     loop {
         let sent = run.sent.load(Ordering::Relaxed);
-        let memory = backend.resident_kib()?;
+        // A worker may be dead.
+        let memory = match backend.resident_kib() {
+            Err(_) if run.options.kills > 0 => most,
+            other => other?,
+        };
         most = most.max(memory);
         if sent * 10 >= total {
             early.get_or_insert(memory);
         }
-        if sent * 10 / total > reported {
+        if sent * 10 / total > reported && sent <= total {
             reported = sent * 10 / total;
             eprintln!("soak: {sent} of {total} requests, memory {memory} KiB");
         }
-        if sent >= total || run.failed.load(Ordering::Relaxed) > 0 {
+        if sent >= total && !run.goes_on(sent, total) || run.failed.load(Ordering::Relaxed) > 0 {
             return Ok((early.unwrap_or(most), most));
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -208,13 +233,15 @@ fn drive(run: &Run<'_>, queue: usize) -> Result<Vec<u64>, Failure> {
         // The stripe exists from the start, so that reads are never short.
         client.write(stripe.node, stripe.fh, stripe.offset, &stripe.content)?;
         let random = Random::new(run.options.seed.wrapping_mul(1_000_003).wrapping_add(number as u64));
-        actors.push(Actor::new(home, format!("actor-{slot}"), stripe, random));
+        let mut actor = Actor::new(home, format!("actor-{slot}"), stripe, random);
+        actor.tolerates_lost_fsync = run.options.kills > 0;
+        actors.push(actor);
     }
     let budget = run.options.requests / run.options.queues as u64;
     let mut waiting = HashMap::new();
     let (mut idle, mut sent): (Vec<usize>, u64) = ((0..actors.len()).collect(), 0);
-    while sent < budget || !waiting.is_empty() {
-        while sent < budget
+    while run.goes_on(sent, budget) || !waiting.is_empty() {
+        while run.goes_on(sent, budget)
             && let Some(index) = idle.pop()
         {
             waiting.insert(actors[index].send(&client)?, index);

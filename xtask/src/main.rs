@@ -1,0 +1,63 @@
+//! `cargo xtask dist`: makes what lanefsd is distributed as, in `target/dist/`: manual pages and completions from the
+//! options, and a Debian package for the machine that it runs on.
+
+mod debian;
+mod files;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+use clap::Parser;
+
+/// Make what lanefsd is distributed as.
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo xtask")]
+enum Task {
+    /// Make manual pages, completions and a Debian package in target/dist/
+    Dist {
+        /// Package this program, instead of building one
+        #[arg(long, value_name = "FILE")]
+        program: Option<PathBuf>,
+    },
+}
+
+fn main() -> Result<()> {
+    let Task::Dist { program } = Task::parse();
+    let program = program.map(std::path::absolute).transpose()?;
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask/ is in the repository")?;
+    std::env::set_current_dir(repository)?;
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository.join("target"), PathBuf::from);
+    let dist = target.join("dist");
+    files::write_all(&dist)?;
+    println!("{}", dist.join("man").display());
+    println!("{}", dist.join("completions").display());
+    let program = match program {
+        Some(program) => program,
+        None => {
+            run(Command::new("cargo").args(["build", "--release", "--locked", "--package", "lanefsd"]))?;
+            target.join("release/lanefsd")
+        }
+    };
+    println!("{}", debian::package(&dist, &program)?.display());
+    Ok(())
+}
+
+/// Runs a program, whose failure is an error.
+fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("cannot run {command:?}"))?;
+    if !status.success() {
+        bail!("{command:?} has failed: {status}");
+    }
+    Ok(())
+}
+
+/// What a program prints, in one line.
+fn output(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
+    if !output.status.success() {
+        bail!("{command:?} has failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
