@@ -67,3 +67,14 @@ def directory() -> Iterator[pathlib.Path]:
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="share-", dir=CACHE) as folder:
         yield pathlib.Path(folder)
+
+
+@contextlib.contextmanager
+def in_memory() -> Iterator[pathlib.Path]:
+    """An empty directory on a file system of its own."""
+    with directory() as point:
+        run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", point])
+        try:
+            yield point
+        finally:
+            run(["umount", "--lazy", point])

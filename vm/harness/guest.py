@@ -2,7 +2,6 @@
 
 import base64
 import itertools
-import json
 import os
 import pathlib
 import select
@@ -19,6 +18,7 @@ from . import qemu
 from .host import HarnessError
 from .kernels import Kernel
 from .paths import LOGS
+from .qmp import Qmp, QmpError
 
 BOOT_TIMEOUT = 90
 # Seconds in which the agent acknowledges a command, and how often one is sent.
@@ -80,12 +80,14 @@ class Guest:
         timeout_scale: float = 1,
         append: str = "",
         firmware: pathlib.Path | None = None,
+        qemu_options: Sequence[str] = (),
     ) -> None:
         """`devices` are (tag, socket path, request queues); `disks` are image files. All that the guest does may
         take `timeout_scale` times as long as usual. `append` goes to the kernel's command line. Without a kernel the
-        `firmware` chooses what it boots; without an initramfs the kernel mounts its root itself."""
+        `firmware` chooses what it boots; without an initramfs the kernel mounts its root itself. With `-incoming`
+        among the `qemu_options` it does not boot, and its agent answers once a migration to it has ended."""
         self.prepare(name, timeout_scale)
-        command = [*self.machine(cpus, memory), *self.serial_lines(interactive)]
+        command = [*self.machine(cpus, memory), *self.serial_lines(interactive), *qemu_options]
         if kernel:
             command += ["-kernel", str(kernel.image), "-append", f"{KERNEL_OPTIONS} {append}"]
         if initramfs:
@@ -103,7 +105,8 @@ class Guest:
             with open(self.console.with_suffix(".qemu"), "wb") as errors:
                 self.process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=errors)
             self.agent = self.connect("agent")
-            self.wait_for_agent()
+            if "-incoming" not in qemu_options:
+                self.wait_for_agent()
         except BaseException:
             self.close()
             raise
@@ -256,16 +259,18 @@ class Guest:
             if "Kernel panic" in self.log():
                 raise self.error(f"the guest's kernel panicked while {doing}")
 
+    def open_qmp(self) -> Qmp:
+        """A QMP connection; QEMU has one at a time."""
+        return Qmp(self.connect("qmp"))
+
     def qmp(self, *commands: str) -> None:
         """Runs QMP commands, one after the other."""
-        with self.connect("qmp") as link, link.makefile("rw") as file:
-            file.readline()
-            for execute in ("qmp_capabilities", *commands):
-                file.write(json.dumps({"execute": execute}) + "\n")
-                file.flush()
-                while "return" not in (answer := json.loads(file.readline())):
-                    if "error" in answer:
-                        raise self.error(f"QMP {execute}: {answer['error']}")
+        with self.open_qmp() as connection:
+            for execute in commands:
+                try:
+                    connection.run(execute)
+                except QmpError as error:
+                    raise self.error(str(error)) from error
 
     def interrogate(self) -> None:
         """Makes a hung guest print the stack of each CPU on the console, and panic."""

@@ -113,16 +113,27 @@ def make(kernel: Kernel, modules: pathlib.Path | None = None) -> pathlib.Path:
 
 def with_fio(image: pathlib.Path) -> pathlib.Path:
     """The same initramfs with fio, which Debian links with so much that a boot takes twice as long."""
-    fio = CACHE / "fio.cpio.gz"
-    both = image.with_name(image.name.replace("initramfs", "initramfs-fio"))
+    return with_programs(image, "fio")
+
+
+def with_programs(image: pathlib.Path, *names: str) -> pathlib.Path:
+    """The same initramfs with programs of the host, and the libraries that they are linked with."""
+    suffix = "-".join(names)
+    more = CACHE / f"{suffix}.cpio.gz"
+    both = image.with_name(image.name.replace("initramfs", f"initramfs-{suffix}"))
+
+    def fill_root(root: pathlib.Path) -> None:
+        for name in names:
+            copy_with_libraries(name, root)
+
     with cache.locked(both):
-        with cache.locked(fio):
-            if not is_newer(fio, [pathlib.Path(__file__)]):
-                pack(fio, lambda root: copy_with_libraries("fio", root))
-        if not is_newer(both, [image, fio]):
+        with cache.locked(more):
+            if not is_newer(more, [pathlib.Path(__file__)]):
+                pack(more, fill_root)
+        if not is_newer(both, [image, more]):
             # The kernel unpacks one archive after the other.
             scratch = both.with_suffix(".part")
-            scratch.write_bytes(image.read_bytes() + fio.read_bytes())
+            scratch.write_bytes(image.read_bytes() + more.read_bytes())
             scratch.rename(both)
     return both
 

@@ -49,7 +49,8 @@ from harness.daemon import Daemon
 @pytest.mark.parametrize("number", range(2))
 def test_that_takes_long(number):
     folder = pathlib.Path(__file__).parent
-    with Daemon(folder, command="sh -c 'touch {socket}; exec sleep 1000'") as daemon:
+    listener = "import socket; s = socket.socket(socket.AF_UNIX); s.bind('{socket}'); s.listen(); s.accept()"
+    with Daemon(folder, command=f'python3 -c "{listener}"') as daemon:
         (folder / f"pid-{number}").write_text(str(daemon.process.pid))
         try:
             time.sleep(1000)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from harness import debug_kernel, disk, initramfs
 from harness.daemon import Daemon
 from harness.guest import Guest
+from harness.kernel_log import check_kernel_log
 from harness.kernels import Kernel
 
 
@@ -102,27 +103,3 @@ class TestConfig:
     def seconds(self, short: int, full: int) -> int:
         """How long to torture."""
         return full if self.full else short
-
-
-# Parts of a kernel log that mean trouble.
-TROUBLE = (
-    "BUG:",
-    "WARNING:",
-    "Oops",
-    "possible recursive locking",
-    "circular locking",
-    "hung task",
-    "blocked for more",
-    "KASAN",
-    "stale page cache",
-    "suspicious RCU",
-    "sleeping function",
-)
-
-
-def check_kernel_log(guest: Guest) -> None:
-    """Fails if the kernel's log reports trouble."""
-    lines = guest.output("dmesg").splitlines()
-    for number, line in enumerate(lines):
-        if any(word in line for word in TROUBLE):
-            raise AssertionError("the guest's kernel says:\n" + "\n".join(lines[number : number + 30]))
