@@ -4,6 +4,7 @@ mod attributes;
 mod choices;
 mod config_file;
 mod migration;
+mod monitor;
 mod old_form;
 mod upgrade;
 mod values;
@@ -20,6 +21,7 @@ use self::attributes::AttributeOptions;
 use self::choices::{Cache, Engine, FileHandles, Parallel, SandboxMode, SeccompMode, log_levels};
 use self::config_file::FileError;
 use self::migration::{MigrationOptions, share_options};
+use self::monitor::MonitorOptions;
 use self::upgrade::{ReopenOptions, UpgradeOptions};
 use self::values::{parse_cpus, parse_id_range, parse_modcaps, parse_store};
 use crate::config::{
@@ -224,6 +226,9 @@ pub struct Options {
     foreground: bool,
 
     #[command(flatten)]
+    monitor: MonitorOptions,
+
+    #[command(flatten)]
     migration: MigrationOptions,
 
     /// Benchmarks only: null or null:LATENCY (2ms, 50us) drops written data
@@ -273,6 +278,8 @@ pub enum OptionError {
     FindPathsOnly(&'static str),
     #[error("--migration-unlinked-limit={0} is invalid: give a number of bytes, like 64M or 1G")]
     BadSize(String),
+    #[error("{0} and {1} are the same path; give two")]
+    SamePath(&'static str, &'static str),
     #[error("--xattrmap is invalid")]
     BadXattrMap(#[source] XattrMapError),
 }
@@ -371,6 +378,7 @@ impl Options {
         let share = share_options(&fs, self.readonly, rules);
         Ok(Config {
             store,
+            monitor: self.monitor.config(self.socket_path.as_deref())?,
             process: ProcessConfig {
                 rlimit_nofile: self.rlimit_nofile,
                 cpus: self.cpus.as_deref().map(parse_cpus).transpose()?,

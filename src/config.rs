@@ -11,6 +11,7 @@ pub use crate::fs::passthrough::config::{
     CachePolicy, FeatureMode, FsConfig, InodeFileHandles, IoEngine, ParallelDirectWrites,
 };
 use crate::logging::Remark;
+pub use crate::metrics::config::MonitorConfig;
 pub use crate::migration::config::{
     MigrationConfig, Mode as MigrationMode, OnError, ShareOptions, StreamFormat,
 };
@@ -48,6 +49,8 @@ pub struct Config {
     pub seccomp: Seccomp,
     /// Changes to the capabilities that are kept.
     pub capabilities: CapabilityChanges,
+    /// What operators may look at.
+    pub monitor: MonitorConfig,
     /// The process.
     pub process: ProcessConfig,
     /// Log level; `None` for that of RUST_LOG.

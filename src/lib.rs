@@ -11,6 +11,7 @@ pub mod fs;
 pub mod limits;
 pub mod logging;
 pub mod mapping;
+pub mod metrics;
 pub mod migration;
 pub mod process;
 pub mod sandbox;

@@ -28,6 +28,7 @@ use lanefsd::daemon::{Share, Statistics, frontend};
 use lanefsd::device::engine::Stations;
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::limits::Limits;
+use lanefsd::metrics::Metrics;
 use lanefsd::process::{self, Signals};
 use lanefsd::server::Server;
 use lanefsd::state_file::StateFile;
@@ -121,6 +122,7 @@ fn serve(share: &Path, listener: &UnixListener, workers: usize, cache: CachePoli
         device,
         server,
         state,
+        metrics: Metrics::create().unwrap(),
         statistics: Statistics::default(),
     };
     frontend::serve(&share, &Signals::catch().unwrap()).unwrap();

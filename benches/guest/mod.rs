@@ -14,6 +14,7 @@ use lanefsd::device::ring::{Layout, Ring};
 use lanefsd::device::{GuestMemoryMmap, SharedMemory};
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::limits::Limits;
+use lanefsd::metrics::Metrics;
 use lanefsd::server::Server;
 use lanefsd::state_file::{Journal, Place, StateFile};
 use rustix::event::{EventfdFlags, eventfd};
@@ -127,8 +128,10 @@ impl Guest {
             0,
             0,
         );
+        let metrics = Metrics::create().unwrap().for_queue(1);
         let queue =
-            Queue::new(1, memory.clone(), ring, theirs.0.into(), Some(theirs.1.into()), journal).unwrap();
+            Queue::new(1, memory.clone(), ring, theirs.0.into(), Some(theirs.1.into()), journal, metrics)
+                .unwrap();
         let device = InlineQueue::new(queue, Arc::new(Server::new(Arc::new(fs))));
         let mut guest = Guest { memory, device, kick, call, unique: 2, _share: share };
         let init = InitIn {

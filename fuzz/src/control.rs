@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use lanefsd::config::{DeviceConfig, MigrationConfig};
 use lanefsd::device::backend::Backend;
 use lanefsd::device::engine::Stations;
+use lanefsd::metrics::Metrics;
 use lanefsd::server::Server;
 use lanefsd::state_file::StateFile;
 use lanefsd_memory_fs::MemoryFs;
@@ -78,6 +79,7 @@ fn talk(input: &mut Input<'_>, machine: &Machine, config: &DeviceConfig, server:
         config,
         Arc::clone(server),
         StateFile::create().expect("memory"),
+        Metrics::create().expect("memory"),
         None,
         Stations::default(),
     )

@@ -106,6 +106,7 @@ pub fn serve(share: &Share, signals: &Signals) -> Result<(), FrontendError> {
             return connection.end().map(drop);
         }
         let ended = connection.end();
+        share.metrics.set_front_end(false);
         if ended.is_err() {
             share.statistics.count_failure();
         }
@@ -148,11 +149,13 @@ fn next_front_end(
     loop {
         while let Some(stream) = acceptor.next() {
             let (server, state) = (Arc::clone(&share.server), Arc::clone(&share.state));
-            let backend = Backend::new(&share.device, server, state, None, share.stations.clone());
+            let (metrics, stations) = (Arc::clone(&share.metrics), share.stations.clone());
+            let backend = Backend::new(&share.device, server, state, metrics, None, stations);
             match Connection::begin(stream, backend, Peer::FrontEnd) {
                 Ok(connection) => {
                     info!("front end connected");
                     share.statistics.count_front_end();
+                    share.metrics.set_front_end(true);
                     return Ok(Some(connection));
                 }
                 // The next attempt may find a free thread and descriptor.

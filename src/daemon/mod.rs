@@ -5,6 +5,7 @@
 
 pub mod frontend;
 mod header;
+mod monitor;
 mod readiness;
 mod remarks;
 mod report;
@@ -14,6 +15,7 @@ pub mod socket;
 mod supervisor;
 mod upgrade;
 
+pub use self::monitor::EndpointError;
 pub use self::run::{RunError, run};
 pub use self::share::{Share, Statistics};
 pub use self::supervisor::upgrade::handover::HandoverError;

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use log::{Level, debug, log};
+use rustix::io::Errno;
 use thiserror::Error;
 
 use super::frontend::{self, FrontendError};
+use super::monitor::{self, EndpointError, Endpoints, Monitor};
 use super::readiness::Readiness;
 use super::remarks;
 use super::share::{Share, Statistics};
@@ -24,6 +26,7 @@ use crate::fs::passthrough::{PassthroughFs, StartError};
 use crate::fs::read_only::ReadOnly;
 use crate::limits::Limits;
 use crate::logging::{self, Remark, Scope};
+use crate::metrics::Metrics;
 use crate::process::{self, ProcessError, Signals};
 use crate::sandbox::{
     self, CapabilityError, ConfineError, Parent, RequiredCaps, Role, SandboxError, Sandboxed, SeccompError,
@@ -41,6 +44,8 @@ pub enum RunError {
     #[error(transparent)]
     Listen(#[from] ListenError),
     #[error(transparent)]
+    Monitor(#[from] EndpointError),
+    #[error(transparent)]
     Sandbox(#[from] SandboxError),
     #[error("the share cannot be served")]
     Share(#[from] StartError),
@@ -56,6 +61,8 @@ pub enum RunError {
         "the worker process has closed or replaced descriptor {fd} of its supervisor ({what}), so the share cannot be served any more; unless this is an attack, please report it"
     )]
     Lost { fd: RawFd, what: &'static str },
+    #[error("no memory file for the counters of the share")]
+    Metrics(#[source] Errno),
     #[error(transparent)]
     State(#[from] StateError),
     #[error(transparent)]
@@ -85,21 +92,28 @@ pub fn run(
     config.remarks.extend(remarks::about(&config));
     let readiness = Readiness::announce_later();
     let mut socket = Socket::open(&config.listen, config.socket_group.as_deref())?;
+    let metrics = Metrics::create().map_err(RunError::Metrics)?;
+    let endpoints = Endpoints::open(&config.monitor, config.socket_group.as_deref())?;
     if config.survive {
         match StateFile::create_shared() {
-            Ok(state) => return supervisor::run(&config, socket, state, readiness, wrap),
+            Ok(state) => return supervisor::run(&config, socket, (state, metrics), (readiness, endpoints), wrap),
             Err(error) => config.remarks.push(Remark::warning(format!(
                 "{error}: a daemon that dies takes the mount of the guest with it; --no-survive silences this warning"
             ))),
         }
     }
+    let state = StateFile::create()?;
+    let name = Share::name_for(config.device.tag.as_deref(), &config.shared_dir);
+    let monitor = Monitor::start(&config, &name, endpoints, (&state, &metrics));
     match sandbox::enter(config.sandbox, &config.shared_dir, &config.id_maps)? {
         Role::Supervisor(parent) => supervise(parent),
         Role::Server(sandboxed) => {
+            // It ends when the process ends that has started it, which this one may not be.
+            std::mem::forget(monitor);
             if sandboxed.forked {
                 socket.keep_path();
             }
-            serve(config, socket, sandboxed, readiness, wrap)?;
+            serve(config, socket, sandboxed, (readiness, state, metrics), wrap)?;
             Ok(0)
         }
     }
@@ -118,16 +132,22 @@ fn serve(
     config: Config,
     socket: Socket,
     sandboxed: Sandboxed,
-    readiness: Readiness,
+    (readiness, state, metrics): (Readiness, Arc<StateFile>, Arc<Metrics>),
     wrap: impl FnOnce(Arc<dyn FileSystem>) -> Arc<dyn FileSystem>,
 ) -> Result<(), RunError> {
     let name = Share::name_for(config.device.tag.as_deref(), &config.shared_dir);
     let _scope = Scope::of_share(&name).enter();
-    let state = StateFile::create()?;
     let signals = Signals::catch()?;
-    let (server, stations) =
-        begin(&config, sandboxed, State { file: &state, death: None, renews: false }, wrap)?;
+    let (server, stations) = begin(
+        &config,
+        sandboxed,
+        State { file: &state, metrics: &metrics, death: None, renews: false },
+        wrap,
+    )?;
     config.remarks.iter().for_each(Remark::log);
+    if config.monitor.is_wanted() {
+        monitor::answer_questions(&server, &metrics);
+    }
     readiness.announce();
     let share = Share {
         name,
@@ -138,6 +158,7 @@ fn serve(
         server,
         stations,
         state,
+        metrics,
         statistics: Statistics::default(),
     };
     let served = frontend::serve(&share, &signals);
@@ -151,6 +172,8 @@ fn serve(
 pub(super) struct State<'a> {
     /// Where it is kept.
     pub file: &'a Arc<StateFile>,
+    /// What is counted of the share.
+    pub metrics: &'a Arc<Metrics>,
     /// How an earlier process died that has left it; `None` if it is empty.
     pub death: Option<Death>,
     /// The share is mounted anew since: what the guest knows is opened again.

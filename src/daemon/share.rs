@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::socket::Socket;
 use crate::config::DeviceConfig;
 use crate::device::engine::Stations;
+use crate::metrics::Metrics;
 use crate::server::Server;
 use crate::state_file::StateFile;
 
@@ -26,6 +27,8 @@ pub struct Share {
     pub stations: Stations,
     /// What the guest can name, and its requests in flight.
     pub state: Arc<StateFile>,
+    /// What is counted of it.
+    pub metrics: Arc<Metrics>,
     /// Counters.
     pub statistics: Statistics,
     /// Where front ends connect. Dropped last: its path goes when nothing of the share is open any more.

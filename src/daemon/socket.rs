@@ -7,7 +7,7 @@ mod pid_file;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
@@ -15,7 +15,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, 
 use thiserror::Error;
 
 use self::group::Group;
-use self::path::{FileId, SocketPath};
+pub use self::path::FileId;
+use self::path::{Node, SocketPath};
 use self::pid_file::PidFile;
 use crate::config::Listen;
 use crate::process;
@@ -196,8 +197,80 @@ fn create(path: &Path, group: Option<&str>) -> Result<Socket, ListenError> {
     Ok(Socket { created: Some(created), ..Socket::from(listener) })
 }
 
+/// A listening socket without a pid file. It has no descriptor of its directory, which processes with the same table of
+/// descriptors could use.
+#[derive(Debug)]
+pub struct SideSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    file: FileId,
+}
+
+impl SideSocket {
+    /// Creates the socket at an absolute path, accessible to its owner and to `group`.
+    pub fn open(path: &Path, group: Option<&str>) -> Result<SideSocket, ListenError> {
+        let group = group.map(Group::find).transpose()?;
+        let place = SocketPath::of(path)?;
+        let (listener, socket) = bind_and_check(&place, path)?;
+        if let Some(group) = group {
+            group.may_connect_to(&socket, &place)?;
+        }
+        SideSocket::new(listener, path, socket.id())
+    }
+
+    /// The socket of another program, at the same path.
+    pub fn go_on(path: &Path, listener: OwnedFd, file: FileId) -> Result<SideSocket, ListenError> {
+        SideSocket::new(listener.into(), path, file)
+    }
+
+    fn new(listener: UnixListener, path: &Path, file: FileId) -> Result<SideSocket, ListenError> {
+        let failed = |source| ListenError::Create { path: path.display().to_string(), source };
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(SideSocket { listener, path: path.to_owned(), file })
+    }
+
+    /// The socket itself.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Device and inode number of its path.
+    pub fn file(&self) -> FileId {
+        self.file
+    }
+
+    /// Its path, to be removed by a process that shares no descriptors and may not look it up later.
+    pub fn removal(&self) -> Result<Removal, ListenError> {
+        Ok(Removal { place: SocketPath::of(&self.path)?, file: self.file })
+    }
+}
+
+/// The path of a socket that is to be removed.
+#[derive(Debug)]
+pub struct Removal {
+    place: SocketPath,
+    file: FileId,
+}
+
+impl Removal {
+    /// The descriptor of its directory.
+    pub fn descriptor(&self) -> RawFd {
+        self.place.directory().as_raw_fd()
+    }
+
+    /// Removes it, unless it is another one's by now.
+    pub fn perform(&self) {
+        self.place.remove_if(self.place.name(), self.file);
+    }
+}
+
 /// Creates the socket, accessible to its owner only.
-fn bind_and_check(place: &SocketPath, path: &Path) -> Result<(UnixListener, path::Node), ListenError> {
+fn bind_and_check(place: &SocketPath, path: &Path) -> Result<(UnixListener, Node), ListenError> {
     remove_stale_socket(place)?;
     // By the path as it was given, which may be much shorter than the whole one.
     let listener = listen_at(path).map_err(|errno| place.failed(errno.into()))?;

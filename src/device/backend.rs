@@ -29,6 +29,7 @@ use super::vring::{self, Serving, Vring};
 use super::watchdog::Watchdog;
 use crate::fs::DeviceDescriptors;
 use crate::logging::info_limited;
+use crate::metrics::Metrics;
 use crate::server::Server;
 use crate::state_file::StateFile;
 use crate::sys::descriptors;
@@ -56,6 +57,7 @@ pub struct Backend {
     /// Where it wants them to be recorded, the last time that it said so.
     log: Option<Arc<DirtyLog>>,
     state: Arc<StateFile>,
+    metrics: Arc<Metrics>,
     quarantine: Arc<Quarantine>,
     vrings: Vec<Vring>,
     /// Whether another process has copies of the descriptors that the front end sends.
@@ -74,6 +76,7 @@ impl Backend {
         config: &DeviceConfig,
         server: Arc<Server>,
         state: Arc<StateFile>,
+        metrics: Arc<Metrics>,
         death: Option<Death>,
         stations: Stations,
     ) -> io::Result<Backend> {
@@ -99,8 +102,9 @@ impl Backend {
             postcopy: Postcopy::default(),
             logs: false,
             log: None,
-            vrings: (0..=queues).map(|index| Vring::new(index, &state, &quarantine)).collect(),
+            vrings: (0..=queues).map(|index| Vring::new(index, &state, &metrics, &quarantine)).collect(),
             state,
+            metrics,
             quarantine,
             copied: config.descriptors_are_copied,
             declared: DeviceDescriptors::default(),
@@ -177,9 +181,9 @@ impl Backend {
     fn reset_queues(&mut self) {
         self.transfers.stop();
         self.forget_all();
-        let (state, quarantine) = (&self.state, &self.quarantine);
+        let (state, metrics, quarantine) = (&self.state, &self.metrics, &self.quarantine);
         let vrings = self.vrings.iter_mut().enumerate();
-        vrings.for_each(|(index, vring)| *vring = Vring::new(index, state, quarantine));
+        vrings.for_each(|(index, vring)| *vring = Vring::new(index, state, metrics, quarantine));
         self.serving.event_idx = false;
         self.set_logging(false);
     }

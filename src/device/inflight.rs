@@ -22,11 +22,12 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::Instant;
+use std::time::Duration;
 
-use fuse_protocol::abi::InHeader;
+use fuse_protocol::abi::{self, InHeader};
 use fuse_protocol::decode::RawHeader;
 use fuse_protocol::ids::Unique;
+use fuse_protocol::opcode::Opcode;
 use rustix::io::Errno;
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
@@ -36,9 +37,18 @@ use super::SharedMemory;
 use super::chain::{ChainBuffers, ChainError};
 use super::queue::{Backlog, PoppedChain, Queue, Used};
 use crate::fs::transfer::Load;
+use crate::metrics::counts::Served;
+use crate::metrics::{Phase, clock, notes};
 use crate::server::{self, Class, Server};
 use crate::state_file::{Effects, Resumed};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
+
+/// Bytes of a reply before its data.
+#[allow(clippy::cast_possible_truncation, reason = "16")]
+const REPLY_HEADER: u32 = size_of::<abi::OutHeader>() as u32;
+/// Bytes of a WRITE before its data.
+#[allow(clippy::cast_possible_truncation, reason = "80")]
+const WRITE_HEADER: u32 = (size_of::<InHeader>() + size_of::<abi::WriteIn>()) as u32;
 
 /// Why a chain is not a request.
 #[derive(Debug, Error)]
@@ -90,8 +100,10 @@ struct Request {
     resumed: Option<Box<Resumed>>,
     /// As long as it is there, the request is not completed.
     guard: Option<Sender<()>>,
-    /// The worker was free for this request: it completed the one before, or woke up.
-    start: Instant,
+    /// The worker was free for this request: it completed the one before, or woke up. Of the clock of the counters.
+    start: u64,
+    /// The request was popped; a worker that polls is free for longer.
+    popped: u64,
     server: server::Scratch,
 }
 
@@ -109,7 +121,8 @@ impl Scratch {
             class: Class::Inline,
             resumed: None,
             guard: None,
-            start: Instant::now(),
+            start: 0,
+            popped: 0,
             server: server::Scratch::default(),
         }))
     }
@@ -117,7 +130,7 @@ impl Scratch {
     /// Pops a chain, if there is one. Otherwise the guest kicks for the next one.
     #[inline(always)]
     pub fn pop(mut self) -> Result<(Popped, Backlog), Scratch> {
-        self.0.start = Instant::now();
+        self.0.start = clock::now();
         let found = self.0.queue.complete_and_pop(None);
         self.0.begin(found)
     }
@@ -136,7 +149,6 @@ impl Popped {
     }
 
     /// Its first descriptor.
-    #[cfg(test)]
     pub fn head(&self) -> u16 {
         self.0.used.head
     }
@@ -212,6 +224,8 @@ impl InFlight {
                 request.submitted = Some(submitted);
                 // The clone is nobody's guard; see `detach`.
                 request.memory = request.memory.clone();
+                request.used.served.notes = notes::take();
+                request.queue.metrics().set_phase(request.used.head, Phase::Submitted);
                 Err(Submitted(self.0))
             }
         }
@@ -240,8 +254,8 @@ impl InFlight {
 
     /// Refuses the request with `errno`.
     pub fn refuse(mut self, errno: Errno) -> Completion {
-        let (header, _, output, ..) = self.parts();
-        let written = Server::refuse(header, output, errno);
+        let (header, _, output, scratch, _) = self.parts();
+        let written = Server::refuse(header, output, errno, scratch);
         self.complete(written)
     }
 
@@ -284,8 +298,9 @@ impl Submitted {
     /// Completes the request, of which nothing is in flight any more.
     pub fn complete(mut self) -> Completion {
         let submitted = self.0.submitted.take();
-        let written = submitted.map_or(0, |submitted| submitted.reply());
-        self.0.server.leave_session();
+        let Request { server, .. } = &mut *self.0;
+        let written = submitted.map_or(0, |submitted| submitted.reply(server));
+        server.leave_session();
         Completion::new(self.0, written)
     }
 }
@@ -294,6 +309,7 @@ impl Completion {
     #[inline(always)]
     fn new(mut request: Box<Request>, written: u32) -> Completion {
         request.used.written = written;
+        request.count();
         request.queue.journal().done(request.used.head, written);
         request.memory = None;
         Completion(request)
@@ -302,8 +318,9 @@ impl Completion {
     /// Adds the used entry, and pops the next chain in the same step. The notification of the guest may
     /// be coalesced with later ones.
     pub fn pop_next(mut self) -> Result<(Popped, Backlog), Scratch> {
-        let end = Instant::now();
-        let service_time = end - self.0.start;
+        let end = clock::now();
+        let service_time = Duration::from_nanos(end.saturating_sub(self.0.start));
+        self.0.used.served.nanos = end.saturating_sub(self.0.popped);
         self.0.start = end;
         self.0.owes_entry = false;
         let found = self.0.queue.complete_and_pop(Some((self.0.used, service_time)));
@@ -313,6 +330,7 @@ impl Completion {
     /// The used entry, which the caller adds, and the memory for the next request.
     pub fn into_used(mut self) -> (Used, Scratch) {
         self.0.owes_entry = false;
+        self.0.used.served.nanos = clock::now().saturating_sub(self.0.popped);
         (self.0.used, Scratch(self.0))
     }
 
@@ -325,6 +343,7 @@ impl Completion {
     /// Adds the used entry.
     pub fn add_used(mut self) -> Scratch {
         self.0.owes_entry = false;
+        self.0.used.served.nanos = clock::now().saturating_sub(self.0.popped);
         self.0.queue.complete(self.0.used);
         Scratch(self.0)
     }
@@ -334,13 +353,33 @@ impl Request {
     /// The next phase, if a chain was `found`.
     #[inline(always)]
     fn begin(mut self: Box<Self>, found: Option<PoppedChain>) -> Result<(Popped, Backlog), Scratch> {
-        let Some(PoppedChain { head, backlog, is_resumed }) = found else { return Err(Scratch(self)) };
-        self.used = Used { head, written: 0 };
+        let Some(PoppedChain { head, backlog, is_resumed, was_polled }) = found else {
+            return Err(Scratch(self));
+        };
+        self.used = Used { head, ..Used::default() };
+        self.popped = if was_polled { clock::now() } else { self.start };
         if is_resumed || self.resumed.is_some() {
             self.set_resumed(is_resumed);
         }
         self.owes_entry = true;
         Ok((Popped(self), backlog))
+    }
+
+    /// Fills in what is counted of a request that has its reply.
+    #[inline(always)]
+    fn count(&mut self) {
+        let served = &mut self.used.served;
+        let notes = notes::take();
+        served.notes.waited = served.notes.waited.saturating_add(notes.waited);
+        served.notes.writers = served.notes.writers.max(notes.writers);
+        served.errno = self.server.take_errno();
+        if served.errno == 0 {
+            served.bytes = match self.header.opcode() {
+                Some(Opcode::Read) => self.used.written.saturating_sub(REPLY_HEADER),
+                Some(Opcode::Write) => self.header.wire().len.saturating_sub(WRITE_HEADER),
+                _ => 0,
+            };
+        }
     }
 
     #[cold]
@@ -357,6 +396,8 @@ impl Request {
         self.header = Server::read_header(&input).ok_or(RequestError::NoHeader)?;
         self.class = Server::class(&self.header);
         let wire = self.header.wire();
+        self.used.served = Served { opcode: wire.opcode, unique: wire.unique, ..Served::default() };
+        self.queue.metrics().begin(self.used.head, self.popped);
         if self.resumed.is_some() && self.is_replayed()? {
             return Ok(());
         }
@@ -385,6 +426,7 @@ fn is_replay(chain: &Resumed) -> bool {
 impl Drop for Request {
     fn drop(&mut self) {
         if self.owes_entry {
+            self.used.served.nanos = clock::now().saturating_sub(self.popped);
             self.queue.journal().done(self.used.head, self.used.written);
             self.queue.complete(self.used);
         }

@@ -26,6 +26,7 @@ use super::dirty_log::QueueLog;
 use super::ring::{Layout, Ring, RingError};
 use super::{GuestMemoryMmap, SharedMemory};
 use crate::logging::{Scope, log_limited};
+use crate::metrics::counts::QueueMetrics;
 use crate::state_file::{Journal, Resumed};
 
 /// Why a queue cannot be started.
@@ -78,6 +79,7 @@ pub struct Queue {
     memory: SharedMemory,
     layout: Layout,
     journal: Journal,
+    metrics: QueueMetrics,
     state: CachePadded<Mutex<State>>,
     epoll: OwnedFd,
     /// Open for `epoll`.
@@ -104,6 +106,7 @@ impl Queue {
         kick: Arc<OwnedFd>,
         call: Option<Arc<OwnedFd>>,
         journal: Journal,
+        metrics: QueueMetrics,
     ) -> Result<Queue, QueueError> {
         let events = |source| QueueError::Events { index, source };
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
@@ -119,7 +122,8 @@ impl Queue {
             memory,
             layout: ring.layout(),
             journal,
-            state: CachePadded(Mutex::new(State::new(ring, call))),
+            state: CachePadded(Mutex::new(State::new(ring, call, metrics.clone()))),
+            metrics,
             epoll,
             _kick: kick,
             wake,
@@ -141,9 +145,10 @@ impl Queue {
         self.mark(&chains);
         for &Resumed { head, written, .. } in &chains {
             if let Some(written) = written {
-                self.complete(Used { head, written });
+                self.complete(Used { head, written, ..Used::default() });
             }
         }
+        self.metrics.start(self.layout.size);
         let mut state = self.lock();
         state.resumed = chains.into_iter().filter(|chain| chain.written.is_none()).collect();
         if state.source == Source::Ring {
@@ -228,6 +233,12 @@ impl Queue {
         &self.journal
     }
 
+    /// What is counted of it.
+    #[inline]
+    pub fn metrics(&self) -> &QueueMetrics {
+        &self.metrics
+    }
+
     /// The guest's memory.
     pub fn memory(&self) -> &SharedMemory {
         &self.memory
@@ -304,7 +315,8 @@ impl Queue {
             let mut state = self.lock();
             let popped = self.pop(&mut state, memory, IfEmpty::DisableKicks)?;
             state.statistics.busy_poll_hits += 1;
-            Some(popped)
+            state.metrics.polled();
+            Some(PoppedChain { was_polled: true, ..popped })
         })
     }
 
@@ -399,7 +411,10 @@ impl Queue {
         }
         match woken {
             Ok(0) => Wakeup::Idle,
-            Ok(_) | Err(Errno::INTR) => Wakeup::Work,
+            Ok(_) | Err(Errno::INTR) => {
+                self.metrics.woken();
+                Wakeup::Work
+            }
             Err(errno) => {
                 error!("waiting for kicks failed: {errno}; the queue stops");
                 Wakeup::Stop

@@ -19,6 +19,7 @@ use super::queue::Queue;
 use super::ring::{Layout, Ring};
 use super::{GuestMemoryMmap, SharedMemory};
 use crate::fs::{Context, FileSystem, PUT_BACK, Result as FsResult};
+use crate::metrics::Metrics;
 use crate::server::Server;
 use crate::state_file::{Journal, Place, Resumed, StateFile};
 use crate::sys::guest_buffers::GuestWriter;
@@ -235,7 +236,8 @@ impl Guest {
         let start = journal.start(self.place(), base, ring.next_used());
         ring.set_next_available(start.next_available);
         let kick = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
-        let queue = Queue::new(self.index, self.memory.clone(), ring, Arc::new(kick), None, journal).unwrap();
+        let (memory, metrics) = (self.memory.clone(), Metrics::create().unwrap().for_queue(self.index));
+        let queue = Queue::new(self.index, memory, ring, Arc::new(kick), None, journal, metrics).unwrap();
         let queue = queue.resuming(start.resumed.clone(), false);
         (Arc::new(queue), start.resumed, start.after_crash)
     }

@@ -22,6 +22,8 @@ use super::queue::{Queue, QueueError};
 use super::ring::{Layout, MAX_SIZE, Ring};
 use super::watchdog::Watchdog;
 use super::worker_pool::WorkerPool;
+use crate::metrics::Metrics;
+use crate::metrics::counts::QueueMetrics;
 use crate::server::Server;
 use crate::state_file::{Journal, Place, StateFile};
 
@@ -100,13 +102,19 @@ pub(super) struct Vring {
     /// The guest wanted a notification while there was no call.
     owes_notification: bool,
     journal: Journal,
+    metrics: QueueMetrics,
     quarantine: Arc<Quarantine>,
     pool: Option<Arc<WorkerPool>>,
 }
 
 impl Vring {
     /// A queue of which nothing was said.
-    pub fn new(index: usize, state: &Arc<StateFile>, quarantine: &Arc<Quarantine>) -> Vring {
+    pub fn new(
+        index: usize,
+        state: &Arc<StateFile>,
+        metrics: &Arc<Metrics>,
+        quarantine: &Arc<Quarantine>,
+    ) -> Vring {
         Vring {
             index,
             layout: Layout::default(),
@@ -117,6 +125,7 @@ impl Vring {
             enabled: false,
             owes_notification: false,
             journal: Journal::new(state, index),
+            metrics: metrics.for_queue(index),
             quarantine: Arc::clone(quarantine),
             pool: None,
         }
@@ -239,7 +248,8 @@ impl Vring {
         let start = self.journal.start(self.place(), self.base, ring.next_used());
         ring.set_next_available(start.next_available);
         let is_held = self.quarantine.holds();
-        let queue = Queue::new(self.index, memory.clone(), ring, kick, call, self.journal.clone())?
+        let (journal, metrics) = (self.journal.clone(), self.metrics.clone());
+        let queue = Queue::new(self.index, memory.clone(), ring, kick, call, journal, metrics)?
             .with_busy_poll(serving.poll_time)
             .resuming(start.resumed, is_held);
         let engine = serving.stations.engine(self.index);
@@ -260,6 +270,7 @@ impl Vring {
         if let Some(pool) = self.pool.take() {
             self.quarantine.remove(&pool);
             pool.stop();
+            self.metrics.stop();
             let (available, used) = pool.queue().position();
             self.base = available;
             self.owes_notification = pool.queue().owes_notification();

@@ -6,7 +6,7 @@
 //! [watchdog](super::watchdog) wakes a worker, if the queue makes no progress for a tick.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::event::Timespec;
@@ -18,6 +18,7 @@ use super::queue::{Backlog, Wakeup};
 use super::worker_count::{Action, Parked};
 use super::worker_pool::WorkerPool;
 use crate::logging::warn_limited;
+use crate::metrics::Phase;
 use crate::server::Class;
 use crate::sync::blocking::{Hook, HookGuard, take_blocked};
 
@@ -33,12 +34,14 @@ static BLOCKED: AtomicUsize = AtomicUsize::new(0);
 /// A worker of a pool.
 pub(super) struct Worker {
     pool: Arc<WorkerPool>,
+    /// The first descriptor of the chain that it serves.
+    head: Arc<AtomicU16>,
 }
 
 impl Worker {
     /// A worker of `pool`, which counts it already.
     pub fn new(pool: Arc<WorkerPool>) -> Worker {
-        Worker { pool }
+        Worker { pool, head: Arc::default() }
     }
 
     /// Memory for the worker's requests.
@@ -49,8 +52,12 @@ impl Worker {
 
     /// Serves the queue until it stops, or until the worker is not needed any more.
     pub fn run(self) {
-        let _hook = HookGuard::install(Box::new(Replacement(Arc::clone(&self.pool))));
+        let _hook = HookGuard::install(Box::new(Replacement {
+            pool: Arc::clone(&self.pool),
+            head: Arc::clone(&self.head),
+        }));
         let count = self.pool.worker_count();
+        let _counted = self.pool.queue().metrics().count_worker();
         let mut scratch = self.scratch();
         loop {
             match self.process_queue(scratch) {
@@ -142,6 +149,7 @@ impl Worker {
 
     /// Serves one chain; `None` if its request went to a thread of its own or to the engine.
     fn serve(&self, popped: Popped, backlog: Backlog) -> Option<Completion> {
+        self.head.store(popped.head(), Ordering::Relaxed);
         let request = match popped.decode() {
             Ok(request) => request,
             Err((error, completion)) => {
@@ -178,14 +186,25 @@ impl Worker {
 }
 
 /// Replaces its worker while that is blocked.
-struct Replacement(Arc<WorkerPool>);
+struct Replacement {
+    pool: Arc<WorkerPool>,
+    /// The chain that its worker serves.
+    head: Arc<AtomicU16>,
+}
+
+impl Replacement {
+    fn set_phase(&self, phase: Phase) {
+        self.pool.queue().metrics().set_phase(self.head.load(Ordering::Relaxed), phase);
+    }
+}
 
 impl Hook for Replacement {
     fn begin_blocking(&self) -> bool {
+        self.set_phase(Phase::Waiting);
         if BLOCKED.fetch_add(1, Ordering::Relaxed) < MAX_BLOCKED
-            && let Some(action) = self.0.worker_count().begin_blocking()
+            && let Some(action) = self.pool.worker_count().begin_blocking()
         {
-            self.0.perform(action);
+            self.pool.perform(action);
             return true;
         }
         BLOCKED.fetch_sub(1, Ordering::Relaxed);
@@ -193,7 +212,8 @@ impl Hook for Replacement {
     }
 
     fn end_blocking(&self) {
-        self.0.worker_count().end_blocking();
+        self.set_phase(Phase::Serving);
+        self.pool.worker_count().end_blocking();
         BLOCKED.fetch_sub(1, Ordering::Relaxed);
     }
 }

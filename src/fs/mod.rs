@@ -17,6 +17,7 @@ use rustix::io::Errno;
 pub use self::agreement::Agreement;
 use self::transfer::{Load, Transfer};
 pub use crate::limits::DeviceDescriptors;
+use crate::metrics::Gauges;
 use crate::migration::{MigrationError, Snapshot};
 use crate::state_file::Effects;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
@@ -220,6 +221,11 @@ pub trait FileSystem: Send + Sync {
     /// written: fewer only if an error came after the first byte.
     fn write(&self, ctx: &Context, node: NodeId, write: &Write, data: &mut GuestReader<'_>) -> Result<usize> {
         self.below()?.write(ctx, node, write, data)
+    }
+
+    /// What the guest has, for the counters. May take as long as a listing.
+    fn gauges(&self) -> Gauges {
+        self.below().map_or_else(|_| Gauges::default(), |fs| fs.gauges())
     }
 
     /// Whether there may be files whose READs and WRITEs are for an engine, just now. Asked for each of them: it must cost

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 
 use super::transfer::{Load, Transfer};
 use super::{Agreement, Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply, errno};
+use crate::metrics::Gauges;
 use crate::migration::{MigrationError, Snapshot};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::abi;
@@ -85,6 +86,7 @@ impl<F: FileSystem> FileSystem for ReadOnly<F> {
         fn readlink(ctx: &Context, node: NodeId) -> Result<Vec<u8>>;
         fn read(ctx: &Context, node: NodeId, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize>;
         fn may_begin() -> bool;
+        fn gauges() -> Gauges;
         fn begin_read(
             ctx: &Context, node: NodeId, read: &Read, load: Load
         ) -> Result<Option<Box<dyn Transfer>>>;

@@ -93,6 +93,17 @@ pub fn give_up(required: RequiredCaps, changes: CapabilityChanges) -> Result<(),
     clear_ambient_capability_set().map_err(step("clearing the ambient set"))
 }
 
+/// Drops all capabilities of a process that serves no request.
+pub(super) fn give_up_all() -> Result<(), CapabilityError> {
+    let held = capabilities(None).map_err(step("capget(2)"))?;
+    if held.effective.contains(CapabilitySet::SETPCAP) {
+        shrink_bounding_set(CapabilitySet::empty())?;
+    }
+    let none = CapabilitySet::empty();
+    let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    set_capabilities(None, sets).map_err(step("capset(2)"))
+}
+
 /// Drops all capabilities of a process that starts servers, but those that servers may require and `more`. The ways to get
 /// others that may be shut without harm to a server are shut.
 pub(super) fn keep_for_workers(more: CapabilitySet) -> Result<(), CapabilityError> {

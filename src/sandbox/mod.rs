@@ -8,6 +8,7 @@
 mod capabilities;
 pub mod config;
 mod id_map;
+mod monitor;
 mod mounts;
 mod namespace;
 mod optional_calls;
@@ -32,6 +33,7 @@ pub use self::capabilities::{
     give_up as give_up_capabilities, make_ambient as make_capabilities_ambient,
 };
 use self::config::{IdMaps, Sandbox};
+pub use self::monitor::confine as confine_monitor;
 use self::process::Fork;
 pub use self::process::{KILLED_BY_SECCOMP, Parent, Worker, WorkerEnd, Zombie, exit, run_in_child};
 pub use self::seccomp::{

@@ -164,6 +164,11 @@ pub enum WorkerEnd {
 }
 
 impl Worker {
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.id.as_raw_nonzero().get().unsigned_abs()
+    }
+
     /// Ends it at once.
     pub fn kill(&self) {
         // It fails only if it has ended already.

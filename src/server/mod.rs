@@ -26,6 +26,7 @@ pub use self::submitted::Submitted;
 use crate::fs::transfer::Load;
 use crate::fs::{DeviceDescriptors, FileSystem, PUT_BACK, Result, errno};
 use crate::logging::warn_limited;
+use crate::metrics::Gauges;
 use crate::migration::{MigrationError, Snapshot};
 use crate::state_file::Effects;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
@@ -42,6 +43,8 @@ use fuse_protocol::request::{Operation, Request};
 pub struct Scratch {
     slot: Option<Slot>,
     buffers: Buffers,
+    /// Of the last reply.
+    errno: u16,
 }
 
 #[derive(Debug, Default)]
@@ -77,6 +80,18 @@ impl Scratch {
         if let Some(slot) = &mut self.slot {
             slot.release();
         }
+    }
+
+    /// The errno of the last reply; 0 for none. Errors that have no reply are none.
+    pub fn take_errno(&mut self) -> u16 {
+        std::mem::take(&mut self.errno)
+    }
+
+    /// Notes the errno of a reply.
+    fn note<T>(&mut self, result: Result<T>) -> Result<T> {
+        let errno = result.as_ref().err().map_or(0, |errno| errno.raw_os_error());
+        self.errno = u16::try_from(errno).unwrap_or(0);
+        result
     }
 }
 
@@ -155,6 +170,11 @@ impl Server {
         self.session.agreement().is_active()
     }
 
+    /// What the guest has, for the counters.
+    pub fn gauges(&self) -> Gauges {
+        self.fs.gauges()
+    }
+
     /// Whether an engine may have something to do.
     pub fn may_begin(&self) -> bool {
         self.fs.may_begin()
@@ -189,7 +209,7 @@ impl Server {
             Served::Submitted(mut submitted) => {
                 submitted.finish_here();
                 scratch.leave_session();
-                Some(submitted.reply())
+                Some(submitted.reply(scratch))
             }
         }
     }
@@ -231,7 +251,10 @@ impl Server {
         let Some(room) = room else { return Served::Completed(0) };
         match body.begun.filter(|_| result.is_ok()) {
             Some(begun) => Served::Submitted(Box::new(Submitted::new(begun, room, header.unique()))),
-            None => Served::Completed(fill_header(room, header.unique(), result.map(|()| body.written))),
+            None => {
+                let result = scratch.note(result);
+                Served::Completed(fill_header(room, header.unique(), result.map(|()| body.written)))
+            }
         }
     }
 
@@ -244,7 +267,7 @@ impl Server {
         scratch: &mut Scratch,
         effects: &Effects<'_>,
     ) -> Result<()> {
-        let Scratch { slot, buffers } = scratch;
+        let Scratch { slot, buffers, .. } = scratch;
         if let Some(Opcode::Init | Opcode::Destroy) = header.opcode() {
             return self.session.exclusive(&*self.fs, || self.answer(header, input, body, buffers, effects));
         }
@@ -257,11 +280,17 @@ impl Server {
     }
 
     /// Refuses the request with `header`, which is not served. Returns the length of the reply, if it has one.
-    pub fn refuse(header: &RawHeader, mut output: GuestWriter<'_>, errno: Errno) -> u32 {
+    pub fn refuse(
+        header: &RawHeader,
+        mut output: GuestWriter<'_>,
+        errno: Errno,
+        scratch: &mut Scratch,
+    ) -> u32 {
         if header.opcode().is_some_and(Opcode::has_no_reply) {
             return 0;
         }
-        output.reserve().map_or(0, |room| fill_header(room, header.unique(), Err(errno)))
+        let result = scratch.note(Err(errno));
+        output.reserve().map_or(0, |room| fill_header(room, header.unique(), result))
     }
 
     fn answer<'a>(

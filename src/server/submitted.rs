@@ -2,6 +2,7 @@
 
 use rustix::io::Errno;
 
+use super::Scratch;
 use super::reply::{HeaderRoom, fill_header};
 use crate::fs::Result;
 use crate::fs::transfer::{Call, Progress, Transfer};
@@ -94,7 +95,7 @@ impl<'a> Submitted<'a> {
     }
 
     /// Writes the reply; its length. What was locked is unlocked before the guest sees it.
-    pub fn reply(self: Box<Self>) -> u32 {
+    pub fn reply(self: Box<Self>, scratch: &mut Scratch) -> u32 {
         let Submitted { begun, header, unique, result } = *self;
         let Begun { transfer, written, .. } = begun;
         drop(transfer);
@@ -110,6 +111,6 @@ impl<'a> Submitted<'a> {
             }
             (result, _) => result,
         };
-        fill_header(header, unique, result)
+        fill_header(header, unique, scratch.note(result))
     }
 }

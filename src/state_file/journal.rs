@@ -20,9 +20,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::effects::Effects;
-use super::mapping::{Record, Table};
 use super::slot::{COMPLETING, DEATHS_SHIFT, DONE, FREE, HOLDS, PHASE, Resumed, STARTED, Slot, TAKEN};
 use super::{QUEUES, SLOTS, StateFile, offsets};
+use crate::sys::shared_map::{Record, Table};
 
 /// Nothing is known of the ring.
 pub(super) const UNKNOWN: u32 = 0;
@@ -81,6 +81,23 @@ pub struct Place {
     pub used: u64,
     /// Descriptors.
     pub size: u16,
+}
+
+/// A request that was taken and has no reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InFlight {
+    /// The queue that it came by.
+    pub queue: usize,
+    /// Its first descriptor.
+    pub head: u16,
+    /// The guest's number for it; 0 if it is not decoded.
+    pub unique: u64,
+    /// Its opcode; 0 if it is not decoded.
+    pub opcode: u32,
+    /// Its bytes.
+    pub len: u32,
+    /// Processes that have died with it.
+    pub deaths: u32,
 }
 
 /// How a queue begins.
@@ -368,6 +385,19 @@ impl StateFile {
         let size = self.queue(queue).size.load(Ordering::Relaxed);
         let size = u16::try_from(size).unwrap_or(0).min(u16::try_from(SLOTS).unwrap_or(u16::MAX));
         (0..size).map(move |head| (head, self.slot(queue, head)))
+    }
+
+    /// The requests of all queues that were taken and have no reply.
+    pub fn in_flight(&self) -> Vec<InFlight> {
+        let of_queue = |queue: usize| {
+            let slots = self.slots(queue).filter(|(_, slot)| slot.is_unfinished());
+            slots.map(move |(head, slot)| {
+                let Resumed { unique, opcode, len, deaths, .. } = slot.resumed(head);
+                InFlight { queue, head, unique, opcode, len, deaths }
+            })
+        };
+        let runs = |queue: &usize| self.queue(*queue).state.load(Ordering::Acquire) == RUNS;
+        (0..QUEUES).filter(runs).flat_map(of_queue).collect()
     }
 
     /// Queues that a worker served when it died, each with the most deaths that a chain without a reply has seen. Queues

@@ -16,7 +16,6 @@
 
 mod effects;
 mod journal;
-mod mapping;
 mod parked;
 mod records;
 mod recovery;
@@ -35,8 +34,7 @@ use thiserror::Error;
 
 pub use self::effects::Effects;
 use self::journal::QueueRecord;
-pub use self::journal::{Journal, Place, Start, UsedEntry};
-use self::mapping::{Mapping, Record};
+pub use self::journal::{InFlight, Journal, Place, Start, UsedEntry};
 pub use self::parked::Parked;
 pub use self::records::{
     HandleEntry, HandleRecord, InodeEntry, InodeRecord, LongHandle, MountEntry, MountRecord, OwnerEntry,
@@ -47,6 +45,7 @@ pub use self::slab::{Index, Slab};
 use self::slot::Slot;
 pub use self::slot::{Attempt, Resumed};
 pub use self::stored_handle::StoredHandle;
+use crate::sys::shared_map::{Mapping, Record};
 
 /// Says that this is a state file: `lanefsd` and a NUL.
 const MAGIC: u64 = u64::from_le_bytes(*b"lanefsd\0");
@@ -136,11 +135,6 @@ struct Header {
 
 // SAFETY: `repr(C)`, and all fields are atomic.
 unsafe impl Record for Header {}
-// SAFETY: it is atomic.
-unsafe impl Record for AtomicU32 {}
-// SAFETY: the same.
-unsafe impl Record for AtomicU64 {}
-
 /// Whether what another daemon has saved was taken over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transferred {
@@ -183,7 +177,7 @@ impl StateFile {
     }
 
     fn create_for(outlives: bool) -> Result<Arc<StateFile>, StateError> {
-        let state = StateFile::of(Mapping::create(offsets::END)?, outlives);
+        let state = StateFile::of(Mapping::create(c"lanefsd-state", offsets::END)?, outlives);
         state.begin();
         Ok(Arc::new(state))
     }

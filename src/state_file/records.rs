@@ -4,10 +4,10 @@
 
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 
-use super::mapping::Record;
 use super::slab::{Index, Kind, Slab};
 use super::stored_handle::{LONGEST_HANDLE, StoredHandle, load, store};
 use super::{HANDLES, INODES, LONG_HANDLES, MOUNTS, OWNER_HANDLES, OWNERS, offsets};
+use crate::sys::shared_map::Record;
 
 /// No descriptor.
 const NONE: i32 = -1;

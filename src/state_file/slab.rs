@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::StateFile;
-use super::mapping::Record;
 use super::records::{HandleRecord, InodeRecord, MountRecord, OwnerRecord};
+use crate::sys::shared_map::Record;
 
 /// A kind of record: where the records are, and when one is in use.
 pub trait Kind: Sized + Record {

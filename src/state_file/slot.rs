@@ -3,7 +3,7 @@
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use super::mapping::Record;
+use crate::sys::shared_map::Record;
 
 pub(super) const FREE: u32 = 0;
 pub(super) const TAKEN: u32 = 1;

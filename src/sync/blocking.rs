@@ -7,6 +7,7 @@
 //! the same name.)
 
 use std::cell::{Cell, RefCell};
+use std::time::Instant;
 
 /// What a thread pool does when one of its threads blocks.
 pub trait Hook {
@@ -20,6 +21,7 @@ pub trait Hook {
 thread_local! {
     static HOOK: RefCell<Option<Box<dyn Hook>>> = const { RefCell::new(None) };
     static HAS_BLOCKED: Cell<bool> = const { Cell::new(false) };
+    static WAITED: Cell<u64> = const { Cell::new(0) };
 }
 
 /// Removes the calling thread's hook when it is dropped.
@@ -57,7 +59,18 @@ pub fn block_in_place<T>(wait: impl FnOnce() -> T) -> T {
     let begun = HOOK.with_borrow(|hook| hook.as_ref().is_some_and(|hook| hook.begin_blocking()));
     HAS_BLOCKED.set(HAS_BLOCKED.get() || begun);
     let _blocking = Blocking(begun);
-    wait()
+    let since = Instant::now();
+    let result = wait();
+    // At least 1, so that a wait is seen.
+    let waited = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
+    WAITED.set(WAITED.get().saturating_add(waited));
+    result
+}
+
+/// Nanoseconds for which the calling thread has waited since the last call.
+#[inline]
+pub fn take_waited() -> u64 {
+    WAITED.take()
 }
 
 /// Whether the calling thread has blocked since the last call, with a hook that was called.

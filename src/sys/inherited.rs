@@ -142,6 +142,18 @@ impl<T: AsRawFd> Drop for Shared<T> {
     }
 }
 
+/// Closes all descriptors from 3 on but these.
+///
+/// Must be called by a process that has just been forked and that drops nothing of what its parent had.
+pub fn close_others(kept: &[RawFd]) -> io::Result<()> {
+    let open = list()?;
+    for fd in open.into_iter().filter(|fd| *fd > 2 && !kept.contains(fd)) {
+        // SAFETY: nothing of this process uses it any more, as the caller promises. That of the list answers EBADF.
+        unsafe { libc::close(fd) };
+    }
+    Ok(())
+}
+
 /// The descriptors that are open now.
 pub fn all_open() -> io::Result<Vec<RawFd>> {
     let mut open = list()?;

@@ -11,6 +11,7 @@ pub mod held_file;
 pub mod inherited;
 pub mod locks;
 pub mod memory;
+pub mod shared_map;
 pub mod signals;
 pub mod umask;
 pub mod uring;

@@ -1,15 +1,16 @@
-//! The memory of the state file: records in a mapping that several processes share.
+//! Memory files: records in a mapping that several processes share.
 
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Result;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use crate::sys::memory::never_dump;
+use super::memory::never_dump;
 
 /// A record of the file.
 ///
@@ -19,9 +20,14 @@ use crate::sys::memory::never_dump;
 /// them at any time.
 pub unsafe trait Record: Sync {}
 
+// SAFETY: it is atomic.
+unsafe impl Record for AtomicU32 {}
+// SAFETY: the same.
+unsafe impl Record for AtomicU64 {}
+
 /// A memory file that is mapped as a whole. Its size never changes, and pages that nobody wrote take no memory.
 #[derive(Debug)]
-pub(super) struct Mapping {
+pub struct Mapping {
     file: OwnedFd,
     start: NonNull<u8>,
     len: usize,
@@ -34,8 +40,8 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// A new file of `len` zero bytes.
-    pub(super) fn create(len: usize) -> Result<Mapping> {
-        let file = memfd_create(c"lanefsd-state", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    pub fn create(name: &CStr, len: usize) -> Result<Mapping> {
+        let file = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&file, len as u64)?;
         // A worker that fails cannot make the others fail by SIGBUS.
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
@@ -43,7 +49,7 @@ impl Mapping {
     }
 
     /// The file of another process. The caller has checked its size.
-    pub(super) fn of(file: OwnedFd, len: usize) -> Result<Mapping> {
+    pub fn of(file: OwnedFd, len: usize) -> Result<Mapping> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: the kernel chooses the address, so that nothing else is there.
         let start = unsafe {
@@ -55,13 +61,13 @@ impl Mapping {
     }
 
     /// The file.
-    pub(super) fn file(&self) -> impl AsFd {
+    pub fn file(&self) -> impl AsFd {
         &self.file
     }
 
     /// `count` records from byte `offset` on, which are inside the file and aligned: an empty slice if not.
     #[inline]
-    pub(super) fn records<T: Record>(&self, offset: usize, count: usize) -> &[T] {
+    pub fn records<T: Record>(&self, offset: usize, count: usize) -> &[T] {
         let end = count.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_add(offset));
         if end.is_none_or(|end| end > self.len) || !offset.is_multiple_of(align_of::<T>()) {
             return &[];
@@ -73,7 +79,7 @@ impl Mapping {
 }
 
 /// Records of one kind in the file of `O`, which are found without a check of their place.
-pub(super) struct Table<T, O> {
+pub struct Table<T, O> {
     start: NonNull<T>,
     /// Their number less one; the number is a power of two.
     mask: usize,
@@ -88,7 +94,7 @@ unsafe impl<T: Record, O: Send + Sync> Sync for Table<T, O> {}
 
 impl<T: Record, O: AsRef<Mapping>> Table<T, O> {
     /// The `count` records from byte `offset` on. `None` if they are not inside the file, or no power of two.
-    pub(super) fn new(owner: Arc<O>, offset: usize, count: usize) -> Option<Table<T, O>> {
+    pub fn new(owner: Arc<O>, offset: usize, count: usize) -> Option<Table<T, O>> {
         let records = (*owner).as_ref().records::<T>(offset, count);
         if records.len() != count || !count.is_power_of_two() {
             return None;
@@ -99,7 +105,7 @@ impl<T: Record, O: AsRef<Mapping>> Table<T, O> {
 
     /// The record with this number, modulo their number.
     #[inline]
-    pub(super) fn get(&self, index: usize) -> &T {
+    pub fn get(&self, index: usize) -> &T {
         // SAFETY: `new` has got as many records from the owner's mapping, which lives as long as the owner, and never
         // moves. A record takes any bytes, and only atomic accesses are made of it.
         unsafe { self.start.add(index & self.mask).as_ref() }
@@ -107,7 +113,7 @@ impl<T: Record, O: AsRef<Mapping>> Table<T, O> {
 
     /// Whose file it is.
     #[inline]
-    pub(super) fn owner(&self) -> &Arc<O> {
+    pub fn owner(&self) -> &Arc<O> {
         &self.owner
     }
 }

@@ -1,6 +1,7 @@
 //! Signals: interrupting a thread in a blocking system call, those that end the daemon, and a known state of all of
 //! them whatever the launcher has set. The process-wide ones are set by [`crate::process`] only.
 
+use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::sync::Once;
 
 use rustix::io::{Errno, Result};
@@ -56,6 +57,24 @@ fn handle() -> Result<()> {
 pub fn wake(thread: ThreadId) {
     // SAFETY: tgkill(2) takes numbers only; a wrong one is an error that changes nothing.
     unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread.0, SIGNAL) };
+}
+
+/// A descriptor that is readable when the process is told to end. The signals do nothing else from now on.
+pub fn endings_by_descriptor() -> Result<OwnedFd> {
+    for signal in [libc::SIGCHLD, SIGNAL, DRAIN, libc::SIGHUP, libc::SIGINT] {
+        // SAFETY: ignoring a signal runs no code.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+    // SAFETY: the set is initialised by sigemptyset(3) before it is read; what signalfd(2) returns is checked, and is
+    // nobody else's.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGTERM);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
+        let fd = libc::signalfd(-1, &set, libc::SFD_CLOEXEC);
+        if fd < 0 { Err(super::last_errno()) } else { Ok(OwnedFd::from_raw_fd(fd)) }
+    }
 }
 
 extern "C" fn do_nothing(_signal: libc::c_int) {}

@@ -20,7 +20,7 @@ use super::ListenError;
 pub(super) const MAX_LENGTH: usize = 107;
 
 /// Device and inode number.
-pub(super) type FileId = (u64, u64);
+pub type FileId = (u64, u64);
 
 /// The path of the socket.
 #[derive(Debug)]

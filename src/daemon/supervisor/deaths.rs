@@ -107,6 +107,7 @@ where
     /// Logs the death of a worker, and returns whether there were too many.
     pub(super) fn count_death(&mut self, end: WorkerEnd) -> bool {
         let too_many = self.deaths.count(Instant::now());
+        self.metrics.count_death();
         self.log_death(end);
         if too_many {
             error!(

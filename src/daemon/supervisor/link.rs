@@ -40,6 +40,11 @@ impl Link {
         is_whole.then(|| Entered::from_bytes(bytes))
     }
 
+    /// The process id of the worker.
+    pub(super) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// The connection.
     pub(super) fn stream(&self) -> &UnixStream {
         &self.stream

@@ -22,15 +22,17 @@ mod deaths;
 mod intact;
 mod link;
 mod message;
+mod monitoring;
 mod reconnect;
 mod relay;
 mod reopen;
 mod setup;
+mod successor;
 pub(super) mod upgrade;
 mod worker;
 
 use std::net::Shutdown;
-use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
+use std::os::fd::{AsFd as _, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -45,11 +47,11 @@ use self::link::Link;
 use self::reconnect::{Parked, Reconnect};
 use self::relay::Relay;
 use self::upgrade::{Drained, Step, Upgrade};
-use self::worker::Task;
 use super::frontend::FrontendError;
 use super::frontend::acceptor::{Acceptor, Event};
+use super::monitor::{Endpoints, Monitor};
 use super::readiness::Readiness;
-use super::run::{RunError, State};
+use super::run::RunError;
 use super::share::Share;
 use super::socket::Socket;
 use crate::config::Config;
@@ -57,16 +59,14 @@ use crate::device::postcopy;
 use crate::device::quarantine::Death;
 use crate::fs::FileSystem;
 use crate::logging::{Remark, Scope};
-use crate::process::{self, Signals};
+use crate::metrics::Metrics;
+use crate::process::Signals;
 use crate::sandbox::{self, Entered, WorkerEnd, Workers, Zombie};
 use crate::state_file::StateFile;
 use crate::sys::{descriptors, inherited, signals};
 
 /// How long a front end waits for a worker that cannot be started.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Between the first two attempts; each pause is twice as long as the one before.
-const PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Why a worker is not there.
 enum NoWorker {
@@ -100,6 +100,7 @@ struct Supervisor<'a, W> {
     /// The file system that is put around that of the share. Each worker has its own copy, like all memory.
     wrap: Option<W>,
     state: Arc<StateFile>,
+    metrics: Arc<Metrics>,
     sandbox: Workers,
     signals: Signals,
     acceptor: Acceptor<'a>,
@@ -114,14 +115,16 @@ struct Supervisor<'a, W> {
     upgrade: Upgrade,
     /// A session whose front end may come back.
     parked: Option<Parked>,
+    /// Who answers those that look at the daemon.
+    monitor: Option<Monitor>,
 }
 
 /// Runs the daemon until a signal ends it, or its front end has disconnected, and returns the status to exit with.
 pub(super) fn run<W>(
     config: &Config,
     mut socket: Socket,
-    state: Arc<StateFile>,
-    readiness: Readiness,
+    (state, metrics): (Arc<StateFile>, Arc<Metrics>),
+    (readiness, endpoints): (Readiness, Endpoints),
     wrap: W,
 ) -> Result<u8, RunError>
 where
@@ -134,6 +137,7 @@ where
     socket.hide()?;
     // What is inherited by workers, and by the program of an upgrade.
     sandbox::confine_supervisor(workers.kind(), config.seccomp, config.capabilities)?;
+    let monitor = Monitor::start(config, &name, endpoints, (&state, &metrics));
     let signals = Signals::catch_endings()?;
     signals::wake_by_children().map_err(|errno| RunError::Worker(errno.into()))?;
     let acceptor = Acceptor::new(socket.listener()).map_err(|errno| FrontendError::SetUp(errno.into()))?;
@@ -147,6 +151,7 @@ where
         config,
         wrap,
         state,
+        metrics,
         sandbox,
         signals,
         acceptor,
@@ -157,6 +162,7 @@ where
         socket,
         upgrade,
         parked: None,
+        monitor,
     }
     .run(readiness)
 }
@@ -190,7 +196,10 @@ where
                     Err(status) => return Ok(status),
                 },
             };
-            let end = match self.serve(relay, ready)? {
+            self.metrics.set_front_end(true);
+            let end = self.serve(relay, ready)?;
+            self.metrics.set_front_end(false);
+            let end = match end {
                 Ending::Worker(end) => end,
                 Ending::Daemon(status) => return Ok(status),
             };
@@ -234,6 +243,7 @@ where
             drop(watched);
             self.check(&worker, None)?;
             let event = event?;
+            self.look_after_monitor();
             let step = self.upgrade.advance(&self.state)?;
             if event == Event::Signal || matches!(step, Step::End) {
                 info!("received a signal, exiting");
@@ -337,6 +347,7 @@ where
         }
         let event = self.acceptor.wait(self.signals.as_fd(), &watched, true);
         self.check(worker, Some(relay))?;
+        self.look_after_monitor();
         Ok(event?)
     }
 
@@ -361,102 +372,6 @@ where
             return Some(Ending::Daemon(1));
         }
         relay.has_ended().then_some(Ending::Worker(WorkerEnd::Exited(status::DISCONNECTED)))
-    }
-
-    /// Starts a worker in place of another one, which has ended.
-    ///
-    /// The host may lack a process, memory or descriptors for a while. A front end waits for [`PATIENCE`]; without one,
-    /// the daemon does not give up.
-    fn next_worker(
-        &mut self,
-        mut death: Option<Death>,
-        relay: Option<&Relay>,
-    ) -> Result<Result<Link, NoWorker>, RunError> {
-        let (begun, mut pause) = (Instant::now(), PAUSE);
-        loop {
-            match self.make_worker(death, relay) {
-                Ok(worker) => match self.wait_until_ready(&worker)? {
-                    None => return Ok(Ok(worker)),
-                    Some(end) if self.give_up_reopening(end) => continue,
-                    // It has said why.
-                    Some(WorkerEnd::Exited(status::REPORTED)) => {}
-                    Some(end) if self.count_death(end) => return Ok(Err(NoWorker::GivenUp(1))),
-                    Some(end) => {
-                        death = death.map(|_| death_of(end));
-                        continue;
-                    }
-                },
-                Err(errno) => error!("cannot start a worker process: {errno}"),
-            }
-            if relay.is_some() && begun.elapsed() > PATIENCE {
-                error!("no worker process could be started for {} seconds: giving up", PATIENCE.as_secs());
-                return Ok(Err(NoWorker::GivenUp(1)));
-            }
-            if begun.elapsed() > PATIENCE && self.parked.take().is_some() {
-                error!("the session that was kept cannot be had again, and has ended");
-                death = None;
-            }
-            if self.pause(pause)? {
-                return Ok(Err(NoWorker::Signalled));
-            }
-            pause = (pause * 2).min(LONGEST_PAUSE);
-        }
-    }
-
-    /// Makes a worker process, which begins to get ready.
-    fn make_worker(&mut self, death: Option<Death>, relay: Option<&Relay>) -> Result<Link, Errno> {
-        let pair = UnixStream::pair();
-        let (ours, theirs) = pair.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-        let mut kept = self.own.clone();
-        kept.extend(self.sandbox.descriptors().chain(self.acceptor.descriptors()));
-        kept.extend(relay.into_iter().flat_map(Relay::descriptors).chain(self.upgrade.check()));
-        kept.extend([ours.as_raw_fd(), theirs.as_raw_fd()]);
-        kept.extend(self.parked.iter().flat_map(Parked::descriptors));
-        let leaves = self.parked.is_some() || relay.is_some_and(Relay::is_undecided);
-        // One that comes to the worker before it ignores them would be taken for the supervisor's: the handlers are the same.
-        process::hold_signals();
-        let made = self.sandbox.start();
-        if matches!(made, Ok(None)) {
-            let Some(wrap) = self.wrap.take() else { sandbox::exit(status::PANICKED) };
-            let state = State { file: &self.state, death, renews: false };
-            let first = self.sandbox.prepared().is_none();
-            let task = Task {
-                config: self.config,
-                sandbox: &mut self.sandbox,
-                state,
-                first,
-                leaves,
-                is_orphaned: relay.is_some_and(Relay::is_advised),
-                stream: theirs,
-                kept,
-            };
-            worker::run(task, wrap);
-        }
-        process::release_signals();
-        let process = made?.ok_or(Errno::CHILD)?;
-        // It is the worker's now, which may have closed it.
-        std::mem::forget(theirs);
-        Ok(Link::new(process, ours))
-    }
-
-    /// Waits until a worker is ready: `None`. If it ends before, how.
-    fn wait_until_ready(&mut self, worker: &Link) -> Result<Option<WorkerEnd>, RunError> {
-        loop {
-            let mut watched = [worker.end(), PollFd::new(worker.stream(), PollFlags::IN)];
-            // Storage that hangs may keep it from opening the share.
-            let patience = self.sandbox.renews().then_some(PATIENCE);
-            if poll_for(&mut watched, patience)? == 0 && patience.is_some() {
-                worker.kill();
-            }
-            self.check(worker, None)?;
-            if let Some(entered) = worker.ready() {
-                self.enter(entered);
-                return Ok(None);
-            }
-            if worker.has_ended()? {
-                return worker.reap().map(Some);
-            }
-        }
     }
 
     /// Lets a worker finish since a signal has come, unless it may wait for memory of the guest: the status to exit with.

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use super::deaths::status;
 use crate::config::Config;
 use crate::daemon::frontend::{self, Ending, FrontendError};
+use crate::daemon::monitor;
 use crate::daemon::run::{RunError, State, begin};
 use crate::device::backend::Backend;
 use crate::device::engine::Stations;
@@ -89,7 +90,11 @@ fn work(mut task: Task<'_>, wrap: impl FnOnce(Arc<dyn FileSystem>) -> Arc<dyn Fi
             return status::REPORTED;
         }
     };
-    let backend = Backend::new(&config.device, server, Arc::clone(state.file), state.death, stations);
+    if config.monitor.is_wanted() {
+        monitor::answer_questions(&server, state.metrics);
+    }
+    let (file, metrics) = (Arc::clone(state.file), Arc::clone(state.metrics));
+    let backend = Backend::new(&config.device, server, file, metrics, state.death, stations);
     let backend = backend.map(|backend| backend.offering_postcopy(faults, is_orphaned));
     match frontend::serve_one(stream, backend, &parent, &drain, leaves) {
         Ok(Ending::Drained) => status::DRAINED,

@@ -12,6 +12,7 @@ use super::*;
 use crate::device::GuestMemoryMmap;
 use crate::device::ring::{Layout, Ring};
 use crate::fs::{Context, FileSystem, PUT_BACK, Result as FsResult};
+use crate::metrics::Metrics;
 use crate::state_file::{Journal, StateFile};
 
 const LAYOUT: Layout = Layout { descriptors: 0x1000, available: 0x2000, used: 0x3000, size: 8 };
@@ -42,7 +43,9 @@ impl Guest {
         let ring = Ring::new(&memory.memory(), LAYOUT, 0, true).unwrap();
         let kick = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         let journal = Journal::new(&StateFile::create().unwrap(), 1);
-        let queue = Arc::new(Queue::new(1, memory.clone(), ring, Arc::new(kick), None, journal).unwrap());
+        let (memory_of_queue, metrics) = (memory.clone(), Metrics::create().unwrap().for_queue(1));
+        let queue = Queue::new(1, memory_of_queue, ring, Arc::new(kick), None, journal, metrics);
+        let queue = Arc::new(queue.unwrap());
         let guest = Guest { memory, queue, server: Server::new(Arc::new(Locked)) };
         let init = InitIn { major: 7, minor: 45, max_readahead: 0, flags: 0, flags2: 0, unused: [0; 11] };
         guest.offer(7, Opcode::Init, init.as_bytes());

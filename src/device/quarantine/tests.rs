@@ -13,6 +13,7 @@ use crate::device::test_guest::{Guest, REPLY};
 use crate::device::vring::{Serving, Vring};
 use crate::device::watchdog::Watchdog;
 use crate::fs::{Context, FileSystem, PUT_BACK, Result as FsResult};
+use crate::metrics::Metrics;
 use crate::server::Server;
 use crate::sys::guest_buffers::GuestWriter;
 
@@ -119,7 +120,7 @@ impl Machine {
             workers: 4,
             poll_time: Duration::ZERO,
         };
-        let mut vring = Vring::new(guest.index, &self.state, quarantine);
+        let mut vring = Vring::new(guest.index, &self.state, &Metrics::create().unwrap(), quarantine);
         vring.set_size(8).unwrap();
         let layout = guest.layout;
         vring.set_addresses(layout.descriptors, layout.available, layout.used).unwrap();

@@ -10,6 +10,7 @@ use crate::device::GuestMemoryMmap;
 use crate::device::chain;
 use crate::device::coalesce::Coalescing;
 use crate::device::ring::{Ring, RingError};
+use crate::metrics::counts::{QueueMetrics, Served};
 use crate::state_file::{Journal, Resumed};
 
 /// A used entry.
@@ -19,6 +20,8 @@ pub(in crate::device) struct Used {
     pub head: u16,
     /// Valid bytes of its device-writable part.
     pub written: u32,
+    /// What is counted of it.
+    pub served: Served,
 }
 
 /// A chain that was popped.
@@ -30,6 +33,8 @@ pub(in crate::device) struct PoppedChain {
     pub backlog: Backlog,
     /// The chain was popped before the queue started, too: [`Queue::take_resumed`](super::Queue::take_resumed) says what is known of it.
     pub is_resumed: bool,
+    /// It came while a worker polled the ring.
+    pub was_polled: bool,
 }
 
 /// The chains that wait behind one that was popped.
@@ -77,6 +82,7 @@ pub(super) struct State {
     /// The guest wanted a notification while there was no `call`.
     pub owes_notification: bool,
     pub statistics: Statistics,
+    pub metrics: QueueMetrics,
 }
 
 /// Counts since the start of a queue.
@@ -92,7 +98,7 @@ pub struct Statistics {
 /// All accesses to the ring that serving makes.
 impl State {
     /// A queue over `ring`.
-    pub fn new(ring: Ring, call: Option<Arc<OwnedFd>>) -> State {
+    pub fn new(ring: Ring, call: Option<Arc<OwnedFd>>, metrics: QueueMetrics) -> State {
         State {
             ring,
             source: Source::Ring,
@@ -102,6 +108,7 @@ impl State {
             coalescing: Coalescing::default(),
             owes_notification: false,
             statistics: Statistics::default(),
+            metrics,
         }
     }
 
@@ -118,6 +125,7 @@ impl State {
         let entry = journal.begin_used_entry(used.head, self.ring.next_used());
         self.ring.add_used(memory, used.head, used.written)?;
         entry.end();
+        self.metrics.completed(&used.served);
         Ok(())
     }
 
@@ -145,7 +153,10 @@ impl State {
     pub fn notification(&mut self, new: bool) -> Option<Arc<OwnedFd>> {
         let wanted = new || self.owes_notification;
         self.owes_notification = wanted && self.call.is_none();
-        self.statistics.notifications += u64::from(wanted && self.call.is_some());
+        if wanted && self.call.is_some() {
+            self.statistics.notifications += 1;
+            self.metrics.notified();
+        }
         if wanted { self.call.clone() } else { None }
     }
 
@@ -184,8 +195,9 @@ impl State {
             waiting = self.ring.avail_len(memory)?;
         }
         self.statistics.requests += 1;
+        self.metrics.popped();
         let backlog = Backlog { waiting: u32::from(waiting), slow: self.coalescing.is_slow() };
-        Ok(Some(PoppedChain { head, backlog, is_resumed: false }))
+        Ok(Some(PoppedChain { head, backlog, is_resumed: false, was_polled: false }))
     }
 
     /// Pops a chain that does not come from the ring, or says that the next one does.
@@ -199,10 +211,12 @@ impl State {
             return ControlFlow::Continue(());
         };
         self.statistics.requests += 1;
+        self.metrics.popped();
         // All of them have waited for long.
         let backlog = Backlog { waiting: self.waiting(memory), slow: true };
         self.popped.push(resumed);
-        ControlFlow::Break(Some(PoppedChain { head: resumed.head, backlog, is_resumed: true }))
+        let head = resumed.head;
+        ControlFlow::Break(Some(PoppedChain { head, backlog, is_resumed: true, was_polled: false }))
     }
 
     /// Number of chains that may be popped.

@@ -52,6 +52,7 @@ pub use self::start_error::StartError;
 pub use self::state::PassthroughFs;
 use super::transfer::{Load, Transfer};
 use super::{Agreement, Context, DeviceDescriptors, FileSystem, Opened, Result, XattrReply, errno};
+use crate::metrics::Gauges;
 use crate::migration::config::StreamFormat;
 use crate::migration::{MigrationError, Snapshot};
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
@@ -105,6 +106,10 @@ impl PassthroughFs {
     fn xattrs(&self) -> Xattrs<'_> {
         Xattrs::new(&self.config, &self.identity, self.session())
     }
+}
+
+fn count(number: usize) -> u64 {
+    number as u64
 }
 
 impl FileSystem for PassthroughFs {
@@ -399,6 +404,19 @@ impl FileSystem for PassthroughFs {
     fn ioctl(&self, ctx: &Context, node: NodeId, ioctl: &Ioctl<'_>) -> Result<ioctl::Reply> {
         let command = ioctl.command().map_err(|error| errno(error.errno()))?;
         file_flags::ioctl(&self.identity, ctx, &*self.handles.get(node, ioctl.handle)?, command)
+    }
+
+    fn gauges(&self) -> Gauges {
+        let [plain, parallel, directories] = self.handles.count();
+        let fds = self.inodes.fds();
+        Gauges {
+            inodes: count(self.inodes.len()),
+            plain,
+            parallel,
+            directories,
+            descriptors: count(fds.in_use()),
+            descriptor_limit: count(fds.max()),
+        }
     }
 
     fn prepare_save(&self) {

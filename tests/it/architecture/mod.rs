@@ -25,7 +25,7 @@ const ROOMS: Rooms = &[
     ("sync", &[]),
     ("sys", &["sync"]),
     ("logging", &["sync", "sys"]),
-    ("metrics", &["sync", "sys", "logging"]),
+    ("metrics", &["fuse_protocol", "sync", "sys", "logging"]),
     ("limits", &["sync", "sys", "logging", "metrics"]),
     ("process", &["sync", "sys", "logging", "limits"]),
     ("mapping", &["fuse_protocol", "sync", "sys", "logging"]),
@@ -66,11 +66,15 @@ const ROOMS: Rooms = &[
         ],
     ),
     ("sandbox", &["sync", "sys", "logging", "limits", "process"]),
-    ("config", &["logging", "limits", "mapping", "migration", "fs", "device", "process", "sandbox"]),
+    (
+        "config",
+        &["logging", "metrics", "limits", "mapping", "migration", "fs", "device", "process", "sandbox"],
+    ),
     ("cli", &["logging", "limits", "mapping", "migration", "fs", "device", "process", "sandbox", "config"]),
     (
         "daemon",
         &[
+            "fuse_protocol",
             "sync",
             "sys",
             "logging",

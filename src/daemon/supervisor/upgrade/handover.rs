@@ -10,12 +10,17 @@ use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::daemon::monitor::MonitorParts;
+use crate::daemon::socket::Files;
 use crate::device::quarantine::Death;
+use crate::metrics::Metrics;
 use crate::sandbox::config::Sandbox;
 use crate::sandbox::{Entered, Prepared};
 use crate::sys::exec::{keep, let_go};
@@ -60,6 +65,10 @@ pub(in crate::daemon) struct Handover {
     /// Nanoseconds of CLOCK_MONOTONIC when the last worker was asked to drain.
     pub since: u64,
     pub state: RawFd,
+    /// The counters, since version 0.2.
+    pub metrics: Option<RawFd>,
+    /// Who answers those that look at the daemon.
+    pub monitor: Option<MonitorParts>,
     pub reports: RawFd,
     pub listener: RawFd,
     pub socket: Option<SocketFiles>,
@@ -186,6 +195,19 @@ impl Handover {
         })
     }
 
+    /// The counters. A program that has none begins to count anew.
+    pub(super) fn counters(&self) -> Result<Arc<Metrics>, Errno> {
+        self.metrics.map_or_else(Metrics::create, |fd| adopt(fd).and_then(Metrics::open))
+    }
+
+    /// Socket and pid file, with a descriptor by which the latter stays locked.
+    pub(super) fn socket_files(&self) -> Option<(Files, Option<OwnedFd>)> {
+        let files = self.socket.as_ref()?;
+        // It hides what it is given, and the program that this one may go back to needs it.
+        let lock = files.lock.and_then(|lock| copy(lock).ok());
+        Some((Files { socket: files.socket, pid_file: files.pid_file }, lock))
+    }
+
     /// Writes it to a memory file that stays open in the next program, as all descriptors that it names.
     pub(super) fn publish(&self) -> io::Result<OwnedFd> {
         let file = memfd_create(c"lanefsd-handover", MemfdFlags::CLOEXEC)?;
@@ -217,6 +239,11 @@ impl Handover {
         self.temporary().for_each(|fd| drop(adopt(fd)));
     }
 
+    /// The sockets of the monitor.
+    pub(in crate::daemon) fn monitored(&self) -> impl Iterator<Item = RawFd> + '_ {
+        self.monitor.iter().flat_map(|monitor| monitor.sockets.iter().map(|socket| socket.descriptor))
+    }
+
     /// All descriptors that it names.
     pub(super) fn descriptors(&self) -> impl Iterator<Item = RawFd> + '_ {
         let front_end = self.front_end.iter().flat_map(|front_end| {
@@ -230,6 +257,8 @@ impl Handover {
             .into_iter()
             .chain(Entered::from_bytes(self.sandbox.entered).descriptors())
             .chain(self.pending.iter().copied())
+            .chain(self.metrics)
+            .chain(self.monitored())
             .chain(lock)
             .chain(self.parked.iter().flat_map(|region| region.fds.iter().copied()))
             .chain(front_end)

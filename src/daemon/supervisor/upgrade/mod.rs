@@ -9,6 +9,7 @@
 //! What has become of it stands in the log and in the [`Reports`].
 
 pub(super) mod candidate;
+mod checks;
 pub(in crate::daemon) mod handover;
 
 use std::error::Error;
@@ -34,6 +35,7 @@ use super::reconnect::Parked;
 use super::relay::Relay;
 use super::{Acceptor, FrontendError, Link, RunError, Supervisor, is_death, poll_for, status};
 use crate::config::Config;
+use crate::daemon::monitor::Monitor;
 use crate::daemon::report::{Outcome, Reports};
 use crate::daemon::share::Share;
 use crate::daemon::socket::{Files, Socket};
@@ -226,6 +228,8 @@ where
             old: old.as_raw_fd(),
             since: monotonic().saturating_sub(u64::try_from(since.elapsed().as_nanos()).unwrap_or(0)),
             state: self.state.file().as_fd().as_raw_fd(),
+            metrics: Some(self.metrics.file().as_fd().as_raw_fd()),
+            monitor: self.monitor.as_ref().map(Monitor::parts),
             reports: self.upgrade.reports.descriptor(),
             listener: self.socket.listener().as_raw_fd(),
             socket: files.map(|Files { socket, pid_file }| SocketFiles {
@@ -343,12 +347,8 @@ where
     signals::wake_by_children().map_err(|errno| RunError::Worker(errno.into()))?;
     let take = |fd| adopt(fd).map_err(failed);
     let state = or_back(take(handover.state).and_then(|state| Ok(StateFile::open(state)?)))?;
-    let files = handover.socket.as_ref().map(|files| {
-        // It hides what it is given, and the program that this one may go back to needs it.
-        let lock = files.lock.and_then(|lock| copy(lock).ok());
-        (Files { socket: files.socket, pid_file: files.pid_file }, lock)
-    });
-    let socket = Socket::go_on(&config.listen, or_back(take(handover.listener))?, files);
+    let metrics = or_back(handover.counters().map_err(RunError::Metrics))?;
+    let socket = Socket::go_on(&config.listen, or_back(take(handover.listener))?, handover.socket_files());
     let pending = handover.pending.iter().filter_map(|fd| adopt(*fd).ok().map(UnixStream::from));
     let acceptor =
         Acceptor::new(socket.listener()).map_err(|errno| FrontendError::SetUp(errno.into()).into());
@@ -365,7 +365,8 @@ where
         candidate: None,
     };
     let own = signals.descriptors().chain(upgrade.descriptors()).chain(acceptor.own_descriptors());
-    let own = own.chain([state.file().as_fd().as_raw_fd()]).chain(logging::descriptor()).collect();
+    let memory = [state.file().as_fd().as_raw_fd(), metrics.file().as_fd().as_raw_fd()];
+    let own = own.chain(memory).chain(logging::descriptor()).chain(handover.monitored()).collect();
     let ages = handover.deaths.iter().map(|age| Duration::from_millis(*age));
     let deaths = Deaths::new(config.max_deaths).with_ages(Instant::now(), ages);
     let parked = handover.parked.as_ref().map(Parked::from_words);
@@ -375,6 +376,7 @@ where
         config,
         wrap,
         state,
+        metrics,
         sandbox,
         signals,
         acceptor,
@@ -385,6 +387,7 @@ where
         socket,
         upgrade,
         parked,
+        monitor: None,
     }
     .go_on(&handover, front_end)
 }
@@ -408,6 +411,7 @@ where
         self.own.truncate(others);
         handover.withdraw();
         handover.close();
+        self.go_on_monitoring(handover);
         let outcome = Outcome {
             error: handover.failure.clone(),
             from: if handover.failure.is_none() { handover.version.clone() } else { VERSION.into() },
@@ -449,23 +453,6 @@ where
             Err(super::NoWorker::Signalled) => Err(0),
             Err(super::NoWorker::GivenUp(status)) => Err(status),
         })
-    }
-
-    /// All that this program has opened is known, since the next worker closes the rest.
-    fn check_own(&self, handover: &Handover, relay: Option<&Relay>) {
-        #[cfg(debug_assertions)]
-        {
-            let known =
-                self.own.iter().copied().chain(self.sandbox.descriptors()).chain(handover.descriptors());
-            let parked = self.parked.iter().flat_map(Parked::descriptors);
-            let known: Vec<RawFd> =
-                known.chain(parked).chain(relay.into_iter().flat_map(Relay::descriptors)).collect();
-            for fd in crate::sys::inherited::all_open().unwrap_or_default() {
-                let is_own = fd > 2 && crate::sys::exec::is_closed_by_exec(fd);
-                debug_assert!(!is_own || known.contains(&fd), "descriptor {fd} is not known");
-            }
-        }
-        let _ = (handover, relay);
     }
 }
 

@@ -263,6 +263,24 @@ impl HandleTable {
         Some(HandleRecordGuard { records: Arc::clone(&self.records), index })
     }
 
+    /// The numbers of files that are open in the usual way, of those in parallel mode, and of directories.
+    pub fn count(&self) -> [u64; 3] {
+        let mut numbers = [0; 3];
+        for shard in self.shards.iter() {
+            let shard = shard.read().unwrap_or_else(PoisonError::into_inner);
+            let [plain, parallel, directories] = &mut numbers;
+            for handle in shard.values() {
+                let number = match handle.mode() {
+                    Some(Mode::Parallel) => &mut *parallel,
+                    Some(_) => &mut *plain,
+                    None => &mut *directories,
+                };
+                *number += 1;
+            }
+        }
+        numbers
+    }
+
     /// All handles, by their ids.
     pub fn all(&self) -> Vec<(u64, Arc<Handle>)> {
         let shards = self.shards.iter().map(|shard| shard.read().unwrap_or_else(PoisonError::into_inner));

@@ -53,6 +53,8 @@ impl Range {
 pub struct RangeGuard<'a> {
     lock: &'a RangeLock,
     ticket: u64,
+    /// Other ranges of the file that were locked exclusively when this one came.
+    others: usize,
 }
 
 /// A range that a request holds, whichever thread it is on, until it is given to [`RangeLock::unlock`].
@@ -61,6 +63,11 @@ pub struct RangeGuard<'a> {
 pub struct Ticket(u64);
 
 impl RangeGuard<'_> {
+    /// How many ranges of the file were locked exclusively when this one came, itself among them.
+    pub fn writers(&self) -> usize {
+        self.others.saturating_add(1)
+    }
+
     /// Leaves the range locked.
     pub fn keep(self) -> Ticket {
         let ticket = Ticket(self.ticket);
@@ -104,10 +111,12 @@ impl RangeLock {
         let ticket = state.next_ticket;
         state.next_ticket = ticket.wrapping_add(1);
         let wait = state.queue.iter().any(|holder| holder.range.conflicts(range));
+        let writes = |holder: &&Holder| holder.range.exclusive && holder.parked.is_none();
+        let others = state.queue.iter().filter(writes).count();
         let parked = wait.then(current);
         state.queue.push(Holder { ticket, range, parked });
         drop(holders);
-        let guard = RangeGuard { lock: self, ticket };
+        let guard = RangeGuard { lock: self, ticket, others };
         if wait {
             block_in_place(|| {
                 while self.is_blocked(ticket) {

@@ -13,6 +13,7 @@ use crate::fs::passthrough::host::file::Opener;
 use crate::fs::passthrough::inode::io_mode::Mode;
 use crate::fs::passthrough::inode::range_lock::{RangeGuard, lock_copy};
 use crate::fs::{Context, Result};
+use crate::metrics::notes;
 use crate::state_file::Effects;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 use fuse_protocol::flags::{FsyncFlags, WriteFlags};
@@ -77,11 +78,12 @@ pub fn write(
         handle.file().for_flags(write.flags, opener)?
     };
     let ranges = handle.inode().ranges();
-    let _guard = if appends || append_only {
+    let guard = if appends || append_only {
         lock_end(handle, write)?
     } else {
         ranges.write(write.offset, u64::from(write.size))
     };
+    notes::saw_writers(guard.writers());
     let _member = kill_priv.begin(ctx, handle.inode(), kill_priv.bits_after_write(ctx, mode, write))?;
     let flags = sync_flags(write.flags);
     if appends {

@@ -20,6 +20,7 @@ use crate::fs::passthrough::inode::io_mode::Mode;
 use crate::fs::passthrough::inode::range_lock::{RangeGuard, Ticket};
 use crate::fs::transfer::{Call, Load, Progress, Transfer};
 use crate::fs::{Context, Result};
+use crate::metrics::notes;
 use fuse_protocol::flags::WriteFlags;
 use fuse_protocol::request::{Read, Write};
 
@@ -130,6 +131,7 @@ pub fn write(
     }
     handle.file().for_flags(write.flags, engine.opener)?;
     let range = handle.inode().ranges().write(write.offset, write.size.into());
+    notes::saw_writers(range.writers());
     kill_priv.drop_mapped_capability(handle.inode())?;
     let change = if handle.inode().mount().is_fuse() {
         set_id_bits(bits)?;

@@ -1,0 +1,272 @@
+//! The monitor: a process of its own that answers those who look at the daemon or control it.
+//!
+//! It has the memory of the counters and of the state, which it reads, and no other connection with the processes that
+//! serve. So nobody who asks, however often, and whatever he sends, gets near a request of the guest. It has no
+//! capabilities, may make few system calls, and is started anew when it dies.
+//!
+//! ```text
+//!  lanefsctl ─────▶ --control-socket ─┐
+//!  Prometheus ────▶ --metrics-socket ─┼─ monitor ── counters, state ── worker
+//!  node_exporter ─▶ --metrics-file ───┘
+//! ```
+
+mod answers;
+mod connection;
+mod control;
+mod diagnosis;
+mod endpoints;
+mod exposition;
+mod http;
+mod serve;
+
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::error;
+use rustix::io::Errno;
+use rustix::process::{
+    Pid, Signal, WaitOptions, getpid, getppid, kill_process, set_parent_process_death_signal, waitpid,
+};
+use serde::{Deserialize, Serialize};
+
+pub use self::endpoints::{EndpointError, Endpoints};
+use self::serve::Sources;
+use super::socket::FileId;
+use crate::config::{Config, Seccomp};
+use crate::logging;
+use crate::metrics::Metrics;
+use crate::process;
+use crate::sandbox;
+use crate::server::Server;
+use crate::state_file::StateFile;
+use crate::sys::{inherited, signals};
+
+/// Between two attempts to start the process.
+const PAUSE: Duration = Duration::from_secs(10);
+
+/// What the monitor tells of its daemon, beside the counters.
+#[derive(Clone, Debug)]
+struct Subject {
+    /// The name of the share.
+    share: Arc<str>,
+    directory: PathBuf,
+    /// The process that was started.
+    daemon: Pid,
+    /// What was worth a line at the start.
+    remarks: Vec<String>,
+    /// How much was logged then.
+    log_level: log::LevelFilter,
+    seccomp: Seccomp,
+    /// CPUs of the host. The monitor may not look.
+    cpus: usize,
+}
+
+/// The monitor, as the process sees it that has started it.
+#[derive(Debug)]
+pub struct Monitor {
+    endpoints: Endpoints,
+    subject: Subject,
+    metrics: Arc<Metrics>,
+    state: Arc<StateFile>,
+    process: Option<Pid>,
+    started: Instant,
+}
+
+/// What another program in this process needs to go on with it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MonitorParts {
+    /// The process that runs.
+    pub process: Option<i32>,
+    /// The listening sockets.
+    pub sockets: Vec<SocketParts>,
+    /// The file.
+    pub file: Option<PathBuf>,
+    /// What was worth a line at the start.
+    pub remarks: Vec<String>,
+}
+
+/// A listening socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SocketParts {
+    /// The option that names it.
+    pub option: String,
+    /// Its path.
+    pub path: PathBuf,
+    /// Device and inode number of the path.
+    pub file: FileId,
+    /// Its descriptor.
+    pub descriptor: RawFd,
+}
+
+impl Monitor {
+    /// Starts the monitor of a share, unless nobody is to look: then there is none.
+    ///
+    /// Must be called while the process has one thread.
+    pub fn start(
+        config: &Config,
+        share: &Arc<str>,
+        endpoints: Endpoints,
+        (state, metrics): (&Arc<StateFile>, &Arc<Metrics>),
+    ) -> Option<Monitor> {
+        if endpoints.is_empty() {
+            return None;
+        }
+        let subject = Subject {
+            share: Arc::clone(share),
+            directory: config.shared_dir.clone(),
+            daemon: getpid(),
+            remarks: config.remarks.iter().map(ToString::to_string).collect(),
+            log_level: log::max_level(),
+            seccomp: config.seccomp,
+            cpus: process::cpus(),
+        };
+        let (metrics, state) = (Arc::clone(metrics), Arc::clone(state));
+        let mut monitor =
+            Monitor { endpoints, subject, metrics, state, process: None, started: Instant::now() };
+        monitor.spawn();
+        Some(monitor)
+    }
+
+    /// Ends the monitor of the program that was in this process before, and starts one of this program.
+    pub fn go_on(
+        config: &Config,
+        share: &Arc<str>,
+        parts: MonitorParts,
+        memory: (&Arc<StateFile>, &Arc<Metrics>),
+    ) -> Option<Monitor> {
+        if let Some(process) = parts.process.and_then(Pid::from_raw) {
+            // Not the other signals, by which it would remove the sockets.
+            end(process, Signal::KILL);
+        }
+        let remarks = parts.remarks.clone();
+        let endpoints = Endpoints::go_on(parts).inspect_err(|error| {
+            error!("nobody can look at the daemon any more: {}", logging::describe(error))
+        });
+        let mut monitor = Monitor::start(config, share, endpoints.ok()?, memory)?;
+        monitor.subject.remarks = remarks;
+        Some(monitor)
+    }
+
+    /// What another program in this process needs.
+    pub fn parts(&self) -> MonitorParts {
+        MonitorParts {
+            process: self.process.map(|process| process.as_raw_nonzero().get()),
+            remarks: self.subject.remarks.clone(),
+            ..self.endpoints.parts()
+        }
+    }
+
+    /// Its descriptors.
+    pub fn descriptors(&self) -> impl Iterator<Item = RawFd> + '_ {
+        self.endpoints.sockets().map(|socket| socket.listener().as_raw_fd())
+    }
+
+    /// Starts the process anew if it has died.
+    pub fn keep_alive(&mut self) {
+        if let Some(process) = self.process
+            && let Ok(Some((_, status))) = waitpid(Some(process), WaitOptions::NOHANG)
+        {
+            self.process = None;
+            let how = match (status.terminating_signal(), status.exit_status()) {
+                (Some(signal), _) => format!("by signal {signal}"),
+                (_, status) => format!("with status {}", status.unwrap_or(-1)),
+            };
+            error!("the monitor process has ended {how}: lanefsctl and metrics are gone for a moment");
+        }
+        if self.process.is_none() && self.started.elapsed() > PAUSE {
+            self.spawn();
+        }
+    }
+
+    fn spawn(&mut self) {
+        self.started = Instant::now();
+        let parent = getpid();
+        // SAFETY: the process has one thread, as the callers promise, so the child may do everything.
+        match unsafe { libc::fork() } {
+            -1 => error!("the monitor process cannot be started: {}", io::Error::last_os_error()),
+            0 => sandbox::exit(match self.run(parent) {
+                Ok(()) => 0,
+                Err(error) => {
+                    error!("the monitor process cannot serve: {error}");
+                    1
+                }
+            }),
+            process => self.process = Pid::from_raw(process),
+        }
+    }
+
+    fn run(&self, parent: Pid) -> io::Result<()> {
+        set_parent_process_death_signal(Some(Signal::TERM))?;
+        let ending = signals::endings_by_descriptor()?;
+        if getppid() != Some(parent) {
+            return Ok(());
+        }
+        let own = self.endpoints.own().map_err(io::Error::other)?;
+        let mut kept: Vec<RawFd> =
+            self.descriptors().chain(logging::descriptor()).chain(own.descriptors()).collect();
+        kept.extend([
+            ending.as_raw_fd(),
+            self.metrics.file().as_fd().as_raw_fd(),
+            self.state.file().as_fd().as_raw_fd(),
+        ]);
+        inherited::close_others(&kept)?;
+        let _ = rustix::thread::set_name(c"lanefsd-monitor");
+        sandbox::confine_monitor(self.subject.seccomp).map_err(io::Error::other)?;
+        let sources = Sources { subject: &self.subject, state: &self.state, metrics: &self.metrics };
+        let served = serve::run(&self.endpoints, &own, &sources, &ending);
+        own.remove_sockets();
+        served
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        if let Some(process) = self.process.take() {
+            end(process, Signal::TERM);
+        } else if let Ok(own) = self.endpoints.own() {
+            own.remove_sockets();
+        }
+    }
+}
+
+/// Ends a process of this one.
+fn end(process: Pid, signal: Signal) {
+    if kill_process(process, signal) == Ok(()) {
+        while matches!(waitpid(Some(process), WaitOptions::empty()), Err(Errno::INTR)) {}
+    }
+}
+
+/// Lets a thread of the serving process answer the monitor: how many inodes, files and descriptors the guest has, and how
+/// much is to be logged.
+pub fn answer_questions(server: &Arc<Server>, metrics: &Arc<Metrics>) {
+    metrics.begin_process();
+    let (server, metrics) = (Arc::downgrade(server), Arc::clone(metrics));
+    let answer = move || {
+        // Who has asked a process that is dead by now does not wait any more.
+        let mut last = metrics.last_question();
+        loop {
+            last = metrics.next_question(last);
+            let Some(server) = server.upgrade() else { return };
+            apply_log_level(&metrics);
+            metrics.answer(last, server.gauges());
+        }
+    };
+    if let Err(error) = thread::Builder::new().name("lanefsd-answers".into()).spawn(answer) {
+        error!("the monitor gets no answers from this process: {error}");
+    }
+}
+
+/// Logs as much as an operator has asked for.
+pub fn apply_log_level(metrics: &Metrics) {
+    if let Some(level) = metrics.log_level()
+        && level != log::max_level()
+    {
+        log::set_max_level(level);
+    }
+}
