@@ -44,9 +44,13 @@ pub fn start(level: Option<LevelFilter>, to_syslog: bool) {
         None => None,
     };
     let mut builder = env_logger::Builder::new();
-    match (level, std::env::var("RUST_LOG")) {
-        (None, Ok(filter)) => builder.parse_filters(&filter),
-        _ => builder.filter_level(level.unwrap_or(LevelFilter::Info)),
+    let filter = std::env::var("RUST_LOG").ok().filter(|_| level.is_none());
+    let level = level.or_else(|| filter.as_ref()?.parse().ok());
+    let is_by_module = filter.is_some() && level.is_none();
+    match filter.filter(|_| is_by_module) {
+        Some(filter) => builder.parse_filters(&filter),
+        // The level decides, which may change later.
+        None => builder.filter_level(LevelFilter::Trace),
     };
     let with_time = !is_the_journal();
     builder.format(move |out, record| {
@@ -56,6 +60,9 @@ pub fn start(level: Option<LevelFilter>, to_syslog: bool) {
         writeln!(out, "lanefsd {}: {}{}", record.level(), Scope::current(), record.args())
     });
     builder.init();
+    if !is_by_module {
+        log::set_max_level(level.unwrap_or(LevelFilter::Info));
+    }
     if let Some(error) = unreachable {
         warn!("cannot connect to syslog ({error}): logging to standard error");
     }

@@ -91,9 +91,10 @@ pub fn run(
     }
     config.remarks.extend(remarks::about(&config));
     let readiness = Readiness::announce_later();
+    // Before the front end sees a socket: who has started the daemon may look at it from then on.
+    let endpoints = Endpoints::open(&config.monitor, config.socket_group.as_deref())?;
     let mut socket = Socket::open(&config.listen, config.socket_group.as_deref())?;
     let metrics = Metrics::create().map_err(RunError::Metrics)?;
-    let endpoints = Endpoints::open(&config.monitor, config.socket_group.as_deref())?;
     if config.survive {
         match StateFile::create_shared() {
             Ok(state) => return supervisor::run(&config, socket, (state, metrics), (readiness, endpoints), wrap),

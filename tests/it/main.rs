@@ -59,6 +59,7 @@ mod locks;
 mod manifests;
 mod many_callers;
 mod migration;
+mod monitor;
 mod mounts;
 mod negotiation;
 mod open_flags;

@@ -23,6 +23,13 @@ pub(super) enum Peer {
     Metrics,
 }
 
+impl Peer {
+    /// Whether both have come by the same socket.
+    pub(super) fn is_same_kind(self, other: Peer) -> bool {
+        (self == Peer::Metrics) == (other == Peer::Metrics)
+    }
+}
+
 /// A connection.
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -48,6 +55,11 @@ impl Connection {
     /// What it waits for.
     pub(super) fn interest(&self) -> PollFlags {
         if self.sent < self.output.len() { PollFlags::OUT } else { PollFlags::IN }
+    }
+
+    /// When something was read or written last.
+    pub(super) fn last_moved(&self) -> Instant {
+        self.since
     }
 
     /// When it is given up.

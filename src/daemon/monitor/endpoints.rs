@@ -66,11 +66,12 @@ impl Endpoints {
         if let Some(path) = &config.metrics_file {
             MetricsFile::open(path)?.try_to_write()?;
         }
-        Ok(Endpoints {
-            control: open(CONTROL, &config.control_socket, None)?,
-            metrics: open(METRICS, &config.metrics_socket, group)?,
-            file: config.metrics_file.clone(),
-        })
+        // One by one: what has been created is removed if the next one cannot be.
+        let mut endpoints = Endpoints::default();
+        endpoints.file.clone_from(&config.metrics_file);
+        endpoints.control = open(CONTROL, &config.control_socket, None)?;
+        endpoints.metrics = open(METRICS, &config.metrics_socket, group)?;
+        Ok(endpoints)
     }
 
     /// Those of another program in this process.
@@ -122,6 +123,13 @@ impl Endpoints {
     }
 }
 
+/// A socket that another one has taken the place of stays. So does the file: what it says was true.
+impl Drop for Endpoints {
+    fn drop(&mut self) {
+        self.sockets().filter_map(|socket| socket.removal().ok()).for_each(|removal| removal.perform());
+    }
+}
+
 /// What only the monitor has open, which shares no descriptors.
 #[derive(Debug)]
 pub(super) struct OwnFiles {
@@ -136,7 +144,7 @@ impl OwnFiles {
         self.removals.iter().map(Removal::descriptor).chain(directory)
     }
 
-    /// Removes the sockets. The file stays: what it says was true.
+    /// Removes the sockets.
     pub(super) fn remove_sockets(&self) {
         self.removals.iter().for_each(Removal::perform);
     }

@@ -46,7 +46,7 @@ use crate::state_file::StateFile;
 use crate::sys::{inherited, signals};
 
 /// Between two attempts to start the process.
-const PAUSE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_secs(3);
 
 /// What the monitor tells of its daemon, beside the counters.
 #[derive(Clone, Debug)]
@@ -229,8 +229,6 @@ impl Drop for Monitor {
     fn drop(&mut self) {
         if let Some(process) = self.process.take() {
             end(process, Signal::TERM);
-        } else if let Ok(own) = self.endpoints.own() {
-            own.remove_sockets();
         }
     }
 }

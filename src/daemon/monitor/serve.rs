@@ -20,7 +20,7 @@ use crate::logging::warn_limited;
 use crate::metrics::{Gauges, Metrics};
 use crate::state_file::StateFile;
 
-/// Connections at once.
+/// Connections at once to one socket.
 const MAX_CONNECTIONS: usize = 32;
 /// Between two versions of the file.
 const FILE_INTERVAL: Duration = Duration::from_secs(15);
@@ -109,10 +109,8 @@ fn wait(
     timeout: Option<Duration>,
 ) -> io::Result<bool> {
     let mut watched = vec![PollFd::new(ending, PollFlags::IN)];
-    if connections.len() < MAX_CONNECTIONS {
-        let listeners = endpoints.sockets().map(|socket| socket.listener().as_fd());
-        watched.extend(listeners.map(|listener| PollFd::from_borrowed_fd(listener, PollFlags::IN)));
-    }
+    let listeners = endpoints.sockets().map(|socket| socket.listener().as_fd());
+    watched.extend(listeners.map(|listener| PollFd::from_borrowed_fd(listener, PollFlags::IN)));
     watched.extend(connections.iter().map(|connection| PollFd::new(connection, connection.interest())));
     let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
     match poll(&mut watched, timeout.as_ref()) {
@@ -123,7 +121,7 @@ fn wait(
 }
 
 fn accept(listener: &UnixListener, is_control: bool, connections: &mut Vec<Connection>) {
-    while connections.len() < MAX_CONNECTIONS {
+    loop {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
@@ -135,6 +133,13 @@ fn accept(listener: &UnixListener, is_control: bool, connections: &mut Vec<Conne
         let user = socket_peercred(&stream).map(|peer| peer.uid);
         let allowed = user.is_ok_and(|user| user.is_root() || user == geteuid());
         let peer = if is_control { Peer::Control { allowed } } else { Peer::Metrics };
+        let same = connections.iter().enumerate().filter(|(_, other)| other.peer.is_same_kind(peer));
+        if same.clone().count() >= MAX_CONNECTIONS
+            && let Some((oldest, _)) = same.min_by_key(|(_, other)| other.last_moved())
+        {
+            // Who connects and says nothing keeps nobody out.
+            connections.swap_remove(oldest);
+        }
         connections.extend(Connection::new(stream, peer).ok());
     }
 }

@@ -373,12 +373,17 @@ impl Backend {
     }
 }
 
-/// The first child of a process that lives: it is neither a zombie (Z) nor being reaped (X).
+/// The first child of a process that lives: it is neither a zombie (Z) nor being reaped (X), and not the monitor, which
+/// serves no front end.
 fn child_of(pid: u32) -> Option<u32> {
     let path = format!("/proc/{pid}/task/{pid}/children");
     let children = fs::read_to_string(path).unwrap_or_default();
     let mut pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
     pids.find(|pid: &u32| {
+        if fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "lanefsd-monitor")
+        {
+            return false;
+        }
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(['Z', 'X']))
     })
