@@ -55,6 +55,8 @@ def life(guest: Guest) -> None:
     install(guest, "first.deb")
     assert guest.output("lanefsd --version; readlink -f /usr/libexec/lanefsd").split()[-1] == "/usr/bin/lanefsd"
     assert "--shared-dir" in guest.output("zcat /usr/share/man/man8/lanefsd.8.gz | tr -d '\\\\'")
+    assert "no control socket" in guest.output("lanefsctl status 2>&1 || true")
+    assert "--batch" in guest.output("zcat /usr/share/man/man1/lanefsctl.1.gz | tr -d '\\\\'")
     guest.output(f"mkdir -p /srv/share; mount -t tmpfs share /srv/share; cat >/etc/lanefsd/share.conf <<'E'\n{CONFIG}E")
     step("starts a daemon by its socket")
     guest.output("systemctl start lanefsd@share.socket")

@@ -17,11 +17,19 @@ const AS_IS: [(&str, &str); 4] = [
     ("dist/examples/share.conf", "usr/share/doc/lanefsd/examples/share.conf"),
 ];
 /// What was made from the options.
-const MADE: [(&str, &str); 3] = [
+const MADE: [(&str, &str); 6] = [
     ("completions/lanefsd.bash", "usr/share/bash-completion/completions/lanefsd"),
     ("completions/_lanefsd", "usr/share/zsh/vendor-completions/_lanefsd"),
     ("completions/lanefsd.fish", "usr/share/fish/vendor_completions.d/lanefsd.fish"),
+    ("completions/lanefsctl.bash", "usr/share/bash-completion/completions/lanefsctl"),
+    ("completions/_lanefsctl", "usr/share/zsh/vendor-completions/_lanefsctl"),
+    ("completions/lanefsctl.fish", "usr/share/fish/vendor_completions.d/lanefsctl.fish"),
 ];
+/// Programs in usr/bin.
+const PROGRAMS: [&str; 2] = ["lanefsd", "lanefsctl"];
+/// Manual pages and their sections.
+const PAGES: [(&str, &str); 4] =
+    [("lanefsd", "8"), ("lanefsd-upgrade", "8"), ("lanefsd-reopen", "8"), ("lanefsctl", "1")];
 /// Scripts of the package manager.
 const SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
 const DOC: &str = "usr/share/doc/lanefsd";
@@ -30,16 +38,17 @@ const MAINTAINER: &str = "The lanefsd authors <lanefsd@localhost>";
 
 /// Makes the package in `dist`, where manual pages and completions are, and returns its path.
 ///
-/// Runs dpkg-deb, dpkg-shlibdeps, strip and gzip.
-pub(super) fn package(dist: &Path, program: &Path) -> Result<PathBuf> {
+/// `programs` are the paths of [`PROGRAMS`]. Runs dpkg-deb, dpkg-shlibdeps, strip and gzip.
+pub(super) fn package(dist: &Path, programs: [&Path; 2]) -> Result<PathBuf> {
     let root = dist.join("debian");
     if root.exists() {
         fs::remove_dir_all(&root)?;
     }
-    install(program, &root.join("usr/bin/lanefsd"), 0o755)?;
-    run(Command::new("strip")
-        .args(["--strip-unneeded", "--remove-section=.comment"])
-        .arg(root.join("usr/bin/lanefsd")))?;
+    for (from, name) in programs.iter().zip(PROGRAMS) {
+        let to = root.join("usr/bin").join(name);
+        install(from, &to, 0o755)?;
+        run(Command::new("strip").args(["--strip-unneeded", "--remove-section=.comment"]).arg(to))?;
+    }
     // Where programs of this kind are expected. The other way round, libvirtd's AppArmor profile would not let it start.
     fs::create_dir_all(root.join("usr/libexec"))?;
     symlink("../bin/lanefsd", root.join("usr/libexec/lanefsd"))?;
@@ -50,8 +59,10 @@ pub(super) fn package(dist: &Path, program: &Path) -> Result<PathBuf> {
     for (from, to) in MADE {
         install(&dist.join(from), &root.join(to), 0o644)?;
     }
-    for page in ["lanefsd.8", "lanefsd-upgrade.8", "lanefsd-reopen.8"] {
-        compressed(&fs::read(dist.join("man").join(page))?, &root.join("usr/share/man/man8").join(page))?;
+    for (name, section) in PAGES {
+        let page = format!("{name}.{section}");
+        let to = root.join(format!("usr/share/man/man{section}/{page}"));
+        compressed(&fs::read(dist.join("man").join(&page))?, &to)?;
     }
     install(Path::new("README.md"), &root.join(DOC).join("README.md"), 0o644)?;
     install(Path::new("dist/debian/overrides"), &root.join("usr/share/lintian/overrides/lanefsd"), 0o644)?;
@@ -112,14 +123,14 @@ fn control(root: &Path) -> Result<()> {
     write(&folder.join("control"), &text, 0o644)
 }
 
-/// The packages of the libraries that the program is linked with.
+/// The packages of the libraries that the programs are linked with.
 fn libraries(root: &Path) -> Result<String> {
     // It wants a source package around it.
     let source = root.with_file_name("source");
     write(&source.join("debian/control"), "Source: lanefsd\n\nPackage: lanefsd\nArchitecture: any\n", 0o644)?;
-    let program = root.join("usr/bin/lanefsd");
+    let programs = PROGRAMS.map(|name| root.join("usr/bin").join(name));
     let mut tool = Command::new("dpkg-shlibdeps");
-    let found = output(tool.arg("-O").arg(&program).current_dir(&source))?;
+    let found = output(tool.arg("-O").args(programs).current_dir(&source))?;
     Ok(found.strip_prefix("shlibs:Depends=").context("dpkg-shlibdeps names the libraries")?.to_owned())
 }
 

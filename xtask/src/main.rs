@@ -16,15 +16,20 @@ use clap::Parser;
 enum Task {
     /// Make manual pages, completions and a Debian package in target/dist/
     Dist {
-        /// Package this program, instead of building one
+        /// Package this lanefsd, instead of building one
         #[arg(long, value_name = "FILE")]
         program: Option<PathBuf>,
+
+        /// Package this lanefsctl, instead of building one
+        #[arg(long, value_name = "FILE")]
+        client: Option<PathBuf>,
     },
 }
 
 fn main() -> Result<()> {
-    let Task::Dist { program } = Task::parse();
-    let program = program.map(std::path::absolute).transpose()?;
+    let Task::Dist { program, client } = Task::parse();
+    let [program, client] = [program, client].map(|path| path.map(std::path::absolute).transpose());
+    let (program, client) = (program?, client?);
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask/ is in the repository")?;
     std::env::set_current_dir(repository)?;
     let target =
@@ -33,15 +38,19 @@ fn main() -> Result<()> {
     files::write_all(&dist)?;
     println!("{}", dist.join("man").display());
     println!("{}", dist.join("completions").display());
-    let program = match program {
-        Some(program) => program,
-        None => {
-            run(Command::new("cargo").args(["build", "--release", "--locked", "--package", "lanefsd"]))?;
-            target.join("release/lanefsd")
-        }
-    };
-    println!("{}", debian::package(&dist, &program)?.display());
+    let program = given_or_built(program, &target, "lanefsd")?;
+    let client = given_or_built(client, &target, "lanefsctl")?;
+    println!("{}", debian::package(&dist, [&program, &client])?.display());
     Ok(())
+}
+
+/// The path of a program, which is built if none is given.
+fn given_or_built(given: Option<PathBuf>, target: &Path, package: &str) -> Result<PathBuf> {
+    if let Some(path) = given {
+        return Ok(path);
+    }
+    run(Command::new("cargo").args(["build", "--release", "--locked", "--package", package]))?;
+    Ok(target.join("release").join(package))
 }
 
 /// Runs a program, whose failure is an error.
