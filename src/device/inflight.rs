@@ -33,9 +33,9 @@ use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 use zerocopy::FromZeros;
 
-use super::SharedMemory;
 use super::chain::{ChainBuffers, ChainError};
 use super::queue::{Backlog, PoppedChain, Queue, Used};
+use super::{SharedMemory, probes};
 use crate::fs::transfer::Load;
 use crate::metrics::counts::Served;
 use crate::metrics::{Phase, clock, notes};
@@ -380,6 +380,7 @@ impl Request {
                 _ => 0,
             };
         }
+        probes::end(&self.used.served, self.queue.index());
     }
 
     #[cold]
@@ -398,6 +399,7 @@ impl Request {
         let wire = self.header.wire();
         self.used.served = Served { opcode: wire.opcode, unique: wire.unique, ..Served::default() };
         self.queue.metrics().begin(self.used.head, self.popped);
+        probes::start(&self.used.served, self.queue.index(), wire.len);
         if self.resumed.is_some() && self.is_replayed()? {
             return Ok(());
         }

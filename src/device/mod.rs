@@ -25,6 +25,7 @@ mod inflight;
 pub mod inline_queue;
 mod memory;
 pub mod postcopy;
+mod probes;
 pub mod quarantine;
 pub mod queue;
 pub mod ring;

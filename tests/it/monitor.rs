@@ -368,3 +368,12 @@ fn paths_that_cannot_be_had_are_refused_at_start() {
     }
     assert_eq!(fs::read(folder.path().join("file")).unwrap(), b"kept");
 }
+
+#[test]
+fn the_program_has_its_static_probes() {
+    let program = fs::read(common::program()).unwrap();
+    // A note in the file: provider and name, each with a zero.
+    for probe in ["lanefsd\0request_start\0", "lanefsd\0request_end\0"] {
+        assert!(program.windows(probe.len()).any(|window| window == probe.as_bytes()), "{probe:?}");
+    }
+}
