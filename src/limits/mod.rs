@@ -1,4 +1,4 @@
-//! Quotas: what one guest may take of the host's resources.
+//! Quotas and rate limits: what one guest may take of the host's resources.
 //!
 //! Whoever makes a share hands it its quotas. A share counts by them and by nothing else, so that one whose guest has
 //! used up its own takes nothing from another share of the same process.
@@ -6,6 +6,8 @@
 mod fd_quota;
 mod locked_range_quota;
 mod memory_quota;
+mod pace;
+mod rates;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -15,6 +17,12 @@ use rustix::io::Result;
 pub use self::fd_quota::{DeviceDescriptors, FdPermit, FdQuota, GuestFd};
 pub use self::locked_range_quota::LockedRangeQuota;
 pub use self::memory_quota::MemoryQuota;
+pub use self::pace::{Class, Limit, Pace, Wait};
+pub use self::rates::{RateError, Rates};
+use crate::sys::arc_ref::ArcRef;
+
+/// The rate limits of a share, wherever they are: in memory of their own, or a part of something that others share.
+pub type PaceHandle = ArcRef<Pace>;
 
 /// The quotas of one share.
 #[derive(Clone, Debug)]

@@ -1,7 +1,9 @@
 //! What no crate wraps safely: guest memory as I/O vectors, and a few system calls.
 
 pub mod allocator;
+pub mod arc_ref;
 pub mod descriptors;
+pub mod epoll;
 pub mod exec;
 pub mod file_flags;
 pub mod file_handles;
