@@ -137,6 +137,18 @@ impl ChainBuffers {
         walk(memory, ring, head, |descriptor| self.add(memory, descriptor))
     }
 
+    /// Keeps so many bytes of the readable and of the writable part, at most.
+    #[cold]
+    pub fn truncate(&mut self, readable: usize, writable: usize) {
+        for (segments, mut left) in [(&mut self.readable, readable), (&mut self.writable, writable)] {
+            segments.retain_mut(|segment| {
+                segment.iov_len = segment.iov_len.min(left);
+                left -= segment.iov_len;
+                segment.iov_len > 0
+            });
+        }
+    }
+
     /// The readable and the writable part of the chain that was walked last.
     ///
     /// # Safety

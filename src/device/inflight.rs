@@ -34,6 +34,7 @@ use zerocopy::FromZeros;
 
 use super::SharedMemory;
 use super::chain::{ChainBuffers, ChainError};
+use super::charge::Charge;
 use super::queue::{Backlog, PoppedChain, Queue, Used};
 use crate::fs::transfer::Load;
 use crate::server::{self, Class, Server};
@@ -53,6 +54,12 @@ pub(super) enum RequestError {
     #[error("request {unique} has become another one since a worker died with it")]
     Changed {
         /// The guest's number for the one in the journal.
+        unique: u64,
+    },
+    /// The rate limits were charged with another one.
+    #[error("request {unique} has become another one since it was charged to the rate limits")]
+    Recharged {
+        /// The guest's number for the one that is there now.
         unique: u64,
     },
 }
@@ -88,6 +95,8 @@ struct Request {
     class: Class,
     /// The chain was popped before the queue started.
     resumed: Option<Box<Resumed>>,
+    /// What the rate limits were charged with.
+    charge: Option<Charge>,
     /// As long as it is there, the request is not completed.
     guard: Option<Sender<()>>,
     /// The worker was free for this request: it completed the one before, or woke up.
@@ -108,6 +117,7 @@ impl Scratch {
             header: RawHeader::from(InHeader::new_zeroed()),
             class: Class::Inline,
             resumed: None,
+            charge: None,
             guard: None,
             start: Instant::now(),
             server: server::Scratch::default(),
@@ -157,8 +167,10 @@ impl Popped {
     pub fn decode(mut self) -> Result<InFlight, (RequestError, Completion)> {
         match self.0.decode() {
             Ok(()) => Ok(InFlight(self.0)),
-            // Nothing is served of a chain that is not the one in the journal.
-            Err(error @ RequestError::Changed { .. }) => Err((error, InFlight(self.0).refuse(Errno::IO))),
+            // Nothing is served of a chain that is not the one in the journal, or not the one that was charged.
+            Err(error @ (RequestError::Changed { .. } | RequestError::Recharged { .. })) => {
+                Err((error, InFlight(self.0).refuse(Errno::IO)))
+            }
             Err(error) => Err((error, self.give_back_empty())),
         }
     }
@@ -334,8 +346,11 @@ impl Request {
     /// The next phase, if a chain was `found`.
     #[inline(always)]
     fn begin(mut self: Box<Self>, found: Option<PoppedChain>) -> Result<(Popped, Backlog), Scratch> {
-        let Some(PoppedChain { head, backlog, is_resumed }) = found else { return Err(Scratch(self)) };
+        let Some(PoppedChain { head, backlog, is_resumed, charge }) = found else {
+            return Err(Scratch(self));
+        };
         self.used = Used { head, written: 0 };
+        self.charge = charge;
         if is_resumed || self.resumed.is_some() {
             self.set_resumed(is_resumed);
         }
@@ -356,11 +371,27 @@ impl Request {
         let (input, _) = unsafe { self.segments.ends() };
         self.header = Server::read_header(&input).ok_or(RequestError::NoHeader)?;
         self.class = Server::class(&self.header);
+        if let Some(charge) = self.charge {
+            self.hold_to(charge)?;
+        }
         let wire = self.header.wire();
         if self.resumed.is_some() && self.is_replayed()? {
             return Ok(());
         }
         self.queue.journal().begin_request(self.used.head, wire.unique, wire.opcode, wire.len);
+        Ok(())
+    }
+
+    /// Makes sure that the request is the one that was charged. What the guest changes from here on makes it no larger.
+    #[cold]
+    fn hold_to(&mut self, charge: Charge) -> Result<(), RequestError> {
+        // SAFETY: the segments were taken from the memory that the request holds.
+        let (input, output) = unsafe { self.segments.ends() };
+        if Charge::of(&self.header, &input, &output) != charge {
+            return Err(RequestError::Recharged { unique: self.header.wire().unique });
+        }
+        let (readable, writable) = charge.room();
+        self.segments.truncate(readable, writable);
         Ok(())
     }
 

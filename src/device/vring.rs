@@ -22,6 +22,7 @@ use super::queue::{Queue, QueueError};
 use super::ring::{Layout, MAX_SIZE, Ring};
 use super::watchdog::Watchdog;
 use super::worker_pool::WorkerPool;
+use crate::limits::PaceHandle;
 use crate::server::Server;
 use crate::state_file::{Journal, Place, StateFile};
 
@@ -85,6 +86,8 @@ pub(super) struct Serving {
     pub workers: usize,
     /// How long a worker polls its ring before it sleeps.
     pub poll_time: Duration,
+    /// Rate limits of request queues.
+    pub pace: PaceHandle,
 }
 
 /// What the front end said about one queue, and the worker pool that serves it while it runs.
@@ -241,6 +244,7 @@ impl Vring {
         let is_held = self.quarantine.holds();
         let queue = Queue::new(self.index, memory.clone(), ring, kick, call, self.journal.clone())?
             .with_busy_poll(serving.poll_time)
+            .paced_by(&serving.pace)
             .resuming(start.resumed, is_held);
         let engine = serving.stations.engine(self.index);
         let pool = WorkerPool::start(queue, Arc::clone(server), watchdog, serving.workers, engine)?;

@@ -6,8 +6,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use super::pacing::Hold;
 use crate::device::GuestMemoryMmap;
-use crate::device::chain;
+use crate::device::chain::{self, ChainBuffers};
+use crate::device::charge::Charge;
 use crate::device::coalesce::Coalescing;
 use crate::device::ring::{Ring, RingError};
 use crate::state_file::{Journal, Resumed};
@@ -30,6 +32,8 @@ pub(in crate::device) struct PoppedChain {
     pub backlog: Backlog,
     /// The chain was popped before the queue started, too: [`Queue::take_resumed`](super::Queue::take_resumed) says what is known of it.
     pub is_resumed: bool,
+    /// What it was charged as to the rate limits, if there are any.
+    pub charge: Option<Charge>,
 }
 
 /// The chains that wait behind one that was popped.
@@ -77,6 +81,10 @@ pub(super) struct State {
     /// The guest wanted a notification while there was no `call`.
     pub owes_notification: bool,
     pub statistics: Statistics,
+    /// The rate limits hold the next chain.
+    pub hold: Option<Hold>,
+    /// The next chain, as it was walked for the rate limits.
+    pub peeked: ChainBuffers,
 }
 
 /// Counts since the start of a queue.
@@ -102,6 +110,8 @@ impl State {
             coalescing: Coalescing::default(),
             owes_notification: false,
             statistics: Statistics::default(),
+            hold: None,
+            peeked: ChainBuffers::default(),
         }
     }
 
@@ -185,7 +195,7 @@ impl State {
         }
         self.statistics.requests += 1;
         let backlog = Backlog { waiting: u32::from(waiting), slow: self.coalescing.is_slow() };
-        Ok(Some(PoppedChain { head, backlog, is_resumed: false }))
+        Ok(Some(PoppedChain { head, backlog, is_resumed: false, charge: None }))
     }
 
     /// Pops a chain that does not come from the ring, or says that the next one does.
@@ -202,7 +212,7 @@ impl State {
         // All of them have waited for long.
         let backlog = Backlog { waiting: self.waiting(memory), slow: true };
         self.popped.push(resumed);
-        ControlFlow::Break(Some(PoppedChain { head: resumed.head, backlog, is_resumed: true }))
+        ControlFlow::Break(Some(PoppedChain { head: resumed.head, backlog, is_resumed: true, charge: None }))
     }
 
     /// Number of chains that may be popped.
