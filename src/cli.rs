@@ -21,13 +21,14 @@ use self::choices::{Cache, Engine, FileHandles, Parallel, SandboxMode, SeccompMo
 use self::config_file::FileError;
 use self::migration::{MigrationOptions, share_options};
 use self::upgrade::{ReopenOptions, UpgradeOptions};
-use self::values::{parse_cpus, parse_id_range, parse_modcaps, parse_store};
+use self::values::{parse_cpus, parse_id_range, parse_modcaps, parse_rates, parse_store};
 use crate::config::{
     CapabilityChanges, Config, Daemon, DeviceConfig, FsConfig, IdMaps, LEAST_DESCRIPTORS, Listen,
     MigrationConfig, ParallelDirectWrites, ProcessConfig, Store,
 };
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
+use crate::limits::RateError;
 use crate::mapping::ids::IdMapError;
 use crate::mapping::xattrs::XattrMapError;
 
@@ -168,6 +169,11 @@ pub struct Options {
     #[arg(long, value_enum, default_value = "prefer", value_name = "WHETHER", help_heading = "Resources")]
     inode_file_handles: FileHandles,
 
+    /// Rate limits per second: read-bytes, write-bytes, read-ops, write-ops and meta-ops, for example
+    /// read-bytes=100M,write-ops=500; burst=TIME is what may come at once after a pause [default: 100ms]; repeatable
+    #[arg(long, value_name = "LIST", help_heading = "Resources")]
+    limit: Vec<String>,
+
     /// CPUs to run on, for example 0-3,6
     #[arg(long, value_name = "LIST", help_heading = "Resources")]
     cpus: Option<String>,
@@ -269,6 +275,8 @@ pub enum OptionError {
     BadLimit,
     #[error("--translate-{ids} is invalid")]
     BadIdMap { ids: &'static str, source: IdMapError },
+    #[error("--limit is invalid: {0}")]
+    BadRate(#[from] RateError),
     #[error("--{0} is for --migration-mode=find-paths or auto only")]
     FindPathsOnly(&'static str),
     #[error("--migration-unlinked-limit={0} is invalid: give a number of bytes, like 64M or 1G")]
@@ -386,6 +394,7 @@ impl Options {
                 request_queues: self.request_queues,
                 thread_pool_size: self.thread_pool_size,
                 poll_time: Duration::from_micros(self.poll_time),
+                rates: parse_rates(&self.limit)?,
                 descriptors_are_copied: survive,
                 migration: MigrationConfig { share, ..fs.migration.clone() },
             },

@@ -92,6 +92,7 @@ impl Backend {
             poll_time: config.poll_time,
             pace: PaceHandle::default(),
         };
+        serving.pace.apply(&config.rates);
         let quarantine = Quarantine::after(death, &state)?;
         let transfers = Transfers::new(&serving.server, &state, config.migration.clone());
         Ok(Backend {
@@ -116,7 +117,7 @@ impl Backend {
         self
     }
 
-    /// Limits request queues by this pace, in place of one of its own without limits. No queue runs yet.
+    /// Limits request queues by this pace, in place of one of its own with the rates of the options. No queue runs yet.
     pub fn paced_by(mut self, pace: PaceHandle) -> Backend {
         self.serving.pace = pace;
         self
