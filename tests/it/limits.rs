@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use fuse_protocol::flags::WriteFlags;
 use lanefsd_frontend::client::{ROOT, data};
+use lanefsd_frontend::message::feature;
 use lanefsd_frontend::session::Pending;
 use lanefsd_frontend::{Client, Segmentation, Session, SessionOptions};
 
@@ -207,6 +208,33 @@ fn writes_of_several_queues_share_the_rate() {
     let sent: Vec<Pending> = (0..40).map(|number| send(1 + number % 2)).collect();
     sent.into_iter().for_each(|sent| drop(session.finish(sent).unwrap()));
     assert!(begin.elapsed() >= Duration::from_millis(390), "{:?}", begin.elapsed());
+}
+
+/// Sends a request, and then others while the queue is held, by guests that kick as often as they are asked to.
+#[test]
+fn every_way_to_serve_is_paced() {
+    let without_event_idx = SessionOptions {
+        features: SessionOptions::default().features & !feature::EVENT_IDX,
+        ..SessionOptions::default()
+    };
+    for (option, options) in [
+        ("--thread-pool-size=1", SessionOptions::default()),
+        ("--io-engine=io-uring", SessionOptions::default()),
+        ("--poll-time=1000", SessionOptions::default()),
+        ("--poll-time=0", without_event_idx),
+    ] {
+        let (_backend, session) = common::serve_with(&["--limit=read-ops=100,burst=0s", option], options);
+        let file = common::create_file(&session);
+        let begin = Instant::now();
+        for round in 1..=5 {
+            for sent in send_reads(&session, 1, file, 1, 4) {
+                session.finish(sent).unwrap();
+            }
+            let ideal = Duration::from_millis(10 * (4 * round - 1));
+            assert!(begin.elapsed() >= ideal, "{option}: {:?} in place of {ideal:?}", begin.elapsed());
+        }
+        assert!(begin.elapsed() < Duration::from_secs(10), "{option}: {:?}", begin.elapsed());
+    }
 }
 
 #[test]
