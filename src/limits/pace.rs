@@ -3,7 +3,7 @@
 //! A token bucket needs a timer that fills it. A virtual schedule keeps one number instead: the *arrival time* at which
 //! the next request would come if all of them came at the rate exactly. A request is admitted if that is not later than
 //! now and the burst, and moves it on by what the request costs: its bytes, or one, divided by the rate. Otherwise the
-//! caller knows to the nanosecond when to try again.
+//! arrival time says to the nanosecond when to try again.
 //!
 //! All requests charge as they pass: one whose cost is more than the burst is admitted like any other, and leaves a debt
 //! that the next one waits for. So a WRITE of 1 MiB passes at 1 MiB/s, and a large request of one queue does not starve
@@ -15,8 +15,9 @@
 //! between, others may wait longer than they had to, and never shorter. All orderings of arrival times are relaxed: nothing
 //! else is published by them.
 //!
-//! `active` says whether there is anything to ask at all. Who sets a rate stores it first and the bit after it. Who takes
-//! it back clears the bit, and sets it again if another one has set a rate meanwhile.
+//! `active` says whether there is a limit at all, and is all that a request without limits costs. A process that sets a rate
+//! stores the rate, and then its bit. A process that takes the rate back clears the bit, and sets it again if another
+//! process has stored a rate meanwhile.
 
 use std::time::Duration;
 

@@ -5,8 +5,8 @@
 //! leaves the end of its sleep in `timer`, and others that go to sleep meanwhile wait for kicks only. A worker that was
 //! kicked, or has finished a request, tries again and may find that the queue is not held any more.
 //!
-//! Other processes change the limits, and nothing says that they did. So no sleep is longer than [`POLL`]. Whoever finds
-//! that there are no limits any more ends the hold and tries again. A queue that is held has no backlog for the watchdog:
+//! Other processes change the limits, and nothing says that they did. So no sleep is longer than [`POLL`]. A worker
+//! that finds no limits any more ends the hold and tries again. A queue that is held has no backlog for the watchdog:
 //! no worker could do anything about it. When its time has come and no worker has taken the chain, it has one again.
 //!
 //! The high-priority queue has no limits.
@@ -25,7 +25,7 @@ use crate::device::ring::RingError;
 use crate::limits::{PaceHandle, Wait};
 use crate::sys::epoll;
 
-/// Longest sleep of a worker whose queue is held, in nanoseconds: a limit that is lifted meanwhile says nothing.
+/// Longest sleep of a worker whose queue is held, in nanoseconds: nothing wakes it when a limit is lifted.
 const POLL: u64 = 40_000_000;
 
 /// The limits of a queue, and until when they hold it.
