@@ -109,6 +109,7 @@ fn serve(share: &Path, listener: &UnixListener, workers: usize, cache: CachePoli
         thread_pool_size: workers,
         poll_time: Duration::from_micros(20),
         rates: lanefsd::limits::Rates::default(),
+        group: None,
         descriptors_are_copied: false,
         migration: MigrationConfig::default(),
     };

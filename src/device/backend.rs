@@ -91,6 +91,7 @@ impl Backend {
             workers: config.thread_pool_size,
             poll_time: config.poll_time,
             pace: PaceHandle::default(),
+            group: config.group.clone(),
         };
         serving.pace.apply(&config.rates);
         let quarantine = Quarantine::after(death, &state)?;

@@ -88,6 +88,8 @@ pub(super) struct Serving {
     pub poll_time: Duration,
     /// Rate limits of request queues.
     pub pace: PaceHandle,
+    /// The same of a group of shares.
+    pub group: Option<PaceHandle>,
 }
 
 /// What the front end said about one queue, and the worker pool that serves it while it runs.
@@ -244,7 +246,7 @@ impl Vring {
         let is_held = self.quarantine.holds();
         let queue = Queue::new(self.index, memory.clone(), ring, kick, call, self.journal.clone())?
             .with_busy_poll(serving.poll_time)
-            .paced_by(&serving.pace)
+            .paced_by(&serving.pace, serving.group.as_ref())
             .resuming(start.resumed, is_held);
         let engine = serving.stations.engine(self.index);
         let pool = WorkerPool::start(queue, Arc::clone(server), watchdog, serving.workers, engine)?;

@@ -4,6 +4,7 @@
 //! used up its own takes nothing from another share of the same process.
 
 mod fd_quota;
+mod group;
 mod locked_range_quota;
 mod memory_quota;
 mod pace;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use rustix::io::Result;
 
 pub use self::fd_quota::{DeviceDescriptors, FdPermit, FdQuota, GuestFd};
+pub use self::group::{GroupError, open_group};
 pub use self::locked_range_quota::LockedRangeQuota;
 pub use self::memory_quota::MemoryQuota;
 pub use self::pace::{Class, Limit, Pace, Wait};

@@ -25,6 +25,8 @@ use crate::sync::{AtomicU64, Ordering};
 
 /// Bit of `active`: nothing is admitted.
 const PAUSED: u64 = 1 << 63;
+/// Bit of `active`: a group has limits, too.
+const IN_GROUP: u64 = 1 << 62;
 /// What may come at once, unless something else is said: as much as in this time, in nanoseconds.
 const DEFAULT_BURST: u64 = 100_000_000;
 const NANOSECONDS: u128 = 1_000_000_000;
@@ -94,7 +96,7 @@ pub struct Wait {
 #[derive(Debug, Default)]
 #[repr(C)]
 pub struct Pace {
-    /// A bit for each limit that there is, and [`PAUSED`].
+    /// A bit for each limit that there is, [`PAUSED`] and [`IN_GROUP`].
     active: AtomicU64,
     /// In nanoseconds, and one more; 0 for [`DEFAULT_BURST`].
     burst: AtomicU64,
@@ -118,7 +120,7 @@ struct Schedule {
 }
 
 impl Pace {
-    /// Whether there is a limit, or nothing is admitted. A change is seen soon, and not at once.
+    /// Whether there is a limit, perhaps of a group, or nothing is admitted. A change is seen soon, and not at once.
     #[inline]
     pub fn is_active(&self) -> bool {
         self.active.load(Ordering::Relaxed) != 0
@@ -205,6 +207,41 @@ impl Pace {
             data.refund(charged);
             Wait { until, limit: Some(ops_limit) }
         })
+    }
+
+    /// Takes back the charge of a request that was admitted, and is not after all.
+    pub fn refund(&self, class: Class, bytes: u64) {
+        let refund = |limit, amount| {
+            let schedule = self.schedule(limit);
+            match schedule.rate.load(Ordering::Relaxed) {
+                0 => {}
+                rate => schedule.refund(cost(amount, rate)),
+            }
+        };
+        match class {
+            Class::Read => {
+                refund(Limit::ReadBytes, bytes);
+                refund(Limit::ReadOps, 1);
+            }
+            Class::Write => {
+                refund(Limit::WriteBytes, bytes);
+                refund(Limit::WriteOps, 1);
+            }
+            Class::Meta => refund(Limit::MetaOps, 1),
+            Class::Free => {}
+        }
+    }
+
+    /// The share belongs to a group, whose limits have to be asked as well.
+    pub fn join_group(&self) {
+        self.active.fetch_or(IN_GROUP, Ordering::SeqCst);
+    }
+
+    /// Forgives all debts.
+    pub fn forgive(&self) {
+        for limit in Limit::ALL {
+            self.schedule(limit).arrival.store(0, Ordering::Relaxed);
+        }
     }
 
     /// A queue was held for so many nanoseconds by a limit.

@@ -42,6 +42,15 @@ impl<T> Clone for ArcRef<T> {
     }
 }
 
+/// Two are equal if they refer to the same part.
+impl<T> PartialEq for ArcRef<T> {
+    fn eq(&self, other: &ArcRef<T>) -> bool {
+        self.part == other.part
+    }
+}
+
+impl<T> Eq for ArcRef<T> {}
+
 impl<T: fmt::Debug> fmt::Debug for ArcRef<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         (**self).fmt(f)

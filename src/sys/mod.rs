@@ -12,6 +12,7 @@ pub mod hangup;
 pub mod held_file;
 pub mod inherited;
 pub mod locks;
+pub mod mapped;
 pub mod memory;
 pub mod signals;
 pub mod umask;

@@ -120,6 +120,7 @@ impl Machine {
             workers: 4,
             poll_time: Duration::ZERO,
             pace: PaceHandle::default(),
+            group: None,
         };
         let mut vring = Vring::new(guest.index, &self.state, quarantine);
         vring.set_size(8).unwrap();

@@ -32,6 +32,7 @@ const POLL: u64 = 40_000_000;
 #[derive(Debug, Default)]
 pub(super) struct Pacing {
     pace: PaceHandle,
+    group: Option<PaceHandle>,
     /// When the next chain may be popped; 0 if the queue is not held. Set under the queue's lock. It may stay behind after
     /// the limits were lifted, until a worker goes to sleep.
     held_until: AtomicU64,
@@ -71,6 +72,14 @@ impl Pacing {
         self.is_held() && self.is_active() && self.held_until.load(Ordering::SeqCst) > now()
     }
 
+    /// Charges the limits of the share and of its group, or none of them.
+    fn admit(&self, now: u64, charge: Charge) -> std::result::Result<(), Wait> {
+        let (class, bytes) = (charge.class(), charge.bytes().into());
+        self.pace.admit(now, class, bytes)?;
+        let admitted = self.group.as_ref().map_or(Ok(()), |group| group.admit(now, class, bytes));
+        admitted.inspect_err(|_| self.pace.refund(class, bytes))
+    }
+
     /// Counts the time for which the queue was held, and holds it for another `wait`, or no more.
     fn hold(&self, hold: &mut Option<Hold>, now: u64, wait: Option<Wait>) {
         if let Some(Hold { since, wait: Wait { until, limit: Some(limit) } }) = *hold {
@@ -82,10 +91,15 @@ impl Pacing {
 }
 
 impl Queue {
-    /// The same queue; its chains are popped as `pace` admits them, unless it is the high-priority queue.
-    pub fn paced_by(self, pace: &PaceHandle) -> Queue {
-        let pace = if self.index == HIGH_PRIORITY { PaceHandle::default() } else { pace.clone() };
-        Queue { pacing: Pacing { pace, ..Pacing::default() }, ..self }
+    /// The same queue; its chains are popped as `pace` and its `group` admit them, unless it is the high-priority queue.
+    pub fn paced_by(self, pace: &PaceHandle, group: Option<&PaceHandle>) -> Queue {
+        if self.index == HIGH_PRIORITY {
+            return self;
+        }
+        if group.is_some() {
+            pace.join_group();
+        }
+        Queue { pacing: Pacing { pace: pace.clone(), group: group.cloned(), ..Pacing::default() }, ..self }
     }
 
     /// Pops the next chain if the limits admit it, and charges it.
@@ -137,7 +151,7 @@ impl Queue {
             Err(_) => Charge::Nothing,
         };
         let now = now();
-        let admitted = self.pacing.pace.admit(now, charge.class(), charge.bytes().into());
+        let admitted = self.pacing.admit(now, charge);
         self.pacing.hold(&mut state.hold, now, admitted.err());
         if admitted.is_err() {
             // A kick would wake a worker that may pop nothing.

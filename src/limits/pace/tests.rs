@@ -119,6 +119,19 @@ fn a_new_rate_forgives_the_debt() {
 }
 
 #[test]
+fn a_charge_is_taken_back() {
+    let pace = with(Limit::WriteBytes, 1000, Duration::ZERO);
+    pace.set_rate(Limit::WriteOps, 10);
+    for _ in 0..5 {
+        assert_eq!(pace.admit(BEGIN, Class::Write, 5000), Ok(()));
+        pace.refund(Class::Write, 5000);
+    }
+    pace.join_group();
+    Limit::ALL.into_iter().for_each(|limit| pace.set_rate(limit, 0));
+    assert!(pace.is_active(), "the group may have limits");
+}
+
+#[test]
 fn throttled_time_adds_up() {
     let pace = Pace::default();
     pace.add_throttled(Limit::WriteOps, 5);

@@ -68,7 +68,7 @@ impl Machine {
 }
 
 fn paced(queue: Arc<Queue>, pace: &PaceHandle) -> Arc<Queue> {
-    Arc::new(Arc::into_inner(queue).unwrap().paced_by(pace))
+    Arc::new(Arc::into_inner(queue).unwrap().paced_by(pace, None))
 }
 
 fn read(size: u32) -> ReadIn {
@@ -156,6 +156,26 @@ fn nothing_is_popped_while_the_queue_is_paused() {
     assert!(!machine.serve());
     machine.pace.resume();
     assert!(machine.queue.has_backlog() && machine.serve());
+}
+
+#[test]
+fn the_shares_of_a_group_have_one_budget() {
+    let group = PaceHandle::default();
+    group.set_burst(Duration::ZERO);
+    group.set_rate(Limit::ReadOps, 1);
+    let mut machines = [Machine::new(), Machine::new()];
+    for machine in &mut machines {
+        let queue = Arc::into_inner(machine.guest.start(&machine.state, 1).0).unwrap();
+        machine.queue = Arc::new(queue.paced_by(&machine.pace, Some(&group)));
+        machine.pace.set_rate(Limit::ReadBytes, 1);
+        machine.guest.offer(0, Opcode::Read, read(100).as_bytes());
+    }
+    assert!(machines[0].serve());
+    assert!(!machines[1].serve() && !machines[1].serve());
+    group.set_rate(Limit::ReadOps, 0);
+    assert!(machines[1].serve(), "its own limit was not charged in vain");
+    machines[1].guest.offer(0, Opcode::Read, read(1).as_bytes());
+    assert!(!machines[1].serve(), "and is in force");
 }
 
 #[test]
