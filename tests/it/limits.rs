@@ -238,6 +238,25 @@ fn every_way_to_serve_is_paced() {
 }
 
 #[test]
+fn the_daemons_of_a_group_have_one_budget() {
+    let directory = tempfile::tempdir().unwrap();
+    let group = format!("--limit-group={}", directory.path().join("vm").display());
+    let (_one, first, node, fh) = common::serve_file(&[&group, "--limit=read-ops=100,burst=0s"]);
+    let (two, second, other_node, other_fh) = common::serve_file(&[&group, survival::IMMORTAL]);
+    let begin = Instant::now();
+    let mut sent = send_reads(&first, 1, (node, fh), 1, 20);
+    let others = send_reads(&second, 1, (other_node, other_fh), 1, 20);
+    // Another worker, and another program, go on in the group.
+    survival::kill_worker(&two);
+    two.upgrade().unwrap();
+    sent.drain(..).for_each(|sent| drop(first.finish(sent).unwrap()));
+    others.into_iter().for_each(|sent| drop(second.finish(sent).unwrap()));
+    assert!(begin.elapsed() >= Duration::from_millis(390), "{:?}", begin.elapsed());
+    let (status, stderr) = common::starter().args(["--limit-group=/proc/version"]).refuse().unwrap();
+    assert!(status.code() == Some(1) && stderr.contains("--limit-group"), "{stderr}");
+}
+
+#[test]
 fn invalid_limits_are_refused_at_start() {
     for (limit, words) in [
         ("read-bytes=0", "read-bytes=0 would stop the guest"),
