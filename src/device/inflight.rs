@@ -35,7 +35,7 @@ use zerocopy::FromZeros;
 use super::SharedMemory;
 use super::chain::{ChainBuffers, ChainError};
 use super::charge::Charge;
-use super::queue::{Backlog, PoppedChain, Queue, Used};
+use super::queue::{Backlog, Origin, PoppedChain, Queue, Used};
 use crate::fs::transfer::Load;
 use crate::server::{self, Class, Server};
 use crate::state_file::{Effects, Resumed};
@@ -95,7 +95,7 @@ struct Request {
     class: Class,
     /// The chain was popped before the queue started.
     resumed: Option<Box<Resumed>>,
-    /// What the rate limits were charged with.
+    /// What the rate limits were charged with, until the request is decoded.
     charge: Option<Charge>,
     /// As long as it is there, the request is not completed.
     guard: Option<Sender<()>>,
@@ -171,7 +171,10 @@ impl Popped {
             Err(error @ (RequestError::Changed { .. } | RequestError::Recharged { .. })) => {
                 Err((error, InFlight(self.0).refuse(Errno::IO)))
             }
-            Err(error) => Err((error, self.give_back_empty())),
+            Err(error) => {
+                self.0.charge = None;
+                Err((error, self.give_back_empty()))
+            }
         }
     }
 
@@ -346,21 +349,23 @@ impl Request {
     /// The next phase, if a chain was `found`.
     #[inline(always)]
     fn begin(mut self: Box<Self>, found: Option<PoppedChain>) -> Result<(Popped, Backlog), Scratch> {
-        let Some(PoppedChain { head, backlog, is_resumed, charge }) = found else {
+        let Some(PoppedChain { head, backlog, origin }) = found else {
             return Err(Scratch(self));
         };
         self.used = Used { head, written: 0 };
-        self.charge = charge;
-        if is_resumed || self.resumed.is_some() {
-            self.set_resumed(is_resumed);
+        if origin != Origin::Ring || self.resumed.is_some() {
+            self.set_origin(origin);
         }
         self.owes_entry = true;
         Ok((Popped(self), backlog))
     }
 
     #[cold]
-    fn set_resumed(&mut self, is_resumed: bool) {
-        self.resumed = if is_resumed { self.queue.take_resumed(self.used.head) } else { None };
+    #[inline(never)]
+    fn set_origin(&mut self, origin: Origin) {
+        let head = self.used.head;
+        self.resumed = if origin == Origin::Resumed { self.queue.take_resumed(head) } else { None };
+        self.charge = if origin == Origin::Charged { self.queue.take_charge(head) } else { None };
     }
 
     fn decode(&mut self) -> Result<(), RequestError> {
@@ -371,8 +376,8 @@ impl Request {
         let (input, _) = unsafe { self.segments.ends() };
         self.header = Server::read_header(&input).ok_or(RequestError::NoHeader)?;
         self.class = Server::class(&self.header);
-        if let Some(charge) = self.charge {
-            self.hold_to(charge)?;
+        if self.charge.is_some() {
+            self.hold_to_charge()?;
         }
         let wire = self.header.wire();
         if self.resumed.is_some() && self.is_replayed()? {
@@ -384,7 +389,9 @@ impl Request {
 
     /// Makes sure that the request is the one that was charged. What the guest changes from here on makes it no larger.
     #[cold]
-    fn hold_to(&mut self, charge: Charge) -> Result<(), RequestError> {
+    #[inline(never)]
+    fn hold_to_charge(&mut self) -> Result<(), RequestError> {
+        let Some(charge) = self.charge.take() else { return Ok(()) };
         // SAFETY: the segments were taken from the memory that the request holds.
         let (input, output) = unsafe { self.segments.ends() };
         if Charge::of(&self.header, &input, &output) != charge {

@@ -21,7 +21,7 @@ use vm_memory::GuestAddressSpace;
 
 use self::pacing::Pacing;
 pub use self::state::Statistics;
-pub(super) use self::state::{Backlog, PoppedChain, Used};
+pub(super) use self::state::{Backlog, Origin, PoppedChain, Used};
 use self::state::{IfEmpty, Source, State};
 use super::busy_poll::BusyPoll;
 use super::dirty_log::QueueLog;

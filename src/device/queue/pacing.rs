@@ -17,7 +17,7 @@ use std::time::Duration;
 use rustix::io::Result;
 use rustix::time::{ClockId, clock_gettime};
 
-use super::state::{IfEmpty, PoppedChain, State};
+use super::state::{IfEmpty, Origin, PoppedChain, State};
 use super::{HIGH_PRIORITY, Queue};
 use crate::device::GuestMemoryMmap;
 use crate::device::charge::Charge;
@@ -102,8 +102,18 @@ impl Queue {
         Queue { pacing: Pacing { pace: pace.clone(), group: group.cloned(), ..Pacing::default() }, ..self }
     }
 
+    /// What a chain was charged as.
+    #[cold]
+    #[inline(never)]
+    pub(in crate::device) fn take_charge(&self, head: u16) -> Option<Charge> {
+        let mut state = self.lock();
+        let place = state.charges.iter().position(|(charged, _)| *charged == head)?;
+        Some(state.charges.swap_remove(place).1)
+    }
+
     /// Pops the next chain if the limits admit it, and charges it.
     #[cold]
+    #[inline(never)]
     pub(super) fn pop_paced(
         &self,
         state: &mut State,
@@ -113,7 +123,10 @@ impl Queue {
         let popped = self.charge_next(state, memory, if_empty).and_then(|charge| {
             let Some(charge) = charge else { return Ok(None) };
             let popped = state.pop(memory, &self.journal, if_empty)?;
-            Ok(popped.map(|popped| PoppedChain { charge: Some(charge), ..popped }))
+            Ok(popped.map(|popped| {
+                state.charges.push((popped.head, charge));
+                PoppedChain { origin: Origin::Charged, ..popped }
+            }))
         });
         popped.unwrap_or_else(|e| {
             self.mark_broken(state, &e);
@@ -146,7 +159,7 @@ impl Queue {
         let head = state.ring.peek(memory)?;
         let layout = state.ring.layout();
         // One that cannot be walked is refused after the pop, and so is one that can be walked only then.
-        let charge = match state.peeked.walk(memory, layout, head) {
+        let charge = match state.peeked.peek(memory, layout, head) {
             Ok((input, output)) => Charge::of_chain(&input, &output),
             Err(_) => Charge::Nothing,
         };

@@ -30,10 +30,20 @@ pub(in crate::device) struct PoppedChain {
     pub head: u16,
     /// The chains behind it.
     pub backlog: Backlog,
-    /// The chain was popped before the queue started, too: [`Queue::take_resumed`](super::Queue::take_resumed) says what is known of it.
-    pub is_resumed: bool,
-    /// What it was charged as to the rate limits, if there are any.
-    pub charge: Option<Charge>,
+    /// What is known of it besides.
+    pub origin: Origin,
+}
+
+/// Where a chain comes from. One byte of what each pop returns in a register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::device) enum Origin {
+    /// From the ring.
+    Ring,
+    /// The same, and it was charged to rate limits: [`Queue::take_charge`](super::Queue::take_charge) says as what.
+    Charged,
+    /// The chain was popped before the queue started, too: [`Queue::take_resumed`](super::Queue::take_resumed) says what is
+    /// known of it.
+    Resumed,
 }
 
 /// The chains that wait behind one that was popped.
@@ -83,6 +93,8 @@ pub(super) struct State {
     pub statistics: Statistics,
     /// The rate limits hold the next chain.
     pub hold: Option<Hold>,
+    /// Chains that are popped and were charged to the rate limits, until [`Queue::take_charge`](super::Queue::take_charge).
+    pub charges: Vec<(u16, Charge)>,
     /// The next chain, as it was walked for the rate limits.
     pub peeked: ChainBuffers,
 }
@@ -111,6 +123,7 @@ impl State {
             owes_notification: false,
             statistics: Statistics::default(),
             hold: None,
+            charges: Vec::new(),
             peeked: ChainBuffers::default(),
         }
     }
@@ -160,7 +173,8 @@ impl State {
     }
 
     /// Pops a chain. The guest kicks for the next one exactly if none waits behind this one.
-    #[inline]
+    // With the second caller that rate limits are, it would not be inlined into the first one.
+    #[inline(always)]
     pub fn pop(
         &mut self,
         memory: &GuestMemoryMmap,
@@ -195,7 +209,7 @@ impl State {
         }
         self.statistics.requests += 1;
         let backlog = Backlog { waiting: u32::from(waiting), slow: self.coalescing.is_slow() };
-        Ok(Some(PoppedChain { head, backlog, is_resumed: false, charge: None }))
+        Ok(Some(PoppedChain { head, backlog, origin: Origin::Ring }))
     }
 
     /// Pops a chain that does not come from the ring, or says that the next one does.
@@ -212,7 +226,7 @@ impl State {
         // All of them have waited for long.
         let backlog = Backlog { waiting: self.waiting(memory), slow: true };
         self.popped.push(resumed);
-        ControlFlow::Break(Some(PoppedChain { head: resumed.head, backlog, is_resumed: true, charge: None }))
+        ControlFlow::Break(Some(PoppedChain { head: resumed.head, backlog, origin: Origin::Resumed }))
     }
 
     /// Number of chains that may be popped.
