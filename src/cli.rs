@@ -23,13 +23,14 @@ use self::config_file::FileError;
 use self::migration::{MigrationOptions, share_options};
 use self::monitor::MonitorOptions;
 use self::upgrade::{ReopenOptions, UpgradeOptions};
-use self::values::{parse_cpus, parse_id_range, parse_modcaps, parse_store};
+use self::values::{parse_cpus, parse_id_range, parse_modcaps, parse_rates, parse_store};
 use crate::config::{
     CapabilityChanges, Config, Daemon, DeviceConfig, FsConfig, IdMaps, LEAST_DESCRIPTORS, Listen,
     MigrationConfig, ParallelDirectWrites, ProcessConfig, Store,
 };
 use crate::device::backend::MAX_QUEUES;
 use crate::device::config_space::TAG_SIZE;
+use crate::limits::RateError;
 use crate::mapping::ids::IdMapError;
 use crate::mapping::xattrs::XattrMapError;
 
@@ -170,6 +171,15 @@ pub struct Options {
     #[arg(long, value_enum, default_value = "prefer", value_name = "WHETHER", help_heading = "Resources")]
     inode_file_handles: FileHandles,
 
+    /// Rate limits per second: read-bytes, write-bytes, read-ops, write-ops and meta-ops, for example
+    /// read-bytes=100M,write-ops=500; burst=TIME is what may come at once after a pause [default: 100ms]; repeatable
+    #[arg(long, value_name = "LIST", help_heading = "Resources")]
+    limit: Vec<String>,
+
+    /// Share the limits with other daemons that name this file, which is created if it is missing
+    #[arg(long, value_name = "FILE", help_heading = "Resources")]
+    limit_group: Option<PathBuf>,
+
     /// CPUs to run on, for example 0-3,6
     #[arg(long, value_name = "LIST", help_heading = "Resources")]
     cpus: Option<String>,
@@ -274,6 +284,10 @@ pub enum OptionError {
     BadLimit,
     #[error("--translate-{ids} is invalid")]
     BadIdMap { ids: &'static str, source: IdMapError },
+    #[error("--limit-group={0} is relative: give an absolute path, since an upgraded daemon opens it anew")]
+    RelativeGroup(String),
+    #[error("--limit is invalid: {0}")]
+    BadRate(#[from] RateError),
     #[error("--{0} is for --migration-mode=find-paths or auto only")]
     FindPathsOnly(&'static str),
     #[error("--migration-unlinked-limit={0} is invalid: give a number of bytes, like 64M or 1G")]
@@ -352,15 +366,7 @@ impl Options {
     fn into_config(mut self) -> Result<Config, OptionError> {
         self.take_old_form()?;
         let listen = self.listen()?;
-        if self.tag.as_ref().is_some_and(|tag| tag.is_empty() || tag.len() > TAG_SIZE) {
-            return Err(OptionError::BadTag);
-        }
-        if !(1..MAX_QUEUES).contains(&self.request_queues) {
-            return Err(OptionError::BadQueues);
-        }
-        if self.rlimit_nofile.is_some_and(|limit| (1..LEAST_DESCRIPTORS).contains(&limit)) {
-            return Err(OptionError::BadLimit);
-        }
+        self.check_values()?;
         let id_maps = self.id_maps()?;
         let fs =
             self.attributes.add_to(FsConfig { migration: self.migration.config()?, ..self.fs_config() })?;
@@ -389,11 +395,14 @@ impl Options {
             keep_listening: self.keep_listening,
             survive,
             max_deaths: self.max_deaths,
+            limit_group: self.limit_group,
             device: DeviceConfig {
                 tag: self.tag,
                 request_queues: self.request_queues,
                 thread_pool_size: self.thread_pool_size,
                 poll_time: Duration::from_micros(self.poll_time),
+                rates: parse_rates(&self.limit)?,
+                group: None,
                 descriptors_are_copied: survive,
                 migration: MigrationConfig { share, ..fs.migration.clone() },
             },
@@ -408,6 +417,22 @@ impl Options {
             arguments: Vec::new(),
             remarks: Vec::new(),
         })
+    }
+
+    fn check_values(&self) -> Result<(), OptionError> {
+        if self.tag.as_ref().is_some_and(|tag| tag.is_empty() || tag.len() > TAG_SIZE) {
+            return Err(OptionError::BadTag);
+        }
+        if !(1..MAX_QUEUES).contains(&self.request_queues) {
+            return Err(OptionError::BadQueues);
+        }
+        if self.rlimit_nofile.is_some_and(|limit| (1..LEAST_DESCRIPTORS).contains(&limit)) {
+            return Err(OptionError::BadLimit);
+        }
+        if let Some(group) = self.limit_group.as_ref().filter(|path| !path.is_absolute()) {
+            return Err(OptionError::RelativeGroup(group.display().to_string()));
+        }
+        Ok(())
     }
 
     fn listen(&self) -> Result<Listen, OptionError> {

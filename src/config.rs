@@ -33,6 +33,8 @@ pub struct Config {
     pub survive: bool,
     /// Deaths of workers within ten seconds that end the daemon.
     pub max_deaths: u32,
+    /// The file that holds the rate limits of a group of shares.
+    pub limit_group: Option<PathBuf>,
     /// The device.
     pub device: DeviceConfig,
     /// The file system.

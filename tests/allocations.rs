@@ -109,6 +109,8 @@ fn serve(share: &Path, listener: &UnixListener, workers: usize, cache: CachePoli
         request_queues: 1,
         thread_pool_size: workers,
         poll_time: Duration::from_micros(20),
+        rates: lanefsd::limits::Rates::default(),
+        group: None,
         descriptors_are_copied: false,
         migration: MigrationConfig::default(),
     };

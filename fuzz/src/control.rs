@@ -63,6 +63,8 @@ pub fn converse(data: &[u8]) {
         migration: MigrationConfig::default(),
         thread_pool_size: if choice & 2 != 0 { 4 } else { 0 },
         poll_time: Duration::from_micros(if choice & 4 != 0 { 20 } else { 0 }),
+        rates: lanefsd::limits::Rates::default(),
+        group: None,
     };
     talk(&mut input, machine, &config, &server);
     assert_eq!(memory.open_handles(), 0);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
-use crate::limit::{self, Setting};
+use crate::limit;
 
 /// Directory of control sockets if none is named.
 pub(crate) const DIRECTORY: &str = "/run/lanefsd";
@@ -49,10 +49,10 @@ pub(crate) enum Command {
     ///
     /// Limits that are not named stay as they are. They end with the daemon; --limit of lanefsd sets them at its start.
     Limit {
-        /// A limit: read-bytes, write-bytes, read-ops, write-ops, meta-ops (each a second) or burst, with a number and K, M,
-        /// G or T (decimal) or Ki, Mi, Gi or Ti (binary) after it; off removes it
+        /// A limit as --limit of lanefsd has it: read-bytes, write-bytes, read-ops, write-ops, meta-ops (each a second), like
+        /// write-bytes=100M, or burst=100ms; off removes one
         #[arg(value_name = "NAME=VALUE", value_parser = limit::parse)]
-        settings: Vec<Setting>,
+        settings: Vec<String>,
     },
     /// Set the log level
     #[command(name = "loglevel")]
@@ -134,7 +134,7 @@ mod tests {
             &["help"],
             &["loglevel"],
             &["loglevel", "loud"],
-            &["limit", "read-ops=0"],
+            &["limit", "read-opps=1"],
             &["drain", "--timeout=-1"],
             &["drain", "--timeout=nan"],
             &["top", "-d0"],

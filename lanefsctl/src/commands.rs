@@ -143,7 +143,7 @@ fn of_share(options: &Options, socket: &Path) -> Result<ExitCode> {
         Command::Ops => Request::Ops,
         Command::Slow => Request::Slow,
         Command::Limit { settings } => {
-            Request::Limit { set: (!settings.is_empty()).then(|| limit::request(settings)) }
+            Request::Limit { set: (!settings.is_empty()).then(|| settings.join(",")) }
         }
         Command::LogLevel { level } => Request::LogLevel { level: level.clone() },
         Command::Drain { timeout } => return drain(socket, *timeout, options.json),

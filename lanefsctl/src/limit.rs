@@ -1,11 +1,10 @@
 //! Limits: reading `write-bytes=100M`, and showing those in force.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use crate::protocol::Limits;
 use crate::table::{Align, Table};
-use crate::units::{bytes, count, parse_amount, printable, short};
+use crate::units::{count, printable, seconds, short, size};
 
 /// Names of limits, with their meaning.
 pub(crate) const NAMES: [(&str, &str); 6] = [
@@ -14,43 +13,27 @@ pub(crate) const NAMES: [(&str, &str); 6] = [
     ("read-ops", "READ requests a second"),
     ("write-ops", "WRITE requests a second"),
     ("meta-ops", "other requests a second"),
-    ("burst", "allowance above the limits after a pause"),
+    ("burst", "time whose share of the limits may pass at once after a pause"),
 ];
 
-/// A limit to set; 0 removes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Setting {
-    name: &'static str,
-    value: u64,
-}
-
-/// Reads `NAME=VALUE`.
-pub(crate) fn parse(text: &str) -> Result<Setting, String> {
+/// Checks the name of `NAME=VALUE`. The daemon reads the value, as for `--limit`.
+pub(crate) fn parse(text: &str) -> Result<String, String> {
     let names = || NAMES.map(|(name, _)| name).join(", ");
     let (name, value) =
         text.split_once('=').ok_or_else(|| format!("write NAME=VALUE, where NAME is one of {}", names()))?;
-    let known = NAMES.iter().find(|(known, _)| *known == name);
-    let (name, _) = known.ok_or_else(|| format!("there is no limit '{name}'; limits are {}", names()))?;
-    if value == "off" {
-        return Ok(Setting { name, value: 0 });
+    if !NAMES.iter().any(|(known, _)| *known == name) {
+        return Err(format!("there is no limit '{name}'; limits are {}", names()));
     }
-    match parse_amount(value)? {
-        0 => Err(format!("a limit of 0 would stop the share; {name}=off removes the limit")),
-        value => Ok(Setting { name, value }),
-    }
-}
-
-/// The settings of a request; the last one counts where a limit is named twice.
-pub(crate) fn request(settings: &[Setting]) -> BTreeMap<String, u64> {
-    settings.iter().map(|setting| (setting.name.to_owned(), setting.value)).collect()
+    Ok(if value == "off" { format!("{name}=none") } else { text.to_owned() })
 }
 
 /// A limit's value for people.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "`as` ends at the limits of u64")]
 fn value(name: &str, value: f64) -> String {
     match name {
+        "burst" => seconds(value),
         _ if value <= 0.0 => "off".to_owned(),
-        _ if name.ends_with("-bytes") => format!("{}/s", bytes(value)),
+        _ if name.ends_with("-bytes") => format!("{}/s", size(value as u64)),
         _ if name.ends_with("-ops") => format!("{}/s", count(value as u64)),
         _ => short(value),
     }
@@ -68,7 +51,8 @@ fn ordered(limits: &Limits) -> Vec<(&str, f64)> {
 /// The limits in force in one line.
 pub(crate) fn summary(limits: &Limits) -> String {
     let mut text = String::new();
-    for (name, limit) in ordered(limits).into_iter().filter(|(_, value)| *value > 0.0) {
+    for (name, limit) in ordered(limits).into_iter().filter(|(name, value)| *value > 0.0 && *name != "burst")
+    {
         let comma = if text.is_empty() { "" } else { ", " };
         // Writing to a string does not fail.
         let _ = write!(text, "{comma}{} {}", printable(name), value(name, limit));
@@ -92,18 +76,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settings_are_read() {
-        let words = ["write-bytes=100M", "read-ops=5000", "burst=off", "read-ops=off"];
-        let settings: Vec<_> = words.iter().map(|word| parse(word).unwrap()).collect();
-        let expected = [("write-bytes", 100_000_000), ("read-ops", 0), ("burst", 0)];
-        let expected: BTreeMap<_, _> = expected.map(|(name, value)| (name.to_owned(), value)).into();
-        assert_eq!(request(&settings), expected);
+    fn names_are_checked_and_values_are_the_daemons() {
+        assert_eq!(parse("write-bytes=100M").unwrap(), "write-bytes=100M");
+        assert_eq!(parse("read-ops=off").unwrap(), "read-ops=none");
         for (wrong, part) in [
             ("write-bytes", "write NAME=VALUE"),
             ("writes=3", "there is no limit 'writes'; limits are read-bytes, "),
-            ("read-ops=0", "read-ops=off removes the limit"),
-            ("read-ops=", "is not an amount"),
-            ("read-ops=99999999999T", "is too large"),
         ] {
             let error = parse(wrong).unwrap_err();
             assert!(error.contains(part), "{wrong}: {error}");
@@ -112,11 +90,17 @@ mod tests {
 
     #[test]
     fn limits_are_shown_in_order_with_units() {
-        let limits = [("meta-ops", 12_000.0), ("write-bytes", 1e8), ("read-bytes", 0.0), ("new\u{7}", 7.0)];
+        let limits = [
+            ("meta-ops", 12_000.0),
+            ("write-bytes", 104_857_600.0),
+            ("burst", 0.1),
+            ("read-bytes", 0.0),
+            ("new\u{7}", 7.0),
+        ];
         let limits: Limits = limits.map(|(name, value)| (name.to_owned(), value)).into();
-        assert_eq!(summary(&limits), "write-bytes 100 MB/s, meta-ops 12,000/s, new\u{fffd} 7");
+        assert_eq!(summary(&limits), "write-bytes 100 MiB/s, meta-ops 12,000/s, new\u{fffd} 7");
         assert_eq!(summary(&Limits::new()), "none");
         let text = table(&limits).to_string();
-        assert!(text.contains("\n  read-bytes        off  bytes a second that the guest reads\n"), "{text}");
+        assert!(text.contains("\n  read-bytes         off  bytes a second that the guest reads\n"), "{text}");
     }
 }

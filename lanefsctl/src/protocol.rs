@@ -27,9 +27,9 @@ pub(crate) enum Request {
     Sample,
     /// Limits: [`Limited`].
     Limit {
-        /// Limits to change; the others stay.
+        /// Limits to change, as `--limit` has them; the others stay.
         #[serde(skip_serializing_if = "Option::is_none")]
-        set: Option<BTreeMap<String, u64>>,
+        set: Option<String>,
     },
     /// The log level: [`LogLevel`].
     LogLevel {
@@ -271,11 +271,8 @@ mod tests {
         let text = |request| serde_json::to_string(&request).unwrap();
         assert_eq!(text(Request::Status), r#"{"command":"status"}"#);
         assert_eq!(text(Request::Limit { set: None }), r#"{"command":"limit"}"#);
-        let set = BTreeMap::from([("write-bytes".to_owned(), 100_000_000), ("read-ops".to_owned(), 0)]);
-        assert_eq!(
-            text(Request::Limit { set: Some(set) }),
-            r#"{"command":"limit","set":{"read-ops":0,"write-bytes":100000000}}"#
-        );
+        let set = Some("read-ops=none,burst=1s".to_owned());
+        assert_eq!(text(Request::Limit { set }), r#"{"command":"limit","set":"read-ops=none,burst=1s"}"#);
         let level = Request::LogLevel { level: "debug".to_owned() };
         assert_eq!(text(level), r#"{"command":"loglevel","level":"debug"}"#);
     }

@@ -180,7 +180,7 @@ mod tests {
             "uptime_seconds":3725,"front_end":true,"deaths":1,"upgrades":1,"inodes":5231,"log_level":"info",
             "queues":[{"index":1,"size":128,"workers":2,"in_flight":3,"requests":12345,"notifications":7}],
             "handles":{"plain":1,"parallel":2,"directories":0},"descriptors":{"used":90,"limit":1000},
-            "limits":{"write-bytes":100000000},"remarks":["the ring of queue 1 is small: use queue-size=1024"]}"#;
+            "limits":{"write-bytes":104857600},"remarks":["the ring of queue 1 is small: use queue-size=1024"]}"#;
         let text = status(&serde_json::from_str(answer).unwrap());
         for expected in [
             "share web\n",
@@ -191,7 +191,7 @@ mod tests {
             "  upgrades    1\n",
             "  handles     1 plain, 2 parallel, 0 of directories\n",
             "  descriptors 90 of 1,000 (9.0 %)\n",
-            "  limits      write-bytes 100 MB/s\n",
+            "  limits      write-bytes 100 MiB/s\n",
             "  QUEUE  SIZE  WORKERS  IN FLIGHT  REQUESTS  NOTIFICATIONS\n",
             "      1   128        2          3    12,345              7\n",
             "  - the ring of queue 1 is small: use queue-size=1024\n",

@@ -116,36 +116,6 @@ pub(crate) fn printable(text: &str) -> String {
     text.chars().map(|char| if is_safe(char) { char } else { char::REPLACEMENT_CHARACTER }).collect()
 }
 
-/// Reads an amount: 5000, 100M (decimal), 64Ki (binary), 1.5G; `B` may follow.
-pub(crate) fn parse_amount(text: &str) -> Result<u64, String> {
-    let wrong =
-        || format!("'{text}' is not an amount; write a number with K, M, G or T, as in 100M, or 'off'");
-    let end = text.find(|char: char| !char.is_ascii_digit() && char != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(end);
-    let unit = unit.strip_suffix("/s").unwrap_or(unit);
-    let unit = unit.strip_suffix(['B', 'b']).unwrap_or(unit);
-    let factor: u128 = match unit.to_ascii_lowercase().as_str() {
-        "" => 1,
-        "k" => 1000,
-        "m" => 1_000_000,
-        "g" => 1_000_000_000,
-        "t" => 1_000_000_000_000,
-        "ki" => 1 << 10,
-        "mi" => 1 << 20,
-        "gi" => 1 << 30,
-        "ti" => 1 << 40,
-        _ => return Err(wrong()),
-    };
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    // More digits could not be held; a fraction of that length has no use.
-    if whole.is_empty() || whole.len() > 20 || fraction.len() > 9 || number.ends_with('.') {
-        return Err(if whole.len() > 20 { format!("{text} is too large") } else { wrong() });
-    }
-    let digits: u128 = format!("{whole}{fraction}").parse().map_err(|_| wrong())?;
-    let power = u32::try_from(fraction.len()).map_err(|_| wrong())?;
-    u64::try_from(digits * factor / 10_u128.pow(power)).map_err(|_| format!("{text} is too large"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -193,30 +163,6 @@ mod tests {
         }
         assert_eq!(percent(0.1234), "12 %");
         assert_eq!(percent(0.0123), "1.2 %");
-    }
-
-    #[test]
-    fn amounts_are_read_with_their_suffix() {
-        let cases = [
-            ("5000", 5000),
-            ("100M", 100_000_000),
-            ("100MB/s", 100_000_000),
-            ("1.5G", 1_500_000_000),
-            ("64Ki", 65_536),
-            ("2MiB", 2 << 20),
-            ("1k", 1000),
-            ("0.5K", 500),
-            ("18446744073709551615", u64::MAX),
-        ];
-        for (text, value) in cases {
-            assert_eq!(parse_amount(text), Ok(value), "{text}");
-        }
-        for wrong in ["", "M", "-1", "1e9", "1 M", "1..5M", "1.", ".5M", "1X", "١", "0x10"] {
-            assert!(parse_amount(wrong).is_err(), "{wrong}");
-        }
-        for large in ["18446744073709551616", "99999999T", "999999999999999999999999"] {
-            assert_eq!(parse_amount(large), Err(format!("{large} is too large")));
-        }
     }
 
     #[test]

@@ -178,6 +178,17 @@ mod tests {
     }
 
     #[test]
+    fn limits_of_a_file_are_replaced_one_by_one() {
+        let file = file("limit = [\"read-ops=5,write-ops=6\", \"burst=1s\"]\nshared-dir = \"/d\"\nfd = 3\n");
+        let config = format!("--config={}", file.path().display());
+        let parsed =
+            crate::cli::parse(["lanefsd", &config, "--limit=read-ops=7"].map(OsString::from)).unwrap();
+        let crate::cli::Command::Serve(config) = parsed else { panic!("{parsed:?}") };
+        let expected = crate::limits::Rates::parse("read-ops=7,write-ops=6,burst=1s").unwrap();
+        assert_eq!(config.device.rates, expected);
+    }
+
+    #[test]
     fn a_process_elsewhere_gets_absolute_paths() {
         let here = std::env::current_dir().unwrap();
         let moved =

@@ -1,5 +1,6 @@
 use super::*;
 use crate::config::{CachePolicy, MigrationConfig, Sandbox, Seccomp, Store};
+use crate::limits::{Limit, RateError, Rates};
 use clap::CommandFactory;
 use std::time::Duration;
 
@@ -27,6 +28,8 @@ fn defaults_are_those_of_the_documentation() {
             request_queues: 63,
             thread_pool_size: 16,
             poll_time: Duration::from_micros(20),
+            rates: Rates::default(),
+            group: None,
             descriptors_are_copied: true,
             migration: MigrationConfig {
                 share: config.device.migration.share.clone(),
@@ -66,6 +69,12 @@ fn invalid_and_conflicting_options_are_refused() {
         ("--shared-dir /d --fd 3 --modcaps=", OptionError::BadCapabilities("".into())),
         ("--shared-dir /d --fd 3 --gid-map=:0:1:1: --sandbox none", OptionError::MapNeedsNamespace),
         ("--shared-dir /d --fd 3 --cpus 1,,2", OptionError::BadCpus("1,,2".into())),
+        ("--shared-dir /d --fd 3 --limit-group=a/b", OptionError::RelativeGroup("a/b".into())),
+        ("--shared-dir /d --fd 3 --limit=", OptionError::BadRate(RateError::Unknown("".into()))),
+        (
+            "--shared-dir /d --fd 3 --limit write-ops=7 --limit read-ops=0",
+            OptionError::BadRate(RateError::Zero { name: "read-ops", value: "0".into() }),
+        ),
     ] {
         assert_eq!(config(arguments).unwrap_err(), error, "{arguments}");
     }
@@ -85,6 +94,9 @@ fn values_are_understood() {
     assert_eq!(config("--seccomp log").seccomp, Seccomp::Log);
     assert_eq!(config("--seccomp trap").seccomp, Seccomp::Trap);
     assert_eq!(config("--log-level debug").log_level, Some(LevelFilter::Debug));
+    assert_eq!(config("--limit-group=/run/vm").limit_group, Some("/run/vm".into()));
+    let rates = config("--limit=read-bytes=1M,read-ops=5 --limit read-ops=6").device.rates;
+    assert_eq!((rates.rate(Limit::ReadBytes), rates.rate(Limit::ReadOps)), (Some(1 << 20), Some(6)));
     assert!(!config("--no-announce-submounts").fs.announce_submounts);
     assert!(config("--announce-submounts").fs.announce_submounts);
 }

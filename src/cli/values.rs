@@ -6,6 +6,7 @@ use rustix::thread::CapabilitySet;
 
 use super::OptionError;
 use crate::config::{CapabilityChanges, IdRange, Store};
+use crate::limits::{RateError, Rates};
 
 /// `host`, `null` or `null:LATENCY`.
 pub(super) fn parse_store(text: &str) -> Result<Store, OptionError> {
@@ -31,6 +32,11 @@ fn parse_latency(text: &str) -> Option<Duration> {
         "s" => Some(Duration::from_secs(number.into())),
         _ => None,
     }
+}
+
+/// Lists of rate limits, of which a later one takes precedence.
+pub(super) fn parse_rates(lists: &[String]) -> Result<Rates, RateError> {
+    lists.iter().try_fold(Rates::default(), |rates, list| Ok(rates.and(&Rates::parse(list)?)))
 }
 
 /// Numbers and ranges, as taskset(1) takes them.

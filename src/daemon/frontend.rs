@@ -22,7 +22,7 @@ use thiserror::Error;
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
 use self::acceptor::{Acceptor, Event};
-use super::share::Share;
+use super::share::{Share, pace_of};
 use crate::device::backend::Backend;
 use crate::device::postcopy;
 use crate::logging::{Scope, describe, info_limited};
@@ -150,7 +150,9 @@ fn next_front_end(
         while let Some(stream) = acceptor.next() {
             let (server, state) = (Arc::clone(&share.server), Arc::clone(&share.state));
             let (metrics, stations) = (Arc::clone(&share.metrics), share.stations.clone());
+            let pace = pace_of(&metrics);
             let backend = Backend::new(&share.device, server, state, metrics, None, stations);
+            let backend = backend.map(|backend| backend.paced_by(pace));
             match Connection::begin(stream, backend, Peer::FrontEnd) {
                 Ok(connection) => {
                     info!("front end connected");

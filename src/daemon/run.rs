@@ -13,18 +13,18 @@ use super::frontend::{self, FrontendError};
 use super::monitor::{self, EndpointError, Endpoints, Monitor};
 use super::readiness::Readiness;
 use super::remarks;
-use super::share::{Share, Statistics};
+use super::share::{Share, Statistics, pace_of};
 use super::socket::{ListenError, Socket};
 use super::supervisor;
 use super::supervisor::upgrade::handover::HandoverError;
-use crate::config::{Config, FsConfig, IoEngine, Store};
+use crate::config::{Config, DeviceConfig, FsConfig, IoEngine, Store};
 use crate::device::engine::Stations;
 use crate::device::quarantine::Death;
 use crate::fs::FileSystem;
 use crate::fs::null::NullStore;
 use crate::fs::passthrough::{PassthroughFs, StartError};
 use crate::fs::read_only::ReadOnly;
-use crate::limits::Limits;
+use crate::limits::{GroupError, Limits, Rates, open_group};
 use crate::logging::{self, Remark, Scope};
 use crate::metrics::Metrics;
 use crate::process::{self, ProcessError, Signals};
@@ -41,6 +41,8 @@ use crate::state_file::{StateError, StateFile};
 pub enum RunError {
     #[error(transparent)]
     Process(#[from] ProcessError),
+    #[error(transparent)]
+    Group(#[from] GroupError),
     #[error(transparent)]
     Listen(#[from] ListenError),
     #[error(transparent)]
@@ -86,6 +88,14 @@ pub fn run(
     }
     logging::start(config.log_level, config.syslog);
     config.remarks.extend(process::prepare(&config.process)?);
+    if let Some(path) = &config.limit_group {
+        let group = open_group(path)?;
+        // The limits of a daemon that is upgraded may have been changed since its start.
+        if handover.is_none() {
+            group.apply(&config.device.rates);
+        }
+        config.device = DeviceConfig { group: Some(group), rates: Rates::default(), ..config.device };
+    }
     if let Some(handover) = handover {
         return supervisor::upgrade::go_on(&config, handover, wrap);
     }
@@ -95,6 +105,7 @@ pub fn run(
     let endpoints = Endpoints::open(&config.monitor, config.socket_group.as_deref())?;
     let mut socket = Socket::open(&config.listen, config.socket_group.as_deref())?;
     let metrics = Metrics::create().map_err(RunError::Metrics)?;
+    pace_of(&metrics).apply(&config.device.rates);
     if config.survive {
         match StateFile::create_shared() {
             Ok(state) => return supervisor::run(&config, socket, (state, metrics), (readiness, endpoints), wrap),

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::socket::Socket;
 use crate::config::DeviceConfig;
 use crate::device::engine::Stations;
+use crate::limits::PaceHandle;
 use crate::metrics::Metrics;
 use crate::server::Server;
 use crate::state_file::StateFile;
@@ -33,6 +34,11 @@ pub struct Share {
     pub statistics: Statistics,
     /// Where front ends connect. Dropped last: its path goes when nothing of the share is open any more.
     pub socket: Socket,
+}
+
+/// The rate limits of a share, beside its counters: they outlive a worker, and can be changed from outside.
+pub(super) fn pace_of(metrics: &Arc<Metrics>) -> PaceHandle {
+    PaceHandle::new(Arc::clone(metrics), |metrics| metrics.limits())
 }
 
 /// Counters since the share is served.

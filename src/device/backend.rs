@@ -28,6 +28,7 @@ use super::transfer::Transfers;
 use super::vring::{self, Serving, Vring};
 use super::watchdog::Watchdog;
 use crate::fs::DeviceDescriptors;
+use crate::limits::PaceHandle;
 use crate::logging::info_limited;
 use crate::metrics::Metrics;
 use crate::server::Server;
@@ -92,7 +93,10 @@ impl Backend {
             stations,
             workers: config.thread_pool_size,
             poll_time: config.poll_time,
+            pace: PaceHandle::default(),
+            group: config.group.clone(),
         };
+        serving.pace.apply(&config.rates);
         let quarantine = Quarantine::after(death, &state)?;
         let transfers = Transfers::new(&serving.server, &state, config.migration.clone());
         Ok(Backend {
@@ -115,6 +119,12 @@ impl Backend {
     /// Offers post-copy by this descriptor. `is_orphaned` if the front end has got the descriptor of a process that has died.
     pub fn offering_postcopy(mut self, faults: Option<Userfault>, is_orphaned: bool) -> Backend {
         self.postcopy = Postcopy::new(faults, is_orphaned);
+        self
+    }
+
+    /// Limits request queues by this pace, in place of one of its own with the rates of the options. No queue runs yet.
+    pub fn paced_by(mut self, pace: PaceHandle) -> Backend {
+        self.serving.pace = pace;
         self
     }
 

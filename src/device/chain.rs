@@ -137,6 +137,35 @@ impl ChainBuffers {
         walk(memory, ring, head, |descriptor| self.add(memory, descriptor))
     }
 
+    /// The same as [`ChainBuffers::walk`], of a chain that is not popped yet.
+    // A walk of its own, so that the one of each request stays inlined.
+    #[cold]
+    #[inline(never)]
+    pub fn peek<'a>(
+        &'a mut self,
+        memory: &'a GuestMemoryMmap,
+        ring: Layout,
+        head: u16,
+    ) -> Result<(GuestReader<'a>, GuestWriter<'a>), ChainError> {
+        self.readable.clear();
+        self.writable.clear();
+        walk(memory, ring, head, |descriptor| self.add(memory, descriptor))?;
+        // SAFETY: the segments were taken from `memory`, which lives during 'a.
+        Ok(unsafe { self.ends() })
+    }
+
+    /// Keeps so many bytes of the readable and of the writable part, at most.
+    #[cold]
+    pub fn truncate(&mut self, readable: usize, writable: usize) {
+        for (segments, mut left) in [(&mut self.readable, readable), (&mut self.writable, writable)] {
+            segments.retain_mut(|segment| {
+                segment.iov_len = segment.iov_len.min(left);
+                left -= segment.iov_len;
+                segment.iov_len > 0
+            });
+        }
+    }
+
     /// The readable and the writable part of the chain that was walked last.
     ///
     /// # Safety
@@ -162,6 +191,8 @@ impl ChainBuffers {
     }
 
     /// Adds a buffer to its part of the chain; it may span regions of guest memory.
+    // With two callers it would not be inlined.
+    #[inline(always)]
     fn add(&mut self, memory: &GuestMemoryMmap, descriptor: Descriptor) -> Result<(), ChainError> {
         let Descriptor { address, len, flags, .. } = descriptor;
         let segments = if flags & WRITE != 0 {
@@ -254,6 +285,7 @@ fn indirect_table(memory: &GuestMemoryMmap, descriptor: Descriptor) -> Result<Ta
 }
 
 /// Adds a segment, or lengthens the last one if this begins where it ends.
+#[inline(always)]
 fn append(segments: &mut Vec<iovec>, base: *mut u8, len: usize) -> Result<(), ChainError> {
     if len == 0 {
         return Ok(());

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::limits::{PaceHandle, Rates};
 use crate::migration::config::MigrationConfig;
 
 /// Options of the virtio device.
@@ -15,6 +16,10 @@ pub struct DeviceConfig {
     pub thread_pool_size: usize,
     /// Adaptive busy-poll time; 0 disables it.
     pub poll_time: Duration,
+    /// Rate limits of request queues.
+    pub rates: Rates,
+    /// Rate limits that other shares have together with this one.
+    pub group: Option<PaceHandle>,
     /// Another process with the same table of descriptors keeps a copy of those that the front end sends.
     pub descriptors_are_copied: bool,
     /// How the state of the device is saved, and what is asked of one that is loaded.

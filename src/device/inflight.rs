@@ -34,13 +34,15 @@ use vm_memory::GuestAddressSpace;
 use zerocopy::FromZeros;
 
 use super::chain::{ChainBuffers, ChainError};
-use super::queue::{Backlog, PoppedChain, Queue, Used};
+use super::charge::Charge;
+use super::queue::{Backlog, Origin, PoppedChain, Queue, Used};
 use super::{SharedMemory, probes};
 use crate::fs::transfer::Load;
 use crate::metrics::counts::Served;
-use crate::metrics::{Phase, clock, notes};
+use crate::metrics::{Phase, notes};
 use crate::server::{self, Class, Server};
 use crate::state_file::{Effects, Resumed};
+use crate::sys::clock::monotonic;
 use crate::sys::guest_buffers::{GuestReader, GuestWriter};
 
 /// Bytes of a reply before its data.
@@ -63,6 +65,12 @@ pub(super) enum RequestError {
     #[error("request {unique} has become another one since a worker died with it")]
     Changed {
         /// The guest's number for the one in the journal.
+        unique: u64,
+    },
+    /// The rate limits were charged with another one.
+    #[error("request {unique} has become another one since it was charged to the rate limits")]
+    Recharged {
+        /// The guest's number for the one that is there now.
         unique: u64,
     },
 }
@@ -98,6 +106,8 @@ struct Request {
     class: Class,
     /// The chain was popped before the queue started.
     resumed: Option<Box<Resumed>>,
+    /// What the rate limits were charged with, until the request is decoded.
+    charge: Option<Charge>,
     /// As long as it is there, the request is not completed.
     guard: Option<Sender<()>>,
     /// The worker was free for this request: it completed the one before, or woke up. Of the clock of the counters.
@@ -120,6 +130,7 @@ impl Scratch {
             header: RawHeader::from(InHeader::new_zeroed()),
             class: Class::Inline,
             resumed: None,
+            charge: None,
             guard: None,
             start: 0,
             popped: 0,
@@ -130,7 +141,7 @@ impl Scratch {
     /// Pops a chain, if there is one. Otherwise the guest kicks for the next one.
     #[inline(always)]
     pub fn pop(mut self) -> Result<(Popped, Backlog), Scratch> {
-        self.0.start = clock::now();
+        self.0.start = monotonic();
         let found = self.0.queue.complete_and_pop(None);
         self.0.begin(found)
     }
@@ -169,9 +180,14 @@ impl Popped {
     pub fn decode(mut self) -> Result<InFlight, (RequestError, Completion)> {
         match self.0.decode() {
             Ok(()) => Ok(InFlight(self.0)),
-            // Nothing is served of a chain that is not the one in the journal.
-            Err(error @ RequestError::Changed { .. }) => Err((error, InFlight(self.0).refuse(Errno::IO))),
-            Err(error) => Err((error, self.give_back_empty())),
+            // Nothing is served of a chain that is not the one in the journal, or not the one that was charged.
+            Err(error @ (RequestError::Changed { .. } | RequestError::Recharged { .. })) => {
+                Err((error, InFlight(self.0).refuse(Errno::IO)))
+            }
+            Err(error) => {
+                self.0.charge = None;
+                Err((error, self.give_back_empty()))
+            }
         }
     }
 
@@ -318,7 +334,7 @@ impl Completion {
     /// Adds the used entry, and pops the next chain in the same step. The notification of the guest may
     /// be coalesced with later ones.
     pub fn pop_next(mut self) -> Result<(Popped, Backlog), Scratch> {
-        let end = clock::now();
+        let end = monotonic();
         let service_time = Duration::from_nanos(end.saturating_sub(self.0.start));
         self.0.used.served.nanos = end.saturating_sub(self.0.popped);
         self.0.start = end;
@@ -330,7 +346,7 @@ impl Completion {
     /// The used entry, which the caller adds, and the memory for the next request.
     pub fn into_used(mut self) -> (Used, Scratch) {
         self.0.owes_entry = false;
-        self.0.used.served.nanos = clock::now().saturating_sub(self.0.popped);
+        self.0.used.served.nanos = monotonic().saturating_sub(self.0.popped);
         (self.0.used, Scratch(self.0))
     }
 
@@ -343,7 +359,7 @@ impl Completion {
     /// Adds the used entry.
     pub fn add_used(mut self) -> Scratch {
         self.0.owes_entry = false;
-        self.0.used.served.nanos = clock::now().saturating_sub(self.0.popped);
+        self.0.used.served.nanos = monotonic().saturating_sub(self.0.popped);
         self.0.queue.complete(self.0.used);
         Scratch(self.0)
     }
@@ -353,13 +369,13 @@ impl Request {
     /// The next phase, if a chain was `found`.
     #[inline(always)]
     fn begin(mut self: Box<Self>, found: Option<PoppedChain>) -> Result<(Popped, Backlog), Scratch> {
-        let Some(PoppedChain { head, backlog, is_resumed, was_polled }) = found else {
+        let Some(PoppedChain { head, backlog, origin }) = found else {
             return Err(Scratch(self));
         };
         self.used = Used { head, ..Used::default() };
-        self.popped = if was_polled { clock::now() } else { self.start };
-        if is_resumed || self.resumed.is_some() {
-            self.set_resumed(is_resumed);
+        self.popped = self.start;
+        if origin != Origin::Ring || self.resumed.is_some() {
+            self.set_origin(origin);
         }
         self.owes_entry = true;
         Ok((Popped(self), backlog))
@@ -384,8 +400,14 @@ impl Request {
     }
 
     #[cold]
-    fn set_resumed(&mut self, is_resumed: bool) {
-        self.resumed = if is_resumed { self.queue.take_resumed(self.used.head) } else { None };
+    #[inline(never)]
+    fn set_origin(&mut self, origin: Origin) {
+        let head = self.used.head;
+        if origin == Origin::Polled {
+            self.popped = monotonic();
+        }
+        self.resumed = if origin == Origin::Resumed { self.queue.take_resumed(head) } else { None };
+        self.charge = if origin == Origin::Charged { self.queue.take_charge(head) } else { None };
     }
 
     fn decode(&mut self) -> Result<(), RequestError> {
@@ -396,6 +418,9 @@ impl Request {
         let (input, _) = unsafe { self.segments.ends() };
         self.header = Server::read_header(&input).ok_or(RequestError::NoHeader)?;
         self.class = Server::class(&self.header);
+        if self.charge.is_some() {
+            self.hold_to_charge()?;
+        }
         let wire = self.header.wire();
         self.used.served = Served { opcode: wire.opcode, unique: wire.unique, ..Served::default() };
         self.queue.metrics().begin(self.used.head, self.popped);
@@ -404,6 +429,21 @@ impl Request {
             return Ok(());
         }
         self.queue.journal().begin_request(self.used.head, wire.unique, wire.opcode, wire.len);
+        Ok(())
+    }
+
+    /// Makes sure that the request is the one that was charged. What the guest changes from here on makes it no larger.
+    #[cold]
+    #[inline(never)]
+    fn hold_to_charge(&mut self) -> Result<(), RequestError> {
+        let Some(charge) = self.charge.take() else { return Ok(()) };
+        // SAFETY: the segments were taken from the memory that the request holds.
+        let (input, output) = unsafe { self.segments.ends() };
+        if Charge::of(&self.header, &input, &output) != charge {
+            return Err(RequestError::Recharged { unique: self.header.wire().unique });
+        }
+        let (readable, writable) = charge.room();
+        self.segments.truncate(readable, writable);
         Ok(())
     }
 
@@ -428,7 +468,7 @@ fn is_replay(chain: &Resumed) -> bool {
 impl Drop for Request {
     fn drop(&mut self) {
         if self.owes_entry {
-            self.used.served.nanos = clock::now().saturating_sub(self.popped);
+            self.used.served.nanos = monotonic().saturating_sub(self.popped);
             self.queue.journal().done(self.used.head, self.used.written);
             self.queue.complete(self.used);
         }

@@ -4,7 +4,8 @@
 //! and the events of its workers. A [`worker_pool`] owns the threads that serve it, each a [`worker`];
 //! [`worker_count`] says how many there are. A descriptor chain becomes a request in flight
 //! ([`inflight`]): [`chain`] finds its readable and its writable part, and the [`server`](crate::server)
-//! handles it; an [`engine`] reads and writes data for it. [`busy_poll`], [`coalesce`] and [`watchdog`] decide when
+//! handles it; an [`engine`] reads and writes data for it. Before a chain is popped, it is charged
+//! to the rate limits ([`charge`]). [`busy_poll`], [`coalesce`] and [`watchdog`] decide when
 //! a worker sleeps, when the guest is notified and when a stalled queue gets another worker.
 //! [`dirty_log`] records what they write while the guest migrates.
 //! [`transfer`] saves and loads the state of the device; with [`postcopy`] memory comes while the guest runs already.
@@ -13,6 +14,7 @@
 pub mod backend;
 mod busy_poll;
 pub mod chain;
+mod charge;
 mod coalesce;
 pub mod config;
 pub mod config_space;

@@ -4,6 +4,7 @@
 //! one of them for each kick, and at depth 1 the worker that is woken also serves: there is no
 //! hand-off. Before a worker serves, it makes sure that another worker waits for the next kick.
 
+mod pacing;
 mod state;
 
 use std::ops::ControlFlow;
@@ -18,8 +19,9 @@ use rustix::io::Errno;
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 
+use self::pacing::Pacing;
 pub use self::state::Statistics;
-pub(super) use self::state::{Backlog, PoppedChain, Used};
+pub(super) use self::state::{Backlog, Origin, PoppedChain, Used};
 use self::state::{IfEmpty, Source, State};
 use super::busy_poll::BusyPoll;
 use super::dirty_log::QueueLog;
@@ -88,6 +90,7 @@ pub struct Queue {
     stop: OwnedFd,
     stopping: AtomicBool,
     busy_poll: CachePadded<BusyPoll>,
+    pacing: Pacing,
 }
 
 /// Index of the high-priority queue.
@@ -130,6 +133,7 @@ impl Queue {
             stop,
             stopping: AtomicBool::new(false),
             busy_poll: CachePadded(BusyPoll::new(Duration::ZERO)),
+            pacing: Pacing::default(),
         })
     }
 
@@ -298,7 +302,7 @@ impl Queue {
             (notify, popped, state.coalescing.is_faster_than_guest())
         };
         self.notify(notify);
-        if popped.is_some() || served.is_none() {
+        if popped.is_some() || served.is_none() || self.pacing.is_held() {
             return popped;
         }
         let found = if may_poll { self.busy_poll(&memory) } else { None };
@@ -316,7 +320,8 @@ impl Queue {
             let popped = self.pop(&mut state, memory, IfEmpty::DisableKicks)?;
             state.statistics.busy_poll_hits += 1;
             state.metrics.polled();
-            Some(PoppedChain { was_polled: true, ..popped })
+            let is_plain = popped.origin == Origin::Ring;
+            Some(PoppedChain { origin: if is_plain { Origin::Polled } else { popped.origin }, ..popped })
         })
     }
 
@@ -331,6 +336,9 @@ impl Queue {
                 ControlFlow::Break(popped) => return popped,
                 ControlFlow::Continue(()) => {}
             }
+        }
+        if self.pacing.is_active() {
+            return self.pop_paced(state, memory, if_empty);
         }
         state.pop(memory, &self.journal, if_empty).unwrap_or_else(|e| {
             self.mark_broken(state, &e);
@@ -389,12 +397,14 @@ impl Queue {
         let _ = self.lock().ring.put_back(&memory, heads);
     }
 
-    /// Whether chains wait.
+    /// Whether chains wait for a worker.
     pub(super) fn has_backlog(&self) -> bool {
         let memory = self.memory.memory();
         let state = self.lock();
         match state.source {
-            Source::Ring | Source::Resumed => state.waiting(&memory) > 0,
+            Source::Ring | Source::Resumed => {
+                state.waiting(&memory) > 0 && !(state.resumed.is_empty() && self.pacing.holds_now())
+            }
             Source::Held | Source::Broken => false,
         }
     }
@@ -404,7 +414,10 @@ impl Queue {
         let mut events =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
         let asleep_since = self.busy_poll.0.begin_sleep();
-        let woken = epoll::wait(&self.epoll, &mut events[..], timeout.as_ref());
+        let woken = match self.pacing.is_held().then(|| self.begin_hold()).flatten() {
+            Some(timer) => self.wait_held(timer),
+            None => epoll::wait(&self.epoll, &mut events[..], timeout.as_ref()),
+        };
         self.busy_poll.0.end_sleep(asleep_since);
         if self.stopping.load(Ordering::SeqCst) {
             return Wakeup::Stop;

@@ -215,6 +215,14 @@ impl Ring {
         Ok(head)
     }
 
+    /// The index of the first descriptor of the next chain, which is not taken. Only after [`Ring::avail_len`] said that there
+    /// is one; the guest may change it before [`Ring::pop`].
+    pub fn peek(&self, memory: &GuestMemoryMmap) -> Result<u16> {
+        let size = self.queue.size();
+        let head = self.head(memory, self.queue.next_avail())?;
+        if head >= size { Err(RingError::Head { head, size }) } else { Ok(head) }
+    }
+
     /// The first descriptor of the chain with this index, unchecked.
     fn head(&self, memory: &GuestMemoryMmap, index: u16) -> Result<u16> {
         let slot = u64::from(index % self.queue.size().max(1));

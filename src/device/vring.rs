@@ -22,6 +22,7 @@ use super::queue::{Queue, QueueError};
 use super::ring::{Layout, MAX_SIZE, Ring};
 use super::watchdog::Watchdog;
 use super::worker_pool::WorkerPool;
+use crate::limits::PaceHandle;
 use crate::metrics::Metrics;
 use crate::metrics::counts::QueueMetrics;
 use crate::server::Server;
@@ -87,6 +88,10 @@ pub(super) struct Serving {
     pub workers: usize,
     /// How long a worker polls its ring before it sleeps.
     pub poll_time: Duration,
+    /// Rate limits of request queues.
+    pub pace: PaceHandle,
+    /// The same of a group of shares.
+    pub group: Option<PaceHandle>,
 }
 
 /// What the front end said about one queue, and the worker pool that serves it while it runs.
@@ -251,6 +256,7 @@ impl Vring {
         let (journal, metrics) = (self.journal.clone(), self.metrics.clone());
         let queue = Queue::new(self.index, memory.clone(), ring, kick, call, journal, metrics)?
             .with_busy_poll(serving.poll_time)
+            .paced_by(&serving.pace, serving.group.as_ref())
             .resuming(start.resumed, is_held);
         let engine = serving.stations.engine(self.index);
         let pool = WorkerPool::start(queue, Arc::clone(server), watchdog, serving.workers, engine)?;

@@ -1,11 +1,14 @@
-//! Quotas: what one guest may take of the host's resources.
+//! Quotas and rate limits: what one guest may take of the host's resources.
 //!
 //! Whoever makes a share hands it its quotas. A share counts by them and by nothing else, so that one whose guest has
 //! used up its own takes nothing from another share of the same process.
 
 mod fd_quota;
+mod group;
 mod locked_range_quota;
 mod memory_quota;
+mod pace;
+mod rates;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -13,8 +16,19 @@ use std::sync::Arc;
 use rustix::io::Result;
 
 pub use self::fd_quota::{DeviceDescriptors, FdPermit, FdQuota, GuestFd};
+pub use self::group::{GroupError, open_group};
 pub use self::locked_range_quota::LockedRangeQuota;
 pub use self::memory_quota::MemoryQuota;
+pub use self::pace::{Class, Limit, Pace, Wait};
+pub use self::rates::{RateError, Rates};
+use crate::sys::arc_ref::ArcRef;
+use crate::sys::shared_map::Record;
+
+/// The rate limits of a share, wherever they are: in memory of their own, or a part of something that others share.
+pub type PaceHandle = ArcRef<Pace>;
+
+// SAFETY: `repr(C)`, and all fields are atomic.
+unsafe impl Record for Pace {}
 
 /// The quotas of one share.
 #[derive(Clone, Debug)]

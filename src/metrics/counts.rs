@@ -9,6 +9,7 @@ use fuse_protocol::opcode::Opcode;
 
 use super::slow::Ended;
 use super::{ERRNOS, Metrics, OPS, slow};
+use crate::sys::clock::monotonic;
 use crate::sys::shared_map::{Record, Table};
 
 /// Buckets of a histogram: all but the last have an upper bound.
@@ -207,8 +208,7 @@ impl QueueMetrics {
     fn note_slow(&self, served: &Served) {
         let Served { opcode, unique, bytes, nanos, notes, .. } = *served;
         let queue = u32::try_from(self.queue).unwrap_or(0);
-        let ended =
-            Ended { opcode, queue, unique, bytes, nanos, waited: notes.waited, at: super::clock::now() };
+        let ended = Ended { opcode, queue, unique, bytes, nanos, waited: notes.waited, at: monotonic() };
         slow::insert(self.metrics(), &ended);
     }
 

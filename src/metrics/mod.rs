@@ -10,9 +10,9 @@
 //! | errors by operation and errno | all threads |
 //! | when each request in flight was begun | the thread that serves it |
 //! | the slowest requests | all threads, one at a time ([`slow`]) |
+//! | rate limits | [`crate::limits`], which are changed from outside |
 //! | gauges | the serving process, when it is asked ([`Metrics::ask`]) |
 
-pub mod clock;
 pub mod config;
 pub mod counts;
 mod errnos;
@@ -35,6 +35,7 @@ use self::counts::{QueueCounts, QueueMetrics};
 pub use self::errnos::errno_name;
 pub use self::sample::{OpSample, QueueSample, Sample, op_name};
 use self::slow::{Ended, SlowRecord};
+use crate::sys::clock::monotonic;
 use crate::sys::shared_map::{Mapping, Record, Table};
 
 /// Operations that are told apart, by their opcodes. Others count as the one with the same remainder.
@@ -54,6 +55,9 @@ const WINDOW_SHIFT: u32 = 33;
 /// Bits of the number of writers beside the number of the window.
 const WRITERS_BITS: u32 = 16;
 
+/// Bytes for rate limits.
+const LIMITS_SIZE: usize = 4096;
+
 mod offsets {
     use super::*;
 
@@ -65,7 +69,8 @@ mod offsets {
     pub const SLOW: usize = after::<Header>(HEADER, 1);
     pub const ERRORS: usize = after::<SlowRecord>(SLOW, slow::KEPT);
     pub const COUNTS: usize = after::<AtomicU64>(ERRORS, OPS * ERRNOS);
-    pub const PROGRESS: usize = after::<QueueCounts>(COUNTS, QUEUES);
+    pub const LIMITS: usize = after::<QueueCounts>(COUNTS, QUEUES);
+    pub const PROGRESS: usize = after::<[u8; LIMITS_SIZE]>(LIMITS, 1);
     pub const END: usize = after::<AtomicU64>(PROGRESS, QUEUES * SLOTS);
 }
 
@@ -158,7 +163,7 @@ impl Metrics {
         let metrics = Metrics { mapping: Mapping::create(c"lanefsd-metrics", offsets::END)? };
         let header = metrics.header();
         header.version.store(VERSION, Ordering::Relaxed);
-        header.started.store(clock::now(), Ordering::Relaxed);
+        header.started.store(monotonic(), Ordering::Relaxed);
         header.magic.store(MAGIC, Ordering::Release);
         Ok(Arc::new(metrics))
     }
@@ -192,6 +197,16 @@ impl Metrics {
         let counts = Table::new(Arc::clone(self), offsets::COUNTS, QUEUES).expect("counts");
         let progress = Table::new(Arc::clone(self), progress, SLOTS).expect("progress");
         QueueMetrics::new(counts, progress, queue)
+    }
+
+    /// The place for rate limits, which belong to others: zero at first.
+    ///
+    /// # Panics
+    /// If the record is larger than its place.
+    #[allow(clippy::indexing_slicing, reason = "it is inside the file")]
+    pub fn limits<T: Record>(&self) -> &T {
+        const { assert!(size_of::<T>() <= LIMITS_SIZE) };
+        &self.mapping.records(offsets::LIMITS, 1)[0]
     }
 
     /// A process begins to serve: nothing of another one is in flight any more.
@@ -241,7 +256,7 @@ impl Metrics {
 
     /// Nanoseconds since the counters were 0.
     pub fn uptime(&self) -> u64 {
-        clock::now().saturating_sub(self.header().started.load(Ordering::Relaxed))
+        monotonic().saturating_sub(self.header().started.load(Ordering::Relaxed))
     }
 
     /// How much is to be logged, if somebody has said.
@@ -261,10 +276,10 @@ impl Metrics {
         let header = self.header();
         let question = header.asked.fetch_add(1, Ordering::AcqRel).wrapping_add(1);
         let _ = futex::wake(&header.asked, futex::Flags::empty(), u32::MAX);
-        let end = clock::now().saturating_add(u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX));
+        let end = monotonic().saturating_add(u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX));
         loop {
             let answered = header.answered.load(Ordering::Acquire);
-            let left = end.saturating_sub(clock::now());
+            let left = end.saturating_sub(monotonic());
             // Question numbers may wrap.
             if answered.wrapping_sub(question).cast_signed() >= 0 || left == 0 {
                 break;
@@ -357,7 +372,7 @@ impl Metrics {
     /// A file has so many writers now.
     fn saw_writers(&self, writers: u32) {
         let [this, before] = &self.header().writers;
-        let window = clock::now() >> WINDOW_SHIFT;
+        let window = monotonic() >> WINDOW_SHIFT;
         let value = window << WRITERS_BITS | u64::from(writers.min((1 << WRITERS_BITS) - 1));
         let old = this.load(Ordering::Relaxed);
         if value > old {
@@ -370,7 +385,7 @@ impl Metrics {
 
     /// The most writers that one file had at once in the last 9 to 17 seconds.
     pub fn most_writers(&self) -> u64 {
-        let window = clock::now() >> WINDOW_SHIFT;
+        let window = monotonic() >> WINDOW_SHIFT;
         let recent = |value: u64| (value >> WRITERS_BITS).saturating_add(1) >= window;
         let values = self.header().writers.iter().map(|value| value.load(Ordering::Relaxed));
         values

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use fuse_protocol::opcode::Opcode;
 
 use super::counts::{BUCKETS, QueueCounts, WRITER_BUCKETS};
-use super::{ERRNOS, Metrics, OPS, QUEUES, clock, offsets};
+use super::{ERRNOS, Metrics, OPS, QUEUES, offsets};
+use crate::sys::clock::monotonic;
 
 /// One operation, of all queues.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,7 +48,7 @@ pub struct QueueSample {
 /// All counters at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sample {
-    /// When, in nanoseconds of [`clock::now`].
+    /// When, in nanoseconds of CLOCK_MONOTONIC.
     pub at: u64,
     /// Operations that have occurred, in the order of their opcodes.
     pub ops: Vec<OpSample>,
@@ -93,7 +94,7 @@ impl Metrics {
             .iter()
             .rposition(|queue| load(&queue.requests) > 0 || queue.size.load(Ordering::Relaxed) > 0);
         let queues = queues.get(..last.map_or(0, |last| last + 1)).unwrap_or_default();
-        let mut sample = Sample { at: clock::now(), ..Sample::default() };
+        let mut sample = Sample { at: monotonic(), ..Sample::default() };
         let mut ops = vec![OpSample::default(); OPS];
         for (index, queue) in queues.iter().enumerate() {
             sample.queues.push(queue_sample(index, queue));

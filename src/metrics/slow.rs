@@ -5,7 +5,8 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use super::{Metrics, clock};
+use super::Metrics;
+use crate::sys::clock::monotonic;
 use crate::sys::shared_map::Record;
 
 /// How many are kept.
@@ -28,7 +29,7 @@ pub struct Ended {
     pub nanos: u64,
     /// How long it waited for other requests, in nanoseconds.
     pub waited: u64,
-    /// When it ended, in nanoseconds of [`clock::now`].
+    /// When it ended, in nanoseconds of CLOCK_MONOTONIC.
     pub at: u64,
 }
 
@@ -94,7 +95,7 @@ pub(super) fn insert(metrics: &Metrics, ended: &Ended) {
 
 /// Those that are not too old, the slowest first.
 pub(super) fn list(metrics: &Metrics) -> Vec<Ended> {
-    let now = clock::now();
+    let now = monotonic();
     let recent = metrics.slow_records().iter().filter(|record| record.weight(now) > 0);
     let mut all: Vec<Ended> = recent.map(SlowRecord::load).collect();
     all.sort_unstable_by_key(|ended| std::cmp::Reverse(ended.nanos));
@@ -103,7 +104,7 @@ pub(super) fn list(metrics: &Metrics) -> Vec<Ended> {
 
 /// What is too old makes room.
 pub(super) fn age(metrics: &Metrics) {
-    let now = clock::now();
+    let now = monotonic();
     let least = metrics.slow_records().iter().map(|record| record.weight(now)).min();
     metrics.set_slow_floor(least.unwrap_or(0));
 }
@@ -115,7 +116,7 @@ mod tests {
     #[test]
     fn the_slowest_are_kept_and_old_ones_go() {
         let metrics = Metrics::create().unwrap();
-        let now = clock::now();
+        let now = monotonic();
         for nanos in (1..=200).rev().chain(1..=200) {
             insert(&metrics, &Ended { nanos, at: now, unique: nanos, ..Ended::default() });
         }

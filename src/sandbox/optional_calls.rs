@@ -33,7 +33,6 @@ const OPTIONAL: &[c_long] = &[
     libc::SYS_close_range,
     libc::SYS_openat2,
     libc::SYS_faccessat2,
-    libc::SYS_epoll_pwait2,
     libc::SYS_futex_waitv,
     FUTEX_WAKE,
     FUTEX_WAIT,

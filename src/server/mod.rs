@@ -109,6 +109,8 @@ impl Server {
     }
 
     /// The header of the request in `input`, where it stays, or `None` if `input` is shorter than that.
+    // With the second caller that rate limits are, it would not be inlined.
+    #[inline(always)]
     pub fn read_header(input: &GuestReader<'_>) -> Option<RawHeader> {
         let mut header = abi::InHeader::new_zeroed();
         let bytes = header.as_mut_bytes();

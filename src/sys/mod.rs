@@ -1,7 +1,10 @@
 //! What no crate wraps safely: guest memory as I/O vectors, and a few system calls.
 
 pub mod allocator;
+pub mod arc_ref;
+pub mod clock;
 pub mod descriptors;
+pub mod epoll;
 pub mod exec;
 pub mod file_flags;
 pub mod file_handles;
@@ -10,6 +13,7 @@ pub mod hangup;
 pub mod held_file;
 pub mod inherited;
 pub mod locks;
+pub mod mapped;
 pub mod memory;
 pub mod shared_map;
 pub mod signals;

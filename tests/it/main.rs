@@ -53,6 +53,7 @@ mod inodes;
 mod labels;
 mod launchers;
 mod lifecycle;
+mod limits;
 mod listings;
 mod lock_owners;
 mod locks;

@@ -322,6 +322,61 @@ fn the_log_level_changes_at_run_time() {
     }
 }
 
+/// How long these READs of 4 KiB take.
+fn reads(session: &Session, node: u64, fh: u64, count: usize) -> Duration {
+    let begun = std::time::Instant::now();
+    for _ in 0..count {
+        session.client().read(node, fh, 0, 4096).unwrap();
+    }
+    begun.elapsed()
+}
+
+#[test]
+fn limits_change_at_run_time_and_outlive_a_worker() {
+    for way in [&["--sandbox=namespace", IMMORTAL][..], &["--sandbox=none", "--no-survive"]] {
+        let watched = Watched::start(way);
+        let session = serve(&watched);
+        let (node, fh) = common::create_file(&session);
+        let limit = |set: &str| watched.ask(&json!({ "command": "limit", "set": set }));
+        for wrong in ["read-ops=0", "read-ops=-1", "speed=7", "read-ops=1,read-ops=2", "", "burst=9h"] {
+            assert!(limit(wrong)["error"].is_string(), "{wrong}");
+        }
+        let limits = limit("read-ops=20,burst=0s");
+        assert_eq!(limits["ok"]["limits"]["read-ops"], 20);
+        // The first one passes at once.
+        assert!(reads(&session, node, fh, 11) >= Duration::from_millis(490), "{way:?}");
+        if way.contains(&IMMORTAL) {
+            kill_worker(&watched.backend);
+            assert!(reads(&session, node, fh, 11) >= Duration::from_millis(490));
+        }
+        assert_eq!(watched.answer("status")["limits"]["read-ops"], 20);
+        assert!(watched.samples()["lanefs_throttled_seconds_total{limit=\"read-ops\"}"] > 0.3);
+        limit("read-ops=none");
+        // What waits when a limit is lifted goes on soon.
+        assert!(
+            reads(&session, node, fh, 2000) < Duration::from_secs(30),
+            "it would take 100 s with the limit"
+        );
+    }
+}
+
+#[test]
+fn a_share_that_drains_takes_no_request_until_it_resumes() {
+    let watched = Watched::start(&["--sandbox=none"]);
+    let session = serve(&watched);
+    let (node, fh) = common::create_file(&session);
+    assert_eq!(watched.answer("drain"), json!({ "draining": true, "in_flight": 0 }));
+    std::thread::scope(|scope| {
+        let held = scope.spawn(|| reads(&session, node, fh, 1));
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!held.is_finished());
+        assert_eq!(watched.answer("status")["draining"], true);
+        assert_eq!(watched.answer("drain")["in_flight"], 0);
+        assert_eq!(watched.answer("resume"), json!({ "draining": false }));
+        assert!(held.join().unwrap() >= Duration::from_millis(290));
+    });
+}
+
 #[test]
 fn only_root_and_the_own_user_control_it() {
     let watched = Watched::start(&[]);

@@ -1,13 +1,17 @@
 //! The answers to `lanefsctl`.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use super::diagnosis;
 use super::serve::Sources;
+use crate::limits::Limit;
 use crate::metrics::counts::bounds;
 use crate::metrics::slow::Ended;
-use crate::metrics::{Gauges, OpSample, Phase, QueueSample, clock, op_name};
+use crate::metrics::{Gauges, OpSample, Phase, QueueSample, Sample, op_name};
 use crate::state_file::InFlight;
+use crate::sys::clock::monotonic;
 
 /// Nanoseconds in seconds.
 #[allow(clippy::cast_precision_loss, reason = "52 bits of nanoseconds are more than a month")]
@@ -38,8 +42,23 @@ pub(super) fn status(sources: &Sources<'_>) -> Value {
         "handles": { "plain": plain, "parallel": parallel, "directories": directories },
         "descriptors": { "used": descriptors, "limit": descriptor_limit },
         "log_level": metrics.log_level().unwrap_or(subject.log_level).to_string().to_lowercase(),
+        "draining": sources.pace.is_paused(),
+        "limits": limits(sources),
         "remarks": remarks.collect::<Vec<_>>(),
     })
+}
+
+/// The rate limits per second, 0 for none, and the burst in seconds.
+pub(super) fn limits(sources: &Sources<'_>) -> Value {
+    let rate = |limit: Limit| (limit.name().to_owned(), json!(sources.pace.rate(limit)));
+    let mut limits: serde_json::Map<String, Value> = Limit::ALL.into_iter().map(rate).collect();
+    limits.insert("burst".into(), json!(sources.pace.burst().as_secs_f64()));
+    limits.into()
+}
+
+/// Requests of all request queues that run. The high-priority queue goes on while the share drains.
+pub(super) fn in_flight(sample: &Sample) -> u64 {
+    sample.queues.iter().skip(1).filter(|queue| queue.size > 0).map(|queue| queue.in_flight).sum()
 }
 
 fn queue(queue: &QueueSample) -> Value {
@@ -57,7 +76,7 @@ fn queue(queue: &QueueSample) -> Value {
 
 /// `ops`: the requests in flight, the oldest first.
 pub(super) fn ops(sources: &Sources<'_>) -> Value {
-    let now = clock::now();
+    let now = monotonic();
     let with_start = |request: InFlight| {
         let (start, phase) = sources.metrics.progress(request.queue, request.head);
         (start, phase, request)
@@ -86,7 +105,7 @@ pub(super) fn ops(sources: &Sources<'_>) -> Value {
 
 /// `slow`: the slowest requests of the last minutes.
 pub(super) fn slow(sources: &Sources<'_>) -> Value {
-    let now = clock::now();
+    let now = monotonic();
     let slow = |ended: Ended| {
         json!({
             "op": op_name(ended.opcode),
@@ -115,7 +134,7 @@ pub(super) fn sample(sources: &Sources<'_>) -> Value {
     };
     let ops: serde_json::Map<String, Value> = sample.ops.iter().map(op).collect();
     let running: Vec<&QueueSample> = sample.queues.iter().filter(|queue| queue.size > 0).collect();
-    let in_flight: u64 = running.iter().map(|queue| queue.in_flight).sum();
+    let throttled: Duration = Limit::ALL.into_iter().map(|limit| sources.pace.throttled(limit)).sum();
     json!({
         "share": &*sources.subject.share,
         "time_seconds": seconds(sample.at),
@@ -124,7 +143,8 @@ pub(super) fn sample(sources: &Sources<'_>) -> Value {
         "bytes": { "read": sample.bytes_read, "written": sample.bytes_written },
         "waits": sample.waits,
         "wait_seconds": seconds(sample.wait_nanos),
-        "in_flight": in_flight,
+        "in_flight": in_flight(&sample),
+        "throttled_seconds": throttled.as_secs_f64(),
         "most_writers": sources.metrics.most_writers(),
         "queues": running.into_iter().map(queue).collect::<Vec<_>>(),
         "deaths": sources.metrics.deaths(),

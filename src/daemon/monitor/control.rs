@@ -7,6 +7,9 @@
 //! | `slow` | the slowest requests of the last five minutes |
 //! | `sample` | all counters |
 //! | `loglevel` with `level` | how much is logged from now on |
+//! | `limit`, perhaps with `set`, as `--limit` has it | the rate limits |
+//! | `drain` | no more requests are taken; how many are in flight still |
+//! | `resume` | requests are taken again |
 //!
 //! An answer is `{"ok": …}` or `{"error": "…"}`. Unknown fields are ignored, so that later versions may add some.
 
@@ -17,6 +20,7 @@ use serde_json::{Value, json};
 use super::answers;
 use super::connection::{Answer, Answered, MAX_REQUEST};
 use super::serve::Sources;
+use crate::limits::Rates;
 
 /// A request.
 #[derive(Debug, Deserialize)]
@@ -27,6 +31,9 @@ enum Command {
     Slow,
     Sample,
     LogLevel { level: String },
+    Limit { set: Option<String> },
+    Drain,
+    Resume,
 }
 
 /// The answer to what has come so far; `None` if more is to come.
@@ -61,6 +68,21 @@ fn perform(command: Command, sources: &Sources<'_>) -> Result<Value, String> {
         Command::Ops => Ok(answers::ops(sources)),
         Command::Slow => Ok(answers::slow(sources)),
         Command::Sample => Ok(answers::sample(sources)),
+        Command::Limit { set } => {
+            if let Some(set) = set {
+                let rates = Rates::parse(&set).map_err(|error| error.to_string())?;
+                sources.pace.apply(&rates);
+            }
+            Ok(json!({ "limits": answers::limits(sources) }))
+        }
+        Command::Drain => {
+            sources.pace.pause();
+            Ok(json!({ "draining": true, "in_flight": answers::in_flight(&sources.metrics.sample()) }))
+        }
+        Command::Resume => {
+            sources.pace.resume();
+            Ok(json!({ "draining": false }))
+        }
         Command::LogLevel { level } => {
             let level: LevelFilter = level.parse().map_err(|_| {
                 format!("{level} is no log level: give off, error, warn, info, debug or trace")

@@ -4,6 +4,7 @@
 
 use std::fmt::{Error, Result as FmtResult};
 use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet, prometheus_text, text};
@@ -12,6 +13,7 @@ use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::Subject;
+use crate::limits::{Limit, Pace};
 use crate::metrics::counts::{WRITER_BUCKETS, bounds};
 use crate::metrics::{Gauges, Metrics, Sample, errno_name};
 
@@ -38,10 +40,16 @@ impl Form {
 }
 
 /// The counters now.
-pub(super) fn text(form: Form, subject: &Subject, metrics: &Arc<Metrics>, gauges: Gauges) -> String {
+pub(super) fn text(
+    form: Form,
+    subject: &Subject,
+    (metrics, pace): (&Arc<Metrics>, &Pace),
+    gauges: Gauges,
+) -> String {
+    let throttled = Limit::ALL.map(|limit| (limit.name(), pace.throttled(limit)));
     let label = ("share".into(), subject.share.to_string().into());
     let mut registry = Registry::with_prefix_and_labels("lanefs", std::iter::once(label));
-    let counters = Counters { metrics: Arc::clone(metrics), gauges, sample: metrics.sample() };
+    let counters = Counters { metrics: Arc::clone(metrics), gauges, sample: metrics.sample(), throttled };
     registry.register_collector(Box::new(counters));
     let mut text = String::new();
     let encoded = match form {
@@ -57,6 +65,8 @@ struct Counters {
     metrics: Arc<Metrics>,
     gauges: Gauges,
     sample: Sample,
+    /// For how long the rate limits held queues.
+    throttled: [(&'static str, Duration); 5],
 }
 
 impl Collector for Counters {
@@ -173,7 +183,13 @@ impl Counters {
         single(encoder, ("waits", help, Counter), self.sample.waits)?;
         let help = "Time for which requests waited for others";
         let mut metric = encoder.encode_descriptor("wait", help, Some(&Unit::Seconds), Counter)?;
-        metric.encode_counter(&seconds(self.sample.wait_nanos), NONE)
+        metric.encode_counter(&seconds(self.sample.wait_nanos), NONE)?;
+        let help = "Time for which a rate limit held a virtqueue";
+        let mut metric = encoder.encode_descriptor("throttled", help, Some(&Unit::Seconds), Counter)?;
+        for (limit, time) in &self.throttled {
+            metric.encode_family(&[("limit", *limit)])?.encode_counter(&time.as_secs_f64(), NONE)?;
+        }
+        Ok(())
     }
 
     fn share(&self, encoder: &mut DescriptorEncoder<'_>) -> FmtResult {

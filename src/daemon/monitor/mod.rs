@@ -35,6 +35,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::endpoints::{EndpointError, Endpoints};
 use self::serve::Sources;
+use super::share::pace_of;
 use super::socket::FileId;
 use crate::config::{Config, Seccomp};
 use crate::logging;
@@ -218,7 +219,9 @@ impl Monitor {
         inherited::close_others(&kept)?;
         let _ = rustix::thread::set_name(c"lanefsd-monitor");
         sandbox::confine_monitor(self.subject.seccomp).map_err(io::Error::other)?;
-        let sources = Sources { subject: &self.subject, state: &self.state, metrics: &self.metrics };
+        let pace = pace_of(&self.metrics);
+        let sources =
+            Sources { subject: &self.subject, state: &self.state, metrics: &self.metrics, pace: &pace };
         let served = serve::run(&self.endpoints, &own, &sources, &ending);
         own.remove_sockets();
         served

@@ -16,6 +16,7 @@ use super::connection::{Answered, Connection, Peer};
 use super::endpoints::{Endpoints, OwnFiles};
 use super::exposition::{Form, text};
 use super::{Subject, control, http};
+use crate::limits::Pace;
 use crate::logging::warn_limited;
 use crate::metrics::{Gauges, Metrics};
 use crate::state_file::StateFile;
@@ -34,6 +35,7 @@ pub(super) struct Sources<'a> {
     pub subject: &'a Subject,
     pub state: &'a Arc<StateFile>,
     pub metrics: &'a Arc<Metrics>,
+    pub pace: &'a Pace,
 }
 
 impl Sources<'_> {
@@ -52,7 +54,7 @@ impl Sources<'_> {
     }
 
     fn text_of(&self, form: Form, gauges: Gauges) -> String {
-        text(form, self.subject, self.metrics, gauges)
+        text(form, self.subject, (self.metrics, self.pace), gauges)
     }
 }
 

@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::daemon::frontend::{self, Ending, FrontendError};
 use crate::daemon::monitor;
 use crate::daemon::run::{RunError, State, begin};
+use crate::daemon::share::pace_of;
 use crate::device::backend::Backend;
 use crate::device::engine::Stations;
 use crate::device::is_thread_of_queue;
@@ -95,7 +96,8 @@ fn work(mut task: Task<'_>, wrap: impl FnOnce(Arc<dyn FileSystem>) -> Arc<dyn Fi
     }
     let (file, metrics) = (Arc::clone(state.file), Arc::clone(state.metrics));
     let backend = Backend::new(&config.device, server, file, metrics, state.death, stations);
-    let backend = backend.map(|backend| backend.offering_postcopy(faults, is_orphaned));
+    let pace = pace_of(state.metrics);
+    let backend = backend.map(|backend| backend.offering_postcopy(faults, is_orphaned).paced_by(pace));
     match frontend::serve_one(stream, backend, &parent, &drain, leaves) {
         Ok(Ending::Drained) => status::DRAINED,
         Ok(Ending::Disconnected) => status::DISCONNECTED,

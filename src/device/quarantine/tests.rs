@@ -13,6 +13,7 @@ use crate::device::test_guest::{Guest, REPLY};
 use crate::device::vring::{Serving, Vring};
 use crate::device::watchdog::Watchdog;
 use crate::fs::{Context, FileSystem, PUT_BACK, Result as FsResult};
+use crate::limits::PaceHandle;
 use crate::metrics::Metrics;
 use crate::server::Server;
 use crate::sys::guest_buffers::GuestWriter;
@@ -119,6 +120,8 @@ impl Machine {
             watchdog: Watchdog::disabled(),
             workers: 4,
             poll_time: Duration::ZERO,
+            pace: PaceHandle::default(),
+            group: None,
         };
         let mut vring = Vring::new(guest.index, &self.state, &Metrics::create().unwrap(), quarantine);
         vring.set_size(8).unwrap();

@@ -6,8 +6,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use super::pacing::Hold;
 use crate::device::GuestMemoryMmap;
-use crate::device::chain;
+use crate::device::chain::{self, ChainBuffers};
+use crate::device::charge::Charge;
 use crate::device::coalesce::Coalescing;
 use crate::device::ring::{Ring, RingError};
 use crate::metrics::counts::{QueueMetrics, Served};
@@ -31,10 +33,22 @@ pub(in crate::device) struct PoppedChain {
     pub head: u16,
     /// The chains behind it.
     pub backlog: Backlog,
-    /// The chain was popped before the queue started, too: [`Queue::take_resumed`](super::Queue::take_resumed) says what is known of it.
-    pub is_resumed: bool,
-    /// It came while a worker polled the ring.
-    pub was_polled: bool,
+    /// What is known of it besides.
+    pub origin: Origin,
+}
+
+/// Where a chain comes from. One byte of what each pop returns in a register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::device) enum Origin {
+    /// From the ring.
+    Ring,
+    /// The same, while a worker polled it.
+    Polled,
+    /// The same, and it was charged to rate limits: [`Queue::take_charge`](super::Queue::take_charge) says as what.
+    Charged,
+    /// The chain was popped before the queue started, too: [`Queue::take_resumed`](super::Queue::take_resumed) says what is
+    /// known of it.
+    Resumed,
 }
 
 /// The chains that wait behind one that was popped.
@@ -83,6 +97,12 @@ pub(super) struct State {
     pub owes_notification: bool,
     pub statistics: Statistics,
     pub metrics: QueueMetrics,
+    /// The rate limits hold the next chain.
+    pub hold: Option<Hold>,
+    /// Chains that are popped and were charged to the rate limits, until [`Queue::take_charge`](super::Queue::take_charge).
+    pub charges: Vec<(u16, Charge)>,
+    /// The next chain, as it was walked for the rate limits.
+    pub peeked: ChainBuffers,
 }
 
 /// Counts since the start of a queue.
@@ -109,6 +129,9 @@ impl State {
             owes_notification: false,
             statistics: Statistics::default(),
             metrics,
+            hold: None,
+            charges: Vec::new(),
+            peeked: ChainBuffers::default(),
         }
     }
 
@@ -161,7 +184,8 @@ impl State {
     }
 
     /// Pops a chain. The guest kicks for the next one exactly if none waits behind this one.
-    #[inline]
+    // With the second caller that rate limits are, it would not be inlined into the first one.
+    #[inline(always)]
     pub fn pop(
         &mut self,
         memory: &GuestMemoryMmap,
@@ -197,7 +221,7 @@ impl State {
         self.statistics.requests += 1;
         self.metrics.popped();
         let backlog = Backlog { waiting: u32::from(waiting), slow: self.coalescing.is_slow() };
-        Ok(Some(PoppedChain { head, backlog, is_resumed: false, was_polled: false }))
+        Ok(Some(PoppedChain { head, backlog, origin: Origin::Ring }))
     }
 
     /// Pops a chain that does not come from the ring, or says that the next one does.
@@ -215,8 +239,7 @@ impl State {
         // All of them have waited for long.
         let backlog = Backlog { waiting: self.waiting(memory), slow: true };
         self.popped.push(resumed);
-        let head = resumed.head;
-        ControlFlow::Break(Some(PoppedChain { head, backlog, is_resumed: true, was_polled: false }))
+        ControlFlow::Break(Some(PoppedChain { head: resumed.head, backlog, origin: Origin::Resumed }))
     }
 
     /// Number of chains that may be popped.

@@ -3,8 +3,8 @@
 //! `loadgen run` plays the guest: one thread per request queue, requests that lie ready in guest
 //! memory, nothing allocated while it measures. `loadgen limit` does the same work with plain threads
 //! and system calls: what the host can do with no protocol in between. `loadgen inodes` asks what inodes
-//! cost that a guest keeps, `loadgen deaths` how long requests wait when a worker dies, and `loadgen start` how long a
-//! start takes. Each prints one JSON object.
+//! cost that a guest keeps, `loadgen deaths` how long requests wait when a worker dies, `loadgen pace` how exact rate limits
+//! are, and `loadgen start` how long a start takes. Each prints one JSON object.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -27,6 +27,7 @@ mod lane;
 mod layout;
 mod limit;
 mod options;
+mod pace;
 mod process;
 mod report;
 mod run;
@@ -46,6 +47,7 @@ fn main() {
         Command::Limit(options) => limit::limit(&options).and_then(|report| print(&report)),
         Command::Inodes(options) => inodes::inodes(&options).and_then(|report| print(&report)),
         Command::Deaths(options) => deaths::deaths(&options).and_then(|report| print(&report)),
+        Command::Pace(options) => pace::pace(&options).and_then(|report| print(&report)),
         Command::Start(options) => start::start(&options).and_then(|report| print(&report)),
     };
     if let Err(error) = result {

@@ -27,6 +27,8 @@ pub enum Command {
     Inodes(InodesOptions),
     /// Kill the worker of a back end again and again, and see how long requests wait.
     Deaths(DeathsOptions),
+    /// Limit the rate of a share, and see how exact that is and what another share gets beside it.
+    Pace(PaceOptions),
     /// Start a back end, and see how long it takes until it can be connected to.
     Start(StartOptions),
 }
@@ -150,6 +152,29 @@ pub struct DeathsOptions {
     /// short time.
     #[arg(long, default_value_t = 2600)]
     pub interval: u64,
+}
+
+/// Options of `loadgen pace`.
+#[derive(Debug, Args)]
+pub struct PaceOptions {
+    /// lanefsd.
+    #[arg(long)]
+    pub backend: PathBuf,
+    /// A further option for it; may be repeated.
+    #[arg(long, allow_hyphen_values = true)]
+    pub backend_arg: Vec<String>,
+    /// READs per second; the limit is so many times the block.
+    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub rate: u64,
+    /// Bytes of a READ.
+    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub block: u32,
+    /// READs in flight.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub depth: u16,
+    /// Seconds of each measurement.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(2..=3600))]
+    pub time: u64,
 }
 
 /// Options of `loadgen start`.

@@ -5,6 +5,8 @@ pub use lanefsd::fs;
 
 #[path = "../../../src/fs/passthrough/inode/io_mode.rs"]
 pub mod io_mode;
+#[path = "../../../src/limits/pace.rs"]
+pub mod pace;
 #[path = "../../../src/fs/passthrough/inode/range_lock.rs"]
 pub mod range_lock;
 #[path = "../../../src/server/session_lock.rs"]
@@ -14,7 +16,7 @@ pub mod worker_count;
 
 /// The doubles of `src/sync.rs`.
 mod sync {
-    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
+    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
     pub(crate) use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
     pub(crate) use loom::thread::{Thread, current, park, yield_now as pause};
     pub(crate) use std::sync::PoisonError;

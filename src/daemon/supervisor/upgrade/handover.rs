@@ -18,8 +18,10 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::daemon::monitor::MonitorParts;
+use crate::daemon::share::pace_of;
 use crate::daemon::socket::Files;
 use crate::device::quarantine::Death;
+use crate::limits::Rates;
 use crate::metrics::Metrics;
 use crate::sandbox::config::Sandbox;
 use crate::sandbox::{Entered, Prepared};
@@ -195,9 +197,14 @@ impl Handover {
         })
     }
 
-    /// The counters. A program that has none begins to count anew.
-    pub(super) fn counters(&self) -> Result<Arc<Metrics>, Errno> {
-        self.metrics.map_or_else(Metrics::create, |fd| adopt(fd).and_then(Metrics::open))
+    /// The counters, with the rate limits beside them. After a program that has none they begin anew, with `rates`.
+    pub(super) fn counters(&self, rates: &Rates) -> Result<Arc<Metrics>, Errno> {
+        if let Some(fd) = self.metrics {
+            return adopt(fd).and_then(Metrics::open);
+        }
+        let metrics = Metrics::create()?;
+        pace_of(&metrics).apply(rates);
+        Ok(metrics)
     }
 
     /// Socket and pid file, with a descriptor by which the latter stays locked.

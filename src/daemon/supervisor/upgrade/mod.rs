@@ -25,7 +25,6 @@ use std::time::{Duration, Instant};
 use log::{error, info};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{CWD, Mode, OFlags, openat};
-use rustix::time::{ClockId, clock_gettime};
 
 use self::candidate::Candidate;
 use self::handover::{FAILURE, FrontEnd, Handover, SocketFiles, VARIABLE, name_of};
@@ -45,6 +44,7 @@ use crate::logging::{self, Scope, describe};
 use crate::process::{self, Signals};
 use crate::sandbox::{self, WorkerEnd, Workers, Zombie};
 use crate::state_file::StateFile;
+use crate::sys::clock::monotonic;
 use crate::sys::exec::Program;
 use crate::sys::hangup::{Hangup, Hangups};
 use crate::sys::inherited::{adopt, copy};
@@ -347,7 +347,7 @@ where
     signals::wake_by_children().map_err(|errno| RunError::Worker(errno.into()))?;
     let take = |fd| adopt(fd).map_err(failed);
     let state = or_back(take(handover.state).and_then(|state| Ok(StateFile::open(state)?)))?;
-    let metrics = or_back(handover.counters().map_err(RunError::Metrics))?;
+    let metrics = or_back(handover.counters(&config.device.rates).map_err(RunError::Metrics))?;
     let socket = Socket::go_on(&config.listen, or_back(take(handover.listener))?, handover.socket_files());
     let pending = handover.pending.iter().filter_map(|fd| adopt(*fd).ok().map(UnixStream::from));
     let acceptor =
@@ -466,12 +466,6 @@ fn name_process(program: &Path) {
     let name = std::ffi::CString::new(name.get(..name.len().min(15)).unwrap_or_default()).unwrap_or_default();
     // It is for people.
     let _ = rustix::thread::set_name(&name);
-}
-
-/// CLOCK_MONOTONIC in nanoseconds.
-fn monotonic() -> u64 {
-    let now = Duration::try_from(clock_gettime(ClockId::Monotonic)).unwrap_or_default();
-    u64::try_from(now.as_nanos()).unwrap_or(0)
 }
 
 fn failed(errno: rustix::io::Errno) -> RunError {
