@@ -20,7 +20,7 @@ fn each_command_prints_text_for_people() {
             "share web\n  OP     PHASE       AGE   SIZE  QUEUE  UNIQUE\n  write  serving  500 ms  4 KiB",
         ),
         (&["slow"], "share web\n  OP       TIME  WAITED"),
-        (&["limit"], "share web\n  LIMIT           VALUE  MEANING\n  read-bytes        off"),
+        (&["limit"], "share web\n  LIMIT            VALUE  MEANING\n  read-bytes         off"),
         (&["loglevel", "debug"], "share web: log level debug\n"),
         (&["drain"], "share web: no requests in flight, and no new ones are taken\n"),
         (&["resume"], "share web: requests are taken again\n"),

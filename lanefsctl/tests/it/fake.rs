@@ -72,7 +72,7 @@ pub fn idle(request: &Value) -> String {
             r#"{"ops":[{"op":"write","unique":7,"queue":1,"age_seconds":0.5,"phase":"serving","size":4096}]}"#
         }
         "slow" => r#"{"slow":[{"op":"fsync","seconds":1.5,"ended_seconds_ago":3.0,"wait_seconds":0.4}]}"#,
-        "limit" => r#"{"limits":{"read-bytes":0,"write-bytes":100000000}}"#,
+        "limit" => r#"{"limits":{"read-bytes":0,"write-bytes":104857600}}"#,
         "loglevel" => r#"{"log_level":"debug"}"#,
         "drain" => r#"{"draining":true,"in_flight":0}"#,
         "resume" => r#"{"draining":false}"#,
