@@ -14,7 +14,8 @@ use lanefsd::device::ring::{Layout, Ring};
 use lanefsd::device::{GuestMemoryMmap, SharedMemory};
 use lanefsd::fs::passthrough::PassthroughFs;
 use lanefsd::limits::Limits;
-use lanefsd::metrics::Metrics;
+use lanefsd::metrics::counts::Served;
+use lanefsd::metrics::{Metrics, slow};
 use lanefsd::server::Server;
 use lanefsd::state_file::{Journal, Place, StateFile};
 use rustix::event::{EventfdFlags, eventfd};
@@ -129,6 +130,9 @@ impl Guest {
             0,
         );
         let metrics = Metrics::create().unwrap().for_queue(1);
+        // What is measured is not among the slowest requests.
+        let slow = Served { nanos: 60_000_000_000, ..Served::default() };
+        (0..slow::KEPT).for_each(|_| metrics.station().completed(&slow));
         let queue =
             Queue::new(1, memory.clone(), ring, theirs.0.into(), Some(theirs.1.into()), journal, metrics)
                 .unwrap();

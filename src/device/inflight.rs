@@ -38,7 +38,7 @@ use super::charge::Charge;
 use super::queue::{Backlog, Origin, PoppedChain, Queue, Used};
 use super::{SharedMemory, probes};
 use crate::fs::transfer::Load;
-use crate::metrics::counts::Served;
+use crate::metrics::counts::{Served, Station};
 use crate::metrics::{Phase, notes};
 use crate::server::{self, Class, Server};
 use crate::state_file::{Effects, Resumed};
@@ -115,6 +115,9 @@ struct Request {
     /// The request was popped; a worker that polls is free for longer.
     popped: u64,
     server: server::Scratch,
+    /// What is counted of the request, and where.
+    served: Served,
+    station: Station,
 }
 
 impl Scratch {
@@ -135,6 +138,8 @@ impl Scratch {
             start: 0,
             popped: 0,
             server: server::Scratch::default(),
+            served: Served::default(),
+            station: queue.metrics().station(),
         }))
     }
 
@@ -240,7 +245,7 @@ impl InFlight {
                 request.submitted = Some(submitted);
                 // The clone is nobody's guard; see `detach`.
                 request.memory = request.memory.clone();
-                request.used.served.notes = notes::take();
+                request.served.notes = notes::take();
                 request.queue.metrics().set_phase(request.used.head, Phase::Submitted);
                 Err(Submitted(self.0))
             }
@@ -325,7 +330,7 @@ impl Completion {
     #[inline(always)]
     fn new(mut request: Box<Request>, written: u32) -> Completion {
         request.used.written = written;
-        request.count();
+        request.note();
         request.queue.journal().done(request.used.head, written);
         request.memory = None;
         Completion(request)
@@ -336,7 +341,7 @@ impl Completion {
     pub fn pop_next(mut self) -> Result<(Popped, Backlog), Scratch> {
         let end = monotonic();
         let service_time = Duration::from_nanos(end.saturating_sub(self.0.start));
-        self.0.used.served.nanos = end.saturating_sub(self.0.popped);
+        self.0.count(end);
         self.0.start = end;
         self.0.owes_entry = false;
         let found = self.0.queue.complete_and_pop(Some((self.0.used, service_time)));
@@ -346,7 +351,7 @@ impl Completion {
     /// The used entry, which the caller adds, and the memory for the next request.
     pub fn into_used(mut self) -> (Used, Scratch) {
         self.0.owes_entry = false;
-        self.0.used.served.nanos = monotonic().saturating_sub(self.0.popped);
+        self.0.count(monotonic());
         (self.0.used, Scratch(self.0))
     }
 
@@ -359,7 +364,7 @@ impl Completion {
     /// Adds the used entry.
     pub fn add_used(mut self) -> Scratch {
         self.0.owes_entry = false;
-        self.0.used.served.nanos = monotonic().saturating_sub(self.0.popped);
+        self.0.count(monotonic());
         self.0.queue.complete(self.0.used);
         Scratch(self.0)
     }
@@ -372,7 +377,8 @@ impl Request {
         let Some(PoppedChain { head, backlog, origin }) = found else {
             return Err(Scratch(self));
         };
-        self.used = Used { head, ..Used::default() };
+        self.used = Used { head, written: 0 };
+        self.served.opcode = 0;
         self.popped = self.start;
         if origin != Origin::Ring || self.resumed.is_some() {
             self.set_origin(origin);
@@ -381,10 +387,18 @@ impl Request {
         Ok((Popped(self), backlog))
     }
 
-    /// Fills in what is counted of a request that has its reply.
+    /// Counts a request whose used entry is about to be added.
     #[inline(always)]
-    fn count(&mut self) {
-        let served = &mut self.used.served;
+    fn count(&mut self, end: u64) {
+        self.served.popped = self.popped;
+        self.served.nanos = end.saturating_sub(self.popped);
+        self.station.completed(&self.served);
+    }
+
+    /// Notes what is counted of a request that has its reply.
+    #[inline(always)]
+    fn note(&mut self) {
+        let served = &mut self.served;
         let notes = notes::take();
         served.notes.waited = served.notes.waited.saturating_add(notes.waited);
         served.notes.writers = served.notes.writers.max(notes.writers);
@@ -396,7 +410,7 @@ impl Request {
                 _ => 0,
             };
         }
-        probes::end(&self.used.served, self.queue.index());
+        probes::end(&self.served, self.queue.index());
     }
 
     #[cold]
@@ -422,9 +436,9 @@ impl Request {
             self.hold_to_charge()?;
         }
         let wire = self.header.wire();
-        self.used.served = Served { opcode: wire.opcode, unique: wire.unique, ..Served::default() };
+        self.served = Served { opcode: wire.opcode, unique: wire.unique, ..Served::default() };
         self.queue.metrics().begin(self.used.head, self.popped);
-        probes::start(&self.used.served, self.queue.index(), wire.len);
+        probes::start(&self.served, self.queue.index(), wire.len);
         if self.resumed.is_some() && self.is_replayed()? {
             return Ok(());
         }
@@ -468,7 +482,7 @@ fn is_replay(chain: &Resumed) -> bool {
 impl Drop for Request {
     fn drop(&mut self) {
         if self.owes_entry {
-            self.used.served.nanos = monotonic().saturating_sub(self.popped);
+            self.count(monotonic());
             self.queue.journal().done(self.used.head, self.used.written);
             self.queue.complete(self.used);
         }

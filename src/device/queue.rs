@@ -149,10 +149,9 @@ impl Queue {
         self.mark(&chains);
         for &Resumed { head, written, .. } in &chains {
             if let Some(written) = written {
-                self.complete(Used { head, written, ..Used::default() });
+                self.complete(Used { head, written });
             }
         }
-        self.metrics.start(self.layout.size);
         let mut state = self.lock();
         state.resumed = chains.into_iter().filter(|chain| chain.written.is_none()).collect();
         if state.source == Source::Ring {
@@ -319,7 +318,6 @@ impl Queue {
             let mut state = self.lock();
             let popped = self.pop(&mut state, memory, IfEmpty::DisableKicks)?;
             state.statistics.busy_poll_hits += 1;
-            state.metrics.polled();
             let is_plain = popped.origin == Origin::Ring;
             Some(PoppedChain { origin: if is_plain { Origin::Polled } else { popped.origin }, ..popped })
         })

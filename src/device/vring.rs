@@ -253,7 +253,8 @@ impl Vring {
         let start = self.journal.start(self.place(), self.base, ring.next_used());
         ring.set_next_available(start.next_available);
         let is_held = self.quarantine.holds();
-        let (journal, metrics) = (self.journal.clone(), self.metrics.clone());
+        let (journal, mut metrics) = (self.journal.clone(), self.metrics.clone());
+        metrics.start(self.layout.size);
         let queue = Queue::new(self.index, memory.clone(), ring, kick, call, journal, metrics)?
             .with_busy_poll(serving.poll_time)
             .paced_by(&serving.pace, serving.group.as_ref())

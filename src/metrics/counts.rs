@@ -1,8 +1,10 @@
-//! The counters of one queue.
+//! Counters of requests and of queues.
 //!
-//! They are changed under the lock of the queue, by one thread at a time, so a change is a load and a store. A process that
-//! dies in between loses one request of the count, and nothing else.
+//! Each request in flight counts at a [`Station`] of its own, which it has from the request before it: its cache lines are
+//! those of the CPU that serves it, and a change is a load and a store. A process that dies in between loses one request of
+//! the count, and nothing else. Who reads adds up all stations.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use fuse_protocol::opcode::Opcode;
@@ -39,32 +41,34 @@ pub struct OpCounts {
     pub(super) buckets: [AtomicU64; BUCKETS],
 }
 
-/// The counters of one queue.
+/// Counters of requests, of which one request at a time has its own.
 #[repr(C)]
-pub struct QueueCounts {
-    pub(super) requests: AtomicU64,
-    pub(super) completed: AtomicU64,
-    pub(super) notifications: AtomicU64,
-    pub(super) wakeups: AtomicU64,
-    pub(super) polled: AtomicU64,
+#[repr(align(128))]
+pub struct StationCounts {
     pub(super) bytes_read: AtomicU64,
     pub(super) bytes_written: AtomicU64,
     pub(super) waits: AtomicU64,
     pub(super) wait_nanos: AtomicU64,
-    pub(super) size: AtomicU32,
-    pub(super) workers: AtomicU32,
     pub(super) writers: [AtomicU64; WRITER_BUCKETS],
     pub(super) ops: [OpCounts; OPS],
 }
 
-// SAFETY: `repr(C)`, and all fields are atomic.
-unsafe impl Record for QueueCounts {}
-
-/// Adds without an atomic read-modify-write: one thread at a time does it.
-#[inline]
-fn add(counter: &AtomicU64, count: u64) {
-    counter.store(counter.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
+/// What is known of one queue.
+#[repr(C)]
+#[repr(align(128))]
+pub struct QueueCounts {
+    pub(super) requests: AtomicU64,
+    pub(super) notifications: AtomicU64,
+    pub(super) polled: AtomicU64,
+    pub(super) size: AtomicU32,
+    pub(super) workers: AtomicU32,
+    pub(super) wakeups: AtomicU64,
 }
+
+// SAFETY: `repr(C)`, and all fields are atomic.
+unsafe impl Record for StationCounts {}
+// SAFETY: the same.
+unsafe impl Record for QueueCounts {}
 
 /// A request that has its reply.
 #[derive(Clone, Copy, Debug, Default)]
@@ -77,7 +81,9 @@ pub struct Served {
     pub errno: u16,
     /// Bytes of data that were read or written.
     pub bytes: u32,
-    /// Nanoseconds from its pop to its reply.
+    /// When it was popped, in nanoseconds of CLOCK_MONOTONIC.
+    pub popped: u64,
+    /// Nanoseconds from then to its reply.
     pub nanos: u64,
     /// What was noted of it.
     pub notes: super::notes::Notes,
@@ -89,6 +95,8 @@ pub struct QueueMetrics {
     queue: usize,
     counts: Table<QueueCounts, Metrics>,
     progress: Table<AtomicU64, Metrics>,
+    /// Requests, notifications and polls before the queue started.
+    before: [u64; 3],
 }
 
 impl QueueMetrics {
@@ -97,20 +105,16 @@ impl QueueMetrics {
         progress: Table<AtomicU64, Metrics>,
         queue: usize,
     ) -> QueueMetrics {
-        QueueMetrics { queue, counts, progress }
-    }
-
-    fn metrics(&self) -> &Metrics {
-        self.counts.owner()
+        QueueMetrics { queue, counts, progress, before: [0; 3] }
     }
 
     /// The queue starts, with a ring of this size.
-    pub fn start(&self, size: u16) {
-        let counts = self.counts();
+    pub fn start(&mut self, size: u16) {
+        let counts = self.counts.get(self.queue);
         counts.size.store(size.into(), Ordering::Relaxed);
         counts.workers.store(0, Ordering::Relaxed);
-        // Those of a process that has died are served again, and counted again.
-        counts.completed.store(counts.requests.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.before = [&counts.requests, &counts.notifications, &counts.polled]
+            .map(|count| count.load(Ordering::Relaxed));
     }
 
     /// The queue stops.
@@ -118,28 +122,20 @@ impl QueueMetrics {
         self.counts().size.store(0, Ordering::Relaxed);
     }
 
+    /// Requests, notifications and polls since the start. One thread at a time says so, now and then.
+    #[inline]
+    pub fn publish(&self, requests: u64, notifications: u64, polled: u64) {
+        let counts = self.counts();
+        let [requests_before, notifications_before, polled_before] = self.before;
+        counts.requests.store(requests_before.wrapping_add(requests), Ordering::Relaxed);
+        counts.notifications.store(notifications_before.wrapping_add(notifications), Ordering::Relaxed);
+        counts.polled.store(polled_before.wrapping_add(polled), Ordering::Relaxed);
+    }
+
     /// Counts a worker of the queue, until that is dropped.
     pub fn count_worker(&self) -> CountedWorker<'_> {
         self.counts().workers.fetch_add(1, Ordering::Relaxed);
         CountedWorker(&self.counts().workers)
-    }
-
-    /// A chain was popped.
-    #[inline]
-    pub fn popped(&self) {
-        add(&self.counts().requests, 1);
-    }
-
-    /// A chain was found by polling.
-    #[inline]
-    pub fn polled(&self) {
-        add(&self.counts().polled, 1);
-    }
-
-    /// The guest was notified.
-    #[inline]
-    pub fn notified(&self) {
-        add(&self.counts().notifications, 1);
     }
 
     /// A worker was woken. Others may be at the same time.
@@ -151,56 +147,95 @@ impl QueueMetrics {
     /// The request that starts with descriptor `head` is served from `start` on.
     #[inline]
     pub fn begin(&self, head: u16, start: u64) {
-        self.progress.get(head.into()).store(start << 2, Ordering::Relaxed);
+        self.progress(head).store(start << 2, Ordering::Relaxed);
     }
 
     /// What the request that starts with descriptor `head` does.
     #[inline]
     pub fn set_phase(&self, head: u16, phase: super::Phase) {
-        let progress = self.progress.get(head.into());
+        let progress = self.progress(head);
         let start = progress.load(Ordering::Relaxed) & !3;
         progress.store(start | phase as u64, Ordering::Relaxed);
+    }
+
+    /// Counters for one request after the other.
+    pub fn station(&self) -> Station {
+        Station::new(self.counts.owner(), self.queue)
+    }
+
+    #[inline]
+    fn progress(&self, head: u16) -> &AtomicU64 {
+        self.progress.get(usize::from(head) * super::PROGRESS_STRIDE)
+    }
+
+    #[inline]
+    fn counts(&self) -> &QueueCounts {
+        self.counts.get(self.queue)
+    }
+}
+
+/// Counters of which one request at a time has its own: two CPUs never change the same ones, unless there are more requests
+/// than stations.
+pub struct Station {
+    counts: Table<StationCounts, Metrics>,
+    index: usize,
+    queue: usize,
+}
+
+impl Station {
+    fn new(metrics: &Arc<Metrics>, queue: usize) -> Station {
+        Station { counts: metrics.stations(), index: metrics.take_station(), queue }
+    }
+
+    /// Adds to a counter of this station.
+    #[inline]
+    fn add(&self, counter: &AtomicU64, count: u64) {
+        if self.index == 0 {
+            // Several requests share it.
+            counter.fetch_add(count, Ordering::Relaxed);
+        } else {
+            counter.store(counter.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
+        }
     }
 
     /// A request has its reply.
     #[inline]
     pub fn completed(&self, served: &Served) {
-        let counts = self.counts();
-        add(&counts.completed, 1);
+        let counts = self.counts.get(self.index);
         let op = served.opcode as usize % OPS;
         let Some(of_op) = counts.ops.get(op) else { return };
-        add(&of_op.nanos, served.nanos);
+        self.add(&of_op.nanos, served.nanos);
         if let Some(bucket) = of_op.buckets.get(bucket(served.nanos)) {
-            add(bucket, 1);
+            self.add(bucket, 1);
         }
         if served.bytes > 0 {
             let is_read = served.opcode == Opcode::Read as u32;
-            add(if is_read { &counts.bytes_read } else { &counts.bytes_written }, served.bytes.into());
+            self.add(if is_read { &counts.bytes_read } else { &counts.bytes_written }, served.bytes.into());
         }
         if served.errno != 0 {
-            add(&of_op.errors, 1);
+            self.add(&of_op.errors, 1);
             self.metrics().count_error(op, usize::from(served.errno) % ERRNOS);
         }
         if served.notes != super::notes::Notes::default() {
-            self.count_notes(served);
+            self.count_notes(counts, served);
         }
         if self.metrics().is_slow(served.nanos) {
             self.note_slow(served);
         }
     }
 
-    fn count_notes(&self, served: &Served) {
-        let (counts, notes) = (self.counts(), served.notes);
+    fn count_notes(&self, counts: &StationCounts, served: &Served) {
+        let notes = served.notes;
         if notes.waited > 0 {
-            add(&counts.waits, 1);
-            add(&counts.wait_nanos, notes.waited);
+            self.add(&counts.waits, 1);
+            self.add(&counts.wait_nanos, notes.waited);
         }
         if notes.writers > 0 {
             let bucket = (u32::BITS - (notes.writers - 1).leading_zeros()) as usize;
             if let Some(bucket) = counts.writers.get(bucket.min(WRITER_BUCKETS - 1)) {
-                add(bucket, 1);
+                self.add(bucket, 1);
             }
-            self.metrics().saw_writers(notes.writers);
+            self.metrics().saw_writers(notes.writers, served.popped.wrapping_add(served.nanos));
         }
     }
 
@@ -212,9 +247,14 @@ impl QueueMetrics {
         slow::insert(self.metrics(), &ended);
     }
 
-    #[inline]
-    fn counts(&self) -> &QueueCounts {
-        self.counts.get(self.queue)
+    fn metrics(&self) -> &Metrics {
+        self.counts.owner()
+    }
+}
+
+impl Drop for Station {
+    fn drop(&mut self) {
+        self.metrics().give_station_back(self.index);
     }
 }
 
@@ -252,30 +292,46 @@ mod tests {
     #[test]
     fn requests_are_counted_by_operation_and_errno() {
         let metrics = Metrics::create().unwrap();
-        let queue = metrics.for_queue(1);
+        let mut queue = metrics.for_queue(1);
         queue.start(128);
         let read = Served { opcode: 15, unique: 7, bytes: 4096, nanos: 5000, ..Served::default() };
-        for served in [read, read, Served { errno: 2, bytes: 0, opcode: 1, ..read }] {
-            queue.popped();
-            queue.completed(&served);
+        // Also where there are more requests than stations.
+        let stations: Vec<Station> = (0..2 * super::super::STATIONS).map(|_| queue.station()).collect();
+        for station in &stations {
+            station.completed(&read);
+            station.completed(&Served { errno: 2, bytes: 0, opcode: 1, ..read });
         }
-        queue.popped();
+        let count = stations.len() as u64;
         let sample = metrics.sample();
-        assert_eq!(sample.bytes_read, 8192);
-        assert_eq!(sample.queues[1].in_flight, 1);
+        assert_eq!(sample.bytes_read, 4096 * count);
         let ops: Vec<_> = sample.ops.iter().map(|op| (op.name, op.count, op.nanos, op.errors)).collect();
-        assert_eq!(ops, [("lookup", 1, 5000, 1), ("read", 2, 10_000, 0)]);
-        assert_eq!(metrics.errors(), [("lookup", 2, 1)]);
+        assert_eq!(ops, [("lookup", count, 5000 * count, count), ("read", count, 5000 * count, 0)]);
+        assert_eq!(metrics.errors(), [("lookup", 2, count)]);
+        drop(stations);
+        assert_eq!(queue.station().index, 1, "stations are used again");
+    }
+
+    #[test]
+    fn what_a_queue_has_counted_before_counts_on() {
+        let metrics = Metrics::create().unwrap();
+        for _ in 0..2 {
+            let mut queue = metrics.for_queue(3);
+            queue.start(64);
+            queue.publish(10, 5, 1);
+            queue.publish(20, 7, 1);
+        }
+        let sample = metrics.sample();
+        let queue = sample.queues[3];
+        assert_eq!((queue.requests, queue.notifications, queue.polled, queue.size), (40, 14, 2, 64));
     }
 
     #[test]
     fn writers_of_one_file_are_seen() {
         let metrics = Metrics::create().unwrap();
-        let queue = metrics.for_queue(1);
-        queue.start(128);
+        let station = metrics.for_queue(1).station();
         for writers in [1, 2, 3, 16, 200] {
             let notes = super::super::notes::Notes { waited: 0, writers };
-            queue.completed(&Served { opcode: 16, notes, ..Served::default() });
+            station.completed(&Served { opcode: 16, notes, popped: monotonic(), ..Served::default() });
         }
         assert_eq!(metrics.sample().writers, [1, 1, 1, 0, 1, 0, 0, 1]);
         assert_eq!(metrics.most_writers(), 200);

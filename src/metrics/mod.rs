@@ -6,7 +6,8 @@
 //!
 //! | part | by |
 //! |---|---|
-//! | requests, times and bytes of each queue | the queue's threads, under its lock ([`counts`]) |
+//! | requests, times and bytes | each request in flight at a place of its own ([`counts`]) |
+//! | totals of each queue | the queue's threads, under its lock, now and then |
 //! | errors by operation and errno | all threads |
 //! | when each request in flight was begun | the thread that serves it |
 //! | the slowest requests | all threads, one at a time ([`slow`]) |
@@ -31,7 +32,7 @@ use rustix::io::Errno;
 use rustix::thread::futex;
 use rustix::time::Timespec;
 
-use self::counts::{QueueCounts, QueueMetrics};
+use self::counts::{QueueCounts, QueueMetrics, StationCounts};
 pub use self::errnos::errno_name;
 pub use self::sample::{OpSample, QueueSample, Sample, op_name};
 use self::slow::{Ended, SlowRecord};
@@ -47,9 +48,14 @@ pub const QUEUES: usize = 64;
 /// Descriptors of the largest ring.
 const SLOTS: usize = 32_768;
 
+/// Requests that count without others; a power of two. The first station is shared by all that come later.
+const STATIONS: usize = 256;
+/// The starts of two requests are in cache lines of their own.
+const PROGRESS_STRIDE: usize = 8;
+
 const MAGIC: u64 = u64::from_le_bytes(*b"lanestat");
 /// Version of the layout. A program that finds another one begins to count anew.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// A window for the most writers of a file: some 8.6 seconds.
 const WINDOW_SHIFT: u32 = 33;
 /// Bits of the number of writers beside the number of the window.
@@ -69,9 +75,10 @@ mod offsets {
     pub const SLOW: usize = after::<Header>(HEADER, 1);
     pub const ERRORS: usize = after::<SlowRecord>(SLOW, slow::KEPT);
     pub const COUNTS: usize = after::<AtomicU64>(ERRORS, OPS * ERRNOS);
-    pub const LIMITS: usize = after::<QueueCounts>(COUNTS, QUEUES);
+    pub const STATIONS: usize = after::<QueueCounts>(COUNTS, QUEUES);
+    pub const LIMITS: usize = after::<StationCounts>(STATIONS, super::STATIONS);
     pub const PROGRESS: usize = after::<[u8; LIMITS_SIZE]>(LIMITS, 1);
-    pub const END: usize = after::<AtomicU64>(PROGRESS, QUEUES * SLOTS);
+    pub const END: usize = after::<AtomicU64>(PROGRESS, QUEUES * SLOTS * PROGRESS_STRIDE);
 }
 
 /// The first page.
@@ -95,6 +102,8 @@ struct Header {
     slow_lock: AtomicU32,
     unused: AtomicU32,
     slow_floor: AtomicU64,
+    /// A bit for each station that a request has.
+    stations: [AtomicU64; STATIONS / 64],
     /// Most writers of a file in this window and in the one before, each with the number of the window above.
     writers: [AtomicU64; 2],
     gauges: [AtomicU64; Gauges::COUNT],
@@ -193,9 +202,9 @@ impl Metrics {
     #[allow(clippy::expect_used, reason = "the offsets are constants inside the file, as a test shows")]
     pub fn for_queue(self: &Arc<Self>, queue: usize) -> QueueMetrics {
         let queue = queue.min(QUEUES - 1);
-        let progress = offsets::PROGRESS + queue * SLOTS * size_of::<AtomicU64>();
         let counts = Table::new(Arc::clone(self), offsets::COUNTS, QUEUES).expect("counts");
-        let progress = Table::new(Arc::clone(self), progress, SLOTS).expect("progress");
+        let progress =
+            Table::new(Arc::clone(self), progress_of(queue), SLOTS * PROGRESS_STRIDE).expect("progress");
         QueueMetrics::new(counts, progress, queue)
     }
 
@@ -211,7 +220,38 @@ impl Metrics {
 
     /// A process begins to serve: nothing of another one is in flight any more.
     pub fn begin_process(&self) {
-        self.header().slow_lock.store(0, Ordering::Relaxed);
+        let header = self.header();
+        header.slow_lock.store(0, Ordering::Relaxed);
+        header.stations.iter().for_each(|taken| taken.store(0, Ordering::Relaxed));
+    }
+
+    #[allow(clippy::expect_used, reason = "the offsets are constants inside the file, as a test shows")]
+    fn stations(self: &Arc<Self>) -> Table<StationCounts, Metrics> {
+        Table::new(Arc::clone(self), offsets::STATIONS, STATIONS).expect("stations")
+    }
+
+    /// A station that no request has, or the first one, which all may use.
+    fn take_station(&self) -> usize {
+        for (word, taken) in self.header().stations.iter().enumerate() {
+            // The first one is never anybody's own.
+            let shared = u64::from(word == 0);
+            let mut seen = taken.load(Ordering::Relaxed);
+            while seen | shared != u64::MAX {
+                let bit = (seen | shared).trailing_ones();
+                let before = taken.fetch_or(1 << bit, Ordering::Relaxed);
+                if before & 1 << bit == 0 {
+                    return word * 64 + bit as usize;
+                }
+                seen = before;
+            }
+        }
+        0
+    }
+
+    fn give_station_back(&self, station: usize) {
+        if let Some(taken) = self.header().stations.get(station / 64).filter(|_| station > 0) {
+            taken.fetch_and(!(1 << (station % 64)), Ordering::Relaxed);
+        }
     }
 
     /// This process serves now, by its id outside of all sandboxes.
@@ -332,9 +372,9 @@ impl Metrics {
 
     /// Since when a request in flight is served, and what it does: of the one that starts with descriptor `head`.
     pub fn progress(&self, queue: usize, head: u16) -> (u64, Phase) {
-        let offset = offsets::PROGRESS + queue.min(QUEUES - 1) * SLOTS * size_of::<AtomicU64>();
-        let slots = self.mapping.records::<AtomicU64>(offset, SLOTS);
-        let word = slots.get(usize::from(head)).map_or(0, |word| word.load(Ordering::Relaxed));
+        let slots = self.mapping.records::<AtomicU64>(progress_of(queue), SLOTS * PROGRESS_STRIDE);
+        let word =
+            slots.get(usize::from(head) * PROGRESS_STRIDE).map_or(0, |word| word.load(Ordering::Relaxed));
         let phase = match word & 3 {
             1 => Phase::Waiting,
             2 => Phase::Submitted,
@@ -370,9 +410,9 @@ impl Metrics {
     }
 
     /// A file has so many writers now.
-    fn saw_writers(&self, writers: u32) {
+    fn saw_writers(&self, writers: u32, now: u64) {
         let [this, before] = &self.header().writers;
-        let window = monotonic() >> WINDOW_SHIFT;
+        let window = now >> WINDOW_SHIFT;
         let value = window << WRITERS_BITS | u64::from(writers.min((1 << WRITERS_BITS) - 1));
         let old = this.load(Ordering::Relaxed);
         if value > old {
@@ -399,6 +439,11 @@ impl Metrics {
     fn header(&self) -> &Header {
         &self.mapping.records(offsets::HEADER, 1)[0]
     }
+}
+
+/// Where the starts of a queue's requests are.
+fn progress_of(queue: usize) -> usize {
+    offsets::PROGRESS + queue.min(QUEUES - 1) * SLOTS * PROGRESS_STRIDE * size_of::<AtomicU64>()
 }
 
 /// Lets others change the list of slow requests when it is dropped.

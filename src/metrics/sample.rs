@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use fuse_protocol::opcode::Opcode;
 
-use super::counts::{BUCKETS, QueueCounts, WRITER_BUCKETS};
-use super::{ERRNOS, Metrics, OPS, QUEUES, offsets};
+use super::counts::{BUCKETS, QueueCounts, StationCounts, WRITER_BUCKETS};
+use super::{ERRNOS, Metrics, OPS, QUEUES, STATIONS, offsets};
 use crate::sys::clock::monotonic;
 
 /// One operation, of all queues.
@@ -33,7 +33,7 @@ pub struct QueueSample {
     pub size: u32,
     /// Threads.
     pub workers: u32,
-    /// Requests that were taken and have no reply.
+    /// Requests that were taken and have no reply. The journal has them: whoever has that fills it in.
     pub in_flight: u64,
     /// Requests that were taken.
     pub requests: u64,
@@ -90,21 +90,20 @@ impl Metrics {
     /// All counters now.
     pub fn sample(&self) -> Sample {
         let queues = self.mapping.records::<QueueCounts>(offsets::COUNTS, QUEUES);
-        let last = queues
-            .iter()
-            .rposition(|queue| load(&queue.requests) > 0 || queue.size.load(Ordering::Relaxed) > 0);
-        let queues = queues.get(..last.map_or(0, |last| last + 1)).unwrap_or_default();
-        let mut sample = Sample { at: monotonic(), ..Sample::default() };
+        let has_served =
+            |queue: &QueueCounts| load(&queue.requests) > 0 || queue.size.load(Ordering::Relaxed) > 0;
+        let last = queues.iter().rposition(has_served).map_or(0, |last| last + 1);
+        let queues = queues.iter().take(last).enumerate().map(|(index, queue)| queue_sample(index, queue));
+        let mut sample = Sample { at: monotonic(), queues: queues.collect(), ..Sample::default() };
         let mut ops = vec![OpSample::default(); OPS];
-        for (index, queue) in queues.iter().enumerate() {
-            sample.queues.push(queue_sample(index, queue));
-            sample.bytes_read += load(&queue.bytes_read);
-            sample.bytes_written += load(&queue.bytes_written);
-            sample.waits += load(&queue.waits);
-            sample.wait_nanos += load(&queue.wait_nanos);
-            let writers = sample.writers.iter_mut().zip(&queue.writers);
+        for station in self.mapping.records::<StationCounts>(offsets::STATIONS, STATIONS) {
+            sample.bytes_read += load(&station.bytes_read);
+            sample.bytes_written += load(&station.bytes_written);
+            sample.waits += load(&station.waits);
+            sample.wait_nanos += load(&station.wait_nanos);
+            let writers = sample.writers.iter_mut().zip(&station.writers);
             writers.for_each(|(sum, count)| *sum += load(count));
-            for (sum, op) in ops.iter_mut().zip(&queue.ops) {
+            for (sum, op) in ops.iter_mut().zip(&station.ops) {
                 sum.nanos += load(&op.nanos);
                 sum.errors += load(&op.errors);
                 sum.buckets.iter_mut().zip(&op.buckets).for_each(|(sum, count)| *sum += load(count));
@@ -132,15 +131,12 @@ impl Metrics {
 }
 
 fn queue_sample(index: usize, queue: &QueueCounts) -> QueueSample {
-    // In this order, so that none seems to be completed that was not taken.
-    let completed = load(&queue.completed);
-    let requests = load(&queue.requests);
     QueueSample {
         index,
         size: queue.size.load(Ordering::Relaxed),
         workers: queue.workers.load(Ordering::Relaxed),
-        in_flight: requests.saturating_sub(completed),
-        requests,
+        in_flight: 0,
+        requests: load(&queue.requests),
         notifications: load(&queue.notifications),
         wakeups: load(&queue.wakeups),
         polled: load(&queue.polled),

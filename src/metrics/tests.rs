@@ -10,15 +10,16 @@ fn the_parts_of_the_file_do_not_overlap() {
     assert_eq!(metrics.slow_records().len(), slow::KEPT);
     assert_eq!(metrics.mapping.records::<AtomicU64>(offsets::ERRORS, OPS * ERRNOS).len(), OPS * ERRNOS);
     assert_eq!(metrics.mapping.records::<QueueCounts>(offsets::COUNTS, QUEUES).len(), QUEUES);
-    let progress = metrics.mapping.records::<AtomicU64>(offsets::PROGRESS, QUEUES * SLOTS);
-    assert_eq!(progress.len(), QUEUES * SLOTS);
+    let progress = metrics.mapping.records::<AtomicU64>(offsets::PROGRESS, QUEUES * SLOTS * PROGRESS_STRIDE);
+    assert_eq!(progress.len(), QUEUES * SLOTS * PROGRESS_STRIDE);
+    assert_eq!(metrics.mapping.records::<StationCounts>(offsets::STATIONS, STATIONS).len(), STATIONS);
 }
 
 #[test]
 fn another_process_sees_the_counters() {
     let metrics = Metrics::create().unwrap();
     metrics.count_death();
-    metrics.for_queue(3).popped();
+    metrics.for_queue(3).publish(1, 0, 0);
     let again = Metrics::open(fcntl_dupfd_cloexec(metrics.file(), 3).unwrap()).unwrap();
     assert_eq!((again.deaths(), again.sample().queues[3].requests), (1, 1));
 }

@@ -81,13 +81,13 @@ impl Watched {
     }
 
     /// The monitor's process id.
-    fn monitor(&self) -> u32 {
+    fn monitor(&self) -> Option<u32> {
         let children =
             fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.backend.pid())).unwrap();
         let is_it = |pid: &&str| {
             fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "lanefsd-monitor\n")
         };
-        children.split_whitespace().find(is_it).unwrap().parse().unwrap()
+        children.split_whitespace().find(is_it).map(|pid| pid.parse().unwrap())
     }
 }
 
@@ -213,13 +213,13 @@ fn counters_outlive_workers_and_the_monitor() {
         assert_eq!(samples["lanefs_restarts_total{}"], 1.0);
         assert_eq!(samples["lanefs_requests_total{op=\"write\"}"], 10.0);
         assert_eq!((samples["lanefs_inodes{}"], samples["lanefs_inflight{queue=\"1\"}"]), (1.0, 0.0));
-        let monitor = watched.monitor();
+        let monitor = watched.monitor().unwrap();
         kill_process(Pid::from_raw(monitor.cast_signed()).unwrap(), Signal::KILL).unwrap();
         common::wait_for_words(&watched.backend, "the monitor process has ended by signal 9");
         session.client().getattr(ROOT).unwrap();
         // A connection waits in the socket until there is one again.
         assert_eq!(watched.samples()["lanefs_requests_total{op=\"write\"}"], 10.0);
-        assert_ne!(watched.monitor(), monitor);
+        assert_ne!(watched.monitor(), Some(monitor));
     }
 }
 
@@ -238,7 +238,10 @@ fn an_upgrade_keeps_counters_and_sockets() {
     let mut upgrade = std::process::Command::new(common::program());
     common::run(upgrade.args(["upgrade", "--pid", &watched.backend.pid().to_string()]));
     session.client().getattr(ROOT).unwrap();
-    common::wait_until(|| watched.monitor() != monitor, "the monitor of the new program");
+    common::wait_until(
+        || watched.monitor().is_some_and(|new| Some(new) != monitor),
+        "the monitor of the new program",
+    );
     let samples = watched.samples();
     assert_eq!(samples["lanefs_upgrades_total{}"], 1.0);
     assert_eq!(samples["lanefs_requests_total{op=\"write\"}"], 10.0);

@@ -24,7 +24,7 @@ pub(super) fn status(sources: &Sources<'_>) -> Value {
     let (subject, metrics) = (sources.subject, sources.metrics);
     let gauges @ Gauges { inodes, plain, parallel, directories, descriptors, descriptor_limit } =
         sources.gauges();
-    let sample = metrics.sample();
+    let sample = sources.sample();
     let running = sample.queues.iter().filter(|queue| queue.size > 0);
     let remarks = subject.remarks.iter().cloned().chain(diagnosis::of(&sample, gauges, sources));
     json!({
@@ -122,7 +122,7 @@ pub(super) fn slow(sources: &Sources<'_>) -> Value {
 
 /// `sample`: all counters, for those who subtract two samples.
 pub(super) fn sample(sources: &Sources<'_>) -> Value {
-    let sample = sources.metrics.sample();
+    let sample = sources.sample();
     let op = |op: &OpSample| {
         let counters = json!({
             "count": op.count,

@@ -77,7 +77,7 @@ fn perform(command: Command, sources: &Sources<'_>) -> Result<Value, String> {
         }
         Command::Drain => {
             sources.pace.pause();
-            Ok(json!({ "draining": true, "in_flight": answers::in_flight(&sources.metrics.sample()) }))
+            Ok(json!({ "draining": true, "in_flight": answers::in_flight(&sources.sample()) }))
         }
         Command::Resume => {
             sources.pace.resume();

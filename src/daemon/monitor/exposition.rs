@@ -12,8 +12,8 @@ use prometheus_client::metrics::MetricType::{self, Counter, Gauge, Histogram};
 use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::Subject;
-use crate::limits::{Limit, Pace};
+use super::serve::Sources;
+use crate::limits::Limit;
 use crate::metrics::counts::{WRITER_BUCKETS, bounds};
 use crate::metrics::{Gauges, Metrics, Sample, errno_name};
 
@@ -40,16 +40,12 @@ impl Form {
 }
 
 /// The counters now.
-pub(super) fn text(
-    form: Form,
-    subject: &Subject,
-    (metrics, pace): (&Arc<Metrics>, &Pace),
-    gauges: Gauges,
-) -> String {
-    let throttled = Limit::ALL.map(|limit| (limit.name(), pace.throttled(limit)));
-    let label = ("share".into(), subject.share.to_string().into());
+pub(super) fn text(form: Form, sources: &Sources<'_>, gauges: Gauges) -> String {
+    let throttled = Limit::ALL.map(|limit| (limit.name(), sources.pace.throttled(limit)));
+    let label = ("share".into(), sources.subject.share.to_string().into());
     let mut registry = Registry::with_prefix_and_labels("lanefs", std::iter::once(label));
-    let counters = Counters { metrics: Arc::clone(metrics), gauges, sample: metrics.sample(), throttled };
+    let counters =
+        Counters { metrics: Arc::clone(sources.metrics), gauges, sample: sources.sample(), throttled };
     registry.register_collector(Box::new(counters));
     let mut text = String::new();
     let encoded = match form {

@@ -18,7 +18,7 @@ use super::exposition::{Form, text};
 use super::{Subject, control, http};
 use crate::limits::Pace;
 use crate::logging::warn_limited;
-use crate::metrics::{Gauges, Metrics};
+use crate::metrics::{Gauges, Metrics, Sample};
 use crate::state_file::StateFile;
 
 /// Connections at once to one socket.
@@ -44,6 +44,17 @@ impl Sources<'_> {
         self.metrics.ask(PATIENCE)
     }
 
+    /// All counters, with the requests in flight, which the journal has.
+    pub(super) fn sample(&self) -> Sample {
+        let mut sample = self.metrics.sample();
+        for request in self.state.in_flight() {
+            if let Some(queue) = sample.queues.get_mut(request.queue) {
+                queue.in_flight += 1;
+            }
+        }
+        sample
+    }
+
     /// Lets the supervisor look whether there is something for it to do. The end of a child would do the same.
     pub(super) fn wake_supervisor(&self) {
         let _ = kill_process(self.subject.daemon, Signal::CHILD);
@@ -54,7 +65,7 @@ impl Sources<'_> {
     }
 
     fn text_of(&self, form: Form, gauges: Gauges) -> String {
-        text(form, self.subject, (self.metrics, self.pace), gauges)
+        text(form, self, gauges)
     }
 }
 

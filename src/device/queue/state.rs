@@ -12,8 +12,11 @@ use crate::device::chain::{self, ChainBuffers};
 use crate::device::charge::Charge;
 use crate::device::coalesce::Coalescing;
 use crate::device::ring::{Ring, RingError};
-use crate::metrics::counts::{QueueMetrics, Served};
+use crate::metrics::counts::QueueMetrics;
 use crate::state_file::{Journal, Resumed};
+
+/// While chains wait, the counts are published with every so many requests.
+const PUBLISHED: u64 = 32;
 
 /// A used entry.
 #[derive(Clone, Copy, Debug, Default)]
@@ -22,8 +25,6 @@ pub(in crate::device) struct Used {
     pub head: u16,
     /// Valid bytes of its device-writable part.
     pub written: u32,
-    /// What is counted of it.
-    pub served: Served,
 }
 
 /// A chain that was popped.
@@ -148,7 +149,6 @@ impl State {
         let entry = journal.begin_used_entry(used.head, self.ring.next_used());
         self.ring.add_used(memory, used.head, used.written)?;
         entry.end();
-        self.metrics.completed(&used.served);
         Ok(())
     }
 
@@ -176,11 +176,14 @@ impl State {
     pub fn notification(&mut self, new: bool) -> Option<Arc<OwnedFd>> {
         let wanted = new || self.owes_notification;
         self.owes_notification = wanted && self.call.is_none();
-        if wanted && self.call.is_some() {
-            self.statistics.notifications += 1;
-            self.metrics.notified();
-        }
+        self.statistics.notifications += u64::from(wanted && self.call.is_some());
         if wanted { self.call.clone() } else { None }
+    }
+
+    /// Lets others see the counts.
+    pub fn publish(&self) {
+        let Statistics { requests, notifications, busy_poll_hits } = self.statistics;
+        self.metrics.publish(requests, notifications, busy_poll_hits);
     }
 
     /// Pops a chain. The guest kicks for the next one exactly if none waits behind this one.
@@ -219,7 +222,9 @@ impl State {
             waiting = self.ring.avail_len(memory)?;
         }
         self.statistics.requests += 1;
-        self.metrics.popped();
+        if waiting == 0 || self.statistics.requests.is_multiple_of(PUBLISHED) {
+            self.publish();
+        }
         let backlog = Backlog { waiting: u32::from(waiting), slow: self.coalescing.is_slow() };
         Ok(Some(PoppedChain { head, backlog, origin: Origin::Ring }))
     }
@@ -235,7 +240,6 @@ impl State {
             return ControlFlow::Continue(());
         };
         self.statistics.requests += 1;
-        self.metrics.popped();
         // All of them have waited for long.
         let backlog = Backlog { waiting: self.waiting(memory), slow: true };
         self.popped.push(resumed);
