@@ -45,7 +45,10 @@ impl Watched {
             option("metrics-socket", "metrics"),
             option("metrics-file", "lanefs.prom"),
         ]);
-        Watched { backend: starter.start().unwrap(), folder }
+        let watched = Watched { backend: starter.start().unwrap(), folder };
+        // Until it has its name, it may be taken for the worker.
+        common::wait_until(|| watched.monitor().is_some(), "the monitor");
+        watched
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -274,6 +277,24 @@ fn a_request_that_waits_is_seen_with_its_phase() {
         waits.join().unwrap().unwrap();
     });
     assert!(watched.answer("ops")["ops"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn the_log_says_what_was_in_flight_when_a_worker_died() {
+    let backend = common::start(&["--posix-lock", IMMORTAL]);
+    let session = backend.connect(SessionOptions::default()).unwrap();
+    let client = session.client();
+    let (node, fh) = common::create_file(&session);
+    let lock = |owner| Lock { owner, pid: 1, kind: libc::F_WRLCK, start: 0, flock: false, end: 9 };
+    client.setlk(node, fh, lock(1)).unwrap();
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| client.setlkw(node, fh, lock(2)));
+        std::thread::sleep(Duration::from_millis(200));
+        kill_worker(&backend);
+        common::wait_for_words(&backend, "in flight then: setlkw (request ");
+        client.setlk(node, fh, Lock { kind: libc::F_UNLCK, ..lock(1) }).unwrap();
+        waits.join().unwrap().unwrap();
+    });
 }
 
 #[test]

@@ -203,6 +203,8 @@ impl Monitor {
     }
 
     fn run(&self, parent: Pid) -> io::Result<()> {
+        // For people, and first of all: until then it looks like a worker.
+        let _ = rustix::thread::set_name(c"lanefsd-monitor");
         set_parent_process_death_signal(Some(Signal::TERM))?;
         let ending = signals::endings_by_descriptor()?;
         if getppid() != Some(parent) {
@@ -217,7 +219,6 @@ impl Monitor {
             self.state.file().as_fd().as_raw_fd(),
         ]);
         inherited::close_others(&kept)?;
-        let _ = rustix::thread::set_name(c"lanefsd-monitor");
         sandbox::confine_monitor(self.subject.seccomp).map_err(io::Error::other)?;
         let pace = pace_of(&self.metrics);
         let sources =

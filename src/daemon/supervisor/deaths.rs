@@ -10,10 +10,16 @@ use log::error;
 use super::Supervisor;
 use crate::device::quarantine::Death;
 use crate::fs::FileSystem;
+use crate::metrics::op_name;
 use crate::sandbox::{KILLED_BY_SECCOMP, WorkerEnd};
+use crate::state_file::InFlight;
+use crate::sys::clock::monotonic;
 
 /// For how long a death counts.
 pub(super) const PERIOD: Duration = Duration::from_secs(10);
+
+/// Requests that are described when a worker has died with them.
+const MAX_DESCRIBED: usize = 8;
 
 /// Exit statuses of a worker that has not died.
 pub(super) mod status {
@@ -124,6 +130,36 @@ where
         if end == WorkerEnd::Killed(libc::SIGSYS) {
             error!("{KILLED_BY_SECCOMP}");
         }
+        let in_flight = self.describe_in_flight();
+        if !in_flight.is_empty() {
+            error!("in flight then: {in_flight}");
+        }
+    }
+
+    /// The requests that the worker has left, the oldest first: what they are and how old.
+    fn describe_in_flight(&self) -> String {
+        let now = monotonic();
+        let with_age = |request: InFlight| {
+            let (start, _) = self.metrics.progress(request.queue, request.head);
+            (Duration::from_nanos(now.saturating_sub(start)), request)
+        };
+        let mut all: Vec<_> = self.state.in_flight().into_iter().map(with_age).collect();
+        all.sort_by_key(|(age, _)| std::cmp::Reverse(*age));
+        let describe = |(age, request): &(Duration, InFlight)| match request.opcode {
+            0 => format!("one that was not decoded (queue {})", request.queue),
+            opcode => {
+                let (name, ms) = (op_name(opcode), age.as_millis());
+                format!(
+                    "{name} (request {}, {} bytes, queue {}, {ms} ms)",
+                    request.unique, request.len, request.queue
+                )
+            }
+        };
+        let mut texts: Vec<String> = all.iter().take(MAX_DESCRIBED).map(describe).collect();
+        if all.len() > MAX_DESCRIBED {
+            texts.push(format!("and {} more", all.len() - MAX_DESCRIBED));
+        }
+        texts.join(", ")
     }
 }
 
