@@ -71,3 +71,15 @@ fn the_log_level_is_nobodys_until_it_is_said() {
         assert_eq!(metrics.log_level(), Some(level));
     }
 }
+
+#[test]
+fn a_process_begins_with_nothing_in_flight() {
+    let metrics = Metrics::create().unwrap();
+    let queue = metrics.for_queue(2);
+    queue.start(128);
+    queue.popped();
+    // The one that served it is dead, and the next one may serve a front end that has no such queue.
+    metrics.begin_process();
+    let queue = metrics.sample().queues[2];
+    assert_eq!((queue.size, queue.in_flight, queue.requests), (0, 0, 1));
+}
