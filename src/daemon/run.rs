@@ -157,6 +157,7 @@ fn serve(
         wrap,
     )?;
     config.remarks.iter().for_each(Remark::log);
+    metrics.begin_process();
     if config.monitor.is_wanted() {
         monitor::answer_questions(&server, &metrics);
     }

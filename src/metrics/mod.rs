@@ -190,6 +190,16 @@ impl Metrics {
         if is_known { Ok(Arc::new(metrics)) } else { Metrics::create() }
     }
 
+    /// Whether this program reads the counters of that file.
+    pub fn reads(file: OwnedFd) -> bool {
+        let is_known = |metrics: &Metrics| {
+            let header = metrics.header();
+            header.magic.load(Ordering::Acquire) == MAGIC && header.version.load(Ordering::Relaxed) == VERSION
+        };
+        let has_size = fstat(&file).is_ok_and(|stat| usize::try_from(stat.st_size) == Ok(offsets::END));
+        has_size && Mapping::of(file, offsets::END).is_ok_and(|mapping| is_known(&Metrics { mapping }))
+    }
+
     /// The file's descriptor.
     pub fn file(&self) -> impl AsFd {
         self.mapping.file()
@@ -219,10 +229,14 @@ impl Metrics {
     }
 
     /// A process begins to serve: nothing of another one is in flight any more.
-    pub fn begin_process(&self) {
+    pub fn begin_process(self: &Arc<Self>) {
         let header = self.header();
         header.slow_lock.store(0, Ordering::Relaxed);
         header.stations.iter().for_each(|taken| taken.store(0, Ordering::Relaxed));
+        for queue in 0..QUEUES {
+            // Those that run start again.
+            self.for_queue(queue).start(0);
+        }
     }
 
     #[allow(clippy::expect_used, reason = "the offsets are constants inside the file, as a test shows")]

@@ -72,3 +72,15 @@ fn the_log_level_is_nobodys_until_it_is_said() {
         assert_eq!(metrics.log_level(), Some(level));
     }
 }
+
+#[test]
+fn a_process_begins_without_queues() {
+    let metrics = Metrics::create().unwrap();
+    let mut queue = metrics.for_queue(2);
+    queue.start(128);
+    queue.publish(1, 0, 0);
+    // The one that served it is dead, and the next one may serve a front end that has no such queue.
+    metrics.begin_process();
+    let queue = metrics.sample().queues[2];
+    assert_eq!((queue.size, queue.requests), (0, 1));
+}

@@ -104,6 +104,15 @@ pub(super) fn give_up_all() -> Result<(), CapabilityError> {
     set_capabilities(None, sets).map_err(step("capset(2)"))
 }
 
+/// Does something with the rights of the calling thread's user alone.
+pub fn without_capabilities<T>(act: impl FnOnce() -> T) -> Result<T, Errno> {
+    let held = capabilities(None)?;
+    set_capabilities(None, CapabilitySets { effective: CapabilitySet::empty(), ..held })?;
+    let result = act();
+    set_capabilities(None, held)?;
+    Ok(result)
+}
+
 /// Drops all capabilities of a process that starts servers, but those that servers may require and `more`. The ways to get
 /// others that may be shut without harm to a server are shut.
 pub(super) fn keep_for_workers(more: CapabilitySet) -> Result<(), CapabilityError> {

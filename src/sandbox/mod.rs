@@ -30,7 +30,7 @@ use thiserror::Error;
 
 pub use self::capabilities::{
     CapabilityError, RequiredCaps, clear_ambient as clear_ambient_capabilities,
-    give_up as give_up_capabilities, make_ambient as make_capabilities_ambient,
+    give_up as give_up_capabilities, make_ambient as make_capabilities_ambient, without_capabilities,
 };
 use self::config::{IdMaps, Sandbox};
 pub use self::monitor::confine as confine_monitor;

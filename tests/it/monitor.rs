@@ -47,7 +47,7 @@ impl Watched {
         ]);
         let watched = Watched { backend: starter.start().unwrap(), folder };
         // Until it has its name, it may be taken for the worker.
-        common::wait_until(|| watched.monitor().is_some(), "the monitor");
+        watched.monitor();
         watched
     }
 
@@ -84,13 +84,18 @@ impl Watched {
     }
 
     /// The monitor's process id.
-    fn monitor(&self) -> Option<u32> {
+    fn monitor(&self) -> u32 {
+        common::wait_until(|| self.find_monitor().is_some(), "a monitor");
+        self.find_monitor().unwrap()
+    }
+
+    fn find_monitor(&self) -> Option<u32> {
         let children =
             fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.backend.pid())).unwrap();
         let is_it = |pid: &&str| {
             fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "lanefsd-monitor\n")
         };
-        children.split_whitespace().find(is_it).map(|pid| pid.parse().unwrap())
+        children.split_whitespace().find(is_it)?.parse().ok()
     }
 }
 
@@ -216,13 +221,13 @@ fn counters_outlive_workers_and_the_monitor() {
         assert_eq!(samples["lanefs_restarts_total{}"], 1.0);
         assert_eq!(samples["lanefs_requests_total{op=\"write\"}"], 10.0);
         assert_eq!((samples["lanefs_inodes{}"], samples["lanefs_inflight{queue=\"1\"}"]), (1.0, 0.0));
-        let monitor = watched.monitor().unwrap();
+        let monitor = watched.monitor();
         kill_process(Pid::from_raw(monitor.cast_signed()).unwrap(), Signal::KILL).unwrap();
         common::wait_for_words(&watched.backend, "the monitor process has ended by signal 9");
         session.client().getattr(ROOT).unwrap();
         // A connection waits in the socket until there is one again.
         assert_eq!(watched.samples()["lanefs_requests_total{op=\"write\"}"], 10.0);
-        assert_ne!(watched.monitor(), Some(monitor));
+        assert_ne!(watched.monitor(), monitor);
     }
 }
 
@@ -242,7 +247,7 @@ fn an_upgrade_keeps_counters_and_sockets() {
     common::run(upgrade.args(["upgrade", "--pid", &watched.backend.pid().to_string()]));
     session.client().getattr(ROOT).unwrap();
     common::wait_until(
-        || watched.monitor().is_some_and(|new| Some(new) != monitor),
+        || watched.find_monitor().is_some_and(|new| new != monitor),
         "the monitor of the new program",
     );
     let samples = watched.samples();
@@ -442,8 +447,9 @@ fn paths_that_cannot_be_had_are_refused_at_start() {
         (format!("--metrics-file={}", at("none/file")), "--metrics-file"),
         (format!("--control-socket={socket}"), "--control-socket and --socket-path are the same path"),
     ] {
-        let stderr = refused(option);
+        let stderr = refused(option.clone());
         assert!(stderr.contains(words), "{stderr}");
+        assert!(option.contains(&socket) || !stderr.contains("--socket-path"), "{stderr}");
     }
     assert_eq!(fs::read(folder.path().join("file")).unwrap(), b"kept");
 }
@@ -455,4 +461,102 @@ fn the_program_has_its_static_probes() {
     for probe in ["lanefsd\0request_start\0", "lanefsd\0request_end\0"] {
         assert!(program.windows(probe.len()).any(|window| window == probe.as_bytes()), "{probe:?}");
     }
+}
+
+#[test]
+fn a_monitor_that_dies_is_started_anew_without_anything_else_that_happens() {
+    let watched = Watched::start(&[IMMORTAL]);
+    // At once, so that the next one has to wait, and nobody is served.
+    kill_process(Pid::from_raw(watched.monitor().cast_signed()).unwrap(), Signal::KILL).unwrap();
+    assert_eq!(watched.answer("status")["front_end"], false);
+}
+
+#[test]
+fn a_daemon_whose_monitor_hangs_ends() {
+    let mut watched = Watched::start(&[IMMORTAL]);
+    let session = serve(&watched);
+    let monitor = Pid::from_raw(watched.monitor().cast_signed()).unwrap();
+    kill_process(monitor, Signal::STOP).unwrap();
+    session.client().getattr(ROOT).unwrap();
+    watched.backend.signal(libc::SIGTERM).unwrap();
+    let ended = watched.backend.wait(Duration::from_secs(10));
+    let _ = kill_process(monitor, Signal::KILL);
+    ended.unwrap();
+    assert!(!watched.path("ctl").exists() && !watched.path("metrics").exists());
+}
+
+#[test]
+fn who_asks_without_an_end_keeps_nobody_waiting() {
+    let watched = Watched::start(&[]);
+    let stream = watched.control();
+    let (mut sender, mut receiver) = (stream.try_clone().unwrap(), stream.try_clone().unwrap());
+    std::thread::scope(|scope| {
+        let requests = b"{\"command\":\"resume\"}\n".repeat(100);
+        scope.spawn(move || while sender.write_all(&requests).is_ok() {});
+        scope.spawn(move || std::io::copy(&mut receiver, &mut std::io::sink()));
+        std::thread::sleep(Duration::from_millis(200));
+        for _ in 0..20 {
+            assert_eq!(watched.answer("resume")["draining"], false);
+        }
+        stream.shutdown(std::net::Shutdown::Both).unwrap();
+    });
+}
+
+#[test]
+fn what_stands_in_the_place_of_the_new_file_is_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("lanefs.prom");
+    let temporary = folder.path().join("lanefs.prom.tmp");
+    let option = format!("--metrics-file={}", path.display());
+    fs::write(folder.path().join("other"), "kept").unwrap();
+    let begin = || {
+        let _ = fs::remove_file(&path);
+        let backend = Backend::of(common::program()).args([&option]).start().unwrap();
+        common::wait_until(|| path.exists(), "the file");
+        drop(backend);
+    };
+    rustix::fs::mkfifoat(rustix::fs::CWD, &temporary, rustix::fs::Mode::RUSR).unwrap();
+    begin();
+    std::os::unix::fs::symlink(folder.path().join("other"), &temporary).unwrap();
+    begin();
+    assert_eq!(fs::read(folder.path().join("other")).unwrap(), b"kept");
+    // The monitor has no capabilities, so others' directories are none for it.
+    std::os::unix::fs::chown(folder.path(), Some(65534), None).unwrap();
+    let (status, stderr) = Backend::of(common::program()).args([&option]).refuse().unwrap();
+    assert!(status.code() == Some(1) && stderr.contains("also without capabilities"), "{stderr}");
+}
+
+#[test]
+fn the_log_level_outlives_an_upgrade() {
+    let watched = Watched::start(&["--log-level=info", IMMORTAL]);
+    let session = serve(&watched);
+    watched.ask(&json!({ "command": "loglevel", "level": "trace" }));
+    watched.backend.upgrade().unwrap();
+    session.client().getattr(ROOT).unwrap();
+    let since_then =
+        |text: &str| text.rsplit_once("upgraded from").is_some_and(|(_, text)| text.contains("TRACE"));
+    // Nobody asks.
+    common::wait_for(&watched.backend, since_then, "TRACE after the upgrade");
+}
+
+#[test]
+fn a_queue_stops_and_goes_on_while_its_share_drains() {
+    let watched = Watched::start(&["--sandbox=none", IMMORTAL]);
+    let session = serve(&watched);
+    let (node, fh) = common::create_file(&session);
+    watched.answer("drain");
+    let request = lanefsd_frontend::client::data::read_request(node, fh, 0, 1);
+    let held = session.client().on(1).send(request).unwrap();
+    let begun = std::time::Instant::now();
+    session.stop_queue(1).unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(2), "a stop took {:?}", begun.elapsed());
+    session.start_queue(1).unwrap();
+    kill_worker(&watched.backend);
+    let monitor = watched.monitor();
+    watched.backend.upgrade().unwrap();
+    // The old one may be killed while it answers.
+    common::wait_until(|| watched.find_monitor().is_some_and(|new| new != monitor), "the next monitor");
+    assert_eq!(watched.answer("status")["draining"], true);
+    watched.answer("resume");
+    session.finish(held).unwrap();
 }

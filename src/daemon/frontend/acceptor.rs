@@ -64,14 +64,23 @@ pub(in crate::daemon) struct Acceptor<'a> {
     /// Unix sockets.
     readiness: OwnedFd,
     paused_until: Option<Instant>,
-    /// How long a wait lasts at most.
+    /// How long a wait lasts at most while a front end is served.
     longest: Option<Duration>,
+    /// When the caller has something else to do.
+    alarm: Option<Instant>,
 }
 
 impl<'a> Acceptor<'a> {
     pub(in crate::daemon) fn new(listener: &'a UnixListener) -> Result<Acceptor<'a>, Errno> {
         let readiness = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        Ok(Acceptor { listener, pending: Vec::new(), readiness, paused_until: None, longest: None })
+        Ok(Acceptor {
+            listener,
+            pending: Vec::new(),
+            readiness,
+            paused_until: None,
+            longest: None,
+            alarm: None,
+        })
     }
 
     /// The same with an [`Event::Interrupted`] after so long a wait while a front end is served.
@@ -85,6 +94,11 @@ impl<'a> Acceptor<'a> {
         streams.into_iter().for_each(|stream| self.add(stream));
         self.process_pending(false);
         self
+    }
+
+    /// Waits end with an [`Event::Interrupted`] then.
+    pub(in crate::daemon) fn set_alarm(&mut self, alarm: Option<Instant>) {
+        self.alarm = alarm;
     }
 
     /// Its own descriptors: the listening socket, and what it waits with.
@@ -151,7 +165,8 @@ impl<'a> Acceptor<'a> {
         if listens {
             fds.push(entry(self.listener.as_fd()));
         }
-        let longest = self.longest.filter(|_| busy);
+        let alarm = self.alarm.map(|alarm| alarm.saturating_duration_since(Instant::now()));
+        let longest = self.longest.filter(|_| busy).into_iter().chain(alarm).min();
         let timeout = rest.map(|rest| rest.max(Duration::from_nanos(1))).into_iter().chain(longest).min();
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         match poll(&mut fds, timeout.as_ref()) {

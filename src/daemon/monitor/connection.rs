@@ -42,6 +42,8 @@ pub(super) struct Connection {
     since: Instant,
     /// Nothing more is read: it ends when all is sent.
     is_last: bool,
+    /// A request may have come already, which is answered after those of others.
+    has_more: bool,
 }
 
 impl Connection {
@@ -49,12 +51,13 @@ impl Connection {
     pub(super) fn new(stream: UnixStream, peer: Peer) -> io::Result<Connection> {
         stream.set_nonblocking(true)?;
         let (input, output) = (Vec::new(), Vec::new());
-        Ok(Connection { stream, peer, input, output, sent: 0, since: Instant::now(), is_last: false })
+        let since = Instant::now();
+        Ok(Connection { stream, peer, input, output, sent: 0, since, is_last: false, has_more: false })
     }
 
     /// What it waits for.
     pub(super) fn interest(&self) -> PollFlags {
-        if self.sent < self.output.len() { PollFlags::OUT } else { PollFlags::IN }
+        if self.sent < self.output.len() || self.has_more { PollFlags::OUT } else { PollFlags::IN }
     }
 
     /// When something was read or written last.
@@ -78,6 +81,8 @@ impl Connection {
     }
 
     fn try_advance(&mut self, answer: impl Fn(&[u8]) -> Answered) -> io::Result<bool> {
+        let mut answered = false;
+        self.has_more = false;
         loop {
             while let Some(rest) = self.output.get(self.sent..).filter(|rest| !rest.is_empty()) {
                 let count = self.stream.write(rest)?;
@@ -89,7 +94,13 @@ impl Connection {
             if self.is_last {
                 return Ok(false);
             }
+            if answered {
+                // Who asks without an end keeps nobody waiting.
+                self.has_more = true;
+                return Ok(true);
+            }
             if let Some((used, Answer { bytes, is_last })) = answer(&self.input) {
+                answered = true;
                 self.input.drain(..used.min(self.input.len()));
                 (self.output, self.is_last) = (bytes, is_last);
                 continue;

@@ -13,6 +13,7 @@ use thiserror::Error;
 use super::{MonitorParts, SocketParts};
 use crate::config::MonitorConfig;
 use crate::daemon::socket::{ListenError, Removal, SideSocket};
+use crate::sandbox;
 use crate::sys::inherited::adopt;
 
 /// Why one cannot be had.
@@ -20,16 +21,16 @@ use crate::sys::inherited::adopt;
 pub enum EndpointError {
     /// A socket.
     // The reason is that of any socket; it names the option of another one.
-    #[error("{}", source.to_string().replace("--socket-path", option))]
+    #[error("{}", reason.to_string().replace("--socket-path", option))]
     Socket {
         /// The option that names it.
         option: &'static str,
-        /// Why.
-        source: ListenError,
+        /// Why: no source, whose text would follow.
+        reason: ListenError,
     },
     /// The file.
     #[error(
-        "--metrics-file {path} cannot be written: {source}; choose a file in a directory that the daemon may write to"
+        "--metrics-file {path} cannot be written: {source}; choose a file in a directory that the daemon's user may write to, also without capabilities"
     )]
     File {
         /// Its path.
@@ -61,7 +62,7 @@ impl Endpoints {
     pub fn open(config: &MonitorConfig, group: Option<&str>) -> Result<Endpoints, EndpointError> {
         let open = |option: &'static str, path: &Option<PathBuf>, group| {
             let socket = path.as_ref().map(|path| SideSocket::open(path, group)).transpose();
-            socket.map_err(|source| EndpointError::Socket { option, source })
+            socket.map_err(|reason| EndpointError::Socket { option, reason })
         };
         if let Some(path) = &config.metrics_file {
             MetricsFile::open(path)?.try_to_write()?;
@@ -84,7 +85,7 @@ impl Endpoints {
                 _ => (METRICS, &mut endpoints.metrics),
             };
             let socket = SideSocket::go_on(&path, listener, file);
-            *place = Some(socket.map_err(|source| EndpointError::Socket { option, source })?);
+            *place = Some(socket.map_err(|reason| EndpointError::Socket { option, reason })?);
         }
         endpoints.file = parts.file;
         Ok(endpoints)
@@ -168,12 +169,15 @@ impl MetricsFile {
         Ok(MetricsFile { directory, name, path: path.to_owned() })
     }
 
-    /// Whether it can be written, before anything depends on it.
+    /// Whether the monitor can write it, before anything depends on it.
     fn try_to_write(&self) -> Result<(), EndpointError> {
         let failed = |source| EndpointError::File { path: self.path.display().to_string(), source };
         let temporary = self.temporary();
-        drop(self.create(&temporary).map_err(failed)?);
-        unlinkat(&self.directory, &temporary, AtFlags::empty()).map_err(failed)
+        let attempt = || {
+            drop(self.create(&temporary)?);
+            unlinkat(&self.directory, &temporary, AtFlags::empty())
+        };
+        sandbox::without_capabilities(attempt).and_then(|result| result).map_err(failed)
     }
 
     fn temporary(&self) -> OsString {
@@ -184,8 +188,9 @@ impl MetricsFile {
     }
 
     fn create(&self, name: &OsString) -> Result<File, Errno> {
-        // A link in its place is not followed.
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // Whatever is in its place was left behind, or is a trap: a link is not followed, and a FIFO not waited for.
+        let _ = unlinkat(&self.directory, name, AtFlags::empty());
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
         openat(&self.directory, name, flags, mode).map(File::from)
     }
@@ -193,7 +198,11 @@ impl MetricsFile {
     /// Replaces its content.
     pub(super) fn write(&self, text: &str) -> std::io::Result<()> {
         let temporary = self.temporary();
-        self.create(&temporary)?.write_all(text.as_bytes())?;
-        Ok(renameat(&self.directory, &temporary, &self.directory, &self.name)?)
+        let written = self.create(&temporary)?.write_all(text.as_bytes());
+        let replaced =
+            written.and_then(|()| Ok(renameat(&self.directory, &temporary, &self.directory, &self.name)?));
+        replaced.inspect_err(|_| {
+            let _ = unlinkat(&self.directory, &temporary, AtFlags::empty());
+        })
     }
 }

@@ -49,6 +49,11 @@ use crate::sys::{inherited, signals};
 /// Between two attempts to start the process.
 const PAUSE: Duration = Duration::from_secs(3);
 
+/// Between two looks at the process, at most.
+const LONGEST: Duration = Duration::from_secs(30);
+/// How long it may take to end.
+const GRACE: Duration = Duration::from_secs(1);
+
 /// What the monitor tells of its daemon, beside the counters.
 #[derive(Clone, Debug)]
 struct Subject {
@@ -180,8 +185,17 @@ impl Monitor {
             };
             error!("the monitor process has ended {how}: lanefsctl and metrics are gone for a moment");
         }
-        if self.process.is_none() && self.started.elapsed() > PAUSE {
+        if self.process.is_none() && self.started.elapsed() >= PAUSE {
             self.spawn();
+        }
+    }
+
+    /// When [`Monitor::keep_alive`] is to be called at the latest.
+    pub fn due(&self) -> Instant {
+        match self.process {
+            None => self.started + PAUSE,
+            // Its end interrupts a wait. One that ends right before the wait begins does not.
+            Some(_) => Instant::now() + LONGEST,
         }
     }
 
@@ -232,7 +246,15 @@ impl Monitor {
 impl Drop for Monitor {
     fn drop(&mut self) {
         if let Some(process) = self.process.take() {
-            end(process, Signal::TERM);
+            // It may hang, by storage that does: the daemon ends nevertheless, and removes the sockets itself.
+            let _ = kill_process(process, Signal::TERM);
+            let begun = Instant::now();
+            while let Ok(None) = waitpid(Some(process), WaitOptions::NOHANG) {
+                if begun.elapsed() > GRACE {
+                    return end(process, Signal::KILL);
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
         }
     }
 }
@@ -247,7 +269,8 @@ fn end(process: Pid, signal: Signal) {
 /// Lets a thread of the serving process answer the monitor: how many inodes, files and descriptors the guest has, and how
 /// much is to be logged.
 pub fn answer_questions(server: &Arc<Server>, metrics: &Arc<Metrics>) {
-    metrics.begin_process();
+    // An earlier process, and another program, may have been told.
+    apply_log_level(metrics);
     let (server, metrics) = (Arc::downgrade(server), Arc::clone(metrics));
     let answer = move || {
         // Who has asked a process that is dead by now does not wait any more.

@@ -6,7 +6,6 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use log::warn;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
@@ -139,7 +138,7 @@ fn accept(listener: &UnixListener, is_control: bool, connections: &mut Vec<Conne
             Ok((stream, _)) => stream,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => {
-                warn!("the monitor cannot accept a connection: {error}");
+                warn_limited!("the monitor cannot accept a connection: {error}");
                 return;
             }
         };

@@ -185,6 +185,8 @@ where
     /// Serves one front end after the other, the first of which may be there already.
     fn serve_all(mut self, mut first: Option<Relay>, mut worker: Link) -> Result<u8, RunError> {
         self.known = Known::of(self.own.iter().copied().chain(self.sandbox.descriptors()));
+        // It may have died before anybody heard of it.
+        self.look_after_monitor();
         loop {
             let (relay, ready) = match first.take() {
                 Some(relay) => (relay, worker),

@@ -17,6 +17,8 @@ where
         if let Some(monitor) = &mut self.monitor {
             monitor.keep_alive();
             monitor::apply_log_level(&self.metrics);
+            // Nothing else may happen for a long time.
+            self.acceptor.set_alarm(Some(monitor.due()));
         }
     }
 

@@ -91,6 +91,7 @@ fn work(mut task: Task<'_>, wrap: impl FnOnce(Arc<dyn FileSystem>) -> Arc<dyn Fi
             return status::REPORTED;
         }
     };
+    state.metrics.begin_process();
     if config.monitor.is_wanted() {
         monitor::answer_questions(&server, state.metrics);
     }

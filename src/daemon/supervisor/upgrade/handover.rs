@@ -197,9 +197,15 @@ impl Handover {
         })
     }
 
-    /// The counters, with the rate limits beside them. After a program that has none they begin anew, with `rates`.
+    /// The counters, if this program reads them.
+    fn known_counters(&self) -> Option<RawFd> {
+        self.metrics.filter(|fd| copy(*fd).is_ok_and(Metrics::reads))
+    }
+
+    /// The counters, with the rate limits beside them. After a program that has none, or others, they begin anew, with
+    /// `rates`.
     pub(super) fn counters(&self, rates: &Rates) -> Result<Arc<Metrics>, Errno> {
-        if let Some(fd) = self.metrics {
+        if let Some(fd) = self.known_counters() {
             return adopt(fd).and_then(Metrics::open);
         }
         let metrics = Metrics::create()?;
@@ -238,7 +244,9 @@ impl Handover {
     /// Descriptors that are not needed any more once the program goes on.
     pub(super) fn temporary(&self) -> impl Iterator<Item = RawFd> {
         let lock = self.socket.as_ref().and_then(|socket| socket.lock);
-        [self.file, self.old].into_iter().chain(lock)
+        // Those of another kind are for the program that this one may go back to.
+        let counters = self.metrics.filter(|_| self.known_counters().is_none());
+        [self.file, self.old].into_iter().chain(lock).chain(counters)
     }
 
     /// Closes these.
@@ -300,5 +308,22 @@ impl FrontEnd {
             "upgrade" => Death::Upgrade,
             _ => Death::Kill,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::Limit;
+
+    #[test]
+    fn counters_of_another_kind_stay_for_the_program_that_has_them() {
+        let file = memfd_create(c"other", MemfdFlags::CLOEXEC).unwrap();
+        let rates = Rates::parse("read-ops=7").unwrap();
+        let handover = Handover { metrics: Some(file.as_raw_fd()), ..Handover::new() };
+        let metrics = handover.counters(&rates).unwrap();
+        assert_eq!(pace_of(&metrics).rate(Limit::ReadOps), 7);
+        assert!(keep(file.as_raw_fd()).is_ok(), "it is open");
+        assert!(handover.temporary().any(|fd| fd == file.as_raw_fd()));
     }
 }
