@@ -47,9 +47,9 @@ class Setup:
             yield guest
 
     @contextlib.contextmanager
-    def debian_root(self) -> Iterator[pathlib.Path]:
-        """A fresh copy of the Debian tree."""
-        tree = debian.SYSTEMD.fetch()
+    def debian_root(self, made: debian.Root = debian.SYSTEMD) -> Iterator[pathlib.Path]:
+        """A fresh copy of a Debian tree."""
+        tree = made.fetch()
         with disk.directory() as scratch:
             root = scratch / "root"
             run(["cp", "-a", "--reflink=auto", tree, root])

@@ -1,11 +1,13 @@
 """The Debian package, in a Debian with systemd."""
 
+import json
 import pathlib
 import shutil
+from typing import Any
 
-from harness import disk
+from harness import debian, disk
 from harness.guest import Guest
-from harness.host import build_daemon, cargo_environment, run
+from harness.host import HarnessError, build_daemon, cargo_environment, run
 from harness.paths import DAEMON, REPO, TARGET
 
 from .setup import Setup, step
@@ -15,13 +17,18 @@ CONFIG = """shared-dir = "/srv/share"
 xattr = true
 """
 SERVICE = "lanefsd@share.service"
-LOAD = "/root/loadgen run --socket /run/lanefsd/share.sock --share /srv/share"
+# It counts the processor time of a process; the daemon is none yet when the load starts.
+LOAD = "/root/loadgen run --socket /run/lanefsd/share.sock --share /srv/share --pid 1"
+PROFILE = "/usr/share/apparmor/extra-profiles/usr.bin.lanefsd"
+# Sockets of lanefsd; empty without any.
+SOCKETS = "ls /run/lanefsd 2>/dev/null || true"
 
 
 def packages(folder: pathlib.Path) -> list[pathlib.Path]:
     """The package, and a later one with the same program."""
     build_daemon()
-    command = ["cargo", "xtask", "dist", "--program", str(DAEMON)]
+    # Built with the others: alone they would have other features, and be built anew.
+    command = ["cargo", "xtask", "dist", "--program", str(DAEMON), "--client", str(DAEMON.with_name("lanefsctl"))]
     first = pathlib.Path(run(command, cwd=REPO, env=cargo_environment()).split()[-1])
     tree = folder / "tree"
     run(["dpkg-deb", "--raw-extract", first, tree])
@@ -33,7 +40,8 @@ def packages(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def install(guest: Guest, package: str) -> None:
-    guest.output(f"DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-download /root/{package}", 300)
+    # It needs nothing that has to be fetched. With --no-download, apt refuses a path.
+    guest.output(f"DEBIAN_FRONTEND=noninteractive apt-get install -y -q /root/{package}", 300)
 
 
 def journal(guest: Guest) -> str:
@@ -50,14 +58,7 @@ def serves(guest: Guest, more: str = "--op getattr --time 1") -> None:
     guest.output(f"{LOAD} {more} >/root/load.log 2>&1 || {{ cat /root/load.log; exit 1; }}", 300)
 
 
-def life(guest: Guest) -> None:
-    step("installs the package")
-    install(guest, "first.deb")
-    assert guest.output("lanefsd --version; readlink -f /usr/libexec/lanefsd").split()[-1] == "/usr/bin/lanefsd"
-    assert "--shared-dir" in guest.output("zcat /usr/share/man/man8/lanefsd.8.gz | tr -d '\\\\'")
-    assert "no control socket" in guest.output("lanefsctl status 2>&1 || true")
-    assert "--batch" in guest.output("zcat /usr/share/man/man1/lanefsctl.1.gz | tr -d '\\\\'")
-    guest.output(f"mkdir -p /srv/share; mount -t tmpfs share /srv/share; cat >/etc/lanefsd/share.conf <<'E'\n{CONFIG}E")
+def starts_and_restarts(guest: Guest) -> None:
     step("starts a daemon by its socket")
     guest.output("systemctl start lanefsd@share.socket")
     assert guest.run(f"systemctl is-active {SERVICE}", check=False)[1].strip() == "inactive"
@@ -67,36 +68,120 @@ def life(guest: Guest) -> None:
     step("restarts it")
     guest.output(f"systemctl restart {SERVICE}", 120)
     assert guest.output(f"systemctl is-active {SERVICE}").strip() == "active"
+    assert guest.output(SOCKETS).split() == ["share.ctl", "share.sock"]
+    assert status(guest)["front_end"] is False
     serves(guest)
-    step("upgrades the package while it serves")
+    wait_for(guest, f"! systemctl is-active {SERVICE}", 60)
+    assert guest.output(SOCKETS).split() == ["share.sock"], "the control socket ends with the daemon"
+
+
+def status(guest: Guest) -> dict[str, Any]:
+    """The state of the only share, by its control socket in the place where lanefsctl looks."""
+    found: dict[str, Any] = json.loads(guest.output("lanefsctl --json status"))["ok"]
+    assert "share /srv/share" in guest.output("lanefsctl status").splitlines()
+    return found
+
+
+def upgrades(guest: Guest, apparmor: bool) -> None:
+    step("upgrades the daemon while it serves, by lanefsctl and by systemctl")
+    # The load ends at the first request with an error. It lasts for as long as the slowest guest needs.
     guest.output(
-        f"({LOAD} --op small --depth 4 --time 60 >/root/load.log 2>&1; echo $? >/root/load.status) </dev/null &"
+        f"(nice {LOAD} --op small --depth 2 --time 1800 >/root/load.log 2>&1; touch /root/load.ended) </dev/null &"
     )
-    wait_for(guest, f"systemctl is-active {SERVICE}", 60)
+    wait_for(guest, "lanefsctl status 2>/dev/null | grep -q 'front end  *connected'", 60)
+    before = status(guest)
+    assert "was upgraded from lanefsd" in guest.output("lanefsctl upgrade")
+    guest.output(f"systemctl reload {SERVICE}")
+    wait_for_upgrades(guest, 2)
+    step("upgrades the package while it serves")
     install(guest, "second.deb")
-    wait_for(guest, f"journalctl -u {SERVICE} -o cat --no-pager | grep -q 'upgraded from lanefsd'", 60)
-    wait_for(guest, "test -e /root/load.status", 200)
-    assert guest.output("cat /root/load.status").strip() == "0", guest.output("cat /root/load.log") + journal(guest)
+    wait_for_upgrades(guest, 3)
+    after = status(guest)
+    assert after["pid"] == before["pid"], "the process stays"
+    assert after["upgrades"] == 3, after
+    if apparmor:
+        is_confined(guest)
+    assert "active (running)" in guest.output(f"systemctl status --no-pager {SERVICE}")
+    assert answered(status(guest)) > answered(after), "requests go on"
+    assert guest.run("test -e /root/load.ended", check=False)[0], guest.output("cat /root/load.log") + journal(guest)
+    guest.output("pkill -x loadgen")
+    wait_for(guest, f"! systemctl is-active {SERVICE}", 60)
+
+
+def answered(share: dict[str, Any]) -> int:
+    """The number of requests that a share has answered."""
+    return sum(queue["requests"] for queue in share["queues"])
+
+
+def confines(guest: Guest) -> None:
+    step("loads the AppArmor profile")
+    assert guest.output("cat /sys/module/apparmor/parameters/enabled").strip() == "Y"
+    guest.output(f"apparmor_parser --replace --skip-cache {PROFILE}")
+
+
+def is_confined(guest: Guest) -> None:
+    """Whether all processes of a daemon that runs are confined; none may have been denied anything."""
+    found = guest.output("for pid in $(pgrep -x 'lanefsd.*'); do cat /proc/$pid/attr/current; done").splitlines()
+    assert len(found) >= 3 and set(found) == {"lanefsd (enforce)"}, found
+    denied = guest.output("journalctl -k -o cat --no-pager | grep 'apparmor=\"DENIED\"' || true")
+    assert denied == "", denied
+
+
+def wait_for_upgrades(guest: Guest, number: int) -> None:
+    """Waits for the log message of an upgrade."""
+    found = f"journalctl -u {SERVICE} -o cat --no-pager | grep -c 'upgraded from lanefsd'"
+    wait_for(guest, f'[ "$({found})" -ge {number} ]', 60)
+
+
+def life(guest: Guest, apparmor: bool) -> None:
+    step("installs the package")
+    install(guest, "first.deb")
+    assert guest.output("lanefsd --version; readlink -f /usr/libexec/lanefsd").split()[-1] == "/usr/bin/lanefsd"
+    assert "--shared-dir" in guest.output("zcat /usr/share/man/man8/lanefsd.8.gz | tr -d '\\\\'")
+    assert "no control socket" in guest.output("lanefsctl status 2>&1 || true")
+    assert "--batch" in guest.output("zcat /usr/share/man/man1/lanefsctl.1.gz | tr -d '\\\\'")
+    guest.output(f"mkdir -p /srv/share; mount -t tmpfs share /srv/share; cat >/etc/lanefsd/share.conf <<'E'\n{CONFIG}E")
+    if apparmor:
+        confines(guest)
+    starts_and_restarts(guest)
+    upgrades(guest, apparmor)
     step("says what is wrong with a configuration")
     guest.output("echo 'shared_dir = \"/srv\"' >/etc/lanefsd/wrong.conf")
     assert guest.run("systemctl start lanefsd@wrong.socket lanefsd@wrong.service", 120, check=False)[0]
     assert "unknown key shared_dir" in guest.output("journalctl -u lanefsd@wrong.service -o cat --no-pager")
     guest.output("systemctl stop lanefsd@wrong.socket; systemctl reset-failed; rm /etc/lanefsd/*.conf")
     step("removes the package")
+    if apparmor:
+        guest.output(f"apparmor_parser --remove {PROFILE}")
     guest.output("DEBIAN_FRONTEND=noninteractive apt-get purge -y -q lanefsd", 300)
     left = guest.output(
         "find / -xdev -name '*lanefsd*' ! -path '/root/*' ! -path '/proc/*' ! -path '/sys/*' ! -path '/var/log/*'; "
+        "find /run /tmp /dev/shm -name '*lanefsd*' ! -path '/run/systemd/*'; "
         "systemctl list-units --plain --no-legend 'lanefsd*'; pgrep lanefsd || true"
     )
     assert left == "", left
 
 
-def test_package(setup: Setup) -> None:
-    """The Debian package: socket activation, restart, upgrade while it serves, removal."""
-    with setup.debian_root() as root, disk.directory() as folder:
+def lifetime(setup: Setup, made: debian.Root, apparmor: bool = False) -> None:
+    """Makes the packages on the host, and runs them in a guest with this system."""
+    with setup.debian_root(made) as root, disk.directory() as folder:
         for name, package in zip(("first.deb", "second.deb"), packages(folder), strict=True):
             shutil.copy(package, root / "root" / name)
         shutil.copy(TARGET / "release/loadgen", root / "root/loadgen")
         with setup.debian_guest(root, "--xattr") as (guest, _):
             is_up(guest)
-            life(guest)
+            try:
+                life(guest, apparmor)
+            except HarnessError as error:
+                more = guest.run(f"systemctl status --no-pager {SERVICE}; tail -n 5 /root/load.log", check=False)[1]
+                raise HarnessError(f"{error}\n{more}\n{journal(guest)}") from None
+
+
+def test_package(setup: Setup) -> None:
+    """The Debian package: socket activation, lanefsctl, restart, upgrade while it serves, removal."""
+    lifetime(setup, debian.SYSTEMD)
+
+
+def test_package_in_trixie(setup: Setup) -> None:
+    """The same package in Debian 13, with the AppArmor profile."""
+    lifetime(setup, debian.TRIXIE, apparmor=True)

@@ -31,11 +31,12 @@ class Root:
     packages: str = ""
     # Modules that the initramfs needs beside those that initramfs-tools finds on a running system.
     modules: str = ""
+    suite: str = SUITE
     finish: Callable[[pathlib.Path], None] = lambda root: None
 
     def make(self, root: pathlib.Path) -> None:
         """Installs it into an empty place."""
-        bootstrap(root, self.base)
+        bootstrap(root, self.base, self.suite)
         if not self.packages:
             return
         # The headers have to be those of the kernel: both are the newest, which only a root with security updates has.
@@ -58,7 +59,7 @@ class Root:
         return cache.cached(CACHE / self.name, make)
 
 
-def bootstrap(root: pathlib.Path, packages: str) -> None:
+def bootstrap(root: pathlib.Path, packages: str, suite: str) -> None:
     """Installs a minimal Debian, verified with the archive's keyring, from the mirror of the host's apt."""
     source = apt.archive()
     if source.main.startswith("https:"):
@@ -66,10 +67,10 @@ def bootstrap(root: pathlib.Path, packages: str) -> None:
     command = ["debootstrap", "--variant=minbase", "--force-check-gpg", f"--keyring={source.keyring}"]
     # The namespace takes debootstrap's mounts with it, also if debootstrap is killed.
     run(
-        ["unshare", "--mount", *command, f"--include={packages}", SUITE, root, source.main],
+        ["unshare", "--mount", *command, f"--include={packages}", suite, root, source.main],
         env={**os.environ, **apt.proxies()},
     )
-    (root / "etc/apt/sources.list").write_text(source.sources(SUITE))
+    (root / "etc/apt/sources.list").write_text(source.sources(suite))
 
 
 def chroot(root: pathlib.Path, command: str) -> str:
@@ -118,7 +119,17 @@ def finish_systemd(root: pathlib.Path) -> None:
     # Timers that would start work in the middle of a test.
     timers = "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer"
     chroot(root, f"passwd -d root; systemctl enable lanefs-agent.service; systemctl mask {timers}")
-    # podman's own services fail where the share cannot be an upper layer.
+
+
+def finish_apparmor(root: pathlib.Path) -> None:
+    """The same, without the profiles of other programs: to compile them takes an emulated system minutes."""
+    finish_systemd(root)
+    chroot(root, "systemctl mask apparmor.service")
+
+
+def finish_podman(root: pathlib.Path) -> None:
+    """The same, without podman's own services: they fail where the share cannot be an upper layer."""
+    finish_systemd(root)
     chroot(
         root,
         "systemctl disable podman.service podman.socket podman-restart.service podman-auto-update.service "
@@ -133,7 +144,17 @@ SYSTEMD = Root(
     "systemd,systemd-sysv,dbus,udev,kmod,attr,procps",
     "podman crun linux-image-cloud-amd64",
     "virtio_pci virtiofs",
-    finish_systemd,
+    finish=finish_podman,
+)
+# The suite after it, with AppArmor in place of podman.
+TRIXIE = Root(
+    "trixie-tree",
+    "a Debian 13 with systemd",
+    "systemd,systemd-sysv,dbus,udev,kmod,procps",
+    "apparmor linux-image-cloud-amd64",
+    "virtio_pci virtiofs",
+    "trixie",
+    finish_apparmor,
 )
 
 

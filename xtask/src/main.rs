@@ -23,11 +23,15 @@ enum Task {
         /// Package this lanefsctl, instead of building one
         #[arg(long, value_name = "FILE")]
         client: Option<PathBuf>,
+
+        /// Make only manual pages and completions, which takes none of Debian's tools
+        #[arg(long, conflicts_with_all = ["program", "client"])]
+        pages_only: bool,
     },
 }
 
 fn main() -> Result<()> {
-    let Task::Dist { program, client } = Task::parse();
+    let Task::Dist { program, client, pages_only } = Task::parse();
     let [program, client] = [program, client].map(|path| path.map(std::path::absolute).transpose());
     let (program, client) = (program?, client?);
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask/ is in the repository")?;
@@ -38,6 +42,9 @@ fn main() -> Result<()> {
     files::write_all(&dist)?;
     println!("{}", dist.join("man").display());
     println!("{}", dist.join("completions").display());
+    if pages_only {
+        return Ok(());
+    }
     let program = given_or_built(program, &target, "lanefsd")?;
     let client = given_or_built(client, &target, "lanefsctl")?;
     println!("{}", debian::package(&dist, [&program, &client])?.display());

@@ -4,7 +4,7 @@
 //! what follows, and tells the back end once, if EVENT_IDX says that it wants to be told.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
@@ -216,7 +216,13 @@ impl<'s> Lane<'s> {
         let mut count = [0; 8];
         // SAFETY: the queue owns the descriptor and outlives this use; ManuallyDrop leaves it open.
         let mut call = ManuallyDrop::new(unsafe { File::from_raw_fd(self.queue.call_event().as_raw_fd()) });
-        call.read_exact(&mut count).map_err(LoadError::system("wait for a notification"))?;
+        while let Err(error) = call.read_exact(&mut count) {
+            if error.kind() != ErrorKind::WouldBlock {
+                return Err(LoadError::system("wait for a notification")(error));
+            }
+            // A worker that takes the place of another one has set O_NONBLOCK again.
+            block_on_reads(&self.queue)?;
+        }
         self.tally.notifications += u64::from_ne_bytes(count);
         Ok(())
     }

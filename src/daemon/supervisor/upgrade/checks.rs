@@ -1,8 +1,10 @@
 //! What has to be true of descriptors around an upgrade, checked in builds for tests.
 
+#[cfg(debug_assertions)]
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+#[cfg(debug_assertions)]
 use super::super::reconnect::Parked;
 use super::super::relay::Relay;
 use super::Supervisor;
