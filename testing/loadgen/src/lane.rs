@@ -221,7 +221,7 @@ impl<'s> Lane<'s> {
                 return Err(LoadError::system("wait for a notification")(error));
             }
             // A worker that takes the place of another one has set O_NONBLOCK again.
-            block_on_reads(&self.queue)?;
+            block_on_reads(self.queue)?;
         }
         self.tally.notifications += u64::from_ne_bytes(count);
         Ok(())
