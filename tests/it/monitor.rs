@@ -241,6 +241,7 @@ fn an_upgrade_keeps_counters_and_sockets() {
     let session = serve(&watched);
     work(&session);
     let monitor = watched.monitor();
+    let remarks = watched.answer("status")["remarks"].take();
     common::copy_program(&folder.path().join("new"));
     fs::rename(folder.path().join("new"), &program).unwrap();
     let mut upgrade = std::process::Command::new(common::program());
@@ -253,7 +254,8 @@ fn an_upgrade_keeps_counters_and_sockets() {
     let samples = watched.samples();
     assert_eq!(samples["lanefs_upgrades_total{}"], 1.0);
     assert_eq!(samples["lanefs_requests_total{op=\"write\"}"], 10.0);
-    assert_eq!(watched.answer("status")["upgrades"], 1);
+    let status = watched.answer("status");
+    assert_eq!((status["upgrades"].as_u64(), &status["remarks"]), (Some(1), &remarks));
     drop(session);
     watched.backend.expect_success().unwrap();
     common::wait_until(|| !watched.path("ctl").exists(), "the socket goes");

@@ -118,6 +118,16 @@ impl Monitor {
         config: &Config,
         share: &Arc<str>,
         endpoints: Endpoints,
+        memory: (&Arc<StateFile>, &Arc<Metrics>),
+    ) -> Option<Monitor> {
+        let remarks = config.remarks.iter().map(ToString::to_string).collect();
+        Monitor::start_with(config, share, (endpoints, remarks), memory)
+    }
+
+    fn start_with(
+        config: &Config,
+        share: &Arc<str>,
+        (endpoints, remarks): (Endpoints, Vec<String>),
         (state, metrics): (&Arc<StateFile>, &Arc<Metrics>),
     ) -> Option<Monitor> {
         if endpoints.is_empty() {
@@ -127,7 +137,7 @@ impl Monitor {
             share: Arc::clone(share),
             directory: config.shared_dir.clone(),
             daemon: getpid(),
-            remarks: config.remarks.iter().map(ToString::to_string).collect(),
+            remarks,
             log_level: log::max_level(),
             seccomp: config.seccomp,
             cpus: process::cpus(),
@@ -154,9 +164,8 @@ impl Monitor {
         let endpoints = Endpoints::go_on(parts).inspect_err(|error| {
             error!("nobody can look at the daemon any more: {}", logging::describe(error))
         });
-        let mut monitor = Monitor::start(config, share, endpoints.ok()?, memory)?;
-        monitor.subject.remarks = remarks;
-        Some(monitor)
+        // What was remarkable at the start still is; this program looks at less.
+        Monitor::start_with(config, share, (endpoints.ok()?, remarks), memory)
     }
 
     /// What another program in this process needs.
