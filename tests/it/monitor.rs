@@ -288,17 +288,19 @@ fn a_request_that_waits_is_seen_with_its_phase() {
 
 #[test]
 fn the_log_says_what_was_in_flight_when_a_worker_died() {
-    let backend = common::start(&["--posix-lock", IMMORTAL]);
-    let session = backend.connect(SessionOptions::default()).unwrap();
+    let watched = Watched::start(&["--sandbox=none", "--posix-lock", IMMORTAL]);
+    let session = serve(&watched);
     let client = session.client();
     let (node, fh) = common::create_file(&session);
     let lock = |owner| Lock { owner, pid: 1, kind: libc::F_WRLCK, start: 0, flock: false, end: 9 };
     client.setlk(node, fh, lock(1)).unwrap();
     std::thread::scope(|scope| {
         let waits = scope.spawn(|| client.setlkw(node, fh, lock(2)));
-        std::thread::sleep(Duration::from_millis(200));
-        kill_worker(&backend);
-        common::wait_for_words(&backend, "in flight then: setlkw (request ");
+        let waiting =
+            || watched.answer("ops")["ops"].as_array().unwrap().iter().any(|op| op["op"] == "setlkw");
+        common::wait_until(waiting, "a request that waits for a lock");
+        kill_worker(&watched.backend);
+        common::wait_for_words(&watched.backend, "in flight then: setlkw (request ");
         client.setlk(node, fh, Lock { kind: libc::F_UNLCK, ..lock(1) }).unwrap();
         waits.join().unwrap().unwrap();
     });
@@ -551,7 +553,7 @@ fn a_queue_stops_and_goes_on_while_its_share_drains() {
     let held = session.client().on(1).send(request).unwrap();
     let begun = std::time::Instant::now();
     session.stop_queue(1).unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(2), "a stop took {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(30), "a stop took {:?}", begun.elapsed());
     session.start_queue(1).unwrap();
     kill_worker(&watched.backend);
     let monitor = watched.monitor();
