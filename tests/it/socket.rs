@@ -191,57 +191,84 @@ fn a_second_front_end_waits_and_the_log_says_so() {
 /// Lets the processes of the daemon, which share their descriptors, have this many.
 fn limit_descriptors(backend: &Backend, limit: u64) {
     let limit = || Rlimit { current: Some(limit), maximum: Some(10_000) };
-    // What is started from now on as well. A process that serves may end meanwhile.
     let limited = |pid: u32| prlimit(Pid::from_raw(pid.cast_signed()), Resource::Nofile, limit());
+    // What is started from now on as well, and then all that are there: beside the process that serves there may be the
+    // one before it, whose status nobody has taken.
     limited(backend.pid()).unwrap();
-    let _ = limited(common::serving_process(backend.pid()));
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", backend.pid())).unwrap();
+    for child in children.split_whitespace() {
+        // It may end meanwhile.
+        let _ = limited(child.parse().unwrap());
+    }
+}
+
+/// How often these words are in the log.
+fn times(backend: &Backend, words: &str) -> usize {
+    backend.stderr().matches(words).count()
+}
+
+/// Waits until one of these is in the log more often than `before`, and returns which.
+fn wait_for_one(backend: &Backend, words: &[&str], before: &[usize]) -> usize {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let text = backend.stderr();
+        let mut pairs = words.iter().zip(before);
+        if let Some(one) = pairs.position(|(words, before)| text.matches(words).count() > *before) {
+            return one;
+        }
+        assert!(Instant::now() < deadline, "none of {words:?} in 30 s: {text}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+const READY: &str = "Waiting for vhost-user socket connection";
+
+#[test]
+fn a_front_end_that_cannot_be_accepted_ends_nothing() {
+    const PAUSED: &str = "no connections are accepted";
+    let mut backend = start(&["--keep-listening", "--sandbox=none", "--rlimit-nofile=10000"]);
+    wait_for_one(&backend, &[READY], &[0]);
+    // Fewer than are open.
+    limit_descriptors(&backend, 5);
+    let connection = Connection::connect(backend.socket()).unwrap();
+    let asked = std::thread::spawn(move || connection.features().unwrap());
+    wait_for_one(&backend, &[PAUSED], &[0]);
+    assert!(backend.try_wait().unwrap().is_none(), "{}", backend.stderr());
+    limit_descriptors(&backend, 10_000);
+    asked.join().unwrap();
+    serves(&backend);
 }
 
 #[test]
-fn a_front_end_for_which_there_is_no_descriptor_ends_nothing() {
-    const PAUSED: &str = "no connections are accepted";
+fn a_front_end_that_nobody_can_serve_ends_nothing() {
+    const UNSTARTED: &str = "cannot start a worker process";
     const REFUSED: &str = "cannot serve a front end";
-    // What ends a connection, each with a line.
-    const ENDS: [&str; 4] = [REFUSED, "front end disconnected", "was disconnected", "closed a connection"];
-    let mut backend = start(&["--keep-listening", "--sandbox=none", "--rlimit-nofile=10000"]);
-    drop(serves(&backend));
-    common::wait_for_words(&backend, ENDS[1]);
-    let count = |backend: &mut Backend, words: &[&str]| -> usize {
-        let text = backend.stderr();
-        words.iter().map(|words| text.matches(words).count()).sum()
-    };
-    let wait_for_more = |backend: &mut Backend, words: &[&str], before: usize| {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while count(backend, words) == before {
-            assert!(backend.try_wait().unwrap().is_none(), "{}", backend.stderr());
-            assert!(Instant::now() < deadline, "no word of {words:?} in 10 s: {}", backend.stderr());
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    };
-    // Too few to accept the connection, and too few to serve it. How many that is differs with what the daemon
-    // inherits: one more if it cannot accept, one fewer if it serves, until both have been seen.
+    let mut backend =
+        start(&["--keep-listening", "--sandbox=none", "--rlimit-nofile=10000", crate::survival::IMMORTAL]);
+    wait_for_one(&backend, &[READY], &[0]);
+    // Enough to start the next process that serves, and too few for that to get ready. How many that is differs with what
+    // the daemon inherits: one more if it is not started, one fewer if it gets ready.
     let mut limit = 20;
     for _ in 0..60 {
-        let seen = [PAUSED, REFUSED].map(|words| count(&mut backend, &[words]));
-        if seen.iter().all(|times| *times > 0) {
-            break;
-        }
+        let session = serves(&backend);
+        let all = [UNSTARTED, REFUSED, READY];
+        let before = all.map(|words| times(&backend, words));
         limit_descriptors(&backend, limit);
-        let ended = count(&mut backend, &ENDS);
-        let connection = Connection::connect(backend.socket()).unwrap();
-        let asked = std::thread::spawn(move || drop(connection.features()));
-        wait_for_more(&mut backend, &[&ENDS[..], &[PAUSED]].concat(), ended + seen[0]);
+        drop(session);
+        let what = wait_for_one(&backend, &all, &before);
+        assert!(backend.try_wait().unwrap().is_none(), "{}", backend.stderr());
         limit_descriptors(&backend, 10_000);
-        asked.join().unwrap();
-        // What is written about this connection does not count for the next one.
-        wait_for_more(&mut backend, &ENDS, ended);
-        let is_paused = count(&mut backend, &[PAUSED]) > seen[0];
-        limit = if is_paused { limit + 1 } else { limit - 1 };
+        wait_for_one(&backend, &[READY], &before[2..]);
+        match all[what] {
+            UNSTARTED => limit += 1,
+            READY => limit -= 1,
+            _ => {
+                serves(&backend);
+                return;
+            }
+        }
     }
-    for words in [PAUSED, REFUSED] {
-        assert!(count(&mut backend, &[words]) > 0, "no {words:?}: {}", backend.stderr());
-    }
-    serves(&backend);
+    panic!("{REFUSED:?} was never said: {}", backend.stderr());
 }
 
 #[test]
