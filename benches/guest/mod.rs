@@ -132,7 +132,7 @@ impl Guest {
         let metrics = Metrics::create().unwrap().for_queue(1);
         // What is measured is not among the slowest requests.
         let slow = Served { nanos: 60_000_000_000, ..Served::default() };
-        (0..slow::KEPT).for_each(|_| metrics.station().completed(&slow));
+        (0..slow::KEPT).for_each(|_| metrics.shard().completed(&slow));
         let queue =
             Queue::new(1, memory.clone(), ring, theirs.0.into(), Some(theirs.1.into()), journal, metrics)
                 .unwrap();

@@ -38,7 +38,7 @@ use super::charge::Charge;
 use super::queue::{Backlog, Origin, PoppedChain, Queue, Used};
 use super::{SharedMemory, probes};
 use crate::fs::transfer::Load;
-use crate::metrics::counts::{Served, Station};
+use crate::metrics::counts::{Served, Shard};
 use crate::metrics::{Phase, notes};
 use crate::server::{self, Class, Server};
 use crate::state_file::{Effects, Resumed};
@@ -117,7 +117,7 @@ struct Request {
     server: server::Scratch,
     /// What is counted of the request, and where.
     served: Served,
-    station: Station,
+    shard: Shard,
 }
 
 impl Scratch {
@@ -139,7 +139,7 @@ impl Scratch {
             popped: 0,
             server: server::Scratch::default(),
             served: Served::default(),
-            station: queue.metrics().station(),
+            shard: queue.metrics().shard(),
         }))
     }
 
@@ -392,7 +392,7 @@ impl Request {
     fn count(&mut self, end: u64) {
         self.served.popped = self.popped;
         self.served.nanos = end.saturating_sub(self.popped);
-        self.station.completed(&self.served);
+        self.shard.completed(&self.served);
     }
 
     /// Notes what is counted of a request that has its reply.

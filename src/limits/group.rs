@@ -14,7 +14,8 @@ use thiserror::Error;
 
 use super::PaceHandle;
 use super::pace::Pace;
-use crate::sys::mapped::{Mapped, Shared};
+use crate::sys::mapped::Mapped;
+use crate::sys::shared_map::Record;
 
 /// The first bytes of the file: "lanelim" and the number of its form.
 const MAGIC: u64 = u64::from_le_bytes(*b"lanelim\x01");
@@ -30,7 +31,7 @@ struct Contents {
 }
 
 // SAFETY: `repr(C)`, and all fields are atomic.
-unsafe impl Shared for Contents {}
+unsafe impl Record for Contents {}
 
 /// Why a file cannot hold the limits of a group. Each message is one sentence.
 #[derive(Debug, Error)]

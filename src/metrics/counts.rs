@@ -1,8 +1,8 @@
 //! Counters of requests and of queues.
 //!
-//! Each request in flight counts at a [`Station`] of its own, which it has from the request before it: its cache lines are
+//! Each request in flight counts at a [`Shard`] of its own, which it has from the request before it: its cache lines are
 //! those of the CPU that serves it, and a change is a load and a store. A process that dies in between loses one request of
-//! the count, and nothing else. Who reads adds up all stations.
+//! the count, and nothing else. Who reads adds up all shards.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -44,7 +44,7 @@ pub struct OpCounts {
 /// Counters of requests, of which one request at a time has its own.
 #[repr(C)]
 #[repr(align(128))]
-pub struct StationCounts {
+pub struct ShardCounts {
     pub(super) bytes_read: AtomicU64,
     pub(super) bytes_written: AtomicU64,
     pub(super) waits: AtomicU64,
@@ -66,7 +66,7 @@ pub struct QueueCounts {
 }
 
 // SAFETY: `repr(C)`, and all fields are atomic.
-unsafe impl Record for StationCounts {}
+unsafe impl Record for ShardCounts {}
 // SAFETY: the same.
 unsafe impl Record for QueueCounts {}
 
@@ -159,8 +159,8 @@ impl QueueMetrics {
     }
 
     /// Counters for one request after the other.
-    pub fn station(&self) -> Station {
-        Station::new(self.counts.owner(), self.queue)
+    pub fn shard(&self) -> Shard {
+        Shard::new(self.counts.owner(), self.queue)
     }
 
     #[inline]
@@ -175,19 +175,19 @@ impl QueueMetrics {
 }
 
 /// Counters of which one request at a time has its own: two CPUs never change the same ones, unless there are more requests
-/// than stations.
-pub struct Station {
-    counts: Table<StationCounts, Metrics>,
+/// than shards.
+pub struct Shard {
+    counts: Table<ShardCounts, Metrics>,
     index: usize,
     queue: usize,
 }
 
-impl Station {
-    fn new(metrics: &Arc<Metrics>, queue: usize) -> Station {
-        Station { counts: metrics.stations(), index: metrics.take_station(), queue }
+impl Shard {
+    fn new(metrics: &Arc<Metrics>, queue: usize) -> Shard {
+        Shard { counts: metrics.shards(), index: metrics.take_shard(), queue }
     }
 
-    /// Adds to a counter of this station.
+    /// Adds to a counter of this shard.
     #[inline]
     fn add(&self, counter: &AtomicU64, count: u64) {
         if self.index == 0 {
@@ -224,7 +224,7 @@ impl Station {
         }
     }
 
-    fn count_notes(&self, counts: &StationCounts, served: &Served) {
+    fn count_notes(&self, counts: &ShardCounts, served: &Served) {
         let notes = served.notes;
         if notes.waited > 0 {
             self.add(&counts.waits, 1);
@@ -252,9 +252,9 @@ impl Station {
     }
 }
 
-impl Drop for Station {
+impl Drop for Shard {
     fn drop(&mut self) {
-        self.metrics().give_station_back(self.index);
+        self.metrics().give_shard_back(self.index);
     }
 }
 
@@ -295,20 +295,20 @@ mod tests {
         let mut queue = metrics.for_queue(1);
         queue.start(128);
         let read = Served { opcode: 15, unique: 7, bytes: 4096, nanos: 5000, ..Served::default() };
-        // Also where there are more requests than stations.
-        let stations: Vec<Station> = (0..2 * super::super::STATIONS).map(|_| queue.station()).collect();
-        for station in &stations {
-            station.completed(&read);
-            station.completed(&Served { errno: 2, bytes: 0, opcode: 1, ..read });
+        // Also where there are more requests than shards.
+        let shards: Vec<Shard> = (0..2 * super::super::SHARDS).map(|_| queue.shard()).collect();
+        for shard in &shards {
+            shard.completed(&read);
+            shard.completed(&Served { errno: 2, bytes: 0, opcode: 1, ..read });
         }
-        let count = stations.len() as u64;
+        let count = shards.len() as u64;
         let sample = metrics.sample();
         assert_eq!(sample.bytes_read, 4096 * count);
         let ops: Vec<_> = sample.ops.iter().map(|op| (op.name, op.count, op.nanos, op.errors)).collect();
         assert_eq!(ops, [("lookup", count, 5000 * count, count), ("read", count, 5000 * count, 0)]);
         assert_eq!(metrics.errors(), [("lookup", 2, count)]);
-        drop(stations);
-        assert_eq!(queue.station().index, 1, "stations are used again");
+        drop(shards);
+        assert_eq!(queue.shard().index, 1, "shards are used again");
     }
 
     #[test]
@@ -328,10 +328,10 @@ mod tests {
     #[test]
     fn writers_of_one_file_are_seen() {
         let metrics = Metrics::create().unwrap();
-        let station = metrics.for_queue(1).station();
+        let shard = metrics.for_queue(1).shard();
         for writers in [1, 2, 3, 16, 200] {
             let notes = super::super::notes::Notes { waited: 0, writers };
-            station.completed(&Served { opcode: 16, notes, popped: monotonic(), ..Served::default() });
+            shard.completed(&Served { opcode: 16, notes, popped: monotonic(), ..Served::default() });
         }
         assert_eq!(metrics.sample().writers, [1, 1, 1, 0, 1, 0, 0, 1]);
         assert_eq!(metrics.most_writers(), 200);

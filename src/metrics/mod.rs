@@ -32,7 +32,7 @@ use rustix::io::Errno;
 use rustix::thread::futex;
 use rustix::time::Timespec;
 
-use self::counts::{QueueCounts, QueueMetrics, StationCounts};
+use self::counts::{QueueCounts, QueueMetrics, ShardCounts};
 pub use self::errnos::errno_name;
 pub use self::sample::{OpSample, QueueSample, Sample, op_name};
 use self::slow::{Ended, SlowRecord};
@@ -48,8 +48,8 @@ pub const QUEUES: usize = 64;
 /// Descriptors of the largest ring.
 const SLOTS: usize = 32_768;
 
-/// Requests that count without others; a power of two. The first station is shared by all that come later.
-const STATIONS: usize = 256;
+/// Requests that count without others; a power of two. The first shard is shared by all that come later.
+const SHARDS: usize = 256;
 /// The starts of two requests are in cache lines of their own.
 const PROGRESS_STRIDE: usize = 8;
 
@@ -75,8 +75,8 @@ mod offsets {
     pub const SLOW: usize = after::<Header>(HEADER, 1);
     pub const ERRORS: usize = after::<SlowRecord>(SLOW, slow::KEPT);
     pub const COUNTS: usize = after::<AtomicU64>(ERRORS, OPS * ERRNOS);
-    pub const STATIONS: usize = after::<QueueCounts>(COUNTS, QUEUES);
-    pub const LIMITS: usize = after::<StationCounts>(STATIONS, super::STATIONS);
+    pub const SHARDS: usize = after::<QueueCounts>(COUNTS, QUEUES);
+    pub const LIMITS: usize = after::<ShardCounts>(SHARDS, super::SHARDS);
     pub const PROGRESS: usize = after::<[u8; LIMITS_SIZE]>(LIMITS, 1);
     pub const END: usize = after::<AtomicU64>(PROGRESS, QUEUES * SLOTS * PROGRESS_STRIDE);
 }
@@ -102,8 +102,8 @@ struct Header {
     slow_lock: AtomicU32,
     unused: AtomicU32,
     slow_floor: AtomicU64,
-    /// A bit for each station that a request has.
-    stations: [AtomicU64; STATIONS / 64],
+    /// A bit for each shard that a request has.
+    shards: [AtomicU64; SHARDS / 64],
     /// Most writers of a file in this window and in the one before, each with the number of the window above.
     writers: [AtomicU64; 2],
     gauges: [AtomicU64; Gauges::COUNT],
@@ -232,7 +232,7 @@ impl Metrics {
     pub fn begin_process(self: &Arc<Self>) {
         let header = self.header();
         header.slow_lock.store(0, Ordering::Relaxed);
-        header.stations.iter().for_each(|taken| taken.store(0, Ordering::Relaxed));
+        header.shards.iter().for_each(|taken| taken.store(0, Ordering::Relaxed));
         for queue in 0..QUEUES {
             // Those that run start again.
             self.for_queue(queue).start(0);
@@ -240,13 +240,13 @@ impl Metrics {
     }
 
     #[allow(clippy::expect_used, reason = "the offsets are constants inside the file, as a test shows")]
-    fn stations(self: &Arc<Self>) -> Table<StationCounts, Metrics> {
-        Table::new(Arc::clone(self), offsets::STATIONS, STATIONS).expect("stations")
+    fn shards(self: &Arc<Self>) -> Table<ShardCounts, Metrics> {
+        Table::new(Arc::clone(self), offsets::SHARDS, SHARDS).expect("shards")
     }
 
-    /// A station that no request has, or the first one, which all may use.
-    fn take_station(&self) -> usize {
-        for (word, taken) in self.header().stations.iter().enumerate() {
+    /// A shard that no request has, or the first one, which all may use.
+    fn take_shard(&self) -> usize {
+        for (word, taken) in self.header().shards.iter().enumerate() {
             // The first one is never anybody's own.
             let shared = u64::from(word == 0);
             let mut seen = taken.load(Ordering::Relaxed);
@@ -262,9 +262,9 @@ impl Metrics {
         0
     }
 
-    fn give_station_back(&self, station: usize) {
-        if let Some(taken) = self.header().stations.get(station / 64).filter(|_| station > 0) {
-            taken.fetch_and(!(1 << (station % 64)), Ordering::Relaxed);
+    fn give_shard_back(&self, shard: usize) {
+        if let Some(taken) = self.header().shards.get(shard / 64).filter(|_| shard > 0) {
+            taken.fetch_and(!(1 << (shard % 64)), Ordering::Relaxed);
         }
     }
 

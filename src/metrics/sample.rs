@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use fuse_protocol::opcode::Opcode;
 
-use super::counts::{BUCKETS, QueueCounts, StationCounts, WRITER_BUCKETS};
-use super::{ERRNOS, Metrics, OPS, QUEUES, STATIONS, offsets};
+use super::counts::{BUCKETS, QueueCounts, ShardCounts, WRITER_BUCKETS};
+use super::{ERRNOS, Metrics, OPS, QUEUES, SHARDS, offsets};
 use crate::sys::clock::monotonic;
 
 /// One operation, of all queues.
@@ -96,14 +96,14 @@ impl Metrics {
         let queues = queues.iter().take(last).enumerate().map(|(index, queue)| queue_sample(index, queue));
         let mut sample = Sample { at: monotonic(), queues: queues.collect(), ..Sample::default() };
         let mut ops = vec![OpSample::default(); OPS];
-        for station in self.mapping.records::<StationCounts>(offsets::STATIONS, STATIONS) {
-            sample.bytes_read += load(&station.bytes_read);
-            sample.bytes_written += load(&station.bytes_written);
-            sample.waits += load(&station.waits);
-            sample.wait_nanos += load(&station.wait_nanos);
-            let writers = sample.writers.iter_mut().zip(&station.writers);
+        for shard in self.mapping.records::<ShardCounts>(offsets::SHARDS, SHARDS) {
+            sample.bytes_read += load(&shard.bytes_read);
+            sample.bytes_written += load(&shard.bytes_written);
+            sample.waits += load(&shard.waits);
+            sample.wait_nanos += load(&shard.wait_nanos);
+            let writers = sample.writers.iter_mut().zip(&shard.writers);
             writers.for_each(|(sum, count)| *sum += load(count));
-            for (sum, op) in ops.iter_mut().zip(&station.ops) {
+            for (sum, op) in ops.iter_mut().zip(&shard.ops) {
                 sum.nanos += load(&op.nanos);
                 sum.errors += load(&op.errors);
                 sum.buckets.iter_mut().zip(&op.buckets).for_each(|(sum, count)| *sum += load(count));

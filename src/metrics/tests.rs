@@ -12,7 +12,7 @@ fn the_parts_of_the_file_do_not_overlap() {
     assert_eq!(metrics.mapping.records::<QueueCounts>(offsets::COUNTS, QUEUES).len(), QUEUES);
     let progress = metrics.mapping.records::<AtomicU64>(offsets::PROGRESS, QUEUES * SLOTS * PROGRESS_STRIDE);
     assert_eq!(progress.len(), QUEUES * SLOTS * PROGRESS_STRIDE);
-    assert_eq!(metrics.mapping.records::<StationCounts>(offsets::STATIONS, STATIONS).len(), STATIONS);
+    assert_eq!(metrics.mapping.records::<ShardCounts>(offsets::SHARDS, SHARDS).len(), SHARDS);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use rustix::io::Result;
+use rustix::io::{Errno, Result};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::memory::never_dump;
@@ -50,12 +50,7 @@ impl Mapping {
 
     /// The file of another process. The caller has checked its size.
     pub fn of(file: OwnedFd, len: usize) -> Result<Mapping> {
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: the kernel chooses the address, so that nothing else is there.
-        let start = unsafe {
-            mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED | MapFlags::NORESERVE, &file, 0)
-        }?;
-        let start = NonNull::new(start.cast()).ok_or(rustix::io::Errno::NOMEM)?;
+        let start = map(&file, len)?;
         never_dump(start.as_ptr(), len);
         Ok(Mapping { file, start, len })
     }
@@ -76,6 +71,14 @@ impl Mapping {
         // a record takes any bytes, and only atomic accesses are made of it.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(offset).cast(), count) }
     }
+}
+
+/// Maps `len` bytes of a file, to be shared with others.
+pub(super) fn map(file: impl AsFd, len: usize) -> Result<NonNull<u8>> {
+    let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+    // SAFETY: the kernel chooses the address, so that nothing else is there.
+    let start = unsafe { mmap(std::ptr::null_mut(), len, protection, flags, file, 0) }?;
+    NonNull::new(start.cast()).ok_or(Errno::NOMEM)
 }
 
 /// Records of one kind in the file of `O`, which are found without a check of their place.

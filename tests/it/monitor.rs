@@ -263,7 +263,7 @@ fn an_upgrade_keeps_counters_and_sockets() {
 
 #[test]
 fn a_request_that_waits_is_seen_with_its_phase() {
-    let watched = Watched::start(&["--sandbox=none", "--posix-lock"]);
+    let watched = Watched::start(&["--posix-lock"]);
     let session = serve(&watched);
     let client = session.client();
     let (node, fh) = common::create_file(&session);
@@ -288,7 +288,7 @@ fn a_request_that_waits_is_seen_with_its_phase() {
 
 #[test]
 fn the_log_says_what_was_in_flight_when_a_worker_died() {
-    let watched = Watched::start(&["--sandbox=none", "--posix-lock", IMMORTAL]);
+    let watched = Watched::start(&["--posix-lock", IMMORTAL]);
     let session = serve(&watched);
     let client = session.client();
     let (node, fh) = common::create_file(&session);
@@ -395,7 +395,7 @@ fn limits_change_at_run_time_and_outlive_a_worker() {
 
 #[test]
 fn a_share_that_drains_takes_no_request_until_it_resumes() {
-    let watched = Watched::start(&["--sandbox=none"]);
+    let watched = Watched::start(&[]);
     let session = serve(&watched);
     let (node, fh) = common::create_file(&session);
     assert_eq!(watched.answer("drain"), json!({ "draining": true, "in_flight": 0 }));
@@ -545,7 +545,7 @@ fn the_log_level_outlives_an_upgrade() {
 
 #[test]
 fn a_queue_stops_and_goes_on_while_its_share_drains() {
-    let watched = Watched::start(&["--sandbox=none", IMMORTAL]);
+    let watched = Watched::start(&[IMMORTAL]);
     let session = serve(&watched);
     let (node, fh) = common::create_file(&session);
     watched.answer("drain");

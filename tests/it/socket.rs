@@ -14,6 +14,7 @@ use lanefsd_frontend::{Backend, Session, SessionOptions};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::common;
+use crate::survival::IMMORTAL;
 
 const SANDBOXES: &[&[&str]] = &[&[], &["--sandbox=chroot"], &["--sandbox=none"]];
 
@@ -226,46 +227,52 @@ const READY: &str = "Waiting for vhost-user socket connection";
 #[test]
 fn a_front_end_that_cannot_be_accepted_ends_nothing() {
     const PAUSED: &str = "no connections are accepted";
-    let mut backend = start(&["--keep-listening", "--sandbox=none", "--rlimit-nofile=10000"]);
-    wait_for_one(&backend, &[READY], &[0]);
-    // Fewer than are open.
-    limit_descriptors(&backend, 5);
-    let connection = Connection::connect(backend.socket()).unwrap();
-    let asked = std::thread::spawn(move || connection.features().unwrap());
-    wait_for_one(&backend, &[PAUSED], &[0]);
-    assert!(backend.try_wait().unwrap().is_none(), "{}", backend.stderr());
-    limit_descriptors(&backend, 10_000);
-    asked.join().unwrap();
-    serves(&backend);
+    for sandbox in SANDBOXES {
+        let mut backend = start(&[*sandbox, &["--keep-listening", "--rlimit-nofile=10000"]].concat());
+        wait_for_one(&backend, &[READY], &[0]);
+        // Fewer than are open.
+        limit_descriptors(&backend, 5);
+        let connection = Connection::connect(backend.socket()).unwrap();
+        let asked = std::thread::spawn(move || connection.features().unwrap());
+        wait_for_one(&backend, &[PAUSED], &[0]);
+        assert!(backend.try_wait().unwrap().is_none(), "{}", backend.stderr());
+        limit_descriptors(&backend, 10_000);
+        asked.join().unwrap();
+        serves(&backend);
+    }
 }
 
 #[test]
 fn a_front_end_that_nobody_can_serve_ends_nothing() {
+    for sandbox in SANDBOXES {
+        let mut backend =
+            start(&[*sandbox, &["--keep-listening", "--rlimit-nofile=10000", IMMORTAL]].concat());
+        wait_for_one(&backend, &[READY], &[0]);
+        lack_descriptors_to_serve(&mut backend);
+        serves(&backend);
+    }
+}
+
+/// Lets the process that serves have too few descriptors to get ready, for a moment. How many that is differs with sandbox
+/// and with what the daemon inherits: one more if the process is not even started, one fewer if it gets ready.
+fn lack_descriptors_to_serve(backend: &mut Backend) {
     const UNSTARTED: &str = "cannot start a worker process";
     const REFUSED: &str = "cannot serve a front end";
-    let mut backend =
-        start(&["--keep-listening", "--sandbox=none", "--rlimit-nofile=10000", crate::survival::IMMORTAL]);
-    wait_for_one(&backend, &[READY], &[0]);
-    // Enough to start the next process that serves, and too few for that to get ready. How many that is differs with what
-    // the daemon inherits: one more if it is not started, one fewer if it gets ready.
+    const ALL: [&str; 3] = [UNSTARTED, REFUSED, READY];
     let mut limit = 20;
     for _ in 0..60 {
-        let session = serves(&backend);
-        let all = [UNSTARTED, REFUSED, READY];
-        let before = all.map(|words| times(&backend, words));
-        limit_descriptors(&backend, limit);
+        let session = serves(backend);
+        let before = ALL.map(|words| times(backend, words));
+        limit_descriptors(backend, limit);
         drop(session);
-        let what = wait_for_one(&backend, &all, &before);
+        let what = wait_for_one(backend, &ALL, &before);
         assert!(backend.try_wait().unwrap().is_none(), "{}", backend.stderr());
-        limit_descriptors(&backend, 10_000);
-        wait_for_one(&backend, &[READY], &before[2..]);
-        match all[what] {
+        limit_descriptors(backend, 10_000);
+        wait_for_one(backend, &[READY], &before[2..]);
+        match ALL[what] {
             UNSTARTED => limit += 1,
             READY => limit -= 1,
-            _ => {
-                serves(&backend);
-                return;
-            }
+            _ => return,
         }
     }
     panic!("{REFUSED:?} was never said: {}", backend.stderr());

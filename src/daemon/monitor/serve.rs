@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -22,6 +23,8 @@ use crate::state_file::StateFile;
 
 /// Connections at once to one socket.
 const MAX_CONNECTIONS: usize = 32;
+/// Before the next attempt to accept a connection, after one that has failed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Between two versions of the file.
 const FILE_INTERVAL: Duration = Duration::from_secs(15);
 /// How often slow requests of long ago make room.
@@ -133,26 +136,36 @@ fn wait(
 }
 
 fn accept(listener: &UnixListener, is_control: bool, connections: &mut Vec<Connection>) {
-    loop {
+    // Not without an end: others are to be answered.
+    for _ in 0..MAX_CONNECTIONS {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => {
                 warn_limited!("the monitor cannot accept a connection: {error}");
+                // It stays ready, and the host may lack descriptors for long: a connection that says nothing makes room.
+                remove_oldest(connections, |_| true);
+                thread::sleep(ACCEPT_PAUSE);
                 return;
             }
         };
         let user = socket_peercred(&stream).map(|peer| peer.uid);
         let allowed = user.is_ok_and(|user| user.is_root() || user == geteuid());
         let peer = if is_control { Peer::Control { allowed } } else { Peer::Metrics };
-        let same = connections.iter().enumerate().filter(|(_, other)| other.peer.is_same_kind(peer));
-        if same.clone().count() >= MAX_CONNECTIONS
-            && let Some((oldest, _)) = same.min_by_key(|(_, other)| other.last_moved())
-        {
+        let is_same = |other: &Connection| other.peer.is_same_kind(peer);
+        if connections.iter().filter(|other| is_same(other)).count() >= MAX_CONNECTIONS {
             // Who connects and says nothing keeps nobody out.
-            connections.swap_remove(oldest);
+            remove_oldest(connections, is_same);
         }
         connections.extend(Connection::new(stream, peer).ok());
+    }
+}
+
+/// Closes the connection that was silent for longest, of those that `may_go`.
+fn remove_oldest(connections: &mut Vec<Connection>, may_go: impl Fn(&Connection) -> bool) {
+    let candidates = connections.iter().enumerate().filter(|(_, connection)| may_go(connection));
+    if let Some((oldest, _)) = candidates.min_by_key(|(_, connection)| connection.last_moved()) {
+        connections.swap_remove(oldest);
     }
 }
 

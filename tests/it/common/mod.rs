@@ -107,11 +107,15 @@ pub fn every_queue_answers(session: &Session) {
     }
 }
 
-/// The process that serves: the one that was started, or its child.
+/// The process that serves: the one that was started, or its child that is not the monitor.
 pub fn serving_process(started: u32) -> u32 {
     let path = format!("/proc/{started}/task/{started}/children");
     let children = std::fs::read_to_string(path).expect("the back end runs");
-    children.split_whitespace().next().map_or(started, |child| child.parse().expect("a process id"))
+    let is_monitor = |pid: &&str| {
+        std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "lanefsd-monitor\n")
+    };
+    let serving = children.split_whitespace().find(|pid| !is_monitor(pid));
+    serving.map_or(started, |child| child.parse().expect("a process id"))
 }
 
 /// Runs a command that has to succeed.
