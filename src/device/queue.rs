@@ -247,6 +247,11 @@ impl Queue {
         &self.memory
     }
 
+    /// Lets others see the counts since the start, which no worker does any more.
+    pub fn publish(&self) {
+        self.lock().publish();
+    }
+
     /// The counts since the start.
     pub fn statistics(&self) -> Statistics {
         self.lock().statistics
