@@ -247,11 +247,6 @@ impl Queue {
         &self.memory
     }
 
-    /// Lets others see the counts since the start, which no worker does any more.
-    pub fn publish(&self) {
-        self.lock().publish();
-    }
-
     /// The counts since the start.
     pub fn statistics(&self) -> Statistics {
         self.lock().statistics
@@ -331,6 +326,15 @@ impl Queue {
     /// Pops the next chain, if there is one.
     #[inline]
     fn pop(&self, state: &mut State, memory: &GuestMemoryMmap, if_empty: IfEmpty) -> Option<PoppedChain> {
+        let popped = self.try_pop(state, memory, if_empty);
+        if popped.is_none() {
+            state.publish();
+        }
+        popped
+    }
+
+    #[inline]
+    fn try_pop(&self, state: &mut State, memory: &GuestMemoryMmap, if_empty: IfEmpty) -> Option<PoppedChain> {
         if self.stopping.load(Ordering::Relaxed) {
             return None;
         }

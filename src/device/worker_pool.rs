@@ -181,12 +181,11 @@ impl WorkerPool {
         let blocking = mem::take(&mut *self.blocking());
         let put_back = blocking.into_iter().filter_map(BlockingRequest::join);
         let put_back: Vec<u16> = put_back.map(Popped::into_head).collect();
-        self.tell_statistics();
+        self.log_statistics();
         self.queue.put_back(&put_back);
     }
 
-    fn tell_statistics(&self) {
-        self.queue.publish();
+    fn log_statistics(&self) {
         let statistics = self.queue.statistics();
         if statistics.requests > 0 {
             let _scope = Scope::of_queue(self.queue.index()).enter();

@@ -15,8 +15,8 @@ use crate::device::ring::{Ring, RingError};
 use crate::metrics::counts::QueueMetrics;
 use crate::state_file::{Journal, Resumed};
 
-/// The counts are published before a worker sleeps, and with every so many requests: more often their cache line would
-/// go from CPU to CPU.
+/// The counts are published when a worker finds no chain, and with every so many requests: more often their cache line
+/// would go from CPU to CPU.
 const PUBLISHED: u64 = 32;
 
 /// A used entry.
@@ -98,6 +98,8 @@ pub(super) struct State {
     /// The guest wanted a notification while there was no `call`.
     pub owes_notification: bool,
     pub statistics: Statistics,
+    /// What others have seen of them.
+    published: Statistics,
     pub metrics: QueueMetrics,
     /// The rate limits hold the next chain.
     pub hold: Option<Hold>,
@@ -108,7 +110,7 @@ pub(super) struct State {
 }
 
 /// Counts since the start of a queue.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Statistics {
     /// Chains popped.
     pub requests: u64,
@@ -130,6 +132,7 @@ impl State {
             coalescing: Coalescing::default(),
             owes_notification: false,
             statistics: Statistics::default(),
+            published: Statistics::default(),
             metrics,
             hold: None,
             charges: Vec::new(),
@@ -181,10 +184,13 @@ impl State {
         if wanted { self.call.clone() } else { None }
     }
 
-    /// Lets others see the counts.
-    pub fn publish(&self) {
-        let Statistics { requests, notifications, busy_poll_hits } = self.statistics;
-        self.metrics.publish(requests, notifications, busy_poll_hits);
+    /// Lets others see the counts, if they have changed.
+    pub fn publish(&mut self) {
+        if self.published != self.statistics {
+            self.published = self.statistics;
+            let Statistics { requests, notifications, busy_poll_hits } = self.statistics;
+            self.metrics.publish(requests, notifications, busy_poll_hits);
+        }
     }
 
     /// Pops a chain. The guest kicks for the next one exactly if none waits behind this one.
@@ -200,7 +206,6 @@ impl State {
         // With EVENT_IDX the ring was empty a moment ago: most often this is all that is read of it before the
         // worker sleeps.
         if sleeps && self.ring.has_refused_kicks() && !self.ring.enable_notification(memory)? {
-            self.publish();
             return Ok(None);
         }
         let mut waiting = self.ring.avail_len(memory)?;
@@ -208,9 +213,8 @@ impl State {
             waiting = self.ring.avail_len(memory)?;
         }
         if waiting == 0 {
-            match if_empty {
-                IfEmpty::DisableKicks => self.ring.refuse_kicks(memory)?,
-                IfEmpty::EnableKicks => self.publish(),
+            if if_empty == IfEmpty::DisableKicks {
+                self.ring.refuse_kicks(memory)?;
             }
             return Ok(None);
         }

@@ -8,7 +8,7 @@ use lanefsd_frontend::Session;
 use lanefsd_frontend::client::{Lock, ROOT};
 use serde_json::json;
 
-use super::{Watched, ask, connect, http, serve};
+use super::{Watched, answered, ask, connect, http, serve, taken};
 use crate::common;
 use crate::survival::{IMMORTAL, kill_worker};
 
@@ -125,8 +125,15 @@ fn limits_change_at_run_time_and_outlive_a_worker() {
         for wrong in ["read-ops=0", "read-ops=-1", "speed=7", "read-ops=1,read-ops=2", "", "burst=9h"] {
             assert!(limit(wrong)["error"].is_string(), "{wrong}");
         }
+        // A limit that nobody meets.
+        limit("meta-ops=1G");
+        session.client().getattr(ROOT).unwrap();
         let limits = limit("read-ops=20,burst=0s");
         assert_eq!(limits["ok"]["limits"]["read-ops"], 20);
+        common::wait_until(
+            || taken(&watched.answer("sample")) == answered(&watched.answer("sample")),
+            "the requests of queues with limits",
+        );
         // The first one passes at once.
         assert!(reads(&session, node, fh, 11) >= Duration::from_millis(490), "{way:?}");
         if way.contains(&IMMORTAL) {
