@@ -178,7 +178,7 @@ impl Machine {
                 Flight::Decoded(request) => {
                     // In the ring it is a new one.
                     self.replayed.remove(&self.uniques[&head]);
-                    heads.push(request.into_popped().into_head());
+                    heads.push(request.put_back().into_head());
                     assert_eq!(heads.last(), Some(&head));
                 }
             }

@@ -257,7 +257,7 @@ impl InFlight {
         let (header, input, output, scratch, effects) = self.parts();
         match server.serve_and_wait(header, input, output, scratch, &effects) {
             Some(written) => Ok(self.complete(written)),
-            None => Err(self.into_popped()),
+            None => Err(self.put_back()),
         }
     }
 
@@ -265,6 +265,12 @@ impl InFlight {
     #[cfg(test)]
     pub fn abandon(mut self) {
         self.0.owes_entry = false;
+    }
+
+    /// The chain of a request that has only waited: whoever serves it next serves it for the first time.
+    pub fn put_back(self) -> Popped {
+        self.0.queue.journal().put_back(self.0.used.head);
+        self.into_popped()
     }
 
     /// The chain, as it was before it was decoded.
@@ -474,9 +480,10 @@ impl Request {
     }
 }
 
-/// Whether a worker died while it served the request.
+/// Whether another process has begun to serve the request, and was cut off: by its death, or by an upgrade, which is no
+/// death.
 fn is_replay(chain: &Resumed) -> bool {
-    chain.is_started() && chain.deaths > 0
+    chain.is_started()
 }
 
 impl Drop for Request {

@@ -268,6 +268,13 @@ impl Journal {
         slot.word.store(word & !(PHASE | HOLDS) | STARTED, Ordering::Release);
     }
 
+    /// The request of a chain has done nothing, and is given up: the chain is as it was when it was popped.
+    pub fn put_back(&self, head: u16) {
+        let word = &self.slot(head).word;
+        // Nobody else changes the phase of a request that is not done.
+        word.store(word.load(Ordering::Relaxed) & !PHASE | TAKEN, Ordering::Release);
+    }
+
     /// From now on a chain that a worker died with is served and no other one is, or that is over: others are, too.
     pub fn mark_alone(&self, head: u16, is_alone: bool) {
         self.slot(head).mark(is_alone);

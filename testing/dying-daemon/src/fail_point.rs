@@ -21,10 +21,15 @@ pub const START: u32 = 0xfff0;
 /// ... and as a message of the front end changes how many descriptors the device has, in the thread of these messages.
 pub const CONTROL: u32 = 0xfff1;
 
+/// What is printed when a thread hangs.
+const HANGING: &str = "lanefsd-dying: a thread hangs";
+
 /// No fail point is armed.
 const DISARMED: u32 = 0;
 /// Bit of [`FailPoint::armed`]: it stays armed.
 const ALWAYS: u32 = 1 << 16;
+/// The same: the thread hangs, until somebody kills the process.
+const HANGS: u32 = 1 << 17;
 /// Where the phase begins in it.
 const PHASE_SHIFT: u32 = 24;
 /// Bytes of a name.
@@ -62,9 +67,10 @@ impl FailPoint {
         let mut parts = text.splitn(3, ':');
         let phase = match parts.next() {
             Some("before") => Phase::Before,
-            Some("after") => Phase::After,
-            _ => bail!("{text}: the phase is before or after"),
+            Some("after" | "hang") => Phase::After,
+            _ => bail!("{text}: the phase is before, after or hang"),
         };
+        let hangs = if text.starts_with("hang:") { HANGS } else { 0 };
         let opcode = number_of(parts.next().unwrap_or_default());
         let opcode = opcode.with_context(|| format!("{text}: an unknown operation"))?;
         let which = parts.next().unwrap_or("1");
@@ -78,14 +84,22 @@ impl FailPoint {
         self.name.iter().zip(name.bytes()).for_each(|(place, byte)| place.store(byte, Ordering::Relaxed));
         self.name_len.store(name_len, Ordering::Relaxed);
         self.calls.store(calls, Ordering::Relaxed);
-        self.armed.store(word(phase, opcode) | always, Ordering::Release);
+        self.armed.store(word(phase, opcode) | always | hangs, Ordering::Release);
         Ok(())
     }
 
     /// An operation comes here: the process dies if this is where it has to.
     pub fn pass(&self, phase: Phase, opcode: Opcode, name: &[u8]) {
-        if self.is_due(word(phase, opcode as u32), name) {
+        let hangs = self.armed.load(Ordering::Acquire) & HANGS != 0;
+        if !self.is_due(word(phase, opcode as u32), name) {
+            return;
+        }
+        if !hangs {
             std::process::abort();
+        }
+        eprintln!("{HANGING}");
+        loop {
+            std::thread::park();
         }
     }
 
@@ -99,7 +113,7 @@ impl FailPoint {
 
     fn is_due(&self, word: u32, name: &[u8]) -> bool {
         let armed = self.armed.load(Ordering::Acquire);
-        if armed & !ALWAYS != word || !self.is_meant(name) {
+        if armed & !(ALWAYS | HANGS) != word || !self.is_meant(name) {
             return false;
         }
         if armed & ALWAYS == 0 {

@@ -5,7 +5,7 @@
 //! `LANEFSD_DIE`, or by the guest with a LOOKUP of the name `!die:` and the same text, which is answered with ENOENT.
 //! The text is `PHASE:OPERATION:WHICH`, for instance `after:MKDIR:1`:
 //!
-//! - The phase is `before` or `after`.
+//! - The phase is `before` or `after`; `hang` is after, and the thread hangs there, in place of the death of the process.
 //! - The operation is that of the FUSE protocol, without `FUSE_`. READDIR stands for READDIRPLUS, too, RENAME
 //!   for RENAME2, and FORGET for each item of a BATCH_FORGET.
 //! - A number says at which call from now on the process dies, once. `always` makes it die at each call, and

@@ -28,10 +28,12 @@ pub enum Moment {
     Unpublished,
     /// After the used entry, and before the notification.
     Unnotified,
+    /// After the system calls, where it hangs: an upgrade cuts it off.
+    CutOff,
 }
 
-const MOMENTS: [Moment; 5] =
-    [Moment::Never, Moment::Before, Moment::After, Moment::Unpublished, Moment::Unnotified];
+const MOMENTS: [Moment; 6] =
+    [Moment::Never, Moment::Before, Moment::After, Moment::Unpublished, Moment::Unnotified, Moment::CutOff];
 
 /// How long a worker has for its death, and the front end for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -142,6 +144,10 @@ impl Trial {
             Moment::After => self.arm(&format!("after:{operation}:{call}")),
             Moment::Unpublished => self.hide(Part::UsedEntries),
             Moment::Unnotified => self.hide(Part::UsedEvent),
+            Moment::CutOff => {
+                self.arm(&format!("hang:{operation}:{call}"));
+                self.upgrade_when_it_hangs();
+            }
         }
     }
 
@@ -179,6 +185,22 @@ impl Trial {
             let resumed = unsafe { libc::kill(parent.cast_signed(), libc::SIGCONT) };
             assert_eq!(resumed, 0, "the parent is gone");
             assert!(died, "the worker lives on without its used ring");
+        });
+    }
+
+    /// The daemon is upgraded as soon as the next request hangs.
+    fn upgrade_when_it_hangs(&self) {
+        let daemon = self.backend.pid();
+        self.session.after_next_send(move |_| {
+            let deadline = Instant::now() + PATIENCE;
+            let log = format!("/proc/{daemon}/fd/2");
+            let hangs = || fs::read_to_string(&log).is_ok_and(|text| text.contains("a thread hangs"));
+            while !hangs() {
+                assert!(Instant::now() < deadline, "the request does not come to its fail point");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let daemon = Pid::from_raw(daemon.cast_signed()).expect("a process id");
+            kill_process(daemon, Signal::HUP).expect("the daemon runs");
         });
     }
 
