@@ -177,27 +177,17 @@ impl Metrics {
         Ok(Arc::new(metrics))
     }
 
-    /// Those of an earlier program; new ones if that has written them in another way.
-    pub fn open(file: OwnedFd) -> Result<Arc<Metrics>, Errno> {
+    /// Those of an earlier program; none if that has written them in another way.
+    pub fn open(file: OwnedFd) -> Result<Option<Arc<Metrics>>, Errno> {
         let len = usize::try_from(fstat(&file)?.st_size).unwrap_or(0);
         if len != offsets::END {
-            return Metrics::create();
+            return Ok(None);
         }
         let metrics = Metrics { mapping: Mapping::of(file, len)? };
         let header = metrics.header();
         let is_known = header.magic.load(Ordering::Acquire) == MAGIC
             && header.version.load(Ordering::Relaxed) == VERSION;
-        if is_known { Ok(Arc::new(metrics)) } else { Metrics::create() }
-    }
-
-    /// Whether this program reads the counters of that file.
-    pub fn reads(file: OwnedFd) -> bool {
-        let is_known = |metrics: &Metrics| {
-            let header = metrics.header();
-            header.magic.load(Ordering::Acquire) == MAGIC && header.version.load(Ordering::Relaxed) == VERSION
-        };
-        let has_size = fstat(&file).is_ok_and(|stat| usize::try_from(stat.st_size) == Ok(offsets::END));
-        has_size && Mapping::of(file, offsets::END).is_ok_and(|mapping| is_known(&Metrics { mapping }))
+        Ok(is_known.then(|| Arc::new(metrics)))
     }
 
     /// The file's descriptor.

@@ -150,6 +150,7 @@ impl Reconnect {
             negotiated: self.negotiated,
             region: self.region.as_ref().map(|region| region.0.to_words()),
             parked: self.parked.as_ref().map(Parked::to_words),
+            came_back: self.came_back,
         }
     }
 
@@ -161,7 +162,7 @@ impl Reconnect {
             region: kept.region.as_ref().map(|words| Region(Message::from_words(words))),
             parked: kept.parked.as_ref().map(Parked::from_words),
             anew: false,
-            came_back: false,
+            came_back: kept.came_back,
         }
     }
 
@@ -402,6 +403,19 @@ mod tests {
         reconnect.intercept(Message::new(FrontendReq::SET_VRING_KICK, &[0; 8]));
         reconnect.park(false);
         assert!(reconnect.take_parked(None).is_none());
+    }
+
+    #[test]
+    fn an_upgrade_before_the_first_queue_forgets_no_session() {
+        let (session, region) = parked();
+        let mut reconnect = negotiated(Some(session));
+        reconnect.intercept(given(&region));
+        let kept = serde_json::to_vec(&reconnect.to_kept()).unwrap();
+        // Its descriptors stay open, for the next program.
+        std::mem::forget(reconnect);
+        let mut reconnect = Reconnect::from_kept(true, &serde_json::from_slice(&kept).unwrap());
+        reconnect.park(false);
+        assert!(reconnect.take_parked(None).is_some());
     }
 
     #[test]

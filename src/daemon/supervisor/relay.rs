@@ -99,6 +99,7 @@ impl Relay {
         all(&parts.setup).iter().for_each(|message| relay.setup.note(message, None));
         let new = all(&parts.messages).into_iter().map(|message| Task { message, repeated: false });
         relay.tasks.extend(new);
+        relay.was_in_postcopy = parts.was_in_postcopy;
         relay.repeat_setup();
         relay
     }
@@ -116,6 +117,7 @@ impl Relay {
             messages: new.map(|task| task.message.to_words()).collect(),
             death: death.into(),
             kept: self.reconnect.to_kept(),
+            was_in_postcopy: self.was_in_postcopy,
         }
     }
 

@@ -131,6 +131,8 @@ pub(in crate::daemon) struct FrontEnd {
     /// How the last worker has ended: `upgrade`, `fault` or `kill`.
     pub death: String,
     pub kept: Kept,
+    /// Post-copy has begun, and may be over.
+    pub was_in_postcopy: bool,
 }
 
 /// What a front end needs to reconnect, and the region of a session that it may go on with.
@@ -140,6 +142,8 @@ pub(in crate::daemon) struct Kept {
     pub negotiated: bool,
     pub region: Option<Words>,
     pub parked: Option<Words>,
+    /// It goes on with its session, and has not begun to use it.
+    pub came_back: bool,
 }
 
 /// A message.
@@ -199,14 +203,17 @@ impl Handover {
 
     /// The counters, if this program reads them.
     fn known_counters(&self) -> Option<RawFd> {
-        self.metrics.filter(|fd| copy(*fd).is_ok_and(Metrics::reads))
+        let is_known = |fd: &RawFd| copy(*fd).and_then(Metrics::open).is_ok_and(|metrics| metrics.is_some());
+        self.metrics.filter(is_known)
     }
 
     /// The counters, with the rate limits beside them. After a program that has none, or others, they begin anew, with
     /// `rates`.
     pub(super) fn counters(&self, rates: &Rates) -> Result<Arc<Metrics>, Errno> {
-        if let Some(fd) = self.known_counters() {
-            return adopt(fd).and_then(Metrics::open);
+        if let Some(fd) = self.known_counters()
+            && let Some(metrics) = adopt(fd).and_then(Metrics::open)?
+        {
+            return Ok(metrics);
         }
         let metrics = Metrics::create()?;
         pace_of(&metrics).apply(rates);
