@@ -160,6 +160,7 @@ impl Popped {
         request.used.head = chain.head;
         request.owes_entry = true;
         request.resumed = Some(Box::new(chain));
+        request.popped = monotonic();
         request.guard = Some(guard);
         Popped(request)
     }
@@ -203,6 +204,11 @@ impl Popped {
 }
 
 impl InFlight {
+    /// Its first descriptor.
+    pub fn head(&self) -> u16 {
+        self.0.used.head
+    }
+
     /// How it is served.
     pub fn class(&self) -> Class {
         self.0.class
@@ -229,7 +235,7 @@ impl InFlight {
     /// Serves the request, or begins it for an engine with this `load`.
     pub fn serve_or_submit(mut self, server: &Server, load: Load) -> Result<Completion, Submitted> {
         let request = &mut *self.0;
-        let is_replay = request.resumed.as_deref().is_some_and(is_replay);
+        let is_replay = request.resumed.as_deref().is_some_and(Resumed::is_started);
         let effects = request.queue.journal().effects(request.used.head, is_replay);
         // SAFETY: `decode` took the segments from the memory that the request holds. What is submitted is in
         // the request, too, and taken out of it before either is touched (`Submitted::complete`, and the order of fields).
@@ -298,8 +304,8 @@ impl InFlight {
     #[inline(always)]
     fn parts(&mut self) -> (&RawHeader, GuestReader<'_>, GuestWriter<'_>, &mut server::Scratch, Effects<'_>) {
         let Request { queue, used, resumed, header, segments, server, .. } = &mut *self.0;
-        let effects =
-            queue.journal().effects(used.head, resumed.as_ref().is_some_and(|chain| is_replay(chain)));
+        let is_replay = resumed.as_deref().is_some_and(Resumed::is_started);
+        let effects = queue.journal().effects(used.head, is_replay);
         // SAFETY: `decode` took the segments from the memory that the request holds. It holds it until it is
         // completed or put back, which takes `self`, and so ends the borrow first.
         let (mut input, output) = unsafe { segments.ends() };
@@ -384,7 +390,7 @@ impl Request {
             return Err(Scratch(self));
         };
         self.used = Used { head, written: 0 };
-        self.served.opcode = 0;
+        self.served = Served::default();
         self.popped = self.start;
         if origin != Origin::Ring || self.resumed.is_some() {
             self.set_origin(origin);
@@ -410,7 +416,7 @@ impl Request {
         served.notes.writers = served.notes.writers.max(notes.writers);
         served.errno = self.server.take_errno();
         if served.errno == 0 {
-            served.bytes = match self.header.opcode() {
+            served.bytes = match Opcode::from_number(served.opcode) {
                 Some(Opcode::Read) => self.used.written.saturating_sub(REPLY_HEADER),
                 Some(Opcode::Write) => self.header.wire().len.saturating_sub(WRITE_HEADER),
                 _ => 0,
@@ -442,7 +448,7 @@ impl Request {
             self.hold_to_charge()?;
         }
         let wire = self.header.wire();
-        self.served = Served { opcode: wire.opcode, unique: wire.unique, ..Served::default() };
+        (self.served.opcode, self.served.unique) = (wire.opcode, wire.unique);
         self.queue.metrics().begin(self.used.head, self.popped);
         probes::start(&self.served, self.queue.index(), wire.len);
         if self.resumed.is_some() && self.is_replayed()? {
@@ -475,15 +481,9 @@ impl Request {
             Some(chain) if (chain.unique, chain.opcode) != (wire.unique, wire.opcode) => {
                 Err(RequestError::Changed { unique: chain.unique })
             }
-            chain => Ok(chain.is_some_and(is_replay)),
+            chain => Ok(chain.is_some()),
         }
     }
-}
-
-/// Whether another process has begun to serve the request, and was cut off: by its death, or by an upgrade, which is no
-/// death.
-fn is_replay(chain: &Resumed) -> bool {
-    chain.is_started()
 }
 
 impl Drop for Request {

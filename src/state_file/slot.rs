@@ -82,7 +82,8 @@ pub struct Resumed {
 }
 
 impl Resumed {
-    /// Whether it was decoded. (No request has opcode 0.)
+    /// Whether another process has begun to serve it, and was cut off: by its death, or by an upgrade, which is no death.
+    /// (No request has opcode 0.)
     pub fn is_started(&self) -> bool {
         self.opcode != 0
     }

@@ -1,9 +1,9 @@
 use std::sync::mpsc::channel;
 
-use fuse_protocol::abi::{FileLock, InitIn, LkIn};
+use fuse_protocol::abi::{FileLock, InitIn, LkIn, WriteIn};
 use fuse_protocol::ids::NodeId;
 use fuse_protocol::opcode::Opcode;
-use fuse_protocol::request::Lock;
+use fuse_protocol::request::{Lock, Write};
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress};
 use zerocopy::IntoBytes;
@@ -26,6 +26,10 @@ impl FileSystem for Locked {
     fn setlkw(&self, _: &Context, _: NodeId, _: &Lock) -> FsResult<()> {
         Err(PUT_BACK)
     }
+
+    fn write(&self, _: &Context, _: NodeId, write: &Write, _: &mut GuestReader<'_>) -> FsResult<usize> {
+        Ok(write.size.try_into().unwrap())
+    }
 }
 
 /// A guest with one queue.
@@ -33,6 +37,7 @@ struct Guest {
     memory: SharedMemory,
     queue: Arc<Queue>,
     server: Server,
+    metrics: Arc<Metrics>,
 }
 
 impl Guest {
@@ -43,10 +48,10 @@ impl Guest {
         let ring = Ring::new(&memory.memory(), LAYOUT, 0, true).unwrap();
         let kick = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         let journal = Journal::new(&StateFile::create().unwrap(), 1);
-        let (memory_of_queue, metrics) = (memory.clone(), Metrics::create().unwrap().for_queue(1));
-        let queue = Queue::new(1, memory_of_queue, ring, Arc::new(kick), None, journal, metrics);
+        let metrics = Metrics::create().unwrap();
+        let queue = Queue::new(1, memory.clone(), ring, Arc::new(kick), None, journal, metrics.for_queue(1));
         let queue = Arc::new(queue.unwrap());
-        let guest = Guest { memory, queue, server: Server::new(Arc::new(Locked)) };
+        let guest = Guest { memory, queue, server: Server::new(Arc::new(Locked)), metrics };
         let init = InitIn { major: 7, minor: 45, max_readahead: 0, flags: 0, flags2: 0, unused: [0; 11] };
         guest.offer(7, Opcode::Init, init.as_bytes());
         guest.in_flight().serve(&guest.server).add_used();
@@ -181,9 +186,28 @@ fn a_request_that_is_put_back_is_served_later() {
     let head = popped.into_head();
     assert_eq!((head, guest.used_since()), (5, vec![]));
     let chain = Resumed { head, written: None, deaths: 0, is_poison: false, unique: 5, opcode: 33, len: 0 };
+    let resumed = monotonic();
     let request = Popped::resumed(&guest.queue, chain, channel().0).decode().ok().unwrap();
+    let (since, _) = guest.metrics.progress(1, 5);
+    assert!(since >= resumed, "its time counts from then on");
     request.refuse(Errno::NOLCK).add_used();
     assert_eq!(guest.used_since(), [(5, REPLY)]);
+    let sample = guest.metrics.sample();
+    let counted = sample.ops.iter().find(|op| op.name == "setlkw").unwrap();
+    assert!(counted.nanos <= monotonic() - resumed);
+}
+
+#[test]
+fn a_chain_that_is_not_a_request_counts_nothing_of_the_one_before() {
+    let guest = Guest::new();
+    let arguments = WriteIn { size: 8, ..WriteIn::new_zeroed() };
+    guest.offer(0, Opcode::Write, &[arguments.as_bytes(), &[1; 8]].concat());
+    let completion = guest.in_flight().serve(&guest.server);
+    guest.offer_bytes(1, &[0; 8]);
+    let (popped, _) = completion.pop_next().ok().unwrap();
+    drop(popped.decode().err().unwrap());
+    let sample = guest.metrics.sample();
+    assert_eq!((sample.bytes_read, sample.bytes_written), (0, 8));
 }
 
 #[test]
