@@ -9,6 +9,11 @@ pub(crate) use std::thread::{Thread, current, park};
 
 pub(crate) use self::blocking::block_in_place;
 
+/// Locks what is consistent at any time, also after a panic.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Waits a millisecond, between two polls of what another thread does.
 pub(crate) fn pause() {
     std::thread::sleep(std::time::Duration::from_millis(1));

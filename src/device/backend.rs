@@ -96,7 +96,6 @@ impl Backend {
             pace: PaceHandle::default(),
             group: config.group.clone(),
         };
-        serving.pace.apply(&config.rates);
         let quarantine = Quarantine::after(death, &state)?;
         let transfers = Transfers::new(&serving.server, &state, config.migration.clone());
         Ok(Backend {
@@ -122,7 +121,7 @@ impl Backend {
         self
     }
 
-    /// Limits request queues by this pace, in place of one of its own with the rates of the options. No queue runs yet.
+    /// Limits request queues by this pace. No queue runs yet.
     pub fn paced_by(mut self, pace: PaceHandle) -> Backend {
         self.serving.pace = pace;
         self

@@ -20,7 +20,7 @@ use std::io;
 use std::mem::{self, ManuallyDrop};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -33,6 +33,7 @@ use super::queue::{Queue, Used};
 use crate::fs::transfer::Load;
 use crate::logging::{Scope, warn_limited};
 use crate::process::cpus;
+use crate::sync::lock;
 use crate::sys::memory;
 use crate::sys::uring::Uring;
 
@@ -413,9 +414,4 @@ impl<'a> Thread<'a> {
         }
         sleeps.store(false, Ordering::Relaxed);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The contents are consistent at any time, also after a panic.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -28,7 +28,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,7 @@ use thiserror::Error;
 use vm_memory::{GuestMemoryRegion as _, GuestRegionMmap};
 
 use crate::logging::{Scope, warn_limited};
+use crate::sync::lock;
 use crate::sys::memory::without_huge_pages;
 use crate::sys::userfault::{Range, Userfault};
 
@@ -202,9 +203,4 @@ impl Waker {
         // It has nothing that fails.
         let _ = self.thread.join();
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The contents are consistent at any time.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -141,15 +141,15 @@ impl Transfers {
         if self.last.as_ref().is_some_and(|last| !last.is_finished()) {
             return Err(TransferError::Busy);
         }
+        // What came of an earlier one was not asked for. That of the new one may be known before this thread goes on.
+        self.stop();
+        self.ends.state.set_transferred(Transferred::Nothing);
         let ends = self.ends.clone();
         let transfer = match direction {
             VhostTransferStateDirection::SAVE => Transfer::begin(pipe, move |pipe| save(pipe, &ends)),
             VhostTransferStateDirection::LOAD if ends.server.has_session() => Err(TransferError::Mounted),
             VhostTransferStateDirection::LOAD => Transfer::begin(pipe, move |pipe| load(pipe, &ends)),
         };
-        // What came of an earlier one was not asked for.
-        self.stop();
-        self.ends.state.set_transferred(Transferred::Nothing);
         self.last = Some(transfer?);
         Ok(())
     }

@@ -255,12 +255,16 @@ impl Vring {
         let is_held = self.quarantine.holds();
         let (journal, mut metrics) = (self.journal.clone(), self.metrics.clone());
         metrics.start(self.layout.size);
-        let queue = Queue::new(self.index, memory.clone(), ring, kick, call, journal, metrics)?
-            .with_busy_poll(serving.poll_time)
-            .paced_by(&serving.pace, serving.group.as_ref())
-            .resuming(start.resumed, is_held);
-        let engine = serving.stations.engine(self.index);
-        let pool = WorkerPool::start(queue, Arc::clone(server), watchdog, serving.workers, engine)?;
+        let pool =
+            Queue::new(self.index, memory.clone(), ring, kick, call, journal, metrics).and_then(|queue| {
+                let queue = queue
+                    .with_busy_poll(serving.poll_time)
+                    .paced_by(&serving.pace, serving.group.as_ref())
+                    .resuming(start.resumed, is_held);
+                let engine = serving.stations.engine(self.index);
+                WorkerPool::start(queue, Arc::clone(server), watchdog, serving.workers, engine)
+            });
+        let pool = pool.inspect_err(|_| self.metrics.stop())?;
         if std::mem::take(&mut self.owes_notification) || start.after_crash {
             pool.queue().notify_guest();
         }

@@ -211,9 +211,11 @@ impl Hook for Replacement {
         false
     }
 
-    fn end_blocking(&self) {
+    fn end_blocking(&self, begun: bool) {
         self.set_phase(Phase::Serving);
-        self.pool.worker_count().end_blocking();
-        BLOCKED.fetch_sub(1, Ordering::Relaxed);
+        if begun {
+            self.pool.worker_count().end_blocking();
+            BLOCKED.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }

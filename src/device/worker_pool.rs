@@ -8,7 +8,7 @@ use std::io;
 use std::mem;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
@@ -22,8 +22,11 @@ use super::watchdog::Watchdog;
 use super::worker::Worker;
 use super::worker_count::{Action, WorkerCount};
 use crate::logging::{Scope, info_limited, warn_limited};
+use crate::metrics::Phase;
 use crate::server::Server;
 use crate::state_file::Resumed;
+use crate::sync::blocking::{Hook, HookGuard};
+use crate::sync::lock;
 use crate::sys::memory;
 
 /// How often a stop repeats its interruption of waits for locks, which may begin at any moment.
@@ -334,7 +337,9 @@ impl WorkerPool {
 
     /// Serves a request that may wait, and returns it if it was put back. (That happens to a request of a
     /// queue that runs only if the guest gave its number to another request, too: then the guest waits.)
-    fn serve_blocking(&self, request: InFlight) -> Option<Popped> {
+    fn serve_blocking(self: &Arc<Self>, request: InFlight) -> Option<Popped> {
+        let waits = Waits { queue: Arc::clone(&self.queue), head: request.head() };
+        let _hook = HookGuard::install(Box::new(waits));
         match request.serve_blocking(&self.server) {
             Ok(completion) => {
                 completion.add_used();
@@ -387,6 +392,23 @@ impl WorkerPool {
     }
 }
 
+/// Shows that the request of a thread of its own waits. Nobody takes over: the workers serve other requests.
+struct Waits {
+    queue: Arc<Queue>,
+    head: u16,
+}
+
+impl Hook for Waits {
+    fn begin_blocking(&self) -> bool {
+        self.queue.metrics().set_phase(self.head, Phase::Waiting);
+        false
+    }
+
+    fn end_blocking(&self, _begun: bool) {
+        self.queue.metrics().set_phase(self.head, Phase::Serving);
+    }
+}
+
 impl BlockingRequest {
     fn is_running(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
@@ -405,9 +427,4 @@ impl BlockingRequest {
         // The request of a thread that failed is completed.
         self.put_back.or_else(|| self.thread?.join().ok().flatten())
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The contents are consistent at any time, also after a panic.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

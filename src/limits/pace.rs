@@ -77,7 +77,7 @@ pub enum Class {
     Write,
     /// It does something else.
     Meta,
-    /// It gives something back, or begins or ends a session: it is never limited.
+    /// It gives something back, or begins or ends a session: no rate limits it. A pause ([`Pace::pause`]) holds it, too.
     Free,
 }
 

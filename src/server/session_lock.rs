@@ -9,7 +9,7 @@
 //! flags until none is set. A SeqCst fence between the store and the load on either side makes
 //! sure that at least one of the two sees the other.
 
-use crate::sync::{Arc, AtomicBool, Mutex, MutexGuard, Ordering, PoisonError, block_in_place, fence, pause};
+use crate::sync::{Arc, AtomicBool, Mutex, Ordering, block_in_place, fence, lock, pause};
 
 /// The lock.
 #[derive(Debug, Default)]
@@ -133,9 +133,4 @@ impl Drop for Closed<'_> {
     fn drop(&mut self) {
         self.0.store(false, Ordering::Release);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The contents are consistent at any time, also after a panic.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

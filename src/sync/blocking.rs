@@ -11,11 +11,11 @@ use std::time::Instant;
 
 /// What a thread pool does when one of its threads blocks.
 pub trait Hook {
-    /// The calling thread is about to block. Returns whether [`Hook::end_blocking`] is to be called.
+    /// The calling thread is about to block. Returns whether another one may take over.
     fn begin_blocking(&self) -> bool;
 
-    /// The calling thread goes on.
-    fn end_blocking(&self);
+    /// The calling thread goes on, for which [`Hook::begin_blocking`] has returned `begun`.
+    fn end_blocking(&self, begun: bool);
 }
 
 thread_local! {
@@ -48,9 +48,7 @@ struct Blocking(bool);
 
 impl Drop for Blocking {
     fn drop(&mut self) {
-        if self.0 {
-            HOOK.with_borrow(|hook| hook.iter().for_each(|hook| hook.end_blocking()));
-        }
+        HOOK.with_borrow(|hook| hook.iter().for_each(|hook| hook.end_blocking(self.0)));
     }
 }
 
@@ -73,7 +71,7 @@ pub fn take_waited() -> u64 {
     WAITED.take()
 }
 
-/// Whether the calling thread has blocked since the last call, with a hook that was called.
+/// Whether the calling thread has blocked since the last call, and another one may have taken over.
 pub fn take_blocked() -> bool {
     HAS_BLOCKED.get() && HAS_BLOCKED.take()
 }
@@ -93,7 +91,8 @@ mod tests {
             true
         }
 
-        fn end_blocking(&self) {
+        fn end_blocking(&self, begun: bool) {
+            assert!(begun);
             self.0.set(self.0.get() - 1);
         }
     }

@@ -1,8 +1,9 @@
 //! The monitor: a process of its own that answers those who look at the daemon or control it.
 //!
-//! It has the memory of the counters and of the state, which it reads, and no other connection with the processes that
-//! serve. So nobody who asks, however often, and whatever he sends, gets near a request of the guest. It has no
-//! capabilities, may make few system calls, and is started anew when it dies.
+//! It has the memory of the counters and of the state, and no other connection with the processes that serve. It reads
+//! both, and writes into the first: rate limits, the log level, and the question for gauges. So nobody who asks, however
+//! often, and whatever he sends, gets near a request of the guest. It has no capabilities, may make few system calls, and
+//! is started anew when it dies, but for `--no-survive`.
 //!
 //! ```text
 //!  lanefsctl ─────▶ --control-socket ─┐

@@ -92,15 +92,18 @@ impl LockWaiters {
     /// Runs `wait`, a system call that blocks, until it has ended or was interrupted.
     pub fn run(&self, unique: Unique, mut wait: impl FnMut() -> Result<()>) -> Result<()> {
         let _entry = self.enter(unique)?;
-        loop {
-            if let Some(errno) = self.lock().get(&unique).map_or(Some(Errno::INTR), |waiting| waiting.end) {
-                return Err(errno);
+        block_in_place(|| {
+            loop {
+                if let Some(errno) = self.lock().get(&unique).map_or(Some(Errno::INTR), |waiting| waiting.end)
+                {
+                    return Err(errno);
+                }
+                match wait() {
+                    Err(Errno::INTR) => {}
+                    result => return result,
+                }
             }
-            match wait() {
-                Err(Errno::INTR) => {}
-                result => return result,
-            }
-        }
+        })
     }
 
     /// Adds the calling thread to the table; EINVAL if the guest uses the number twice at once, as the thread that is

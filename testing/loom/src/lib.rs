@@ -21,6 +21,10 @@ mod sync {
     pub(crate) use loom::thread::{Thread, current, park, yield_now as pause};
     pub(crate) use std::sync::PoisonError;
 
+    pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+        mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// No thread stands in for another one: the models that need that say so themselves.
     pub(crate) fn block_in_place<T>(wait: impl FnOnce() -> T) -> T {
         wait()

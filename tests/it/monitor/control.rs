@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use lanefsd_frontend::Session;
 use lanefsd_frontend::client::{Lock, ROOT};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Watched, answered, ask, connect, http, serve, taken};
 use crate::common;
@@ -22,14 +22,10 @@ fn a_request_that_waits_is_seen_with_its_phase() {
     client.setlk(node, fh, lock(1)).unwrap();
     std::thread::scope(|scope| {
         let waits = scope.spawn(|| client.setlkw(node, fh, lock(2)));
-        let waiting = || {
-            let ops = watched.answer("ops");
-            ops["ops"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .any(|op| op["op"] == "setlkw" && op["age_seconds"].as_f64() > Some(0.0))
+        let is_it = |op: &Value| {
+            op["op"] == "setlkw" && op["phase"] == "waiting" && op["age_seconds"].as_f64() > Some(0.0)
         };
+        let waiting = || watched.answer("ops")["ops"].as_array().unwrap().iter().any(is_it);
         common::wait_until(waiting, "a request that waits for a lock");
         client.setlk(node, fh, Lock { kind: libc::F_UNLCK, ..lock(1) }).unwrap();
         waits.join().unwrap().unwrap();
