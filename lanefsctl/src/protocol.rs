@@ -140,8 +140,8 @@ pub(crate) struct Op {
     pub(crate) unique: u64,
     /// The queue that it came from.
     pub(crate) queue: u64,
-    /// Since it was taken.
-    pub(crate) age_seconds: f64,
+    /// Since it was taken; none before it is decoded.
+    pub(crate) age_seconds: Option<f64>,
     /// decoding, waiting, serving or submitted.
     pub(crate) phase: String,
     /// Bytes to read or write.

@@ -107,7 +107,8 @@ pub(crate) fn ops(ops: &Ops) -> String {
         return "  no requests in flight\n".to_owned();
     }
     let mut sorted: Vec<&Op> = ops.ops.iter().collect();
-    sorted.sort_by(|a, b| b.age_seconds.total_cmp(&a.age_seconds));
+    let age = |op: &Op| op.age_seconds.unwrap_or(0.0);
+    sorted.sort_by(|a, b| age(b).total_cmp(&age(a)));
     let columns = [
         ("OP", Align::Left),
         ("PHASE", Align::Left),
@@ -121,7 +122,7 @@ pub(crate) fn ops(ops: &Ops) -> String {
         table.row([
             printable(&op.op),
             printable(&op.phase),
-            seconds(op.age_seconds),
+            op.age_seconds.map_or_else(|| "-".to_owned(), seconds),
             size_or_dash(op.size),
             op.queue.to_string(),
             op.unique.to_string(),
@@ -203,12 +204,14 @@ mod tests {
     #[test]
     fn requests_are_sorted_by_time() {
         let answer = r#"{"ops":[{"op":"read","unique":1,"queue":1,"age_seconds":0.001,"phase":"serving","size":4096},
+            {"op":"unknown","unique":0,"queue":2,"age_seconds":null,"phase":"decoding","size":0},
             {"op":"fsync","unique":2,"queue":2,"age_seconds":2,"phase":"waiting","size":0}]}"#;
         assert_eq!(
             ops(&serde_json::from_str(answer).unwrap()),
-            "  OP     PHASE        AGE   SIZE  QUEUE  UNIQUE\n\
-             \x20 fsync  waiting   2.00 s      -      2       2\n\
-             \x20 read   serving  1.00 ms  4 KiB      1       1\n"
+            "  OP       PHASE         AGE   SIZE  QUEUE  UNIQUE\n\
+             \x20 fsync    waiting    2.00 s      -      2       2\n\
+             \x20 read     serving   1.00 ms  4 KiB      1       1\n\
+             \x20 unknown  decoding        -      -      2       0\n"
         );
         let answer = r#"{"slow":[{"op":"read","seconds":0.5,"ended_seconds_ago":70,"wait_seconds":0},
             {"op":"write","seconds":1.5,"ended_seconds_ago":3.2,"wait_seconds":0.4,"size":1048576}]}"#;

@@ -90,11 +90,13 @@ pub(super) fn ops(sources: &Sources<'_>) -> Value {
             Phase::Waiting => "waiting",
             Phase::Submitted => "submitted",
         };
+        // Before it is decoded, the time is that of an earlier request with the same head.
+        let age = (request.opcode != 0).then(|| seconds(now.saturating_sub(start)));
         json!({
             "op": op_name(request.opcode),
             "unique": request.unique,
             "queue": request.queue,
-            "age_seconds": seconds(now.saturating_sub(start)),
+            "age_seconds": age,
             "phase": phase,
             "size": request.len,
             "deaths": request.deaths,
