@@ -75,7 +75,10 @@ pub(super) fn package(dist: &Path, programs: [&Path; 2]) -> Result<PathBuf> {
     control(&root)?;
     let version = env!("CARGO_PKG_VERSION");
     let package = dist.join(format!("lanefsd_{version}_{}.deb", architecture()?));
-    run(Command::new("dpkg-deb").args(["--build", "--root-owner-group"]).arg(&root).arg(&package))?;
+    let new = package.with_extension("new");
+    run(Command::new("dpkg-deb").args(["--build", "--root-owner-group"]).arg(&root).arg(&new))?;
+    // Whoever reads an earlier one goes on with that.
+    fs::rename(&new, &package)?;
     Ok(package)
 }
 

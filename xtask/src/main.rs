@@ -4,11 +4,13 @@
 mod debian;
 mod files;
 
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Parser;
+use rustix::fs::{FlockOperation, flock};
 
 /// Make what lanefsd is distributed as.
 #[derive(Debug, Parser)]
@@ -39,6 +41,7 @@ fn main() -> Result<()> {
     let target =
         std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository.join("target"), PathBuf::from);
     let dist = target.join("dist");
+    let _lock = locked(&dist)?;
     files::write_all(&dist)?;
     println!("{}", dist.join("man").display());
     println!("{}", dist.join("completions").display());
@@ -49,6 +52,14 @@ fn main() -> Result<()> {
     let client = given_or_built(client, &target, "lanefsctl")?;
     println!("{}", debian::package(&dist, [&program, &client])?.display());
     Ok(())
+}
+
+/// Makes the folder, and waits for other processes that work in it: until the file is closed, none begins.
+fn locked(folder: &Path) -> Result<File> {
+    fs::create_dir_all(folder)?;
+    let file = File::create(folder.join(".lock"))?;
+    flock(&file, FlockOperation::LockExclusive)?;
+    Ok(file)
 }
 
 /// The path of a program, which is built if none is given.
