@@ -8,7 +8,8 @@ from typing import Any
 from harness import cli, debian, disk, initramfs, kernels
 from harness.daemon import Daemon
 from harness.guest import Guest
-from harness.host import log, run
+from harness.host import build_daemon, cargo_environment, log, run
+from harness.paths import DAEMON, REPO
 
 # An emulated system is slow at times: systemd gives up none of its units for that.
 SYSTEMD = (
@@ -22,6 +23,14 @@ TROUBLE = ("panicked", "ERROR", "is broken", "seccomp")
 def step(text: str) -> None:
     """Progress within a client."""
     log.info(f"       {text}")
+
+
+def package() -> pathlib.Path:
+    """The Debian package of this tree."""
+    build_daemon()
+    # Built with the others: alone they would have other features, and be built anew.
+    command = ["cargo", "xtask", "dist", "--program", str(DAEMON), "--client", str(DAEMON.with_name("lanefsctl"))]
+    return pathlib.Path(run(command, cwd=REPO, env=cargo_environment()).split()[-1])
 
 
 class Setup:

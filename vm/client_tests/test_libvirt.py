@@ -1,4 +1,4 @@
-"""libvirt, which starts lanefsd for a domain of its own."""
+"""libvirt, which starts lanefsd for a domain of its own, from the Debian package."""
 
 import contextlib
 import os
@@ -14,9 +14,9 @@ from typing import Self
 from harness import cli, disk
 from harness.guest import KERNEL_OPTIONS, Guest
 from harness.host import HarnessError, Word, log, require, run
-from harness.paths import DAEMON, LOGS
+from harness.paths import LOGS
 
-from .setup import TROUBLE, Setup, step
+from .setup import TROUBLE, Setup, package, step
 
 DRIVER = pathlib.Path("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so")
 NAME = "lanefsd-test"
@@ -25,6 +25,9 @@ GROUPS_V2 = "umount --recursive --lazy /sys/fs/cgroup 2>/dev/null || true; mount
 # libvirtd has fixed places for what it writes. Here they are folders of ours, for it and for all that it starts, and
 # all of that is killed with the first process.
 START = """set -e
+# The package, as if it were installed, and no other daemon for libvirt to find.
+mount -t overlay -o "lowerdir=$1/package/usr:/usr" overlay /usr
+mount --bind "$1/package/usr/share/qemu/vhost-user" /usr/share/qemu/vhost-user
 for pair in run:/run etc:/etc/libvirt lib:/var/lib/libvirt cache:/var/cache/libvirt log:/var/log/libvirt; do
     mkdir -p "$1/${pair%%:*}" "${pair#*:}"
     mount --bind "$1/${pair%%:*}" "${pair#*:}"
@@ -86,13 +89,17 @@ DOMAIN = """<domain type='qemu'>
 """
 FILESYSTEM = """<filesystem type='mount' accessmode='passthrough'>
       <driver type='virtiofs' queue='1024'/>
-      <binary path='{daemon}' xattr='on'><cache mode='always'/><lock posix='on' flock='on'/></binary>
+      <binary{path} xattr='on'><cache mode='always'/><lock posix='on' flock='on'/></binary>
       <source dir='{share}'/><target dir='{tag}'/>
     </filesystem>"""
 
 
-def filesystem(share: pathlib.Path, tag: str) -> str:
-    return FILESYSTEM.format(daemon=DAEMON, share=share, tag=tag)
+INSTALLED = "/usr/bin/lanefsd"
+
+
+def filesystem(share: pathlib.Path, tag: str, path: str = "") -> str:
+    """The element for a share. Without a path, libvirt looks for the daemon."""
+    return FILESYSTEM.format(path=path and f" path='{path}'", share=share, tag=tag)
 
 
 class Libvirt:
@@ -104,6 +111,7 @@ class Libvirt:
         self.logfile = LOGS / f"libvirtd-{os.getpid()}.log"
         LOGS.mkdir(parents=True, exist_ok=True)
         (self.directory / "etc").mkdir()
+        run(["dpkg-deb", "--extract", package(), self.directory / "package"])
         (self.directory / "etc/libvirtd.conf").write_text(LIBVIRTD)
         (self.directory / "etc/qemu.conf").write_text(QEMU)
         self.had_groups = run(["unshare", "--mount", "sh", "-ec", HAS_GROUPS]) != ""
@@ -161,7 +169,7 @@ class Libvirt:
         for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 words = path.read_bytes().decode(errors="replace").replace("\0", " ")
-                if words.startswith(str(DAEMON)) and str(share) in words:
+                if words.startswith(INSTALLED) and str(share) in words:
                     found.append(int(path.parent.name))
         return found
 
@@ -242,7 +250,7 @@ class DomainGuest(Guest):
     def plug(self, share: pathlib.Path, tag: str) -> None:
         """Adds a share while the guest runs, and waits until its driver has it."""
         xml = self.directory / f"{tag}.xml"
-        xml.write_text(filesystem(share, tag))
+        xml.write_text(filesystem(share, tag, INSTALLED))
         self.libvirt.virsh("attach-device", NAME, xml, "--live")
         self.output(
             f"""for i in $(seq 300); do
@@ -290,7 +298,7 @@ def life(guest: DomainGuest, libvirt: Libvirt, share: pathlib.Path, second: path
 
 
 def test_libvirt(setup: Setup) -> None:
-    """Libvirt starts lanefsd for a domain, plugs a second share in and out, stops and resets the domain."""
+    """Libvirt starts the packaged lanefsd for a domain, plugs a second share in and out, stops and resets the domain."""
     require("libvirtd:libvirt-daemon", "virsh:libvirt-clients", "qemu-system-x86_64:qemu-system-x86")
     if not DRIVER.exists():
         log.info("installing libvirt's driver for QEMU")

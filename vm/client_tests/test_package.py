@@ -7,10 +7,10 @@ from typing import Any
 
 from harness import debian, disk
 from harness.guest import Guest
-from harness.host import HarnessError, build_daemon, cargo_environment, run
-from harness.paths import DAEMON, REPO, TARGET
+from harness.host import HarnessError, require, run
+from harness.paths import REPO, TARGET
 
-from .setup import Setup, step
+from .setup import Setup, package, step
 from .test_root import is_up
 
 CONFIG = """shared-dir = "/srv/share"
@@ -20,16 +20,15 @@ SERVICE = "lanefsd@share.service"
 # It counts the processor time of a process; the daemon is none yet when the load starts.
 LOAD = "/root/loadgen run --socket /run/lanefsd/share.sock --share /srv/share --pid 1"
 PROFILE = "/usr/share/apparmor/extra-profiles/usr.bin.lanefsd"
+# Its storage is in memory: overlayfs takes no upper directory on every share.
+PODMAN = "podman --root /run/podman"
 # Sockets of lanefsd; empty without any.
 SOCKETS = "ls /run/lanefsd 2>/dev/null || true"
 
 
 def packages(folder: pathlib.Path) -> list[pathlib.Path]:
     """The package, and a later one with the same program."""
-    build_daemon()
-    # Built with the others: alone they would have other features, and be built anew.
-    command = ["cargo", "xtask", "dist", "--program", str(DAEMON), "--client", str(DAEMON.with_name("lanefsctl"))]
-    first = pathlib.Path(run(command, cwd=REPO, env=cargo_environment()).split()[-1])
+    first = package()
     tree = folder / "tree"
     run(["dpkg-deb", "--raw-extract", first, tree])
     control = tree / "DEBIAN/control"
@@ -39,9 +38,9 @@ def packages(folder: pathlib.Path) -> list[pathlib.Path]:
     return [first, second]
 
 
-def install(guest: Guest, package: str) -> None:
+def install(guest: Guest, name: str) -> None:
     # It needs nothing that has to be fetched. With --no-download, apt refuses a path.
-    guest.output(f"DEBIAN_FRONTEND=noninteractive apt-get install -y -q /root/{package}", 300)
+    guest.output(f"DEBIAN_FRONTEND=noninteractive apt-get install -y -q /root/{name}", 300)
 
 
 def journal(guest: Guest) -> str:
@@ -133,6 +132,24 @@ def wait_for_upgrades(guest: Guest, number: int) -> None:
     wait_for(guest, f'[ "$({found})" -ge {number} ]', 60)
 
 
+def runs_in_a_container(guest: Guest) -> None:
+    """The image of the package, with the capabilities that podman gives a container."""
+    step("runs its container image")
+    image = guest.output(f"{PODMAN} load -q -i /root/image.tar", 600).split()[-1]
+    guest.output("mkdir -p /run/lanefsd")
+    guest.output(
+        f"{PODMAN} run -d --name box --network none -v /srv/share:/share -v /run/lanefsd:/run/lanefsd "
+        f"{image} --shared-dir /share --socket-path /run/lanefsd/box.sock --control-socket /run/lanefsd/box.ctl "
+        "--sandbox chroot --keep-listening",
+        300,
+    )
+    wait_for(guest, f"{PODMAN} exec box lanefsctl status", 60)
+    guest.output(LOAD.replace("share.sock", "box.sock") + " --op small --time 1", 300)
+    log = guest.output(f"{PODMAN} exec box lanefsctl status; {PODMAN} stop box >/dev/null; {PODMAN} logs box 2>&1", 300)
+    assert "share /share" in log.splitlines() and "front end connected" in log, log
+    guest.output(f"{PODMAN} rm -f box; {PODMAN} rmi -f {image}", 300)
+
+
 def life(guest: Guest, apparmor: bool) -> None:
     step("installs the package")
     install(guest, "first.deb")
@@ -150,6 +167,8 @@ def life(guest: Guest, apparmor: bool) -> None:
     assert guest.run("systemctl start lanefsd@wrong.socket lanefsd@wrong.service", 120, check=False)[0]
     assert "unknown key shared_dir" in guest.output("journalctl -u lanefsd@wrong.service -o cat --no-pager")
     guest.output("systemctl stop lanefsd@wrong.socket; systemctl reset-failed; rm /etc/lanefsd/*.conf")
+    if not apparmor:
+        runs_in_a_container(guest)
     step("removes the package")
     if apparmor:
         guest.output(f"apparmor_parser --remove {PROFILE}")
@@ -165,8 +184,12 @@ def life(guest: Guest, apparmor: bool) -> None:
 def lifetime(setup: Setup, made: debian.Root, apparmor: bool = False) -> None:
     """Makes the packages on the host, and runs them in a guest with this system."""
     with setup.debian_root(made) as root, disk.directory() as folder:
-        for name, package in zip(("first.deb", "second.deb"), packages(folder), strict=True):
-            shutil.copy(package, root / "root" / name)
+        first, second = packages(folder)
+        for name, made_package in (("first.deb", first), ("second.deb", second)):
+            shutil.copy(made_package, root / "root" / name)
+        if not apparmor:
+            require("umoci")
+            run([REPO / "dist/oci/build", first, root / "root/image.tar"])
         shutil.copy(TARGET / "release/loadgen", root / "root/loadgen")
         with setup.debian_guest(root, "--xattr") as (guest, _):
             is_up(guest)
