@@ -60,7 +60,7 @@ pub(crate) struct Status {
     pub(crate) uptime_seconds: Option<f64>,
     /// A front end is connected.
     pub(crate) front_end: Option<bool>,
-    /// Workers that died.
+    /// Worker processes that died.
     pub(crate) deaths: u64,
     /// Upgrades since the start.
     pub(crate) upgrades: u64,
@@ -224,7 +224,7 @@ pub(crate) struct Sample {
     pub(crate) throttled_seconds: f64,
     /// Requests in flight by queue.
     pub(crate) queues: Vec<Depth>,
-    /// Workers that died.
+    /// Worker processes that died.
     pub(crate) deaths: u64,
 }
 

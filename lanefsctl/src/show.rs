@@ -50,7 +50,7 @@ fn facts(status: &Status) -> Vec<(&'static str, String)> {
     add("front end", status.front_end.map(front_end));
     let taken = if status.draining { "none are taken (lanefsctl resume)" } else { "are taken" };
     add("requests", Some(taken.to_owned()));
-    add("deaths", Some(format!("{} of workers", count(status.deaths))));
+    add("deaths", Some(format!("{} of worker processes", count(status.deaths))));
     add("upgrades", Some(count(status.upgrades)));
     add("inodes", status.inodes.map(count));
     let handles = status.handles.as_ref();
@@ -91,7 +91,7 @@ fn of_limit(used: u64, limit: u64) -> String {
 }
 
 fn queues(status: &Status) -> Table {
-    let columns = ["QUEUE", "SIZE", "WORKERS", "IN FLIGHT", "REQUESTS", "NOTIFICATIONS"];
+    let columns = ["QUEUE", "SIZE", "THREADS", "IN FLIGHT", "REQUESTS", "NOTIFICATIONS"];
     let mut table = Table::new(&columns.map(|column| (column, Align::Right))).indented(2);
     for queue in &status.queues {
         let values =
@@ -187,12 +187,12 @@ mod tests {
             "  directory   /srv/web\n",
             "  daemon      lanefsd 0.2.0, process 812, worker 815, up 1 h 2 min\n",
             "  front end   connected\n",
-            "  deaths      1 of workers\n",
+            "  deaths      1 of worker processes\n",
             "  upgrades    1\n",
             "  handles     1 plain, 2 parallel, 0 of directories\n",
             "  descriptors 90 of 1,000 (9.0 %)\n",
             "  limits      write-bytes 100 MiB/s\n",
-            "  QUEUE  SIZE  WORKERS  IN FLIGHT  REQUESTS  NOTIFICATIONS\n",
+            "  QUEUE  SIZE  THREADS  IN FLIGHT  REQUESTS  NOTIFICATIONS\n",
             "      1   128        2          3    12,345              7\n",
             "  - the ring of queue 1 is small: use queue-size=1024\n",
         ] {
