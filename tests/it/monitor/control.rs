@@ -4,8 +4,10 @@ use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use lanefsd_frontend::Session;
-use lanefsd_frontend::client::{Lock, ROOT};
+use faultfs::{Call, FILE, FaultFs};
+use fuse_protocol::flags::WriteFlags;
+use lanefsd_frontend::client::{Lock, ROOT, data};
+use lanefsd_frontend::{Backend, Session};
 use serde_json::json;
 
 use super::{Watched, answered, ask, connect, http, serve, taken};
@@ -35,6 +37,40 @@ fn a_request_that_waits_is_seen_with_its_phase() {
         waits.join().unwrap().unwrap();
     });
     assert!(watched.answer("ops")["ops"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn each_phase_of_a_request_is_seen() {
+    common::own_mounts();
+    for (engine, phase) in [("threads", "serving"), ("io-uring", "submitted")] {
+        let share = common::disk_directory();
+        let store = FaultFs::mount(share.path()).unwrap();
+        let starter = Backend::of(common::program()).share(share.path());
+        let engine = format!("--io-engine={engine}");
+        let watched = Watched::of(starter, &["--sandbox=none", "--cache=never", &engine]);
+        let session = watched.backend.connect(common::queues(2)).unwrap();
+        let client = session.client();
+        let node = client.lookup(ROOT, FILE).unwrap().nodeid;
+        let fh = client.open(node, libc::O_RDWR).unwrap().fh;
+        let gate = store.hold(Call::Write);
+        let write = data::write_request(node, fh, 0, &[1; 4096], WriteFlags::empty(), libc::O_RDWR);
+        let write = client.send(write).unwrap();
+        common::wait_until(|| store.under_way(Call::Write) == 1, "the write is under way");
+        // For bytes that the write changes.
+        let read = client.on(2).send(data::read_request(node, fh, 0, 10)).unwrap();
+        let is_seen = || {
+            let ops = watched.answer("ops")["ops"].take();
+            let phase_of = |name: &str| {
+                let op = ops.as_array().unwrap().iter().find(|op| op["op"] == name)?;
+                op["phase"].as_str().map(str::to_owned)
+            };
+            (phase_of("write").as_deref(), phase_of("read").as_deref()) == (Some(phase), Some("waiting"))
+        };
+        common::wait_until(is_seen, &format!("{phase} and waiting, with {engine}"));
+        drop(gate);
+        session.finish(write).unwrap();
+        assert_eq!(session.finish(read).unwrap(), [1; 10]);
+    }
 }
 
 #[test]
