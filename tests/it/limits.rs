@@ -215,6 +215,25 @@ fn a_worker_that_dies_while_its_queue_is_held_loses_nothing() {
 }
 
 #[test]
+fn a_debt_outlives_the_front_end() {
+    for survive in ["--max-deaths=5", "--no-survive"] {
+        let mut daemon = Controlled::serve(&[survive, "--keep-listening"]);
+        let _held = daemon.hold_reads(4);
+        let queues = common::queues(2);
+        drop(daemon.session);
+        daemon.session = daemon.backend.connect(queues).unwrap();
+        let client = daemon.session.client();
+        let node = client.lookup(ROOT, "file").unwrap().nodeid;
+        let fh = client.open(node, libc::O_RDWR).unwrap().fh;
+        client.write(node, fh, 0, &[7; 64]).unwrap();
+        daemon.file = (node, fh);
+        let sent = daemon.send_reads(4);
+        assert_eq!(served_after(&daemon.session, &sent, Duration::from_millis(50)), 0);
+        daemon.finish(sent);
+    }
+}
+
+#[test]
 fn a_held_queue_uses_no_cpu() {
     let (backend, session, node, fh) = common::serve_file(&[LIMIT]);
     owe_a_minute(&session.client(), (node, fh));
