@@ -78,6 +78,8 @@ pub(crate) struct Status {
     pub(crate) draining: bool,
     /// The limits.
     pub(crate) limits: Limits,
+    /// Those of the share's group, if it has one.
+    pub(crate) group_limits: Option<Limits>,
     /// Noteworthy facts, each with a remedy.
     pub(crate) remarks: Vec<String>,
 }
@@ -182,6 +184,8 @@ pub(crate) struct SlowOp {
 pub(crate) struct Limited {
     /// The limits in force.
     pub(crate) limits: Limits,
+    /// Those of the share's group, if it has one.
+    pub(crate) group_limits: Option<Limits>,
 }
 
 /// Answer to [`Request::LogLevel`].

@@ -188,6 +188,31 @@ fn limits_change_at_run_time_and_outlive_a_worker() {
 }
 
 #[test]
+fn the_limits_of_a_group_are_shown_beside_those_of_the_share() {
+    let folder = tempfile::tempdir().unwrap();
+    let group = format!("--limit-group={}", folder.path().join("group").display());
+    let watched = Watched::start(&["--sandbox=namespace", &group, "--limit=read-ops=100", IMMORTAL]);
+    let _session = serve(&watched);
+    watched.ask(&json!({ "command": "limit", "set": "read-ops=7" }));
+    let other = common::start(&[&group, "--limit=write-ops=200"]);
+    let check = || {
+        for command in ["limit", "status"] {
+            let answer = watched.answer(command);
+            let rates = |of: &str| (answer[of]["read-ops"].as_u64(), answer[of]["write-ops"].as_u64());
+            assert_eq!(rates("limits"), (Some(7), Some(0)), "{command}");
+            assert_eq!(rates("group_limits"), (Some(100), Some(200)), "{command}");
+        }
+    };
+    check();
+    let monitor = watched.monitor();
+    watched.backend.upgrade().unwrap();
+    common::wait_until(|| watched.find_monitor().is_some_and(|new| new != monitor), "the next monitor");
+    check();
+    drop(other);
+    assert!(Watched::start(&[]).answer("limit")["group_limits"].is_null());
+}
+
+#[test]
 fn a_share_that_drains_takes_no_request_until_it_resumes() {
     let watched = Watched::start(&[]);
     let session = serve(&watched);
