@@ -181,7 +181,7 @@ fn text(command: &Command, client: &mut Client, answer: &Answer) -> Result<Strin
         }
         Command::Limit { .. } => {
             let limited: Limited = answer.get()?;
-            show::heading(&name(client)) + &limit::table(&limited.limits).to_string()
+            show::heading(&name(client)) + &limit::text(&limited)
         }
         Command::LogLevel { .. } => {
             let level: LogLevel = answer.get()?;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::protocol::Limits;
+use crate::protocol::{Limited, Limits};
 use crate::table::{Align, Table};
 use crate::units::{count, printable, seconds, short, size};
 
@@ -60,8 +60,17 @@ pub(crate) fn summary(limits: &Limits) -> String {
     if text.is_empty() { "none".to_owned() } else { text }
 }
 
+/// The limits of a share, and those of its group.
+pub(crate) fn text(limited: &Limited) -> String {
+    let own = table(&limited.limits).to_string();
+    match &limited.group_limits {
+        None => own,
+        Some(group) => format!("{own}\n  limits of the group, in addition\n{}", table(group)),
+    }
+}
+
 /// All limits as a table.
-pub(crate) fn table(limits: &Limits) -> Table {
+fn table(limits: &Limits) -> Table {
     let mut table =
         Table::new(&[("LIMIT", Align::Left), ("VALUE", Align::Right), ("MEANING", Align::Left)]).indented(2);
     for (name, limit) in ordered(limits) {
@@ -102,5 +111,9 @@ mod tests {
         assert_eq!(summary(&Limits::new()), "none");
         let text = table(&limits).to_string();
         assert!(text.contains("\n  read-bytes         off  bytes a second that the guest reads\n"), "{text}");
+        let own = Limited { limits: limits.clone(), group_limits: None };
+        assert_eq!(super::text(&own), text);
+        let both = Limited { group_limits: Some(limits), ..own };
+        assert_eq!(super::text(&both), format!("{text}\n  limits of the group, in addition\n{text}"));
     }
 }

@@ -60,7 +60,7 @@ pub(crate) struct Status {
     pub(crate) uptime_seconds: Option<f64>,
     /// A front end is connected.
     pub(crate) front_end: Option<bool>,
-    /// Workers that died.
+    /// Worker processes that died.
     pub(crate) deaths: u64,
     /// Upgrades since the start.
     pub(crate) upgrades: u64,
@@ -78,6 +78,8 @@ pub(crate) struct Status {
     pub(crate) draining: bool,
     /// The limits.
     pub(crate) limits: Limits,
+    /// Those of the share's group, if it has one.
+    pub(crate) group_limits: Option<Limits>,
     /// Noteworthy facts, each with a remedy.
     pub(crate) remarks: Vec<String>,
 }
@@ -182,6 +184,8 @@ pub(crate) struct SlowOp {
 pub(crate) struct Limited {
     /// The limits in force.
     pub(crate) limits: Limits,
+    /// Those of the share's group, if it has one.
+    pub(crate) group_limits: Option<Limits>,
 }
 
 /// Answer to [`Request::LogLevel`].
@@ -224,7 +228,7 @@ pub(crate) struct Sample {
     pub(crate) throttled_seconds: f64,
     /// Requests in flight by queue.
     pub(crate) queues: Vec<Depth>,
-    /// Workers that died.
+    /// Worker processes that died.
     pub(crate) deaths: u64,
 }
 

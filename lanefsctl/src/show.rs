@@ -50,7 +50,7 @@ fn facts(status: &Status) -> Vec<(&'static str, String)> {
     add("front end", status.front_end.map(front_end));
     let taken = if status.draining { "none are taken (lanefsctl resume)" } else { "are taken" };
     add("requests", Some(taken.to_owned()));
-    add("deaths", Some(format!("{} of workers", count(status.deaths))));
+    add("deaths", Some(format!("{} of worker processes", count(status.deaths))));
     add("upgrades", Some(count(status.upgrades)));
     add("inodes", status.inodes.map(count));
     let handles = status.handles.as_ref();
@@ -64,6 +64,7 @@ fn facts(status: &Status) -> Vec<(&'static str, String)> {
     let descriptors = status.descriptors.as_ref();
     add("descriptors", descriptors.map(|found| of_limit(found.used, found.limit)));
     add("limits", Some(limit::summary(&status.limits)));
+    add("limit group", status.group_limits.as_ref().map(limit::summary));
     add("log level", status.log_level.clone());
     facts
 }
@@ -91,7 +92,7 @@ fn of_limit(used: u64, limit: u64) -> String {
 }
 
 fn queues(status: &Status) -> Table {
-    let columns = ["QUEUE", "SIZE", "WORKERS", "IN FLIGHT", "REQUESTS", "NOTIFICATIONS"];
+    let columns = ["QUEUE", "SIZE", "THREADS", "IN FLIGHT", "REQUESTS", "NOTIFICATIONS"];
     let mut table = Table::new(&columns.map(|column| (column, Align::Right))).indented(2);
     for queue in &status.queues {
         let values =
@@ -181,19 +182,20 @@ mod tests {
             "uptime_seconds":3725,"front_end":true,"deaths":1,"upgrades":1,"inodes":5231,"log_level":"info",
             "queues":[{"index":1,"size":128,"workers":2,"in_flight":3,"requests":12345,"notifications":7}],
             "handles":{"plain":1,"parallel":2,"directories":0},"descriptors":{"used":90,"limit":1000},
-            "limits":{"write-bytes":104857600},"remarks":["the ring of queue 1 is small: use queue-size=1024"]}"#;
+            "limits":{"write-bytes":104857600},"group_limits":{"read-ops":500,"burst":0.1},
+            "remarks":["the ring of queue 1 is small: use queue-size=1024"]}"#;
         let text = status(&serde_json::from_str(answer).unwrap());
         for expected in [
             "share web\n",
             "  directory   /srv/web\n",
             "  daemon      lanefsd 0.2.0, process 812, worker 815, up 1 h 2 min\n",
             "  front end   connected\n",
-            "  deaths      1 of workers\n",
+            "  deaths      1 of worker processes\n",
             "  upgrades    1\n",
             "  handles     1 plain, 2 parallel, 0 of directories\n",
             "  descriptors 90 of 1,000 (9.0 %)\n",
-            "  limits      write-bytes 100 MiB/s\n",
-            "  QUEUE  SIZE  WORKERS  IN FLIGHT  REQUESTS  NOTIFICATIONS\n",
+            "  limits      write-bytes 100 MiB/s\n  limit group read-ops 500/s\n",
+            "  QUEUE  SIZE  THREADS  IN FLIGHT  REQUESTS  NOTIFICATIONS\n",
             "      1   128        2          3    12,345              7\n",
             "  - the ring of queue 1 is small: use queue-size=1024\n",
         ] {

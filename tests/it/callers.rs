@@ -258,6 +258,16 @@ fn users_start_it() {
         ),
         ("a runner", "", &format!("--socket-path SOCKET --shared-dir SHARE --readonly {squash}")),
         ("KubeVirt", "", "--socket-path=SOCKET --shared-dir=SHARE --sandbox=none --cache=auto --xattr"),
+        (
+            "KubeVirt",
+            "",
+            "--socket-path=SOCKET --shared-dir=SHARE --sandbox=none --cache=auto --migration-on-error=guest-error --migration-mode=find-paths",
+        ),
+        (
+            "KubeVirt, a volume",
+            "",
+            "--socket-path=SOCKET --shared-dir=SHARE --sandbox=none --cache=auto --migration-on-error=guest-error --migration-mode=find-paths --migration-verify-handles",
+        ),
     ] {
         eprintln!("{caller}: {wrapper} {line}");
         let place = Place::new();

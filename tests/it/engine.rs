@@ -14,6 +14,8 @@ use crate::common::store::Host;
 use crate::survival::{IMMORTAL, SANDBOXES, kill_worker};
 
 const BLOCK: usize = 4096;
+/// What must not happen has this long to happen.
+const MOMENT: Duration = Duration::from_millis(100);
 
 /// With the file open in parallel mode.
 fn serve(args: &[&str]) -> Host {
@@ -35,6 +37,28 @@ impl Host {
         common::wait_until(is_there, "the writes that were sent are under way");
     }
 
+    /// Holds a write of a block of queue 2, and lets it go when something has waited for it for a moment.
+    fn meet_a_write<T: Send>(&self, byte: u8, act: impl FnOnce() -> T + Send) -> (Pending, T) {
+        let gate = self.store.hold(Call::Write);
+        let sent = self.send_block(1, byte);
+        self.wait_for_writes(1);
+        let result = std::thread::scope(|scope| {
+            let act = scope.spawn(act);
+            std::thread::sleep(MOMENT);
+            assert!(!act.is_finished(), "it has not waited for the write");
+            drop(gate);
+            act.join().unwrap()
+        });
+        assert_eq!(self.store.under_way(Call::Write), 0);
+        (sent, result)
+    }
+
+    /// Waits until the file is longer than this and a write is under way: the size is set ahead, and the block comes.
+    fn wait_for_a_block_past(&self, length: usize) {
+        let is_there = || self.store.contents().len() > length && self.store.under_way(Call::Write) == 1;
+        common::wait_until(is_there, "the size is set ahead");
+    }
+
     fn block(&self, number: usize) -> Vec<u8> {
         self.store.contents()[number * BLOCK..(number + 1) * BLOCK].to_vec()
     }
@@ -48,8 +72,10 @@ fn byte(number: u64) -> u8 {
 fn writes_of_one_file_are_under_way_at_once_on_a_host_that_lets_one_thread_write() {
     for args in [&[][..], &["--io-engine=io-uring"], &["--sandbox=namespace"], &["--no-survive"]] {
         let host = serve(args);
-        host.store.delay(Duration::from_millis(300));
+        let gate = host.store.hold(Call::Write);
         let sent: Vec<_> = (0..16).map(|number| host.send_block(number, byte(number))).collect();
+        host.wait_for_writes(16);
+        drop(gate);
         for sent in sent {
             host.session.finish(sent).unwrap();
         }
@@ -86,10 +112,10 @@ fn requests_of_overlapping_bytes_come_one_after_the_other() {
     let seen = host.session.finish(read).unwrap();
     assert!(seen.iter().all(|byte| *byte == seen[0]), "a read has met a part of a write");
     // A truncation waits as well.
-    let write = host.send_block(3, 77);
-    host.wait_for_writes(1);
-    host.session.client().setattr(host.node, Change::none().size(BLOCK as u64).handle(host.fh)).unwrap();
-    assert!(host.session.queue(2).is_done(write.token).unwrap(), "a truncation has met a write");
+    host.store.delay(Duration::ZERO);
+    let truncation = Change::none().size(BLOCK as u64).handle(host.fh);
+    let truncate = || host.session.client().setattr(host.node, truncation).unwrap();
+    let (write, _) = host.meet_a_write(77, truncate);
     host.session.finish(write).unwrap();
 }
 
@@ -100,14 +126,16 @@ fn a_write_of_a_dead_worker_never_lands_after_its_replay() {
     for sandbox in SANDBOXES {
         let host = serve(&[sandbox, IMMORTAL]);
         for round in 0..3 {
-            host.store.delay(Duration::from_millis(600));
+            let gate = host.store.hold(Call::Write);
             let sent: Vec<_> = (0..32).map(|number| host.send_block(number, byte(number + round))).collect();
             host.wait_for_writes(32);
             kill_worker(&host.backend);
+            // Did the next worker not wait, its writes would meet those of the dead one.
+            std::thread::sleep(MOMENT);
+            drop(gate);
             for sent in sent {
                 host.session.finish(sent).unwrap();
             }
-            // Had the next worker not waited, its writes would have met those of the dead one.
             assert_eq!(host.store.most_under_way(Call::Write), 32, "{sandbox}, round {round}");
             assert_eq!(host.store.under_way(Call::Write), 0);
             for number in 0..32 {
@@ -120,13 +148,15 @@ fn a_write_of_a_dead_worker_never_lands_after_its_replay() {
 #[test]
 fn a_worker_may_die_again_while_the_next_one_waits() {
     let host = serve(&["--sandbox=namespace", IMMORTAL]);
-    host.store.delay(Duration::from_millis(1500));
+    let gate = host.store.hold(Call::Write);
     let sent: Vec<_> = (0..8).map(|number| host.send_block(number, byte(number))).collect();
     host.wait_for_writes(8);
     for _ in 0..3 {
         // Each of these waits for the first one.
         kill_worker(&host.backend);
+        std::thread::sleep(MOMENT);
     }
+    drop(gate);
     for sent in sent {
         host.session.finish(sent).unwrap();
     }
@@ -136,45 +166,47 @@ fn a_worker_may_die_again_while_the_next_one_waits() {
 #[test]
 fn the_end_of_a_queue_or_a_session_waits_for_what_is_in_flight() {
     let host = serve(&["--keep-listening", "--sandbox=namespace"]);
-    let (session, store) = (&host.session, &host.store);
-    store.delay(Duration::from_millis(300));
+    let session = &host.session;
     // A queue stops.
-    let sent = host.send_block(1, 1);
-    host.wait_for_writes(1);
-    session.stop_queue(2).unwrap();
-    assert_eq!(store.under_way(Call::Write), 0);
+    let (sent, ()) = host.meet_a_write(1, || session.stop_queue(2).map(drop).unwrap());
     session.start_queue(2).unwrap();
     session.finish(sent).unwrap();
     // It serves on, by the same ring.
     session.finish(host.send_block(1, 2)).unwrap();
     assert_eq!(host.block(1), [2; BLOCK]);
     // A session ends, on another queue.
-    let sent = host.send_block(1, 3);
-    host.wait_for_writes(1);
-    session.client().on(1).destroy().unwrap();
-    assert_eq!(store.under_way(Call::Write), 0);
+    let (sent, ()) = host.meet_a_write(3, || session.client().on(1).destroy().unwrap());
     session.finish(sent).unwrap();
     // A front end leaves.
     session.init().unwrap();
     let node = session.client().lookup(ROOT, FILE).unwrap().nodeid;
     let fh = session.client().open(node, libc::O_RDWR).unwrap().fh;
     let host = Host { node, fh, ..host };
+    let gate = host.store.hold(Call::Write);
     let _sent = host.send_block(1, 4);
     host.wait_for_writes(1);
     drop(host.session);
-    let session = host.backend.connect(common::queues(2)).unwrap();
-    assert_eq!(host.store.under_way(Call::Write), 0, "another front end was served too early");
+    let session = std::thread::scope(|scope| {
+        let next = scope.spawn(|| host.backend.connect(common::queues(2)).unwrap());
+        std::thread::sleep(MOMENT);
+        assert!(!next.is_finished(), "another front end was served too early");
+        drop(gate);
+        next.join().unwrap()
+    });
+    assert_eq!(host.store.under_way(Call::Write), 0);
     session.client().lookup(ROOT, FILE).unwrap();
 }
 
 #[test]
 fn a_worker_that_makes_room_for_another_program_leaves_nothing_behind() {
     let host = serve(&["--sandbox=namespace"]);
-    // Longer than a worker has for what it serves: the rest is cut off.
-    host.store.delay(Duration::from_millis(1000));
+    // For longer than a worker has for what it serves: the rest is cut off.
+    let gate = host.store.hold(Call::Write);
     let sent: Vec<_> = (0..16).map(|number| host.send_block(number, byte(number))).collect();
     host.wait_for_writes(16);
     host.backend.upgrade().unwrap();
+    std::thread::sleep(MOMENT);
+    drop(gate);
     for sent in sent {
         host.session.finish(sent).unwrap();
     }
@@ -209,13 +241,20 @@ fn a_file_grows_under_many_writers_at_once() {
     for args in [&[][..], &["--sandbox=namespace", "--io-engine=io-uring"]] {
         let host = serve(args);
         host.store.let_grow();
-        host.store.delay(Duration::from_millis(500));
+        // The first write sets the size ahead, and the others come meanwhile.
+        let zero = host.store.hold(Call::Write);
         let sent: Vec<_> = (0..16).map(|number| host.send_block(END + number, byte(number))).collect();
+        for queue in [1, 2] {
+            host.session.client().on(queue).getattr(host.node).unwrap();
+        }
+        let blocks = host.store.hold_data(Call::Write, 2);
+        drop(zero);
+        host.wait_for_writes(16);
+        drop(blocks);
         for sent in sent {
             host.session.finish(sent).unwrap();
         }
-        let most = host.store.most_under_way(Call::Write);
-        assert!(most >= 14, "{args:?}: {most} at once");
+        assert_eq!(host.store.most_under_way(Call::Write), 16, "{args:?}");
         // 16 blocks, a zero for the first one, and one for all that came meanwhile.
         let calls = host.store.calls(Call::Write);
         assert!(calls <= 20, "{args:?}: {calls} calls");
@@ -239,27 +278,28 @@ fn a_write_past_the_end_that_fails_does_not_make_the_file_longer() {
     assert_eq!(length(), faultfs::LENGTH);
     store.fail(Call::Write, 0);
     // After the size was set ahead.
-    store.delay(Duration::from_millis(300));
-    let calls = store.calls(Call::Write);
+    let block = store.hold_data(Call::Write, 2);
     let sent = host.send_block(END + 3, 1);
-    common::wait_until(|| store.calls(Call::Write) == calls + 1, "the size is set ahead");
+    host.wait_for_a_block_past(faultfs::LENGTH);
     assert!(store.contents()[faultfs::LENGTH..].iter().all(|byte| *byte == 0));
     store.fail(Call::Write, libc::EIO);
+    drop(block);
     assert_eq!(common::errno(host.session.finish(sent)), libc::EIO);
     store.fail(Call::Write, 0);
-    store.delay(Duration::ZERO);
     assert_eq!(length(), faultfs::LENGTH);
     // What was written behind it stays, and so does what the guest has made longer meanwhile.
     host.session.finish(host.send_block(END + 1, 7)).unwrap();
     assert_eq!(length(), faultfs::LENGTH + 2 * BLOCK);
-    store.delay(Duration::from_millis(300));
-    let calls = store.calls(Call::Write);
+    let block = store.hold_data(Call::Write, 2);
     let sent = host.send_block(END + 2, 1);
-    common::wait_until(|| store.calls(Call::Write) == calls + 1, "the size is set ahead");
+    host.wait_for_a_block_past(faultfs::LENGTH + 2 * BLOCK);
     store.fail(Call::Write, libc::EIO);
     let size = faultfs::LENGTH + 9 * BLOCK;
-    let change = Change::none().size(size as u64).handle(host.fh);
-    host.session.client().setattr(host.node, change).unwrap();
+    let change = Change::none().size(size as u64).handle(host.fh).request(host.node);
+    let change = host.session.client().on(2).send(change).unwrap();
+    std::thread::sleep(MOMENT);
+    drop(block);
+    host.session.finish(change).unwrap();
     assert_eq!(common::errno(host.session.finish(sent)), libc::EIO);
     assert_eq!(length(), size);
     assert_eq!(host.block(END as usize + 1), [7; BLOCK]);
@@ -269,13 +309,19 @@ fn a_write_past_the_end_that_fails_does_not_make_the_file_longer() {
 fn a_file_that_grows_survives_a_death() {
     let host = serve(&["--sandbox=namespace", IMMORTAL]);
     host.store.let_grow();
-    host.store.delay(Duration::from_millis(300));
     for round in 0..4u64 {
         let begin = END + round * 16;
+        // The worker dies while it sets the size ahead, with all blocks under way, and when some of them are written.
+        let gate = host.store.hold_data(Call::Write, if round == 0 { 0 } else { 2 });
         let sent: Vec<_> = (0..16).map(|number| host.send_block(begin + number, byte(number))).collect();
-        common::wait_until(|| host.store.under_way(Call::Write) > 0, "a write");
-        std::thread::sleep(Duration::from_millis(150 * round));
-        kill_worker(&host.backend);
+        host.wait_for_writes(if round == 0 { 1 } else { 16 });
+        let gate = (round < 2).then_some(gate);
+        std::thread::scope(|scope| {
+            // A thread in a system call dies when that has ended.
+            scope.spawn(|| kill_worker(&host.backend));
+            std::thread::sleep(MOMENT);
+            drop(gate);
+        });
         for sent in sent {
             host.session.finish(sent).unwrap();
         }

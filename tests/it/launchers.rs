@@ -59,8 +59,9 @@ fn blocked_and_ignored_signals_still_work() {
 }
 
 #[test]
-fn a_daemon_that_nohup_has_started_outlives_its_terminal() {
-    let backend = serves(launched(&["env", "--ignore-signal=HUP", "--block-signal=HUP"]));
+fn an_ignored_hangup_does_not_end_a_daemon_without_survival() {
+    let launcher = ["env", "--ignore-signal=HUP", "--block-signal=HUP"];
+    let backend = serves(launched(&launcher).args(["--no-survive"]));
     backend.signal(libc::SIGHUP).unwrap();
     std::thread::sleep(Duration::from_millis(100));
     backend.connect(SessionOptions::default()).unwrap().client().getattr(ROOT).unwrap();

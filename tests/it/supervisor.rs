@@ -4,6 +4,7 @@ use std::path::Path;
 
 use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::{Session, SessionOptions};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::common;
 use crate::sandbox::{as_root, outer_of, under_strace};
@@ -56,10 +57,66 @@ fn a_parent_that_is_killed_at_the_start_leaves_no_daemon() {
                 _ => assert!(std::time::Instant::now() < deadline, "no second process"),
             }
         };
-        let outer = rustix::process::Pid::from_raw(outer.cast_signed()).unwrap();
-        rustix::process::kill_process(outer, rustix::process::Signal::KILL).unwrap();
+        kill_process(Pid::from_raw(outer.cast_signed()).unwrap(), Signal::KILL).unwrap();
         common::expect_end(child);
         backend.wait(std::time::Duration::from_secs(5)).unwrap();
+    }
+}
+
+/// A daemon that was started in a terminal.
+struct InTerminal {
+    directory: tempfile::TempDir,
+    terminal: std::process::Child,
+    session: Session,
+    started: u32,
+}
+
+impl InTerminal {
+    fn start(launcher: &str, args: &str) -> InTerminal {
+        let directory = tempfile::tempdir().unwrap();
+        let (share, socket) = (directory.path().display(), directory.path().join("socket"));
+        let program = common::program();
+        let command = format!(
+            "exec {launcher} {} {args} --keep-listening --shared-dir={share} --socket-path={} >/dev/null 2>&1",
+            program.to_str().unwrap(),
+            socket.display()
+        );
+        let terminal = std::process::Command::new("script")
+            .args(["-qc", &command, "/dev/null"])
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        common::wait_until(|| socket.exists(), "the socket");
+        let session = Session::connect(&socket, SessionOptions::default()).unwrap();
+        session.client().getattr(ROOT).unwrap();
+        let started = std::fs::read_to_string(directory.path().join("socket.pid")).unwrap();
+        let started = started.trim().parse().unwrap();
+        InTerminal { directory, terminal, session, started }
+    }
+
+    fn serving(&self) -> u32 {
+        common::serving_process(self.started)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_raw(self.started.cast_signed()).unwrap(), signal).unwrap();
+    }
+
+    /// Closes the terminal.
+    fn close(&mut self) {
+        self.terminal.kill().unwrap();
+        self.terminal.wait().unwrap();
+    }
+
+    /// Waits until the process has lost its terminal, after the kernel has sent SIGHUP.
+    fn wait_for_hangup(&self) {
+        let stat = format!("/proc/{}/stat", self.started);
+        // The name is in parentheses; state, parent, group and session come before the terminal.
+        let terminal = |stat: &str| stat.rsplit_once(") ")?.1.split(' ').nth(4).map(str::to_owned);
+        let is_gone =
+            || terminal(&std::fs::read_to_string(&stat).unwrap()).is_some_and(|number| number == "0");
+        common::wait_until(is_gone, "the end of the terminal");
     }
 }
 
@@ -70,32 +127,38 @@ fn a_closed_terminal_ends_the_daemon_in_order() {
     common::hear_hangups();
     for sandbox in ["namespace", "chroot", "none"] {
         for options in ["", "--no-survive"] {
-            let directory = tempfile::tempdir().unwrap();
-            let (socket, program) = (directory.path().join("socket"), common::program());
-            let command = format!(
-                "exec {} --sandbox={sandbox} {options} --keep-listening --shared-dir={} --socket-path={}",
-                program.to_str().unwrap(),
-                directory.path().display(),
-                socket.display()
-            );
-            let mut terminal = std::process::Command::new("script")
-                .args(["-qc", &command, "/dev/null"])
-                .stdin(std::process::Stdio::null())
-                .stdout(std::process::Stdio::null())
-                .spawn()
-                .unwrap();
-            common::wait_until(|| socket.exists(), "the socket");
-            let session = Session::connect(&socket, SessionOptions::default()).unwrap();
-            session.client().getattr(ROOT).unwrap();
-            let started = std::fs::read_to_string(directory.path().join("socket.pid")).unwrap();
-            let started: u32 = started.trim().parse().unwrap();
-            let serving = common::serving_process(started);
-            terminal.kill().unwrap();
-            terminal.wait().unwrap();
-            common::expect_end(started);
+            let mut daemon = InTerminal::start("", &format!("--sandbox={sandbox} {options}"));
+            let serving = daemon.serving();
+            daemon.close();
+            common::expect_end(daemon.started);
             common::expect_end(serving);
+            let socket = daemon.directory.path().join("socket");
             assert!(!socket.exists(), "{sandbox} {options}: the socket is left behind");
         }
+    }
+}
+
+/// nohup(1) ignores the signal. A process may still ask for an upgrade by it.
+#[test]
+fn a_closed_terminal_leaves_a_daemon_below_nohup_alone() {
+    as_root();
+    common::hear_hangups();
+    for (options, upgrades) in [("--sandbox=none", 0), ("--sandbox=namespace", 2), ("--no-survive", 0)] {
+        let mut daemon = InTerminal::start("nohup", options);
+        for _ in 0..upgrades {
+            let before = daemon.serving();
+            daemon.signal(Signal::HUP);
+            common::wait_until(|| ![before, daemon.started].contains(&daemon.serving()), "an upgrade");
+            daemon.session.client().getattr(ROOT).unwrap();
+        }
+        let serving = daemon.serving();
+        daemon.close();
+        daemon.wait_for_hangup();
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        daemon.session.client().getattr(ROOT).unwrap();
+        assert_eq!(daemon.serving(), serving, "{options}: another process serves");
+        daemon.signal(Signal::TERM);
+        common::expect_end(daemon.started);
     }
 }
 

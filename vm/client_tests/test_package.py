@@ -18,7 +18,7 @@ xattr = true
 """
 SERVICE = "lanefsd@share.service"
 # It counts the processor time of a process; the daemon is none yet when the load starts.
-LOAD = "/root/loadgen run --socket /run/lanefsd/share.sock --share /srv/share --pid 1"
+LOAD = "/root/loadgen run --socket /run/lanefsd/{}.sock --share /srv/share --pid 1"
 PROFILE = "/usr/share/apparmor/extra-profiles/usr.bin.lanefsd"
 # Its storage is in memory: overlayfs takes no upper directory on every share.
 PODMAN = "podman --root /run/podman"
@@ -52,9 +52,9 @@ def wait_for(guest: Guest, command: str, seconds: int) -> None:
     guest.output(f"for _ in $(seq {seconds}); do if {command}; then exit 0; fi; sleep 1; done; exit 1", seconds * 3)
 
 
-def serves(guest: Guest, more: str = "--op getattr --time 1") -> None:
+def serves(guest: Guest, more: str = "--op getattr --time 1", share: str = "share") -> None:
     """A front end inside the guest; any error of a request ends it."""
-    guest.output(f"{LOAD} {more} >/root/load.log 2>&1 || {{ cat /root/load.log; exit 1; }}", 300)
+    guest.output(f"{LOAD.format(share)} {more} >/root/load.log 2>&1 || {{ cat /root/load.log; exit 1; }}", 300)
 
 
 def starts_and_restarts(guest: Guest) -> None:
@@ -85,7 +85,7 @@ def upgrades(guest: Guest, apparmor: bool) -> None:
     step("upgrades the daemon while it serves, by lanefsctl and by systemctl")
     # The load ends at the first request with an error. It lasts for as long as the slowest guest needs.
     guest.output(
-        f"(nice {LOAD} --op small --depth 2 --time 1800 >/root/load.log 2>&1; touch /root/load.ended) </dev/null &"
+        f"(nice {LOAD.format('share')} --op small --depth 2 --time 1800 >/root/load.log 2>&1; touch /root/load.ended) </dev/null &"
     )
     wait_for(guest, "lanefsctl status 2>/dev/null | grep -q 'front end  *connected'", 60)
     before = status(guest)
@@ -105,6 +105,21 @@ def upgrades(guest: Guest, apparmor: bool) -> None:
     assert guest.run("test -e /root/load.ended", check=False)[0], guest.output("cat /root/load.log") + journal(guest)
     guest.output("pkill -x loadgen")
     wait_for(guest, f"! systemctl is-active {SERVICE}", 60)
+
+
+def refuses_an_upgrade(guest: Guest) -> None:
+    step("leaves a share that cannot be upgraded as it is")
+    service = "lanefsd@mortal.service"
+    more = "no-survive = true\nkeep-listening = true\n"
+    guest.output(f"cat >/etc/lanefsd/mortal.conf <<'E'\n{CONFIG}{more}E")
+    guest.output(f"systemctl start lanefsd@mortal.socket {service}", 120)
+    before = guest.output(f"systemctl show --property=MainPID {service}")
+    assert guest.run(f"systemctl reload {service}", 120, check=False)[0]
+    assert "--no-survive" in guest.output(f"journalctl -u {service} -o cat --no-pager")
+    assert guest.output(f"systemctl is-active {service}").strip() == "active"
+    assert guest.output(f"systemctl show --property=MainPID {service}") == before
+    serves(guest, share="mortal")
+    guest.output(f"systemctl stop lanefsd@mortal.socket {service}; rm /etc/lanefsd/mortal.conf", 120)
 
 
 def answered(share: dict[str, Any]) -> int:
@@ -162,6 +177,7 @@ def life(guest: Guest, apparmor: bool) -> None:
         confines(guest)
     starts_and_restarts(guest)
     upgrades(guest, apparmor)
+    refuses_an_upgrade(guest)
     step("says what is wrong with a configuration")
     guest.output("echo 'shared_dir = \"/srv\"' >/etc/lanefsd/wrong.conf")
     assert guest.run("systemctl start lanefsd@wrong.socket lanefsd@wrong.service", 120, check=False)[0]

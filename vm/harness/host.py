@@ -22,6 +22,8 @@ PACKAGES_LOCK = pathlib.Path("/run/lock/lanefsd-packages")
 # What apt-get reports while another program, which does not know our lock, holds one of apt's.
 APT_IS_BUSY = re.compile(r"Could not get lock|Unable to lock|Unable to acquire the dpkg frontend lock")
 APT_BUSY_TIMEOUT = 600
+# All commands build the same set: with another one, packages would have other features and be built anew.
+HOST_PACKAGES = ("lanefsd", "lanefsctl", "lanefsd-frontend", "lanefsd-loadgen", "faultfs", "lanefsd-faulty")
 
 log = logging.getLogger("lanefsd.harness")
 
@@ -109,11 +111,7 @@ def require(*programs: str) -> None:
 
 
 def build_daemon() -> None:
-    """Builds the daemon and the other host programs; cargo does nothing if they are up to date.
-
-    All commands build the same set of packages: another set would have other features, and cargo would build
-    everything anew.
-    """
+    """Builds the daemon and the other host programs; cargo does nothing if they are up to date."""
     if not BACKEND:
         build_workspace()
 
@@ -124,8 +122,8 @@ def build_workspace() -> None:
         raise HarnessError("cargo is missing; install a Rust toolchain (see rust-version in Cargo.toml)")
     if not DAEMON.exists():
         log.info("building lanefsd (about a minute)")
-    command = ["cargo", "build", "--release", "--locked", "--workspace", "--exclude", "lanefsd-guest-tools"]
-    run(command, cwd=REPO, env=cargo_environment())
+    packages = [word for name in HOST_PACKAGES for word in ("--package", name)]
+    run(["cargo", "build", "--release", "--locked", *packages], cwd=REPO, env=cargo_environment())
 
 
 def cargo_install(name: str, version: str, program: str) -> pathlib.Path:

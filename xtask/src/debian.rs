@@ -10,13 +10,14 @@ use anyhow::{Context as _, Result};
 use crate::{output, run};
 
 /// What is installed as it is in the repository: from, to.
-const AS_IS: [(&str, &str); 7] = [
+const AS_IS: [(&str, &str); 8] = [
     ("dist/60-lanefsd.json", "usr/share/qemu/vhost-user/60-lanefsd.json"),
     ("dist/systemd/lanefsd@.service", "lib/systemd/system/lanefsd@.service"),
     ("dist/systemd/lanefsd@.socket", "lib/systemd/system/lanefsd@.socket"),
     ("dist/apparmor/usr.bin.lanefsd", "usr/share/apparmor/extra-profiles/usr.bin.lanefsd"),
     ("dist/examples/share.conf", "usr/share/doc/lanefsd/examples/share.conf"),
     ("dist/grafana/lanefsd.json", "usr/share/doc/lanefsd/examples/grafana-dashboard.json"),
+    ("dist/prometheus/lanefsd.rules.yml", "usr/share/doc/lanefsd/examples/prometheus-rules.yml"),
     ("dist/bpftrace/lanefsd-latency.bt", "usr/share/doc/lanefsd/examples/lanefsd-latency.bt"),
 ];
 /// What was made from the options.

@@ -37,7 +37,7 @@ const HELP: &[(&str, &str)] = &[
     ("", ""),
     ("FLIGHT", "requests taken and not answered"),
     ("WRITERS", "the most at once of one file"),
-    ("DEATHS", "workers that died"),
+    ("DEATHS", "worker processes that died"),
     ("BUSY", "requests at once, in the mean"),
     ("LIMITED", "waiting for limits, per second"),
     ("TIME", "part of the time of all requests"),

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::diagnosis;
 use super::serve::Sources;
-use crate::limits::Limit;
+use crate::limits::{Limit, Pace};
 use crate::metrics::counts::bounds;
 use crate::metrics::slow::Ended;
 use crate::metrics::{Gauges, OpSample, Phase, QueueSample, Sample, op_name};
@@ -43,17 +43,23 @@ pub(super) fn status(sources: &Sources<'_>) -> Value {
         "descriptors": { "used": descriptors, "limit": descriptor_limit },
         "log_level": metrics.log_level().unwrap_or(subject.log_level).to_string().to_lowercase(),
         "draining": sources.pace.is_paused(),
-        "limits": limits(sources),
+        "limits": limits(sources.pace),
+        "group_limits": group_limits(sources),
         "remarks": remarks.collect::<Vec<_>>(),
     })
 }
 
-/// The rate limits per second, 0 for none, and the burst in seconds.
-pub(super) fn limits(sources: &Sources<'_>) -> Value {
-    let rate = |limit: Limit| (limit.name().to_owned(), json!(sources.pace.rate(limit)));
+/// Rate limits per second, 0 for none, and the burst in seconds.
+pub(super) fn limits(pace: &Pace) -> Value {
+    let rate = |limit: Limit| (limit.name().to_owned(), json!(pace.rate(limit)));
     let mut limits: serde_json::Map<String, Value> = Limit::ALL.into_iter().map(rate).collect();
-    limits.insert("burst".into(), json!(sources.pace.burst().as_secs_f64()));
+    limits.insert("burst".into(), json!(pace.burst().as_secs_f64()));
     limits.into()
+}
+
+/// The same of the share's group; null without one.
+pub(super) fn group_limits(sources: &Sources<'_>) -> Option<Value> {
+    sources.subject.group.as_ref().map(|group| limits(group))
 }
 
 /// Requests of all request queues that run. The high-priority queue goes on while the share drains.

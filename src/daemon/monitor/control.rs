@@ -73,7 +73,8 @@ fn perform(command: Command, sources: &Sources<'_>) -> Result<Value, String> {
                 let rates = Rates::parse(&set).map_err(|error| error.to_string())?;
                 sources.pace.apply(&rates);
             }
-            Ok(json!({ "limits": answers::limits(sources) }))
+            let (limits, group) = (answers::limits(sources.pace), answers::group_limits(sources));
+            Ok(json!({ "limits": limits, "group_limits": group }))
         }
         Command::Drain => {
             sources.pace.pause();

@@ -39,6 +39,7 @@ use self::serve::Sources;
 use super::share::pace_of;
 use super::socket::FileId;
 use crate::config::{Config, Seccomp};
+use crate::limits::PaceHandle;
 use crate::logging;
 use crate::metrics::Metrics;
 use crate::process;
@@ -70,6 +71,8 @@ struct Subject {
     seccomp: Seccomp,
     /// CPUs of the host. The monitor may not look.
     cpus: usize,
+    /// The rate limits of its group.
+    group: Option<PaceHandle>,
 }
 
 /// The monitor, as the process sees it that has started it.
@@ -142,6 +145,7 @@ impl Monitor {
             log_level: log::max_level(),
             seccomp: config.seccomp,
             cpus: process::cpus(),
+            group: config.device.group.clone(),
         };
         let (metrics, state) = (Arc::clone(metrics), Arc::clone(state));
         let mut monitor =

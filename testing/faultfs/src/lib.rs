@@ -17,7 +17,7 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -76,14 +76,67 @@ struct Controls {
     /// Most bytes of a read; 0 for any number.
     longest_read: AtomicU64,
     delay_in_ms: AtomicU64,
-    delay_of_names_in_ms: AtomicU64,
+    /// What holds calls that begin now.
+    gates: [Mutex<Option<Arc<GateState>>>; CALLS],
     /// Permissions of the file.
     mode: AtomicU32,
     /// Writes that say that they append.
     appends: AtomicU64,
 }
 
+/// Calls that wait for their gate, as the calls see it.
+#[derive(Debug)]
+struct GateState {
+    is_open: Mutex<bool>,
+    opened: Condvar,
+    /// Data of this length and longer is held; for calls without data, 0.
+    from_length: usize,
+}
+
+impl GateState {
+    fn wait(&self) {
+        let is_open = self.is_open.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.opened.wait_while(is_open, |is_open| !*is_open).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn open(&self) {
+        *self.is_open.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.opened.notify_all();
+    }
+}
+
+/// Holds calls of a store, which get no answer until it is dropped.
+#[derive(Debug)]
+#[must_use = "a gate holds calls until it is dropped"]
+pub struct Gate {
+    state: Arc<GateState>,
+    controls: Arc<Controls>,
+    call: Call,
+}
+
+impl Gate {
+    /// Calls that begin from now on pass; those that are held stay so.
+    pub fn admit(&self) {
+        let mut gate = self.controls.gate(self.call);
+        // Another gate may have taken its place.
+        if gate.as_ref().is_some_and(|gate| Arc::ptr_eq(gate, &self.state)) {
+            *gate = None;
+        }
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.admit();
+        self.state.open();
+    }
+}
+
 impl Controls {
+    fn gate(&self, call: Call) -> std::sync::MutexGuard<'_, Option<Arc<GateState>>> {
+        self.gates[call as usize].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn begin(&self, call: Call) {
         let now = self.under_way[call as usize].fetch_add(1, Ordering::SeqCst) + 1;
         self.most_under_way[call as usize].fetch_max(now, Ordering::SeqCst);
@@ -172,9 +225,17 @@ impl FaultFs {
         self.controls.delay_in_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
     }
 
-    /// Lets lookups and opens take so long from now on.
-    pub fn delay_names(&self, delay: Duration) {
-        self.controls.delay_of_names_in_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
+    /// Holds calls of this kind that begin from now on: [`FaultFs::under_way`] counts them. It replaces the gate that was
+    /// there, which goes on holding what it holds. Attributes that are asked for and close(2) are never held.
+    pub fn hold(&self, call: Call) -> Gate {
+        self.hold_data(call, 0)
+    }
+
+    /// The same for reads and writes of this length in bytes and longer.
+    pub fn hold_data(&self, call: Call, from_length: usize) -> Gate {
+        let state = Arc::new(GateState { is_open: Mutex::new(false), opened: Condvar::new(), from_length });
+        *self.controls.gate(call) = Some(Arc::clone(&state));
+        Gate { state, controls: Arc::clone(&self.controls), call }
     }
 
     /// The store is gone for good: whatever is asked of it, now or later, fails.
@@ -199,28 +260,34 @@ struct Store {
 }
 
 impl Store {
-    /// Answers a call after the delay, from a thread of its own: others are not held up.
+    /// Answers a call.
     fn later(&self, call: Call, answer: impl FnOnce(Result<(), i32>) + Send + 'static) {
+        self.later_with(call, 0, answer);
+    }
+
+    /// Answers a call with data of this length after its gate and the delay, from a thread of its own: others are not held
+    /// up.
+    fn later_with(&self, call: Call, length: usize, answer: impl FnOnce(Result<(), i32>) + Send + 'static) {
         let controls = Arc::clone(&self.controls);
         let delay = match call {
-            Call::Lookup | Call::Open => &controls.delay_of_names_in_ms,
-            _ => &controls.delay_in_ms,
+            Call::Lookup | Call::Open => 0,
+            _ => controls.delay_in_ms.load(Ordering::SeqCst),
         };
+        let delay = Duration::from_millis(delay);
+        let gate = controls.gate(call).clone().filter(|gate| length >= gate.from_length);
         controls.begin(call);
-        match delay.load(Ordering::SeqCst) {
-            0 => {
-                let result = controls.check(call);
-                // Before the answer: who gets that may send the next call.
-                controls.end(call);
-                answer(result);
+        let is_at_once = gate.is_none() && delay.is_zero();
+        let act = move || {
+            if let Some(gate) = gate {
+                gate.wait();
             }
-            delay => drop(std::thread::spawn(move || {
-                std::thread::sleep(Duration::from_millis(delay));
-                let result = controls.check(call);
-                controls.end(call);
-                answer(result);
-            })),
-        }
+            std::thread::sleep(delay);
+            let result = controls.check(call);
+            // Before the answer: who gets that may send the next call.
+            controls.end(call);
+            answer(result);
+        };
+        if is_at_once { act() } else { drop(std::thread::spawn(act)) }
     }
 
     fn length(&self) -> usize {
@@ -334,7 +401,7 @@ impl Filesystem for Store {
             0 => size,
             longest => size.min(longest as u32),
         };
-        self.later(Call::Read, move |result| match result {
+        self.later_with(Call::Read, size as usize, move |result| match result {
             Ok(()) => {
                 let contents = contents.lock().unwrap_or_else(PoisonError::into_inner);
                 reply.data(&contents[range(contents.len(), offset, size as usize)]);
@@ -360,7 +427,7 @@ impl Filesystem for Store {
         }
         let (contents, data) = (Arc::clone(&self.contents), data.to_vec());
         let is_growing = self.controls.is_growing.load(Ordering::SeqCst);
-        self.later(Call::Write, move |result| match result {
+        self.later_with(Call::Write, data.len(), move |result| match result {
             Ok(()) => {
                 let mut contents = contents.lock().unwrap_or_else(PoisonError::into_inner);
                 let end = usize::try_from(offset).unwrap_or(0) + data.len();

@@ -4,8 +4,10 @@ use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use lanefsd_frontend::Session;
-use lanefsd_frontend::client::{Lock, ROOT};
+use faultfs::{Call, FILE, FaultFs};
+use fuse_protocol::flags::WriteFlags;
+use lanefsd_frontend::client::{Lock, ROOT, data};
+use lanefsd_frontend::{Backend, Session};
 use serde_json::{Value, json};
 
 use super::{Watched, answered, ask, connect, http, serve, taken};
@@ -31,6 +33,40 @@ fn a_request_that_waits_is_seen_with_its_phase() {
         waits.join().unwrap().unwrap();
     });
     assert!(watched.answer("ops")["ops"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn each_phase_of_a_request_is_seen() {
+    common::own_mounts();
+    for (engine, phase) in [("threads", "serving"), ("io-uring", "submitted")] {
+        let share = common::disk_directory();
+        let store = FaultFs::mount(share.path()).unwrap();
+        let starter = Backend::of(common::program()).share(share.path());
+        let engine = format!("--io-engine={engine}");
+        let watched = Watched::of(starter, &["--sandbox=none", "--cache=never", &engine]);
+        let session = watched.backend.connect(common::queues(2)).unwrap();
+        let client = session.client();
+        let node = client.lookup(ROOT, FILE).unwrap().nodeid;
+        let fh = client.open(node, libc::O_RDWR).unwrap().fh;
+        let gate = store.hold(Call::Write);
+        let write = data::write_request(node, fh, 0, &[1; 4096], WriteFlags::empty(), libc::O_RDWR);
+        let write = client.send(write).unwrap();
+        common::wait_until(|| store.under_way(Call::Write) == 1, "the write is under way");
+        // For bytes that the write changes.
+        let read = client.on(2).send(data::read_request(node, fh, 0, 10)).unwrap();
+        let is_seen = || {
+            let ops = watched.answer("ops")["ops"].take();
+            let phase_of = |name: &str| {
+                let op = ops.as_array().unwrap().iter().find(|op| op["op"] == name)?;
+                op["phase"].as_str().map(str::to_owned)
+            };
+            (phase_of("write").as_deref(), phase_of("read").as_deref()) == (Some(phase), Some("waiting"))
+        };
+        common::wait_until(is_seen, &format!("{phase} and waiting, with {engine}"));
+        drop(gate);
+        session.finish(write).unwrap();
+        assert_eq!(session.finish(read).unwrap(), [1; 10]);
+    }
 }
 
 #[test]
@@ -145,6 +181,31 @@ fn limits_change_at_run_time_and_outlive_a_worker() {
             "it would take 100 s with the limit"
         );
     }
+}
+
+#[test]
+fn the_limits_of_a_group_are_shown_beside_those_of_the_share() {
+    let folder = tempfile::tempdir().unwrap();
+    let group = format!("--limit-group={}", folder.path().join("group").display());
+    let watched = Watched::start(&["--sandbox=namespace", &group, "--limit=read-ops=100", IMMORTAL]);
+    let _session = serve(&watched);
+    watched.ask(&json!({ "command": "limit", "set": "read-ops=7" }));
+    let other = common::start(&[&group, "--limit=write-ops=200"]);
+    let check = || {
+        for command in ["limit", "status"] {
+            let answer = watched.answer(command);
+            let rates = |of: &str| (answer[of]["read-ops"].as_u64(), answer[of]["write-ops"].as_u64());
+            assert_eq!(rates("limits"), (Some(7), Some(0)), "{command}");
+            assert_eq!(rates("group_limits"), (Some(100), Some(200)), "{command}");
+        }
+    };
+    check();
+    let monitor = watched.monitor();
+    watched.backend.upgrade().unwrap();
+    common::wait_until(|| watched.find_monitor().is_some_and(|new| new != monitor), "the next monitor");
+    check();
+    drop(other);
+    assert!(Watched::start(&[]).answer("limit")["group_limits"].is_null());
 }
 
 #[test]

@@ -1,5 +1,4 @@
 use std::sync::Arc;
-use std::thread;
 use std::time::Instant;
 
 use fuse_protocol::abi::{InHeader, ReadIn, WriteIn};
@@ -76,28 +75,40 @@ fn read(size: u32) -> ReadIn {
 }
 
 #[test]
-fn a_chain_waits_in_the_ring_until_it_is_admitted() {
+fn a_chain_that_is_not_admitted_stays_in_the_ring() {
     let mut machine = Machine::new();
-    machine.pace.set_rate(Limit::ReadBytes, 1000);
-    machine.guest.offer(0, Opcode::Read, read(30).as_bytes());
+    machine.pace.set_rate(Limit::ReadBytes, 1);
+    machine.guest.offer(0, Opcode::Read, read(500).as_bytes());
     machine.guest.offer(1, Opcode::Read, read(0).as_bytes());
-    let begin = Instant::now();
     assert!(machine.serve());
     let position = machine.queue.position();
     assert!(!machine.serve() && !machine.serve());
     assert_eq!(machine.queue.position(), position, "nothing was popped");
     assert!(!machine.queue.has_backlog(), "no worker can do anything");
-    // A worker sleeps until the chain may be popped, and another one for as long as it likes.
-    thread::scope(|scope| {
-        let sleeper = scope.spawn(|| machine.timeout(Duration::ZERO));
-        assert_eq!(sleeper.join().unwrap(), Wakeup::Work);
-    });
-    assert!(begin.elapsed() >= Duration::from_millis(30));
+}
+
+#[test]
+fn a_worker_sleeps_until_a_chain_may_be_popped() {
+    const DEBT: Duration = Duration::from_millis(30);
+    // Where another program has the CPU for as long as the debt, there is nothing to wait for: once more.
+    let (mut machine, begin) = loop {
+        let mut machine = Machine::new();
+        machine.pace.set_rate(Limit::ReadBytes, 1000);
+        machine.guest.offer(0, Opcode::Read, read(30).as_bytes());
+        machine.guest.offer(1, Opcode::Read, read(0).as_bytes());
+        let begin = Instant::now();
+        assert!(machine.serve());
+        if !machine.serve() {
+            break (machine, begin);
+        }
+    };
+    assert_eq!(machine.timeout(Duration::ZERO), Wakeup::Work);
+    assert!(begin.elapsed() >= DEBT);
     assert!(machine.queue.has_backlog(), "the chain waits for a worker again");
     assert!(machine.serve() && !machine.queue.pacing.is_held());
     assert_eq!(machine.guest.used(), [(0, REPLY + 30), (1, REPLY)]);
     let throttled = machine.pace.throttled(Limit::ReadBytes);
-    assert!((Duration::from_millis(10)..=Duration::from_millis(30)).contains(&throttled), "{throttled:?}");
+    assert!(throttled > Duration::ZERO && throttled <= DEBT, "{throttled:?}");
 }
 
 #[test]
@@ -132,11 +143,9 @@ fn a_hold_ends_soon_after_the_limit_is_lifted() {
         assert!(!machine.serve());
         machine.pace.set_rate(Limit::MetaOps, 0);
         machine.pace.resume();
-        let begin = Instant::now();
         while !machine.serve() {
             assert_eq!(machine.timeout(Duration::ZERO), Wakeup::Work);
         }
-        assert!(begin.elapsed() < Duration::from_secs(5));
         // What is left of the hold costs one wake-up, and then workers sleep.
         while machine.serve() {}
         while machine.timeout(Duration::from_millis(1)) == Wakeup::Work {
