@@ -14,8 +14,8 @@ use crate::sandbox::{Worker, WorkerEnd, run_in_child};
 use crate::state_file::StateFile;
 use crate::sys::exec::{Program, isolate};
 
-/// Seconds that the program has for its answer.
-const PATIENCE: u32 = 5;
+/// Seconds that the program has for its answer: nothing waits for it, and an overloaded host takes its time to load it.
+const PATIENCE: u32 = 15;
 /// Bytes that it may write.
 const MAX_OUTPUT: u64 = 64 << 10;
 /// What the answer of a program that can go on begins and ends with; its version stands between them.
