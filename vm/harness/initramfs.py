@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 
-from . import cache
+from . import cache, guest_modules
 from .host import HarnessError, cargo_environment, log, run
 from .kernels import Kernel
 from .paths import CACHE, REPO, TARGET
@@ -66,6 +66,22 @@ def build_tools() -> pathlib.Path:
     return TOOLS_FOLDER
 
 
+def build_reproducers() -> list[pathlib.Path]:
+    """Builds the programs of guest-kernel/tests, linked statically; returns their paths."""
+    folder = CACHE / "reproducers"
+    sources = sorted((guest_modules.ROOM / "tests").glob("*.c"))
+    header = guest_modules.ROOM / "tests" / "server.h"
+    found = []
+    with cache.locked(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            program = folder / source.stem
+            if not is_newer(program, [source, header]):
+                run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", program, source])
+            found.append(program)
+    return found
+
+
 def with_dependencies(kernel: Kernel, names: Iterable[str]) -> list[str]:
     """The files of modules and of all that they depend on, in the order of modules.dep."""
     table = {}
@@ -100,7 +116,7 @@ def kind(image: pathlib.Path) -> str:
 
 def make(kernel: Kernel, modules: pathlib.Path | None = None) -> pathlib.Path:
     """An initramfs for a kernel; `modules` is a folder with a fuse.ko and a virtiofs.ko to use."""
-    tools = programs(build_tools())
+    tools = [*programs(build_tools()), *build_reproducers()]
     stock = "patched" if modules else "stock"
     image = CACHE / f"initramfs-{kernel.release}-{stock}.cpio.gz"
     sources = [pathlib.Path(__file__), *tools, kernel.image, *(modules.glob("*.ko") if modules else [])]
