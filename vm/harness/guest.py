@@ -16,6 +16,7 @@ from typing import Protocol, Self
 
 from . import qemu
 from .host import HarnessError
+from .initramfs import kernel_options
 from .kernels import Kernel
 from .paths import LOGS
 from .qmp import Qmp, QmpError
@@ -91,7 +92,8 @@ class Guest:
         self.prepare(name, timeout_scale)
         command = [*self.machine(cpus, memory), *self.serial_lines(interactive), *qemu_options]
         if kernel:
-            command += ["-kernel", str(kernel.image), "-append", f"{KERNEL_OPTIONS} {append}"]
+            options = f"{KERNEL_OPTIONS} {kernel_options(kernel, initramfs)} {append}"
+            command += ["-kernel", str(kernel.image), "-append", options]
         if initramfs:
             command += ["-initrd", str(initramfs)]
         if firmware:

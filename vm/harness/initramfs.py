@@ -13,7 +13,7 @@ from .kernels import Kernel
 from .paths import CACHE, REPO, TARGET
 
 # Modules that a guest may need; built-in ones and those that a kernel lacks are skipped.
-MODULES = ["virtio_pci", "virtio_blk", "virtiofs", "fuse", "ext4", "xfs", "overlay", "loop"]
+MODULES = ["virtio_pci", "virtio_blk", "lanefs", "virtiofs", "fuse", "ext4", "xfs", "overlay", "loop"]
 TOOLS_TARGET = "x86_64-unknown-linux-gnu"
 # Linked statically, they run on the host as well.
 TOOLS_FOLDER = TARGET / TOOLS_TARGET / "release"
@@ -112,6 +112,12 @@ def copy_with_libraries(program: str, root: pathlib.Path) -> None:
 def kind(image: pathlib.Path) -> str:
     """Whether an initramfs has patched or stock modules."""
     return image.name.rpartition("-")[2].partition(".")[0]
+
+
+def kernel_options(kernel: Kernel | None, image: pathlib.Path | None) -> str:
+    """The options that a kernel needs for the modules in its initramfs."""
+    patched = kernel is not None and kernel.name in guest_modules.BUILT_IN and image and kind(image) == "patched"
+    return guest_modules.BOOT_OPTION if patched else ""
 
 
 def make(kernel: Kernel, modules: pathlib.Path | None = None) -> pathlib.Path:
@@ -213,6 +219,10 @@ def copy_modules(root: pathlib.Path, kernel: Kernel, modules: pathlib.Path | Non
             shutil.copy(ours, target.with_name(ours.name))
         else:
             shutil.copy(kernel.module_file(path), target)
+    if modules and (modules / "lanefs.ko").exists():
+        # It takes the place of what the kernel has built in.
+        (place / "updates").mkdir()
+        shutil.copy(modules / "lanefs.ko", place / "updates")
     for name in ("modules.order", "modules.builtin", "modules.builtin.modinfo"):
         if kernel.module_file(name).exists():
             shutil.copy(kernel.module_file(name), place)
