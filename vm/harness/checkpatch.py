@@ -1,10 +1,12 @@
-"""The kernel's own check of the form of patches, over those of guest-kernel/."""
+"""The kernel's own checks of patches, over those of guest-kernel/: their form, and warnings of compiler and sparse."""
 
 import pathlib
+import re
+import shutil
 import subprocess
 
-from . import cache, guest_modules
-from .host import require, run
+from . import cache, guest_modules, kernels
+from .host import log, require, run
 from .paths import CACHE
 
 # The series whose sources have the newest checkpatch.pl.
@@ -44,4 +46,35 @@ def check() -> bool:
     text = "\n".join(lines) + "\n"
     print(text, end="")
     RECORD.write_text(text)
+    return clean
+
+
+def warnings(series: str, tree: pathlib.Path, patched: bool) -> set[str]:
+    """The warnings of `make W=1 C=2`, without line numbers, which the patches change."""
+    work = CACHE / "modules" / f"{series}-warnings"
+    if patched:
+        guest_modules.patched_source(series, work)
+    else:
+        cache.remove(work)
+        shutil.copytree(guest_modules.source_folder(series) / "fuse", work)
+    command = [*guest_modules.make_command(series, tree, work), "W=1", "C=2"]
+    # Without the patches, modules that the kernel has built in compile but cannot be linked.
+    check = patched or series not in guest_modules.BUILT_IN
+    answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=check)
+    cache.remove(work)
+    found = re.findall(r"^.*(?:warning|error): .*$", answer.stdout, re.MULTILINE)
+    return {re.sub(r":\d+", "", line) for line in found}
+
+
+def check_warnings() -> bool:
+    """Prints the warnings that the patches add; returns whether there are none."""
+    require("sparse", *guest_modules.BUILD_TOOLS)
+    clean = True
+    for series in guest_modules.SERIES:
+        tree = guest_modules.headers(kernels.fetch(series).release)
+        before, after = (warnings(series, tree, patched) for patched in (False, True))
+        log.info(f"{series}: {len(before)} warnings without the patches, {len(after - before)} new ones")
+        for line in sorted(after - before):
+            log.info(line)
+        clean = clean and after <= before
     return clean

@@ -70,7 +70,7 @@ def build(release: str) -> pathlib.Path:
         work = CACHE / "modules" / release
         try:
             patched_source(series, work)
-            compile_modules(series, tree, work)
+            run(make_command(series, tree, work))
             cache.remove(out)
             out.mkdir(parents=True)
             for name in modules(series):
@@ -88,8 +88,8 @@ def knows(switch: str) -> bool:
     return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
-def compile_modules(series: str, tree: pathlib.Path, work: pathlib.Path) -> None:
-    """Compiles the modules in `work` with the headers in `tree`."""
+def make_command(series: str, tree: pathlib.Path, work: pathlib.Path) -> list[str]:
+    """The command that compiles the modules in `work` with the headers in `tree`."""
     # The headers of 5.10 name a compiler that newer suites lack.
     words = ["CONFIG_FUSE_FS=m", "CONFIG_VIRTIO_FS=m", "CC=gcc", f'KCFLAGS=-DLANEFS_VERSION=\\"{version()}\\"']
     # Type information for BPF would need pahole.
@@ -97,7 +97,7 @@ def compile_modules(series: str, tree: pathlib.Path, work: pathlib.Path) -> None
     words += ["LANEFS_ONE_MODULE=y"] if series in BUILT_IN else []
     # A switch of GCC 14, in the place of which older ones have another.
     words += [] if knows("-fmin-function-alignment=16") else ["CONFIG_CC_HAS_MIN_FUNCTION_ALIGNMENT="]
-    run(["make", "-C", tree, f"M={work / 'fs/fuse'}", *words, f"-j{os.cpu_count()}", "modules"])
+    return ["make", "-C", str(tree), f"M={work / 'fs/fuse'}", *words, f"-j{os.cpu_count()}", "modules"]
 
 
 def fingerprint(series: str) -> str:
