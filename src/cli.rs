@@ -119,6 +119,10 @@ pub struct Options {
     #[arg(long, value_enum, default_value = "auto", value_name = "WHICH", help_heading = "Caching and data")]
     parallel_direct_writes: Parallel,
 
+    /// Let writes that extend a file take turns, also in guests with lanefsd's modules
+    #[arg(long, help_heading = "Caching and data")]
+    no_parallel_extending: bool,
+
     /// Let the guest delay and combine buffered writes; not for shares that change on the host
     #[arg(long, help_heading = "Caching and data")]
     writeback: bool,
@@ -466,6 +470,7 @@ impl Options {
         FsConfig {
             cache: self.cache.into(),
             parallel_direct_writes: self.parallel_direct_writes.into(),
+            parallel_extending: !self.no_parallel_extending,
             writeback: self.writeback,
             allow_mmap: self.allow_mmap,
             allow_direct_io: self.allow_direct_io,

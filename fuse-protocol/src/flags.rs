@@ -247,3 +247,10 @@ bitflags! {
         const ACL_KILL_SGID = 1 << 0;
     }
 }
+
+impl OpenReplyFlags {
+    /// Direct writes may run in parallel also where they extend the file; counts only with
+    /// [`OpenReplyFlags::PARALLEL_DIRECT_WRITES`]. Not of Linux: the guest modules of lanefsd know it, and other guests
+    /// ignore it.
+    pub const PARALLEL_EXTENDING_WRITES: OpenReplyFlags = OpenReplyFlags::from_bits_retain(1 << 30);
+}

@@ -153,6 +153,18 @@ fn never_means_never() {
 }
 
 #[test]
+fn extending_writes_are_parallel_unless_turned_off() {
+    for (args, allowed) in [(&[][..], true), (&["--no-parallel-extending"], false)] {
+        let (_backend, session) = session(&[&["--cache=never"], args].concat());
+        let client = session.client();
+        let (_, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
+        let flags = OpenReplyFlags::from_bits_retain(open.open_flags);
+        assert_eq!(flags.contains(OpenReplyFlags::PARALLEL_EXTENDING_WRITES), allowed, "{args:?}");
+        assert!(flags.contains(MODE), "{args:?}");
+    }
+}
+
+#[test]
 fn later_openers_follow_the_first_until_the_last_release() {
     let (_backend, session) = session(&["--cache=auto"]);
     let client = session.client();

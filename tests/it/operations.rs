@@ -188,6 +188,10 @@ fn open_flags_are_honoured() {
     assert_eq!(common::errno(client.write(node, read_only, 0, b"x")), libc::EBADF);
     let truncated = client.open(node, libc::O_RDWR | libc::O_TRUNC).unwrap().fh;
     assert_eq!(fs::metadata(&path).unwrap().len(), 0);
+    // The reply to CREATE has the size after the truncation.
+    fs::write(&path, "0123456789").unwrap();
+    let (entry, _) = client.create(ROOT, "file", libc::O_RDWR | libc::O_TRUNC, 0o600, 0).unwrap();
+    assert_eq!((entry.nodeid, entry.attr.size), (node, 0));
     client.write(node, truncated, 0, b"abc").unwrap();
     // The guest decides where an append goes; the offset counts nevertheless for a file shared by many.
     let append = client.open(node, libc::O_WRONLY | libc::O_APPEND).unwrap().fh;

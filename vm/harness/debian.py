@@ -96,6 +96,9 @@ DKMS = Root(
     "virtio_pci virtio_blk ext4",
 )
 
+# The same with Debian 13, whose kernel has FUSE built in.
+DKMS_TRIXIE = dataclasses.replace(DKMS, name="trixie-system", what="a Debian 13 system with a kernel", suite="trixie")
+
 # The agent starts when the system is up, and is ended with it.
 AGENT_SERVICE = """[Unit]
 Description=Runs the commands of the test

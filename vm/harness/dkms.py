@@ -14,11 +14,13 @@ NAME = "lanefs-fuse"
 MAKEFILE = """\
 # Called by dkms with the release and the headers of the kernel to build for.
 SERIES := $(shell echo $(KREL) | cut -d. -f1,2)
+# Kernels that have FUSE built in take one module for all of it.
+MODULE_WORDS := $(if $(filter @BUILT_IN@,$(SERIES)),LANEFS_ONE_MODULE=y)
 
 modules:
 	rm -rf build
 	cp -r $(SERIES) build
-	$(MAKE) -C $(KDIR) M=$(CURDIR)/build CONFIG_FUSE_FS=m CONFIG_VIRTIO_FS=m \\
+	$(MAKE) -C $(KDIR) M=$(CURDIR)/build CONFIG_FUSE_FS=m CONFIG_VIRTIO_FS=m $(MODULE_WORDS) \\
 		KCFLAGS='-DLANEFS_VERSION=\\"@MODULE_VERSION@\\"' modules
 
 clean:
@@ -30,12 +32,19 @@ PACKAGE_NAME="@NAME@"
 PACKAGE_VERSION="@VERSION@"
 MAKE[0]="make modules KREL=$kernelver KDIR=$kernel_source_dir"
 CLEAN="make clean"
-BUILT_MODULE_NAME[0]="fuse"
 BUILT_MODULE_LOCATION[0]="build"
 DEST_MODULE_LOCATION[0]="/updates/dkms"
-BUILT_MODULE_NAME[1]="virtiofs"
-BUILT_MODULE_LOCATION[1]="build"
-DEST_MODULE_LOCATION[1]="/updates/dkms"
+case "$kernelver" in
+@BUILT_IN@.*)
+    BUILT_MODULE_NAME[0]="lanefs"
+    ;;
+*)
+    BUILT_MODULE_NAME[0]="fuse"
+    BUILT_MODULE_NAME[1]="virtiofs"
+    BUILT_MODULE_LOCATION[1]="build"
+    DEST_MODULE_LOCATION[1]="/updates/dkms"
+    ;;
+esac
 BUILD_EXCLUSIVE_KERNEL="^(@SERIES@)\\."
 AUTOINSTALL="yes"
 """
@@ -103,7 +112,8 @@ def fill(root: pathlib.Path, version: str) -> None:
         "@VERSION@": version,
         "@MODULE_VERSION@": guest_modules.version(),
         "@SERIES@": "|".join(re.escape(series) for series in guest_modules.SERIES),
-        "@SERIES_WORDS@": " and ".join(guest_modules.SERIES),
+        "@SERIES_WORDS@": ", ".join(guest_modules.SERIES),
+        "@BUILT_IN@": guest_modules.BUILT_IN[0],
     }
     for path, text, mode in (
         (source / "Makefile", MAKEFILE, 0o644),

@@ -16,6 +16,7 @@ from typing import Protocol, Self
 
 from . import qemu
 from .host import HarnessError
+from .initramfs import kernel_options
 from .kernels import Kernel
 from .paths import LOGS
 from .qmp import Qmp, QmpError
@@ -36,15 +37,17 @@ TROUBLE = ("kernel BUG", "BUG: ", "Oops", "Uhhuh. NMI")
 # The kernel's message about a CPU without timer interrupts. An emulated CPU rarely gets into that state, whatever
 # the guest does, and blocks everything that waits for it.
 STOPPED_CLOCK = "Possible timer handling issue on cpu"
+# QEMU's message when an emulated CPU uses a memory map that another one has just replaced, mostly while booting.
+REPLACED_MAP = "Assertion `section_index < d->map.sections_nb' failed"
 
 
 class GuestError(HarnessError):
     """The guest hangs, has panicked, or QEMU has ended; the text ends with the console's tail."""
 
     @property
-    def stopped_clock(self) -> bool:
-        """Whether QEMU failed: one of its CPUs got no timer interrupts any more."""
-        return STOPPED_CLOCK in str(self)
+    def emulator_failed(self) -> bool:
+        """Whether QEMU failed: one of its CPUs got no timer interrupts any more, or QEMU has ended itself."""
+        return STOPPED_CLOCK in str(self) or REPLACED_MAP in str(self)
 
 
 # Tag, socket path, and request queues of a share.
@@ -89,7 +92,8 @@ class Guest:
         self.prepare(name, timeout_scale)
         command = [*self.machine(cpus, memory), *self.serial_lines(interactive), *qemu_options]
         if kernel:
-            command += ["-kernel", str(kernel.image), "-append", f"{KERNEL_OPTIONS} {append}"]
+            options = f"{KERNEL_OPTIONS} {kernel_options(kernel, initramfs)} {append}"
+            command += ["-kernel", str(kernel.image), "-append", options]
         if initramfs:
             command += ["-initrd", str(initramfs)]
         if firmware:

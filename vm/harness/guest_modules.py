@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
 
 from . import apt, cache
 from .host import HarnessError, log, require, run
@@ -12,8 +13,10 @@ from .paths import CACHE, REPO
 
 ROOM = REPO / "guest-kernel"
 # Kernel series that there are patches for, and the suite that has their sources.
-SERIES = {"5.10": "bullseye", "6.1": "bookworm"}
-MODULES = ("fuse.ko", "virtiofs.ko")
+SERIES = {"5.10": "bullseye", "6.1": "bookworm", "6.12": "trixie"}
+# Series whose kernels have FUSE built in: one module for all, and the boot option that keeps FUSE of the kernel off.
+BUILT_IN = ("6.12",)
+BOOT_OPTION = "initcall_blacklist=fuse_init,virtio_fs_init"
 BUILD_TOOLS = ["make", "gcc", "patch", "xz:xz-utils", "/usr/lib/x86_64-linux-gnu/libelf.so.1:libelf1"]
 
 
@@ -23,6 +26,18 @@ def series_of(release: str) -> str:
     if not found or found[0] not in SERIES:
         raise HarnessError(f"there are no patches for kernel {release}; guest-kernel/patches has {', '.join(SERIES)}")
     return found[0]
+
+
+def suite_of(release: str) -> str:
+    """The suite that has the headers of a kernel release."""
+    series = series_of(release)
+    # Debian 12 has the kernel of 13 as well.
+    return "bookworm-backports" if series == "6.12" and "+deb12" in release else SERIES[series]
+
+
+def modules(series: str) -> tuple[str, ...]:
+    """The files that are built for a series."""
+    return ("lanefs.ko",) if series in BUILT_IN else ("fuse.ko", "virtiofs.ko")
 
 
 def version() -> str:
@@ -47,18 +62,18 @@ def build(release: str) -> pathlib.Path:
     stamp = out / "made-from"
     inputs = fingerprint(series)
     with cache.locked(CACHE / "modules" / release, f"the FUSE modules for {release}"):
-        if stamp.exists() and stamp.read_text() == inputs and all((out / name).exists() for name in MODULES):
+        if stamp.exists() and stamp.read_text() == inputs and all((out / name).exists() for name in modules(series)):
             return out
         require(*BUILD_TOOLS)
-        tree = headers(series, release)
+        tree = headers(release)
         log.info("building the patched FUSE modules for %s", release)
         work = CACHE / "modules" / release
         try:
             patched_source(series, work)
-            compile_modules(tree, work)
+            run(make_command(series, tree, work))
             cache.remove(out)
             out.mkdir(parents=True)
-            for name in MODULES:
+            for name in modules(series):
                 run(["strip", "--strip-debug", "-o", out / name, work / "fs/fuse" / name])
             # The last file: without it they are built again.
             stamp.write_text(inputs)
@@ -67,11 +82,22 @@ def build(release: str) -> pathlib.Path:
     return out
 
 
-def compile_modules(tree: pathlib.Path, work: pathlib.Path) -> None:
-    """Compiles the modules in `work` with the headers in `tree`."""
+def knows(switch: str) -> bool:
+    """Whether the host's compiler knows a switch."""
+    command = ["gcc", switch, "-E", "-x", "c", "/dev/null"]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def make_command(series: str, tree: pathlib.Path, work: pathlib.Path) -> list[str]:
+    """The command that compiles the modules in `work` with the headers in `tree`."""
     # The headers of 5.10 name a compiler that newer suites lack.
     words = ["CONFIG_FUSE_FS=m", "CONFIG_VIRTIO_FS=m", "CC=gcc", f'KCFLAGS=-DLANEFS_VERSION=\\"{version()}\\"']
-    run(["make", "-C", tree, f"M={work / 'fs/fuse'}", *words, f"-j{os.cpu_count()}", "modules"])
+    # Type information for BPF would need pahole.
+    words += ["CONFIG_DEBUG_INFO_BTF_MODULES="]
+    words += ["LANEFS_ONE_MODULE=y"] if series in BUILT_IN else []
+    # A switch of GCC 14, in the place of which older ones have another.
+    words += [] if knows("-fmin-function-alignment=16") else ["CONFIG_CC_HAS_MIN_FUNCTION_ALIGNMENT="]
+    return ["make", "-C", str(tree), f"M={work / 'fs/fuse'}", *words, f"-j{os.cpu_count()}", "modules"]
 
 
 def fingerprint(series: str) -> str:
@@ -120,23 +146,48 @@ def patched_source(series: str, into: pathlib.Path) -> None:
             ) from None
 
 
-def headers(series: str, release: str) -> pathlib.Path:
+def needs_other_tools(home: pathlib.Path) -> bool:
+    """Whether the build tools in unpacked headers are for a newer C library than the host's."""
+    tool = next(home.glob("usr/lib/linux-kbuild-*/tools/objtool/objtool.real-x86"), None)
+    if tool is None:
+        return False
+    answer = subprocess.run([tool, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return "GLIBC_" in answer.stderr
+
+
+def replace_tools(home: pathlib.Path) -> None:
+    """Replaces the build tools in the headers of Debian 13 by those of the same series for Debian 12."""
+    source = apt.Apt("bookworm-backports")
+    source.update()
+    meta = source.depends("linux-headers-cloud-amd64")
+    package = next(name for name in source.depends(meta[0]) if name.startswith("linux-kbuild-"))
+    log.info("fetching %s, whose tools run on this host", package)
+    place = next(home.glob("usr/lib/linux-kbuild-*"))
+    cache.remove(place)
+    source.unpack([package], home)
+    (home / "usr/lib" / package).rename(place)
+
+
+def headers(release: str) -> pathlib.Path:
     """The headers of a kernel release, unpacked and made to find each other; returns their folder."""
+    suite = suite_of(release)
     home = CACHE / "headers" / release
     tree = f"usr/src/linux-headers-{release}"
 
     def make(scratch: pathlib.Path) -> None:
-        source = apt.Apt(SERIES[series])
+        source = apt.Apt(suite)
         source.update()
-        log.info("fetching linux-headers-%s from %s", release, SERIES[series])
+        log.info("fetching linux-headers-%s from %s", release, suite)
         try:
-            parts = [
-                part for part in source.depends(f"linux-headers-{release}") if not part.startswith("linux-compiler")
-            ]
+            # They depend on a compiler as well, and some on the image.
+            depends = source.depends(f"linux-headers-{release}")
+            parts = [part for part in depends if re.match(r"linux-(headers|kbuild)-", part)]
             source.unpack([f"linux-headers-{release}", *parts], scratch)
+            if needs_other_tools(scratch):
+                replace_tools(scratch)
         except HarnessError as error:
             raise HarnessError(
-                f"the headers of {release} cannot be had from {SERIES[series]}, which keeps those of its newest kernels; "
+                f"the headers of {release} cannot be had from {suite}, which keeps those of its newest kernels; "
                 f"remove {source.home} to look again:\n{error}"
             ) from None
         makefile = scratch / tree / "Makefile"

@@ -7,13 +7,13 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 
-from . import cache
+from . import cache, guest_modules
 from .host import HarnessError, cargo_environment, log, run
 from .kernels import Kernel
 from .paths import CACHE, REPO, TARGET
 
 # Modules that a guest may need; built-in ones and those that a kernel lacks are skipped.
-MODULES = ["virtio_pci", "virtio_blk", "virtiofs", "fuse", "ext4", "xfs", "overlay", "loop"]
+MODULES = ["virtio_pci", "virtio_blk", "lanefs", "virtiofs", "fuse", "ext4", "xfs", "overlay", "loop"]
 TOOLS_TARGET = "x86_64-unknown-linux-gnu"
 # Linked statically, they run on the host as well.
 TOOLS_FOLDER = TARGET / TOOLS_TARGET / "release"
@@ -66,6 +66,22 @@ def build_tools() -> pathlib.Path:
     return TOOLS_FOLDER
 
 
+def build_reproducers() -> list[pathlib.Path]:
+    """Builds the programs of guest-kernel/tests, linked statically; returns their paths."""
+    folder = CACHE / "reproducers"
+    sources = sorted((guest_modules.ROOM / "tests").glob("*.c"))
+    header = guest_modules.ROOM / "tests" / "server.h"
+    found = []
+    with cache.locked(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            program = folder / source.stem
+            if not is_newer(program, [source, header]):
+                run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", program, source])
+            found.append(program)
+    return found
+
+
 def with_dependencies(kernel: Kernel, names: Iterable[str]) -> list[str]:
     """The files of modules and of all that they depend on, in the order of modules.dep."""
     table = {}
@@ -98,9 +114,15 @@ def kind(image: pathlib.Path) -> str:
     return image.name.rpartition("-")[2].partition(".")[0]
 
 
+def kernel_options(kernel: Kernel | None, image: pathlib.Path | None) -> str:
+    """The options that a kernel needs for the modules in its initramfs."""
+    patched = kernel is not None and kernel.name in guest_modules.BUILT_IN and image and kind(image) == "patched"
+    return guest_modules.BOOT_OPTION if patched else ""
+
+
 def make(kernel: Kernel, modules: pathlib.Path | None = None) -> pathlib.Path:
     """An initramfs for a kernel; `modules` is a folder with a fuse.ko and a virtiofs.ko to use."""
-    tools = programs(build_tools())
+    tools = [*programs(build_tools()), *build_reproducers()]
     stock = "patched" if modules else "stock"
     image = CACHE / f"initramfs-{kernel.release}-{stock}.cpio.gz"
     sources = [pathlib.Path(__file__), *tools, kernel.image, *(modules.glob("*.ko") if modules else [])]
@@ -197,6 +219,10 @@ def copy_modules(root: pathlib.Path, kernel: Kernel, modules: pathlib.Path | Non
             shutil.copy(ours, target.with_name(ours.name))
         else:
             shutil.copy(kernel.module_file(path), target)
+    if modules and (modules / "lanefs.ko").exists():
+        # It takes the place of what the kernel has built in.
+        (place / "updates").mkdir()
+        shutil.copy(modules / "lanefs.ko", place / "updates")
     for name in ("modules.order", "modules.builtin", "modules.builtin.modinfo"):
         if kernel.module_file(name).exists():
             shutil.copy(kernel.module_file(name), place)

@@ -144,13 +144,13 @@ def pytest_runtest_makereport(
     report = yield
     error = call.excinfo.value if call.excinfo else None
     if isinstance(error, HarnessError):
-        item.user_properties.append(("stopped clock", getattr(error, "stopped_clock", False)))
+        item.user_properties.append(("emulator failed", getattr(error, "emulator_failed", False)))
         report.user_properties = list(item.user_properties)
     return report
 
 
 def qemu_failed(reports: list[pytest.TestReport]) -> bool:
-    return any(report.failed and ("stopped clock", True) in report.user_properties for report in reports)
+    return any(report.failed and ("emulator failed", True) in report.user_properties for report in reports)
 
 
 @pytest.hookimpl(tryfirst=True)

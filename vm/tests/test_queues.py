@@ -32,9 +32,8 @@ def test_each_cpu_has_a_queue_of_its_own(config: TestConfig, share: pathlib.Path
     config = config.with_queues(4)
     (share / "file").touch()
     with config.guest(share, "--cache=never") as (guest, daemon):
-        if config.patched:
-            shown = guest.output("cd /sys/bus/virtio/drivers/virtiofs/virtio*/; cat request_queues queue_cpus").split()
-            assert shown[0] == "4" and sorted(shown[2::2]) == ["0", "1", "2", "3"], shown
+        if config.patched and config.kernel.name in ("5.10", "6.1"):
+            assert guest.output("cat /sys/bus/virtio/drivers/virtiofs/virtio*/request_queues").strip() == "4"
         for cpu in range(4):
             guest.output(f"taskset {1 << cpu:x} sh -c 'for i in $(seq {50 * (cpu + 1)}); do [ -e /mnt/file ]; done'")
     daemon.close()
@@ -53,6 +52,17 @@ def test_a_full_ring_is_waited_for(config: TestConfig, share: pathlib.Path) -> N
     with config.guest(share, "--cache=never", queue_size=16) as (guest, _):
         guest.output(f"stripes write /mnt/file {common}", 300)
         verify_on_host("stripes", share / "file", *common.split())
+
+
+@pytest.mark.patched
+def test_an_unaligned_buffer_takes_no_second_request(config: TestConfig, share: pathlib.Path) -> None:
+    """A MiB from a buffer that begins within a page has 257 pages; stock kernels send 256 at most."""
+    with config.guest(share, "--cache=never") as (guest, daemon):
+        # busybox's buffer begins 16 bytes behind the start of a page.
+        guest.output("dd if=/dev/zero of=/mnt/data bs=1M count=16 2>/dev/null")
+    daemon.close()
+    sent = sum(requests(daemon).values())
+    assert 16 <= sent < 32, f"16 writes of 1 MiB took {sent} requests"
 
 
 @pytest.mark.patched

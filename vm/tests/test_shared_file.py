@@ -55,12 +55,11 @@ WAYS = {
 }
 
 
-def in_flight(config: TestConfig, *arguments: str, latency: str = "30ms", before: str = "true") -> dict[str, int]:
+def in_flight(config: TestConfig, *arguments: str, latency: str = "30ms") -> dict[str, int]:
     """For each way of writing, the most writes of one file that the daemon has had at once."""
     with disk.directory() as share:
         options = ("--cache=never", f"--store=null:{latency}", *arguments)
         with config.guest(share, *options) as (guest, daemon):
-            guest.output(before)
             for name, command in WAYS.items():
                 guest.output(command.format(file=f"/mnt/{name}"))
             guest.output("umount /mnt")
@@ -88,8 +87,8 @@ def test_writers_of_one_file_are_in_flight_together(config: TestConfig) -> None:
 
 @pytest.mark.patched
 @pytest.mark.full
-def test_the_old_rule_for_extending_writes_can_be_had(config: TestConfig) -> None:
-    most = in_flight(config, before="echo N >/sys/module/fuse/parameters/extending_writes_shared")
+def test_extending_writes_take_turns_if_the_daemon_says_so(config: TestConfig) -> None:
+    most = in_flight(config, "--no-parallel-extending")
     assert most["extending"] < WRITERS - 1 <= most["overwriting"], most
 
 

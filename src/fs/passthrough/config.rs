@@ -47,6 +47,8 @@ pub struct FsConfig {
     pub announce_submounts: bool,
     /// Which files are opened for parallel direct writes.
     pub parallel_direct_writes: ParallelDirectWrites,
+    /// Whether writes that extend such a file are parallel as well, in guests that can do that.
+    pub parallel_extending: bool,
     /// Users of guest and host.
     pub uid_map: UidMap,
     /// Groups of guest and host.
@@ -78,6 +80,7 @@ impl Default for FsConfig {
             flock: false,
             announce_submounts: true,
             parallel_direct_writes: ParallelDirectWrites::Auto,
+            parallel_extending: true,
             uid_map: UidMap::default(),
             gid_map: GidMap::default(),
             migration: MigrationConfig::default(),

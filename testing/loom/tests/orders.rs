@@ -89,6 +89,7 @@ fn openers_never_differ_while_both_have_the_file_open() {
         let open = |direct: bool, shared: &(IoMode, AtomicU32, AtomicU32)| {
             let policy = IoPolicy {
                 parallel: ParallelDirectWrites::Auto,
+                extending: true,
                 cache: CachePolicy::Auto,
                 writeback: false,
                 maps_direct: true,

@@ -58,7 +58,11 @@ impl Faulty {
     fn opened(&self, node: NodeId, mut opened: Opened, flags: u32) -> Opened {
         if self.faults.mixed_modes {
             opened.flags = match flags & OFlags::DIRECT.bits() != 0 {
-                true => OpenReplyFlags::DIRECT_IO | OpenReplyFlags::PARALLEL_DIRECT_WRITES,
+                true => {
+                    OpenReplyFlags::DIRECT_IO
+                        | OpenReplyFlags::PARALLEL_DIRECT_WRITES
+                        | OpenReplyFlags::PARALLEL_EXTENDING_WRITES
+                }
                 false => OpenReplyFlags::KEEP_CACHE,
             };
         }

@@ -24,6 +24,8 @@ use fuse_protocol::flags::{InitFlags, OpenReplyFlags};
 pub struct IoPolicy {
     /// Which files are opened for parallel direct writes.
     pub parallel: ParallelDirectWrites,
+    /// Writes that extend a parallel file are parallel as well, in guests that can do that.
+    pub extending: bool,
     /// What the guest may cache.
     pub cache: CachePolicy,
     /// WRITEBACK_CACHE was negotiated.
@@ -48,6 +50,7 @@ impl IoPolicy {
     pub fn new(config: &FsConfig, flags: InitFlags) -> IoPolicy {
         IoPolicy {
             parallel: config.parallel_direct_writes,
+            extending: config.parallel_extending,
             cache: config.cache,
             writeback: flags.contains(InitFlags::WRITEBACK_CACHE),
             maps_direct: flags.contains(InitFlags::DIRECT_IO_ALLOW_MMAP),
@@ -73,7 +76,11 @@ impl IoPolicy {
     /// The reply's flags for `mode`.
     pub fn reply_flags(self, mode: Mode) -> OpenReplyFlags {
         match mode {
-            Mode::Parallel => OpenReplyFlags::DIRECT_IO | OpenReplyFlags::PARALLEL_DIRECT_WRITES,
+            Mode::Parallel => {
+                let mut flags = OpenReplyFlags::DIRECT_IO | OpenReplyFlags::PARALLEL_DIRECT_WRITES;
+                flags.set(OpenReplyFlags::PARALLEL_EXTENDING_WRITES, self.extending);
+                flags
+            }
             Mode::Direct => OpenReplyFlags::DIRECT_IO,
             Mode::Cached if self.cache == CachePolicy::Always => OpenReplyFlags::KEEP_CACHE,
             Mode::Cached => OpenReplyFlags::empty(),
@@ -162,7 +169,7 @@ mod tests {
     use ParallelDirectWrites::{Always, Auto, Never};
 
     fn policy(parallel: ParallelDirectWrites, cache: CachePolicy) -> IoPolicy {
-        IoPolicy { parallel, cache, writeback: false, maps_direct: true }
+        IoPolicy { parallel, extending: true, cache, writeback: false, maps_direct: true }
     }
 
     #[test]
@@ -235,6 +242,17 @@ mod tests {
                 let parallel = flags.contains(OpenReplyFlags::PARALLEL_DIRECT_WRITES);
                 assert_eq!(parallel, mode == Mode::Parallel);
                 assert_eq!(flags.contains(OpenReplyFlags::DIRECT_IO), mode != Mode::Cached);
+            }
+        }
+    }
+
+    #[test]
+    fn extending_writes_are_parallel_in_parallel_files_alone_and_unless_turned_off() {
+        for mode in [Mode::Parallel, Mode::Direct, Mode::Cached] {
+            for extending in [true, false] {
+                let flags = IoPolicy { extending, ..policy(Auto, CacheNever) }.reply_flags(mode);
+                let parallel = flags.contains(OpenReplyFlags::PARALLEL_EXTENDING_WRITES);
+                assert_eq!(parallel, extending && mode == Mode::Parallel, "{mode:?}");
             }
         }
     }

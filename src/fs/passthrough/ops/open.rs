@@ -2,10 +2,12 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{FileType, OFlags, openat};
 use rustix::io::Errno;
 
+use super::attributes::getattr;
 use super::data::flush;
 use super::labels::{create_labelled, is_labelled, write_labels};
 use super::locks::drop_flock;
@@ -124,12 +126,32 @@ pub fn create(
         Err(Errno::EXIST) if create.flags & OFlags::EXCL.bits() == 0 => {
             drop(permits);
             let entry = lookup_entry(&fs.inodes, &fs.view(ctx), parent, name)?;
-            with_handle(&fs.inodes, ctx.effects, entry, || {
+            let opened = with_handle(&fs.inodes, ctx.effects, entry, || {
                 open(fs, ctx, fs.inode(entry.node)?, create.flags, create.open_flags)
-            })
+            })?;
+            Ok(after_truncation(fs, ctx, create.flags, opened))
         }
         Err(errno) => Err(errno),
     }
+}
+
+/// The reply to a CREATE that has opened a file: with O_TRUNC the file has another size than when it was looked up, and
+/// guests from Linux 6.12 on believe the reply.
+fn after_truncation(
+    fs: &PassthroughFs,
+    ctx: &Context,
+    flags: u32,
+    (mut entry, opened): (Entry, Opened),
+) -> (Entry, Opened) {
+    if OFlags::from_bits_retain(flags).contains(OFlags::TRUNC) {
+        // The file is open already: without new attributes, the reply has the old ones for no time at all.
+        let found = fs.inode(entry.node).and_then(|inode| getattr(&fs.view(ctx), &inode));
+        match found {
+            Ok(attributes) => entry.attributes = attributes,
+            Err(_) => entry.attributes.valid = Duration::ZERO,
+        }
+    }
+    (entry, opened)
 }
 
 /// TMPFILE.
