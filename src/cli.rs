@@ -18,7 +18,7 @@ use log::LevelFilter;
 use thiserror::Error;
 
 use self::attributes::AttributeOptions;
-use self::choices::{Cache, Engine, FileHandles, Parallel, SandboxMode, SeccompMode, log_levels};
+use self::choices::{Cache, Engine, FileHandles, Mapped, Parallel, SandboxMode, SeccompMode, log_levels};
 use self::config_file::FileError;
 use self::migration::{MigrationOptions, share_options};
 use self::monitor::MonitorOptions;
@@ -118,6 +118,10 @@ pub struct Options {
     /// Files that several writers may write in parallel
     #[arg(long, value_enum, default_value = "auto", value_name = "WHICH", help_heading = "Caching and data")]
     parallel_direct_writes: Parallel,
+
+    /// Files in parallel mode that are written through mappings, past the file's lock on the host
+    #[arg(long, value_enum, default_value = "auto", value_name = "WHICH", help_heading = "Caching and data")]
+    mapped_writes: Mapped,
 
     /// Let the guest delay and combine buffered writes; not for shares that change on the host
     #[arg(long, help_heading = "Caching and data")]
@@ -466,6 +470,7 @@ impl Options {
         FsConfig {
             cache: self.cache.into(),
             parallel_direct_writes: self.parallel_direct_writes.into(),
+            mapped_writes: self.mapped_writes.into(),
             writeback: self.writeback,
             allow_mmap: self.allow_mmap,
             allow_direct_io: self.allow_direct_io,

@@ -47,6 +47,8 @@ pub struct FsConfig {
     pub announce_submounts: bool,
     /// Which files are opened for parallel direct writes.
     pub parallel_direct_writes: ParallelDirectWrites,
+    /// Whether files are written through mappings.
+    pub mapped_writes: MappedWrites,
     /// Users of guest and host.
     pub uid_map: UidMap,
     /// Groups of guest and host.
@@ -78,6 +80,7 @@ impl Default for FsConfig {
             flock: false,
             announce_submounts: true,
             parallel_direct_writes: ParallelDirectWrites::Auto,
+            mapped_writes: MappedWrites::Auto,
             uid_map: UidMap::default(),
             gid_map: GidMap::default(),
             migration: MigrationConfig::default(),
@@ -144,6 +147,17 @@ pub enum ParallelDirectWrites {
     /// Every regular file.
     Always,
     /// None; the guest behaves as before the feature.
+    Never,
+}
+
+/// Which files in parallel mode are written through mappings, where that pays (`--mapped-writes`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MappedWrites {
+    /// Those of tmpfs; those of ext4 and XFS only if nobody else changes the share.
+    Auto,
+    /// Those of tmpfs, ext4 and XFS.
+    Always,
+    /// None.
     Never,
 }
 
