@@ -352,7 +352,7 @@ fn a_file_that_becomes_immutable_or_synchronous_is_treated_so() {
     chattr("-i");
     file.warm(&backend, 0, &[3; PAGE]);
     // Within a moment all writes are made by system calls, which are synchronous.
-    chattr("+S");
+    let remount = |option: &str| common::run(Command::new("mount").args(["-o", option]).arg(&disk.path));
     let by_calls = || {
         let before = bytes_of_calls(&backend);
         for _ in 0..10 {
@@ -360,10 +360,16 @@ fn a_file_that_becomes_immutable_or_synchronous_is_treated_so() {
         }
         bytes_of_calls(&backend) - before >= 10 * PAGE
     };
-    common::wait_until(by_calls, "synchronous writes");
-    assert!(by_calls() && by_calls());
-    chattr("-S");
-    file.warm(&backend, 0, &[5; PAGE]);
+    for (begin, end) in [
+        (&(|| chattr("+S")) as &dyn Fn(), &(|| chattr("-S")) as &dyn Fn()),
+        (&|| remount("remount,sync"), &|| remount("remount,async")),
+    ] {
+        begin();
+        common::wait_until(by_calls, "synchronous writes");
+        assert!(by_calls() && by_calls());
+        end();
+        file.warm(&backend, 0, &[5; PAGE]);
+    }
     assert_eq!(fs::read(&path).unwrap(), [5; PAGE]);
 }
 

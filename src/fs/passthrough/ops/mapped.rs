@@ -7,6 +7,8 @@
 
 use std::sync::Arc;
 
+use rustix::fs::OFlags;
+
 use crate::fs::Result;
 use crate::fs::passthrough::config::MappedWrites;
 use crate::fs::passthrough::handle_table::Handle;
@@ -49,7 +51,12 @@ pub fn write(
     plain: impl FnOnce(&mut GuestReader<'_>) -> Result<usize>,
 ) -> Result<usize> {
     let (inode, fd) = (handle.inode(), handle.fd());
-    let Some(has_disk) = mapping.takes(inode.mount().kind(fd)) else { return plain(data) };
+    let is_synchronous = handle.file().flags().intersects(OFlags::SYNC | OFlags::DSYNC);
+    let Some(has_disk) =
+        mapping.takes(inode.mount().kind(fd)).filter(|_| !is_synchronous && !data.is_empty())
+    else {
+        return plain(data);
+    };
     let mapped = inode.mapped();
     let Some(file) = &*mapped else {
         let done = plain(data)?;

@@ -9,7 +9,7 @@
 //! - **The end of the file.** Bytes past the end are lost, so the size is read *after* the copy; if it is smaller than the end of the
 //!   copy, pwritev2(2) does all of it again. So a truncation on the host that was complete before the write began is never overlooked.
 //! - **Set-id bits** are in the same answer: if the file has any, pwritev2(2) follows, which clears them.
-//! - **Everything else that is checked at a write** (capabilities of the file, `chattr +S`, a file system that became
+//! - **Everything else that is checked at a write** (capabilities of the file, `chattr +S`, a mount that became synchronous, a file system that became
 //!   read-only) is checked every [`LEASE`]: then a write goes through pwritev2(2), and only if it succeeds mapped ones follow.
 //! - **Times**: see below.
 //!
@@ -19,21 +19,22 @@
 //! before it is acknowledged. Whoever settles it sets mtime and ctime to the present: a thread does that within [`super::settler::TICK`],
 //! and requests do that show times or end the use of a file. The mark is in the inode's record too, so that it outlives the process.
 //!
-//! The protocol: `state` changes under the lock `turn` only. A writer reads it after its copy; unless it is UNSETTLED, the writer takes the lock
-//! and sets it, first in the record. Who settles takes the lock, sets SETTLING, sets the times, and sets SETTLED. So a writer that
-//! reads UNSETTLED has copied before the times are read from the clock, and one that does not waits for the lock. Whoever reads times takes the lock
-//! unless the state is SETTLED. A request that sets times holds the lock from before it settles until it is done, so that they are not
-//! overwritten by writes from before.
+//! The protocol: `state` changes under the lock `turn` only. A writer reads it after its copy; unless it is UNSETTLED, the
+//! writer takes the lock and sets it, first in the record. Who settles takes the lock, sets SETTLING, sets the times, and
+//! sets SETTLED. So a writer that reads UNSETTLED has copied before the clock is read (a fence on either side), and one that
+//! does not waits for the lock. Whoever reads times takes the lock unless the state is SETTLED. A request that sets times
+//! holds the lock from before it settles until it is done, so that they are not overwritten by those of earlier writes.
 
 mod payoff;
 
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwapOption;
 use rustix::fs::{
-    AtFlags, Mode, StatxAttributes, StatxFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, statx,
+    AtFlags, Mode, StatVfsMountFlags, StatxAttributes, StatxFlags, Timespec, Timestamps, UTIME_NOW,
+    UTIME_OMIT, fstatvfs, statx,
 };
 use rustix::io::Errno;
 
@@ -174,7 +175,9 @@ impl MappedFile {
         if !self.was_inside(file, end) {
             return Err(Miss { is_warm: false, ..miss });
         }
-        if self.state.load(Ordering::Acquire) != UNSETTLED {
+        // Pairs with the fence of who settles: either that one's clock is read after the copy, or it is seen here.
+        fence(Ordering::SeqCst);
+        if self.state.load(Ordering::Relaxed) != UNSETTLED {
             self.unsettle(times);
         }
         slot.use_at(started);
@@ -230,7 +233,8 @@ impl MappedFile {
     pub fn settle_and<T>(&self, times: &dyn Times, and: impl FnOnce() -> T) -> T {
         let mut turn = self.lock();
         if self.state.load(Ordering::Relaxed) == UNSETTLED {
-            self.state.store(SETTLING, Ordering::Release);
+            self.state.store(SETTLING, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
             let touched = times.touch();
             self.state.store(SETTLED, Ordering::Release);
             times.note_unsettled(false);
@@ -405,9 +409,11 @@ fn check(file: BorrowedFd<'_>) -> Result<u64> {
     let stat = statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, wanted)?;
     let forbidden =
         StatxAttributes::IMMUTABLE | StatxAttributes::APPEND | StatxAttributes::VERITY | StatxAttributes::DAX;
+    let mount = fstatvfs(file)?.f_flag;
     // Some file systems have none.
     let flags = file_flags::flags(file).unwrap_or(0);
-    if stat.stx_attributes.intersects(forbidden)
+    if mount.intersects(StatVfsMountFlags::SYNCHRONOUS | StatVfsMountFlags::RDONLY)
+        || stat.stx_attributes.intersects(forbidden)
         || flags & UNMAPPED_FLAGS != 0
         || has_set_id_bits(stat.stx_mode)
     {
