@@ -18,7 +18,7 @@ use log::LevelFilter;
 use thiserror::Error;
 
 use self::attributes::AttributeOptions;
-use self::choices::{Cache, Engine, FileHandles, Parallel, SandboxMode, SeccompMode, log_levels};
+use self::choices::{Cache, Engine, FileHandles, Mapped, Parallel, SandboxMode, SeccompMode, log_levels};
 use self::config_file::FileError;
 use self::migration::{MigrationOptions, share_options};
 use self::monitor::MonitorOptions;
@@ -122,6 +122,10 @@ pub struct Options {
     /// Let writes that extend a file take turns, also in guests with lanefsd's modules
     #[arg(long, help_heading = "Caching and data")]
     no_parallel_extending: bool,
+
+    /// Files in parallel mode that are written through mappings, past the file's lock on the host
+    #[arg(long, value_enum, default_value = "auto", value_name = "WHICH", help_heading = "Caching and data")]
+    mapped_writes: Mapped,
 
     /// Let the guest delay and combine buffered writes; not for shares that change on the host
     #[arg(long, help_heading = "Caching and data")]
@@ -471,6 +475,7 @@ impl Options {
             cache: self.cache.into(),
             parallel_direct_writes: self.parallel_direct_writes.into(),
             parallel_extending: !self.no_parallel_extending,
+            mapped_writes: self.mapped_writes.into(),
             writeback: self.writeback,
             allow_mmap: self.allow_mmap,
             allow_direct_io: self.allow_direct_io,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 pub use crate::device::config::DeviceConfig;
 pub use crate::fs::passthrough::config::{
-    CachePolicy, FeatureMode, FsConfig, InodeFileHandles, IoEngine, ParallelDirectWrites,
+    CachePolicy, FeatureMode, FsConfig, InodeFileHandles, IoEngine, MappedWrites, ParallelDirectWrites,
 };
 use crate::logging::Remark;
 pub use crate::metrics::config::MonitorConfig;

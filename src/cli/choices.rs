@@ -4,7 +4,9 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use log::LevelFilter;
 
-use crate::config::{CachePolicy, InodeFileHandles, IoEngine, ParallelDirectWrites, Sandbox, Seccomp};
+use crate::config::{
+    CachePolicy, InodeFileHandles, IoEngine, MappedWrites, ParallelDirectWrites, Sandbox, Seccomp,
+};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum Cache {
@@ -46,6 +48,26 @@ impl From<Parallel> for ParallelDirectWrites {
             Parallel::Auto => ParallelDirectWrites::Auto,
             Parallel::Always => ParallelDirectWrites::Always,
             Parallel::Never => ParallelDirectWrites::Never,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum Mapped {
+    /// Those of tmpfs; with --cache=always also those of ext4 and XFS
+    Auto,
+    /// Those of tmpfs, ext4 and XFS, if no other daemon or program on the host writes the same bytes at once
+    Always,
+    /// No file
+    Never,
+}
+
+impl From<Mapped> for MappedWrites {
+    fn from(mapped: Mapped) -> MappedWrites {
+        match mapped {
+            Mapped::Auto => MappedWrites::Auto,
+            Mapped::Always => MappedWrites::Always,
+            Mapped::Never => MappedWrites::Never,
         }
     }
 }

@@ -18,6 +18,9 @@ const SHORT_HANDLE: usize = 20;
 /// In place of the length: the handle stands in a record of its own.
 const IS_LONG: u8 = 0xff;
 
+/// In the highest byte of an inode's kinds: it was written, and its times were not set yet.
+const UNSETTLED: u32 = 1 << 24;
+
 /// What the guest knows of an inode.
 #[repr(C)]
 pub struct InodeRecord {
@@ -31,7 +34,7 @@ pub struct InodeRecord {
     generation: AtomicU32,
     /// An O_PATH descriptor, or [`NONE`].
     descriptor: AtomicI32,
-    /// From the lowest byte up: type as the upper bits of a mode, length and type of the handle, 0.
+    /// From the lowest byte up: type as the upper bits of a mode, length and type of the handle, and [`UNSETTLED`] or 0.
     kinds: AtomicU32,
     /// The bytes of the handle, or the number of its record.
     handle: [AtomicU32; SHORT_HANDLE / 4],
@@ -216,7 +219,7 @@ impl InodeRecord {
         if self.has_handle() {
             return true;
         }
-        let [kind, ..] = self.kinds.load(Ordering::Relaxed).to_le_bytes();
+        let [kind, _, _, flags] = self.kinds.load(Ordering::Relaxed).to_le_bytes();
         let len = match handle.bytes().len() {
             0 => return false,
             short if short <= SHORT_HANDLE => {
@@ -233,8 +236,22 @@ impl InodeRecord {
                 IS_LONG
             }
         };
-        self.kinds.store(u32::from_le_bytes([kind, len, handle.kind, 0]), Ordering::Release);
+        self.kinds.store(u32::from_le_bytes([kind, len, handle.kind, flags]), Ordering::Release);
         true
+    }
+
+    /// The file was written and its times were not set yet, or they were. Its lock is the one of [`InodeRecord::set_handle`].
+    pub fn set_unsettled(&self, is: bool) {
+        if is {
+            self.kinds.fetch_or(UNSETTLED, Ordering::Release);
+        } else {
+            self.kinds.fetch_and(!UNSETTLED, Ordering::Release);
+        }
+    }
+
+    /// Whether the file was written and its times were not set yet.
+    pub fn is_unsettled(&self) -> bool {
+        self.kinds.load(Ordering::Acquire) & UNSETTLED != 0
     }
 
     /// Forgets the handle. The inode's record is not in use any more.

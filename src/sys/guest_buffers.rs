@@ -178,6 +178,11 @@ impl<'a> GuestReader<'a> {
         self.segments.fits_one_call()
     }
 
+    /// All segments.
+    pub(super) fn segments(&self) -> &[iovec] {
+        self.segments.iov
+    }
+
     /// The segments that one system call takes, and how many they are.
     pub(super) fn pieces(&self) -> (*const iovec, u32) {
         self.segments.pieces()

@@ -6,6 +6,7 @@ pub mod clock;
 pub mod descriptors;
 pub mod epoll;
 pub mod exec;
+pub mod fault_copy;
 pub mod file_flags;
 pub mod file_handles;
 pub mod guest_buffers;
@@ -20,6 +21,7 @@ pub mod signals;
 pub mod umask;
 pub mod uring;
 pub mod userfault;
+pub mod window;
 
 use std::os::fd::{IntoRawFd, OwnedFd};
 

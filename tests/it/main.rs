@@ -59,6 +59,7 @@ mod lock_owners;
 mod locks;
 mod manifests;
 mod many_callers;
+mod mapped_writes;
 mod migration;
 mod monitor;
 mod mounts;

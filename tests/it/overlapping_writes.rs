@@ -82,6 +82,13 @@ fn through_the_hosts_page_cache() {
 }
 
 #[test]
+fn through_mappings() {
+    for shrinks in [false, true] {
+        torture(&["--cache=never", "--mapped-writes=always"], libc::O_RDWR, shrinks);
+    }
+}
+
+#[test]
 fn past_the_hosts_page_cache() {
     for engine in ["--io-engine=threads", "--io-engine=auto", "--io-engine=io-uring"] {
         for shrinks in [false, true] {

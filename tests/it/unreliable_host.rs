@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -15,42 +15,9 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::common;
+use crate::common::disk::Disk;
 
 const BLOCK: usize = 64 << 10;
-
-/// A file system of its own on a loop device. It lies in a mount namespace of the test's thread and of
-/// the processes that this thread starts: whatever becomes of the test, the mount ends with them.
-struct Disk {
-    path: PathBuf,
-    directory: tempfile::TempDir,
-}
-
-impl Disk {
-    /// An ext4 of so many MiB, with these further options for mkfs.ext4.
-    fn ext4(mebibytes: u64, mkfs: &[&str]) -> Disk {
-        common::own_mounts();
-        let directory = common::disk_directory();
-        let image = directory.path().join("image");
-        fs::File::create(&image).unwrap().set_len(mebibytes << 20).unwrap();
-        common::run(Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).args(mkfs).arg(&image));
-        let path = directory.path().join("mount");
-        fs::create_dir(&path).unwrap();
-        common::run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&path));
-        fs::remove_dir(path.join("lost+found")).unwrap();
-        Disk { path, directory }
-    }
-
-    fn image(&self) -> PathBuf {
-        self.directory.path().join("image")
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        // It fails if the test has unmounted it already.
-        let _ = unmount(&self.path, UnmountFlags::DETACH);
-    }
-}
 
 fn serve(share: &Path, args: &[&str], queues: usize) -> (Backend, Session) {
     let backend = common::starter().args(args).share(share).start().unwrap();

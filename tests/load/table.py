@@ -123,6 +123,10 @@ def checks(
         if cpus(columns["limit"]) < cpus(ours):
             # Busy threads that got less of the CPUs than a daemon are no limit of anything.
             found[-1]["met"] = None
+    for what in ("unmapped", "files"):
+        if other := columns.get(f"lanefsd-{what}"):
+            check(what, ours["rate"] / other["rate"], targets.get(what), True)
+            check(f"{what} CPU", ours["cpu"] / other["cpu"], None, False)
     if row["name"].endswith("-4") and row["name"].startswith("queues"):
         one = [entry for entry in earlier if entry["name"] == row["name"].replace("-4", "-1")]
         if one and "lanefsd" in one[0]["columns"]:
@@ -204,6 +208,9 @@ def page(found: list[Entry], facts: Facts) -> str:
         cpu = verdict(checks, "CPU")
         if verdict(checks, "root CPU") != "–":
             cpu += "; against root's requests: " + verdict(checks, "root CPU")
+        if verdict(checks, "unmapped") != "–":
+            against_peer += f"; not mapped: {verdict(checks, 'unmapped')}; 16 files: {verdict(checks, 'files')}"
+            cpu += f"; not mapped: {verdict(checks, 'unmapped CPU')}; 16 files: {verdict(checks, 'files CPU')}"
         latency = ", ".join(text for text in (verdict(checks, "p50"), verdict(checks, "p99")) if text != "–")
         lines.append(
             f"| {entry['title']} | {rate.get('limit', '–')} | {rate.get('lanefsd', '–')} | {peer}"

@@ -49,6 +49,8 @@ pub struct FsConfig {
     pub parallel_direct_writes: ParallelDirectWrites,
     /// Whether writes that extend such a file are parallel as well, in guests that can do that.
     pub parallel_extending: bool,
+    /// Whether files are written through mappings.
+    pub mapped_writes: MappedWrites,
     /// Users of guest and host.
     pub uid_map: UidMap,
     /// Groups of guest and host.
@@ -81,6 +83,7 @@ impl Default for FsConfig {
             announce_submounts: true,
             parallel_direct_writes: ParallelDirectWrites::Auto,
             parallel_extending: true,
+            mapped_writes: MappedWrites::Auto,
             uid_map: UidMap::default(),
             gid_map: GidMap::default(),
             migration: MigrationConfig::default(),
@@ -147,6 +150,17 @@ pub enum ParallelDirectWrites {
     /// Every regular file.
     Always,
     /// None; the guest behaves as before the feature.
+    Never,
+}
+
+/// Which files in parallel mode are written through mappings, where that pays (`--mapped-writes`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MappedWrites {
+    /// Those of tmpfs; those of ext4 and XFS only if nobody else changes the share.
+    Auto,
+    /// Those of tmpfs, ext4 and XFS.
+    Always,
+    /// None.
     Never,
 }
 

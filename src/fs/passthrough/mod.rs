@@ -42,6 +42,7 @@ use self::config::{FeatureMode, IoEngine};
 use self::handle_table::Handle;
 use self::inode::Inode;
 pub use self::inode::range_lock;
+use self::ops::data::Writing;
 use self::ops::growing::Change;
 use self::ops::replay::Found;
 use self::ops::xattr::Xattrs;
@@ -257,7 +258,8 @@ impl FileSystem for PassthroughFs {
         let (kill_priv, writeback) = (self.kill_priv(&session), session.policy.writeback);
         let handle = self.handles.get(node, write.handle)?;
         let _change = self.disturb(&handle)?;
-        data::write(self.opener(), kill_priv, writeback, ctx, &handle, write, data)
+        let (opener, mapping) = (self.opener(), self.mapping());
+        data::write(Writing { opener, kill_priv, writeback, mapping }, ctx, &handle, write, data)
     }
 
     fn may_begin(&self) -> bool {
@@ -361,7 +363,12 @@ impl FileSystem for PassthroughFs {
     }
 
     fn syncfs(&self, _ctx: &Context, node: NodeId) -> Result<()> {
-        attributes::syncfs(&self.inodes, &self.host, &*self.inode(node)?, !self.session().submounts)
+        let settler = self.mapped_files.settler();
+        settler.settle_all();
+        let synced =
+            attributes::syncfs(&self.inodes, &self.host, &*self.inode(node)?, !self.session().submounts);
+        settler.synced_all();
+        synced
     }
 
     fn setxattr(&self, ctx: &Context, node: NodeId, setxattr: &Setxattr<'_>) -> Result<()> {
@@ -369,7 +376,10 @@ impl FileSystem for PassthroughFs {
         let kill_sgid = setxattr_flags.contains(SetxattrFlags::ACL_KILL_SGID);
         let (xattrs, inode) = (self.xattrs(), self.inode(node)?);
         let is_set = || xattrs.has_value(&inode, name, value);
-        replay::link(ctx.effects, is_set, || xattrs.setxattr(ctx, &inode, (name, value), flags, kill_sgid))
+        let set = || xattrs.setxattr(ctx, &inode, (name, value), flags, kill_sgid);
+        let done = replay::link(ctx.effects, is_set, set);
+        inode.revoke_mapping();
+        done
     }
 
     fn getxattr(&self, _ctx: &Context, node: NodeId, getxattr: &Getxattr<'_>) -> Result<XattrReply> {
@@ -403,7 +413,10 @@ impl FileSystem for PassthroughFs {
 
     fn ioctl(&self, ctx: &Context, node: NodeId, ioctl: &Ioctl<'_>) -> Result<ioctl::Reply> {
         let command = ioctl.command().map_err(|error| errno(error.errno()))?;
-        file_flags::ioctl(&self.identity, ctx, &*self.handles.get(node, ioctl.handle)?, command)
+        let handle = self.handles.get(node, ioctl.handle)?;
+        let done = file_flags::ioctl(&self.identity, ctx, &handle, command);
+        handle.inode().revoke_mapping();
+        done
     }
 
     fn gauges(&self) -> Gauges {
@@ -428,6 +441,7 @@ impl FileSystem for PassthroughFs {
     }
 
     fn save(&self) -> std::result::Result<Snapshot, MigrationError> {
+        self.mapped_files.settler().settle_all();
         migrate::save(self)
     }
 

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use super::caller::identity::Identity;
 use super::handle_table::HandleTable;
 use super::host::{self, Host};
+use super::inode::settler::MappedFiles;
 use super::inode::{self, FdCache, InodeKey, InodeTable, OwnerRecords, Records};
 use super::lock_waiters::LockWaiters;
 use super::migrate::{self, Collector, SavedLocks};
@@ -111,6 +112,7 @@ impl PassthroughFs {
             config,
             collector: Collector::default(),
             growing: Arc::default(),
+            mapped_files: MappedFiles::default(),
             saved_locks: SavedLocks::default(),
         }
     }

@@ -8,12 +8,14 @@ use super::caller::set_id::KillPriv;
 use super::handle_table::HandleTable;
 use super::host::Host;
 use super::host::file::Opener;
+use super::inode::settler::MappedFiles;
 use super::inode::{Inode, InodeTable, OwnerRecords};
 use super::lock_waiters::LockWaiters;
 use super::migrate::{Collector, SavedLocks};
 use super::ops::growing::Growing;
+use super::ops::mapped::Mapping;
 use super::session::Session;
-use crate::fs::passthrough::config::FsConfig;
+use crate::fs::passthrough::config::{CachePolicy, FsConfig, MappedWrites};
 use crate::fs::{Agreement, Result};
 use crate::limits::LockedRangeQuota;
 use fuse_protocol::ids::NodeId;
@@ -26,6 +28,7 @@ pub struct PassthroughFs {
     pub(super) inodes: Arc<InodeTable>,
     pub(super) handles: HandleTable,
     pub(super) growing: Arc<Growing>,
+    pub(super) mapped_files: MappedFiles,
     pub(super) lock_waiters: LockWaiters,
     pub(super) locked_ranges: Arc<LockedRangeQuota>,
     pub(super) owner_records: Arc<OwnerRecords>,
@@ -60,6 +63,21 @@ impl PassthroughFs {
             mapped_capability: self.mapped_capability.as_deref(),
             shows_capabilities: self.config.xattr,
         }
+    }
+
+    /// How files are written through mappings; `None` if none is.
+    pub(super) fn mapping(&self) -> Option<Mapping<'_>> {
+        let config = &self.config;
+        // O_DIRECT on the host does not go together with mappings of the same file. Capabilities under another name are removed
+        // before each write.
+        let is_never = config.mapped_writes == MappedWrites::Never || config.allow_direct_io;
+        let is_possible = !is_never && self.mapped_capability.is_none();
+        is_possible.then(|| Mapping {
+            policy: config.mapped_writes,
+            is_alone: config.cache == CachePolicy::Always,
+            files: &self.mapped_files,
+            opener: self.opener(),
+        })
     }
 
     /// Opens files once more.

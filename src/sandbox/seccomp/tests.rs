@@ -142,6 +142,16 @@ fn arguments_are_looked_at() {
 }
 
 #[test]
+fn files_are_mapped_to_be_written_and_never_to_be_executed() {
+    let (shared, data) = (long(libc::MAP_SHARED), long(libc::PROT_READ | libc::PROT_WRITE));
+    let code = long(libc::PROT_EXEC);
+    assert!(killed(libc::SYS_mmap, [0, 4096, code, shared]));
+    assert!(killed(libc::SYS_mmap, [0, 4096, data | code, shared]));
+    let status = attempt(SeccompAction::KillProcess, libc::SYS_mmap, [0, 4096, data, shared]);
+    assert_eq!(status.code(), Some(0));
+}
+
+#[test]
 fn each_mode_does_what_it_says() {
     let forbidden = |mode| attempt(mode, libc::SYS_socket, [-1, 0, 0, 0]);
     assert_eq!(forbidden(SeccompAction::Log).code(), Some(0));

@@ -33,8 +33,8 @@ const SMALL_FILE: usize = 4096;
 pub struct Workload {
     /// The measured work.
     pub work: Work,
-    /// The data file's node and handle.
-    pub data: (u64, u64),
+    /// The nodes and handles of the data files.
+    pub data: Vec<(u64, u64)>,
     /// The directory of many files, or the one where files come and go.
     pub directory: u64,
     /// Nodes of the many files, where they matter.
@@ -62,7 +62,7 @@ pub fn requests<'a>(
 ) -> (Box<dyn Cycle>, Vec<Request<'a>>) {
     let random = Random::new(slot as u64 + 1);
     let work = &workload.work;
-    let (node, fh) = workload.data;
+    let (node, fh) = workload.data.get(slot % usize::from(work.files)).copied().unwrap_or_default();
     let name = format!("s{slot:08}");
     let dir = workload.directory;
     match work.op {
@@ -167,11 +167,14 @@ struct Data {
 impl Data {
     fn new(work: &Work, slot: usize, random: Random) -> Data {
         let block = work.block as u64;
-        let blocks = work.file_size / work.in_flight() as u64 / block;
+        let files = usize::from(work.files);
+        // Slots of one file have parts of it.
+        let parts = work.in_flight().div_ceil(files);
+        let blocks = work.bytes_of_file() / parts as u64 / block;
         let writes = work.op == Op::Write;
         Data {
             block,
-            first: slot as u64 * blocks,
+            first: (slot / files) as u64 * blocks,
             blocks: usize::try_from(blocks).unwrap_or(usize::MAX),
             expected: if writes { 8 } else { work.block },
             written: writes.then_some(work.block as u32),
@@ -351,9 +354,9 @@ impl Cycle for Small {
 /// Prepares the workload for `work` through a session's client, making what is missing.
 pub fn prepare(client: &lanefsd_frontend::client::Client<'_>, work: &Work) -> Result<Arc<Workload>> {
     use crate::layout;
-    let mut workload = Workload { work: work.clone(), data: (0, 0), directory: 0, nodes: Vec::new() };
+    let mut workload = Workload { work: work.clone(), data: Vec::new(), directory: 0, nodes: Vec::new() };
     match work.op {
-        Op::Read | Op::Write => workload.data = layout::data_file(client, work)?,
+        Op::Read | Op::Write => workload.data = layout::data_files(client, work)?,
         Op::Create | Op::Small => workload.directory = layout::directory(client, layout::CHURN)?,
         Op::Getattr | Op::Lookup | Op::List => {
             (workload.directory, workload.nodes) =

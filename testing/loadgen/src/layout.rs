@@ -12,6 +12,11 @@ use crate::options::Work;
 
 /// The data file.
 pub const DATA: &str = "load.data";
+/// The name of a data file.
+pub fn data(number: usize) -> String {
+    if number == 0 { DATA.to_string() } else { format!("{DATA}.{number}") }
+}
+
 /// The directory where files come and go.
 pub const CHURN: &str = "load.churn";
 /// Length of a name made by [`entry_name`].
@@ -40,17 +45,22 @@ pub fn directory(client: &Client<'_>, name: &str) -> Result<u64> {
     }
 }
 
-/// The data file through a back end, open: its node and handle.
-pub fn data_file(client: &Client<'_>, work: &Work) -> Result<(u64, u64)> {
-    let node = match client.lookup(ROOT, DATA) {
-        Ok(entry) if entry.attr.size >= work.file_size => entry.nodeid,
+/// The data files through a back end, open: their nodes and handles.
+pub fn data_files(client: &Client<'_>, work: &Work) -> Result<Vec<(u64, u64)>> {
+    (0..usize::from(work.files)).map(|number| data_file(client, work, &data(number))).collect()
+}
+
+fn data_file(client: &Client<'_>, work: &Work, name: &str) -> Result<(u64, u64)> {
+    let size = work.bytes_of_file();
+    let node = match client.lookup(ROOT, name) {
+        Ok(entry) if entry.attr.size >= size => entry.nodeid,
         Ok(entry) => {
             let fh = client.open(entry.nodeid, libc::O_RDWR)?.fh;
-            fill(client, entry.nodeid, fh, work.file_size)?
+            fill(client, entry.nodeid, fh, size)?
         }
         Err(error) if error.errno().is_some_and(|errno| errno.0 == libc::ENOENT) => {
-            let (entry, opened) = client.create(ROOT, DATA, libc::O_RDWR, 0o644, 0)?;
-            fill(client, entry.nodeid, opened.fh, work.file_size)?
+            let (entry, opened) = client.create(ROOT, name, libc::O_RDWR, 0o644, 0)?;
+            fill(client, entry.nodeid, opened.fh, size)?
         }
         Err(error) => return Err(error.into()),
     };
@@ -92,21 +102,27 @@ pub fn entries(client: &Client<'_>, count: u32, want_nodes: bool) -> Result<(u64
 /// Makes all of it without a back end.
 pub fn prepare(share: &Path, work: &Work) -> Result<()> {
     let say = |path: &Path| format!("make {}", path.display());
-    let data = share.join(DATA);
-    let file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(&data);
-    let file = file.map_err(LoadError::system(say(&data)))?;
-    let len = file.metadata().map_err(LoadError::system(say(&data)))?.len();
-    if len < work.file_size {
-        let piece = vec![0x5a; PIECE];
-        for offset in (0..work.file_size).step_by(PIECE) {
-            let len = usize::try_from(work.file_size - offset).unwrap_or(PIECE).min(PIECE);
-            file.write_all_at(&piece[..len], offset).map_err(LoadError::system(say(&data)))?;
-        }
-        file.sync_all().map_err(LoadError::system(say(&data)))?;
-    }
+    (0..usize::from(work.files))
+        .try_for_each(|number| make_data(&share.join(data(number)), work.bytes_of_file()))?;
     let churn = share.join(CHURN);
     fs::create_dir_all(&churn).map_err(LoadError::system(say(&churn)))?;
     make_entries(share, work.entries)
+}
+
+fn make_data(data: &Path, size: u64) -> Result<()> {
+    let say = |path: &Path| format!("make {}", path.display());
+    let file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(data);
+    let file = file.map_err(LoadError::system(say(data)))?;
+    let len = file.metadata().map_err(LoadError::system(say(data)))?.len();
+    if len < size {
+        let piece = vec![0x5a; PIECE];
+        for offset in (0..size).step_by(PIECE) {
+            let len = usize::try_from(size - offset).unwrap_or(PIECE).min(PIECE);
+            file.write_all_at(&piece[..len], offset).map_err(LoadError::system(say(data)))?;
+        }
+        file.sync_all().map_err(LoadError::system(say(data)))?;
+    }
+    Ok(())
 }
 
 /// Makes the directory with many files without a back end.

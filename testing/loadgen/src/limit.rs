@@ -132,11 +132,11 @@ impl Worker {
         let data = match work.op {
             Op::Read | Op::Write => {
                 let flags = OFlags::RDWR | if work.direct { OFlags::DIRECT } else { OFlags::empty() };
-                Some(File::from(open(&share.join(layout::DATA), flags)?))
+                Some(File::from(open(&share.join(layout::data(number % usize::from(work.files))), flags)?))
             }
             _ => None,
         };
-        let blocks = work.file_size / work.block as u64;
+        let blocks = work.bytes_of_file() / work.block as u64;
         Ok(Worker {
             op: work.op,
             work: work.clone(),

@@ -58,6 +58,9 @@ pub struct Work {
     /// guest does for callers without CAP_FSETID.
     #[arg(long, default_value_t = 0)]
     pub user: u32,
+    /// Data files that READ and WRITE are spread over, which have the bytes of --file-size together.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub files: u16,
     /// Bytes of the data file.
     #[arg(long, default_value_t = 64 << 20)]
     pub file_size: u64,
@@ -241,7 +244,7 @@ impl Work {
     /// Refuses what cannot be measured.
     pub fn check(&self) -> Result<()> {
         let complain = |text: &str| Err(LoadError::Options(text.into()));
-        let share = self.file_size / u64::from(self.queues) / u64::from(self.depth);
+        let share = self.bytes_of_file() / self.in_flight().div_ceil(usize::from(self.files)) as u64;
         if self.block == 0 || self.block > 1 << 20 {
             return complain("--block has to be between 1 and 1048576");
         }
@@ -263,6 +266,11 @@ impl Work {
     /// Operations in flight on all queues together.
     pub fn in_flight(&self) -> usize {
         usize::from(self.queues) * usize::from(self.depth)
+    }
+
+    /// Bytes of each data file.
+    pub fn bytes_of_file(&self) -> u64 {
+        self.file_size / u64::from(self.files)
     }
 
     /// How long to measure.

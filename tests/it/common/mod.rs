@@ -3,6 +3,7 @@
 //! `LANEFSD_TEST_BACKEND` names another program with virtiofsd's options, to compare behaviour.
 #![allow(dead_code, reason = "the programs beside this folder use a part of it")]
 
+pub mod disk;
 pub mod fuse_host;
 pub mod store;
 pub mod strace;

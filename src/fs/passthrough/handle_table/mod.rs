@@ -4,7 +4,7 @@ pub mod listing;
 
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 
 use rustix::io::Errno;
@@ -23,6 +23,10 @@ use fuse_protocol::ids::{HandleId, NodeId};
 /// In a record, in place of a file's mode.
 pub const DIRECTORY: u8 = 0xff;
 
+/// Writes with a handle before its file is mapped, and between tries where that fails.
+const FIRST_TRY: u32 = 16;
+const TRY_TO_MAP: u32 = 1024;
+
 /// An open file or directory.
 #[derive(Debug)]
 pub struct Handle {
@@ -33,6 +37,8 @@ pub struct Handle {
     kind: Kind,
     /// The flock(2) lock that the guest has by it: 0 for none, 1 for a shared one, 2 for an exclusive one.
     flock: AtomicU8,
+    /// Writes of its file before that was mapped, about.
+    writes: AtomicU32,
 }
 
 /// The record of a handle in the state file, until it is dropped.
@@ -65,13 +71,15 @@ enum Kind {
 impl Handle {
     /// An open file, which the inode counts as an opener. `mode` is that of this opener.
     pub fn new_file(inode: Arc<Inode>, file: HostFile, mode: Mode) -> Handle {
-        Handle { inode, record: None, file, kind: Kind::File(mode), flock: AtomicU8::new(0) }
+        let (flock, writes) = (AtomicU8::new(0), AtomicU32::new(0));
+        Handle { inode, record: None, file, kind: Kind::File(mode), flock, writes }
     }
 
     /// An open directory, at its beginning.
     pub fn new_directory(inode: Arc<Inode>, file: HostFile, listing: Listing) -> Handle {
         let kind = Kind::Directory(Mutex::new(listing));
-        Handle { inode, record: None, file, kind, flock: AtomicU8::new(0) }
+        let (flock, writes) = (AtomicU8::new(0), AtomicU32::new(0));
+        Handle { inode, record: None, file, kind, flock, writes }
     }
 
     /// The inode it was opened from.
@@ -91,6 +99,14 @@ impl Handle {
     pub fn set_flock(&self, exclusive: Option<bool>) {
         let kind = exclusive.map_or(0, |exclusive| if exclusive { 2 } else { 1 });
         self.flock.store(kind, Ordering::Relaxed);
+    }
+
+    /// Counts a write; returns whether it is one of those after which the file may be mapped.
+    pub fn count_write(&self) -> bool {
+        // Of two at once one may count. There will be others.
+        let count = self.writes.load(Ordering::Relaxed).wrapping_add(1);
+        self.writes.store(count, Ordering::Relaxed);
+        count % TRY_TO_MAP == FIRST_TRY
     }
 
     /// The open file of the host.

@@ -211,6 +211,11 @@ impl<'a> Opener<'a> {
         self.again(file, OFlags::RDONLY)
     }
 
+    /// A second open file of what `file` has open, for reading and writing, and through the host's page cache.
+    pub fn for_mapping(self, file: BorrowedFd<'_>) -> Result<GuestFd> {
+        self.again(file, OFlags::RDWR | OFlags::NOATIME).or_else(|_| self.again(file, OFlags::RDWR))
+    }
+
     /// Opens what `file` has open, whatever has become of its name.
     fn again(self, file: BorrowedFd<'_>, flags: OFlags) -> Result<GuestFd> {
         let permit = self.fds.acquire()?;

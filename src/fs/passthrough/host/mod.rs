@@ -11,7 +11,9 @@ pub mod file;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Statx, StatxFlags, openat, statx};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, OFlags, Statx, StatxFlags, Timestamps, openat, statx, utimensat,
+};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::path::DecInt;
@@ -93,8 +95,23 @@ fn path_by_tree(file: &OwnedFd) -> Result<OwnedFd> {
     open_tree(file, c"", OpenTreeFlags::AT_EMPTY_PATH)
 }
 
+/// Sets the times of what `path`, which may be an O_PATH descriptor, refers to.
+pub fn set_times(path: impl AsFd, times: &Timestamps) -> Result<()> {
+    match utimensat(&path, c"", times, AtFlags::EMPTY_PATH) {
+        // Hosts before Linux 5.8 do not know the flag here.
+        Err(Errno::INVAL | Errno::NOENT) => set_times_by_name(&path, times),
+        result => result,
+    }
+}
+
+fn set_times_by_name(path: impl AsFd, times: &Timestamps) -> Result<()> {
+    utimensat(PROC, proc_name(path), times, AtFlags::empty())
+}
+
 #[cfg(test)]
 mod tests {
+    use rustix::fs::Timespec;
+
     use super::*;
 
     #[test]
@@ -112,5 +129,26 @@ mod tests {
             let flags = rustix::io::fcntl_getfd(&path).unwrap();
             assert!(flags.is_empty(), "an upgrade keeps it");
         }
+    }
+
+    #[test]
+    fn times_are_set_without_the_flag_of_newer_hosts() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let [file, link, fifo] = ["file", "link", "fifo"].map(|name| folder.path().join(name));
+        std::fs::write(&file, "").unwrap();
+        std::os::unix::fs::symlink("file", &link).unwrap();
+        rustix::fs::mknodat(PROC, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        let proc = std::fs::File::open("/proc/self/fd").unwrap();
+        for (number, name) in [&link, &fifo, &file].into_iter().enumerate() {
+            let path = openat(PROC, name, PATH, Mode::empty()).unwrap();
+            let time = Timespec { tv_sec: -7 - i64::try_from(number).unwrap(), tv_nsec: 5 };
+            let times = Timestamps { last_access: time, last_modification: time };
+            // As `set_times_by_name`, but the working directory of a test is another one.
+            utimensat(&proc, proc_name(&path), &times, AtFlags::empty()).unwrap();
+            assert_eq!(stat(&path).unwrap().stx_mtime.tv_sec, time.tv_sec);
+            assert_eq!(set_times(&path, &times), Ok(()));
+        }
+        // The link's own, not those of its target.
+        assert_eq!(stat(openat(PROC, &link, PATH, Mode::empty()).unwrap()).unwrap().stx_mtime.tv_sec, -7);
     }
 }

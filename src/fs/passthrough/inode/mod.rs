@@ -14,6 +14,7 @@ pub mod io_mode;
 mod key;
 mod listed;
 mod locked_ranges;
+pub mod mapped;
 mod mount;
 mod owner_records;
 mod posix_locks;
@@ -23,6 +24,7 @@ mod reopen;
 mod resolve;
 mod restore;
 mod search;
+pub mod settler;
 pub mod shards;
 mod stored;
 mod survey;
@@ -33,13 +35,15 @@ mod unresolved;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use arc_swap::{ArcSwapOption, Guard};
 use rustix::fs::FileType;
 
 pub use self::fd_cache::FdCache;
 use self::inode_fd::{InodeFd, PathGuard};
 use self::io_mode::{IoMode, IoPolicy, Mode};
 pub use self::key::{InodeKey, Seen};
-pub use self::mount::Mount;
+use self::mapped::{MappedFile, Times, present};
+pub use self::mount::{Kind as FileSystemKind, Mount};
 pub use self::owner_records::OwnerRecords;
 pub use self::posix_locks::{OwnerFile, PosixLocks, RestoredOwner};
 use self::range_lock::RangeLock;
@@ -49,6 +53,7 @@ pub use self::restore::{adopt_descriptor, on_threads, root_descriptor, threads_f
 pub use self::search::{identity, is_same};
 pub use self::table::InodeTable;
 use crate::fs::Result;
+use crate::fs::passthrough::host::set_times;
 use fuse_protocol::ids::NodeId;
 
 /// A file or directory that the guest knows.
@@ -60,6 +65,10 @@ pub struct Inode {
     io_mode: IoMode,
     ranges: RangeLock,
     locks: PosixLocks,
+    /// Set while it is open and written through mappings.
+    mapped: ArcSwapOption<MappedFile>,
+    /// Whether it may be, which costs less to read.
+    is_mapped: AtomicBool,
     /// It had a set-group-ID bit without execution by the group when its attributes were last read.
     lone_group_bit: AtomicBool,
     /// It may have set-id bits that the host does not clear.
@@ -80,6 +89,8 @@ impl Inode {
             io_mode: IoMode::default(),
             ranges: RangeLock::default(),
             locks: PosixLocks::default(),
+            mapped: ArcSwapOption::const_empty(),
+            is_mapped: AtomicBool::new(false),
             lone_group_bit: AtomicBool::new(false),
             set_id_bits: AtomicBool::new(leaves_set_id_bits),
             fd,
@@ -146,7 +157,81 @@ impl Inode {
     pub fn release(&self) {
         if self.io_mode.release() {
             self.ranges.trim();
+            self.unmap();
         }
+    }
+
+    /// How it is written through mappings, if it is.
+    pub fn mapped(&self) -> Guard<Option<Arc<MappedFile>>> {
+        self.mapped.load()
+    }
+
+    /// Whether it is written through mappings.
+    pub fn is_mapped(&self) -> bool {
+        self.is_mapped.load(Ordering::Acquire)
+    }
+
+    /// From now on it is written through mappings, until the last opener has closed it. If it is already, nothing changes.
+    pub fn map(&self, file: MappedFile) {
+        self.mapped.compare_and_swap(std::ptr::null::<MappedFile>(), Some(Arc::new(file)));
+        self.is_mapped.store(true, Ordering::Release);
+    }
+
+    /// Its last opener has closed it. A write that is still under way finds that it is not mapped any more, after it has
+    /// unsettled the file, and settles it itself.
+    fn unmap(&self) {
+        if self.is_mapped.swap(false, Ordering::SeqCst)
+            && let Some(file) = self.mapped.swap(None)
+        {
+            file.settle_and(self, || ());
+        }
+    }
+
+    /// Sets the times of a file that was written through mappings since they were set. Returns whether they may have changed.
+    pub fn settle(&self) -> bool {
+        if !self.is_mapped() {
+            return false;
+        }
+        let mapped = self.mapped();
+        let Some(file) = mapped.as_ref().filter(|file| file.is_unsettled()) else { return false };
+        file.settle_and(self, || true)
+    }
+
+    /// Does what sets times: those of writes that were acknowledged before do not come later.
+    pub fn settle_and<T>(&self, set: impl FnOnce() -> T) -> T {
+        match &*self.mapped() {
+            Some(file) => file.settle_and(self, set),
+            None => set(),
+        }
+    }
+
+    /// What a write checks has changed.
+    pub fn revoke_mapping(&self) {
+        if let Some(file) = &*self.mapped() {
+            file.revoke();
+        }
+    }
+
+    /// It was made durable.
+    pub fn synced(&self) {
+        if let Some(file) = &*self.mapped() {
+            file.synced();
+        }
+    }
+
+    /// Gives back windows that were not used for a while; returns whether it has others.
+    fn drop_idle_windows(&self, now: u64) -> bool {
+        self.mapped().as_ref().is_some_and(|file| file.drop_idle(now))
+    }
+
+    /// Whether an earlier process has died before it set the times; it is not asked again.
+    pub fn take_unsettled(&self) -> bool {
+        let records = self.mount().fd_cache().records();
+        let is = records.inode(self.fd.record()).is_unsettled();
+        if is {
+            self.note_unsettled(false);
+        }
+        is
     }
 
     /// Whether it had a set-group-ID bit without execution by the group when its attributes were last read.
@@ -173,5 +258,17 @@ impl Inode {
         if self.has_lone_group_bit() != is_set {
             self.lone_group_bit.store(is_set, Ordering::Relaxed);
         }
+    }
+}
+
+impl Times for Inode {
+    fn note_unsettled(&self, is: bool) {
+        let records = self.mount().fd_cache().records();
+        let _lock = records.lock(self.node.0);
+        records.inode(self.fd.record()).set_unsettled(is);
+    }
+
+    fn touch(&self) -> Result<()> {
+        set_times(&*self.path()?, &present())
     }
 }

@@ -36,6 +36,23 @@ use crate::sys::file_handles::{name_to_handle, open_by_handle};
 const FUSE: u32 = 0x6573_5546;
 /// `MSDOS_SUPER_MAGIC`: vfat.
 const VFAT: u32 = 0x4d44;
+/// `TMPFS_MAGIC`.
+const TMPFS: u32 = 0x0102_1994;
+/// `EXT4_SUPER_MAGIC`; ext2 and ext3, which the same code serves, have it too.
+const EXT4: u32 = 0xef53;
+/// `XFS_SUPER_MAGIC`.
+const XFS: u32 = 0x5846_5342;
+
+/// What a file system is, as far as mappings of its files are concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Files are in memory.
+    Memory,
+    /// A local disk, whose page cache is what mappings show.
+    Disk,
+    /// Another one, perhaps of other hosts.
+    Other,
+}
 
 /// A mount, with what is needed to open its inodes by file handle. Each LOOKUP reads it, and each new inode
 /// changes the count of those who share it: they have cache lines of their own.
@@ -45,6 +62,7 @@ pub struct Mount {
     id: u32,
     is_fuse: bool,
     is_of_a_file: bool,
+    kind: OnceLock<Kind>,
     /// A directory on it that is open, not only as O_PATH, if its inodes may be opened by handle.
     directory: Option<GuestFd>,
     /// The first directory on it that the guest looked up.
@@ -96,7 +114,8 @@ impl Mount {
             fd_cache.note_fuse();
         }
         let (top, fd_cache) = (OnceLock::new(), Arc::clone(fd_cache));
-        Mount { id, is_fuse: numbers_alias, is_of_a_file, directory, top, fd_cache, record }
+        let kind = OnceLock::new();
+        Mount { id, is_fuse: numbers_alias, is_of_a_file, kind, directory, top, fd_cache, record }
     }
 
     /// Its number; see [`super::InodeKey::mount`].
@@ -125,6 +144,15 @@ impl Mount {
     /// appended since this one has last asked for the size.
     pub fn server_appends(&self) -> bool {
         self.is_fuse
+    }
+
+    /// What kind of file system it is; `file` is one of its files.
+    pub fn kind(&self, file: impl AsFd) -> Kind {
+        *self.kind.get_or_init(|| match file_system(file) {
+            Some(TMPFS) => Kind::Memory,
+            Some(EXT4 | XFS) => Kind::Disk,
+            _ => Kind::Other,
+        })
     }
 
     /// Whether a single file is mounted, not a directory.

@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, statx};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
+use super::mapped::{self, Mapping};
 use super::replay::{self, begin_append};
 use crate::fs::passthrough::caller::set_id::KillPriv;
 use crate::fs::passthrough::handle_table::Handle;
@@ -52,16 +53,28 @@ pub fn read(opener: Opener<'_>, handle: &Handle, read: &Read, data: &mut GuestWr
     Ok(done)
 }
 
+/// What a WRITE depends on, besides the file.
+#[derive(Clone, Copy, Debug)]
+pub struct Writing<'a> {
+    /// Opens files once more.
+    pub opener: Opener<'a>,
+    /// What it does to set-id bits.
+    pub kill_priv: KillPriv<'a>,
+    /// The guest writes back its cache.
+    pub writeback: bool,
+    /// How files are written through mappings; `None` if none is.
+    pub mapping: Option<Mapping<'a>>,
+}
+
 /// WRITE. Of two overlapping writes, one is complete before the other begins.
 pub fn write(
-    opener: Opener<'_>,
-    kill_priv: KillPriv<'_>,
-    writeback: bool,
+    writing: Writing<'_>,
     ctx: &Context,
     handle: &Handle,
     write: &Write,
     data: &mut GuestReader<'_>,
 ) -> Result<usize> {
+    let Writing { opener, kill_priv, writeback, mapping } = writing;
     let mode = handle.mode().ok_or(Errno::ISDIR)?;
     let from_cache = write.write_flags.contains(WriteFlags::CACHE);
     let appends = !from_cache && appends(handle, write.flags, writeback);
@@ -84,7 +97,7 @@ pub fn write(
         ranges.write(write.offset, u64::from(write.size))
     };
     notes::saw_writers(guard.writers());
-    let _member = kill_priv.begin(ctx, handle.inode(), kill_priv.bits_after_write(ctx, mode, write))?;
+    let member = kill_priv.begin(ctx, handle.inode(), kill_priv.bits_after_write(ctx, mode, write))?;
     let flags = sync_flags(write.flags);
     if appends {
         let there = begin_append(ctx.effects, opener, handle, data)?;
@@ -94,6 +107,11 @@ pub fn write(
         append(file, write.offset, flags | libc::RWF_APPEND, data).map(|written| there + written)
     } else if append_only {
         append_pages(file, write.offset, flags, data)
+    } else if let Some(mapping) = mapping.filter(|_| mode == Mode::Parallel && flags == 0 && member.is_none())
+    {
+        mapped::write(mapping, handle, write.offset, data, |data| {
+            write_all(handle, file, write.offset, 0, data)
+        })
     } else {
         write_all(handle, file, write.offset, flags, data)
     }
@@ -110,6 +128,7 @@ pub fn appends(handle: &Handle, flags: u32, writeback: bool) -> bool {
 /// FLUSH: one of the guest's descriptors of this open file was closed.
 pub fn flush(handle: &Handle, owner: LockOwner) -> Result<()> {
     handle.inode().locks().drop_owner(owner)?;
+    handle.inode().settle();
     if !handle.file().is_writable() {
         return Ok(());
     }
@@ -258,7 +277,9 @@ pub fn fsync(opener: Opener<'_>, effects: Effects<'_>, handle: &Handle, flags: F
             rustix::fs::fsync(file)
         }
     };
+    handle.inode().settle();
     replay::sync(effects, opener, handle, sync)?;
+    handle.inode().synced();
     // A server may keep what was written through each of its open files apart.
     handle.file().appended().map_or(Ok(()), sync)
 }

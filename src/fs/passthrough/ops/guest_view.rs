@@ -7,7 +7,7 @@ use rustix::fs::{FileType, Statx};
 use crate::fs::passthrough::caller::identity::{Identity, Owner};
 use crate::fs::passthrough::caller::set_id::has_set_id_bits;
 use crate::fs::passthrough::config::FsConfig;
-use crate::fs::passthrough::host::kind;
+use crate::fs::passthrough::host::{kind, stat};
 use crate::fs::passthrough::inode::Inode;
 use crate::fs::passthrough::session::Session;
 use crate::fs::passthrough::state::PassthroughFs;
@@ -57,6 +57,8 @@ impl GuestView<'_> {
 
     /// The attributes of an inode.
     pub fn attributes(&self, inode: &Inode, stat: &Statx) -> Attributes {
+        let settled = settled(inode);
+        let stat = settled.as_ref().unwrap_or(stat);
         let owner = self.owner(stat);
         let attr = abi::Attr {
             ino: self.number(inode, stat.stx_ino),
@@ -118,6 +120,14 @@ impl GuestView<'_> {
             stat.stx_blocks == 0 && self.session().policy.writeback && kind(stat) == FileType::RegularFile;
         if unsent { 1 } else { stat.stx_blocks }
     }
+}
+
+/// The attributes of an inode, if its times had to be set since they were read.
+fn settled(inode: &Inode) -> Option<Statx> {
+    if !inode.settle() {
+        return None;
+    }
+    stat(inode.path().ok()?).ok()
 }
 
 /// A device number as the protocol packs it: `new_encode_dev()` of Linux.

@@ -10,6 +10,7 @@ pub mod guest_view;
 pub mod labels;
 pub mod locks;
 pub mod lookup;
+pub mod mapped;
 pub mod namespace_ops;
 pub mod open;
 pub mod readdir;

@@ -282,6 +282,7 @@ pub fn release(
         fs.handles.get(node, id)?.inode().locks().drop_handle(id);
     }
     let handle = fs.handles.remove(node, id)?;
+    handle.inode().settle();
     if flags.contains(ReleaseFlags::FLOCK_UNLOCK) {
         // A request that is still under way may keep the descriptor, but not the lock.
         drop_flock(&handle)?;
