@@ -160,14 +160,14 @@ fn every_message_is_answered_once_while_workers_die() {
         killing(&backend, Duration::from_millis(20), || {
             let connection = session.connection();
             let features = connection.features().unwrap();
-            while Instant::now() < until {
+            // On a busy machine few of them are answered between two deaths.
+            while Instant::now() < until || answered < 100 {
                 assert_eq!(connection.features().unwrap(), features);
                 connection.set_features(session.features()).unwrap();
                 assert_eq!(connection.queue_count().unwrap(), 64);
                 answered += 3;
             }
         });
-        assert!(answered > 100, "{answered}");
         serves(&session);
     }
 }
