@@ -159,7 +159,7 @@ def runs_in_a_container(guest: Guest) -> None:
         300,
     )
     wait_for(guest, f"{PODMAN} exec box lanefsctl status", 60)
-    guest.output(LOAD.replace("share.sock", "box.sock") + " --op getattr --time 1", 300)
+    serves(guest, share="box")
     log = guest.output(f"{PODMAN} exec box lanefsctl status; {PODMAN} stop box >/dev/null; {PODMAN} logs box 2>&1", 300)
     assert "share /share" in log.splitlines() and "front end connected" in log, log
     guest.output(f"{PODMAN} rm -f box; {PODMAN} rmi -f {image}", 300)
