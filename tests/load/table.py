@@ -99,42 +99,51 @@ def results(rows: list[Row], reports: Reports, cpu_target: float) -> list[Entry]
     return found
 
 
+def compared(what: str, ratio: float, target: float | None, higher: bool) -> Check:
+    """What is compared, the ratio, the target, and whether a higher ratio is better."""
+    met = None if target is None else (ratio >= target if higher else ratio <= target)
+    return {"what": what, "ratio": ratio, "target": target, "higher": higher, "met": met}
+
+
+def with_peer(row: Row, ours: Column, peer: Column, cpu_target: float) -> list[Check]:
+    """Comparisons with the best peer."""
+    targets = row["targets"]
+    found = [compared("rate", ours["rate"] / peer["rate"], targets.get("rate"), True)]
+    if "latency" in targets:
+        found.append(compared("p50", ours["p50"] / peer["p50"], targets["latency"], False))
+        found.append(compared("p99", ours["p99"] / peer["p99"], targets["latency"], False))
+    found.append(compared("CPU", ours["cpu"] / peer["cpu"], cpu_target, False))
+    return found
+
+
+def with_limit(row: Row, ours: Column, limit: Column) -> list[Check]:
+    """Comparisons with plain system calls."""
+    rate = compared("limit", ours["rate"] / limit["rate"], row["targets"].get("limit"), True)
+    if cpus(limit) < cpus(ours):
+        # Busy threads that got less of the CPUs than a daemon are no limit of anything.
+        rate["met"] = None
+    return [compared("limit CPU", ours["cpu"] / limit["cpu"], None, False), rate]
+
+
 def checks(
     row: Row, columns: dict[str, Column], best: str | None, earlier: list[Entry], cpu_target: float
 ) -> list[Check]:
-    """Each: what is compared, the ratio, the target, and whether a higher ratio is better."""
+    """All comparisons of a row."""
     ours, targets = columns["lanefsd"], row["targets"]
     found: list[Check] = []
-
-    def check(what: str, ratio: float, target: float | None, higher: bool) -> None:
-        met = None if target is None else (ratio >= target if higher else ratio <= target)
-        found.append({"what": what, "ratio": ratio, "target": target, "higher": higher, "met": met})
-
     if best:
-        peer = columns[best]
-        check("rate", ours["rate"] / peer["rate"], targets.get("rate"), True)
-        if "latency" in targets:
-            check("p50", ours["p50"] / peer["p50"], targets["latency"], False)
-            check("p99", ours["p99"] / peer["p99"], targets["latency"], False)
-        check("CPU", ours["cpu"] / peer["cpu"], cpu_target, False)
+        found += with_peer(row, ours, columns[best], cpu_target)
     if "limit" in columns:
-        check("limit CPU", ours["cpu"] / columns["limit"]["cpu"], None, False)
-        check("limit", ours["rate"] / columns["limit"]["rate"], targets.get("limit"), True)
-        if cpus(columns["limit"]) < cpus(ours):
-            # Busy threads that got less of the CPUs than a daemon are no limit of anything.
-            found[-1]["met"] = None
+        found += with_limit(row, ours, columns["limit"])
     for what in ("unmapped", "files"):
         if other := columns.get(f"lanefsd-{what}"):
-            check(what, ours["rate"] / other["rate"], targets.get(what), True)
-            check(f"{what} CPU", ours["cpu"] / other["cpu"], None, False)
-    if row["name"].endswith("-4") and row["name"].startswith("queues"):
-        one = [entry for entry in earlier if entry["name"] == row["name"].replace("-4", "-1")]
-        if one and "lanefsd" in one[0]["columns"]:
-            check("queues", ours["rate"] / one[0]["columns"]["lanefsd"]["rate"], targets.get("queues"), True)
-    if "root" in targets:
-        root = [entry for entry in earlier if row["name"] == entry["name"] + "-user"]
-        if root and "lanefsd" in root[0]["columns"]:
-            check("root CPU", ours["cpu"] / root[0]["columns"]["lanefsd"]["cpu"], targets["root"], False)
+            found.append(compared(what, ours["rate"] / other["rate"], targets.get(what), True))
+            found.append(compared(f"{what} CPU", ours["cpu"] / other["cpu"], None, False))
+    before = {entry["name"]: entry["columns"]["lanefsd"] for entry in earlier if "lanefsd" in entry["columns"]}
+    if row["name"].startswith("queues") and (one := before.get(row["name"].replace("-4", "-1"))):
+        found.append(compared("queues", ours["rate"] / one["rate"], targets.get("queues"), True))
+    if "root" in targets and (root := before.get(row["name"].removesuffix("-user"))):
+        found.append(compared("root CPU", ours["cpu"] / root["cpu"], targets["root"], False))
     return found
 
 
