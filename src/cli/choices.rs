@@ -54,7 +54,7 @@ impl From<Parallel> for ParallelDirectWrites {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum Mapped {
-    /// Those of tmpfs; with --cache=always also those of ext4 and XFS
+    /// As "always" with --cache=always, otherwise none
     Auto,
     /// Those of tmpfs, ext4 and XFS, if no other daemon or program on the host writes the same bytes at once
     Always,

@@ -3,8 +3,8 @@
 //! A page of a file's mapping may be past the end of the file by the time it is touched, or its file system may have no
 //! room or cannot read it. The kernel tells that by SIGBUS. The copy is a function of assembly with one place where it can
 //! fault; the handler of SIGBUS compares the interrupted instruction with that place, as the kernel does with its own table of
-//! exceptions, and lets the function return how much is left. Any other SIGBUS has the effect that it had before: the handler puts the
-//! former action back, and the instruction faults once more.
+//! exceptions, and lets the function return how much is left. Any other fault has the effect that it had before: the handler puts the
+//! former action back, and the instruction faults once more. A SIGBUS that somebody sends has none.
 //!
 //! The handler reads and writes the interrupted registers and calls sigaction(2), and so is safe at any moment. It never touches
 //! memory that a thread of this process may have locked.
@@ -140,13 +140,19 @@ fn install() -> Result<()> {
     if result < 0 { Err(Errno::INVAL) } else { Ok(()) }
 }
 
-extern "C" fn handle(_signal: c_int, _info: *mut libc::siginfo_t, context: *mut c_void) {
+extern "C" fn handle(_signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     let begin = (&raw const lanefsd_fault_copy_begin).addr();
     let end = (&raw const lanefsd_fault_copy_end).addr();
     // SAFETY: with SA_SIGINFO the kernel passes a `ucontext_t`, which is this handler's alone and is loaded when it returns.
     let context = unsafe { &mut *context.cast::<libc::ucontext_t>() };
     if (begin..end).contains(&instruction(context)) {
         set_instruction(context, end);
+        return;
+    }
+    // SAFETY: with SA_SIGINFO the kernel passes what it knows of the signal.
+    let code = unsafe { (*info).si_code };
+    if code <= 0 || code == libc::BUS_MCEERR_AO {
+        // No instruction has faulted: somebody has sent it, or memory elsewhere is broken. Whoever touches that faults.
         return;
     }
     if let Some(Before(before)) = BEFORE.get() {

@@ -19,6 +19,8 @@ use crate::common::disk::Disk;
 
 const PAGE: usize = 4096;
 const ALWAYS: [&str; 2] = ["--cache=never", "--mapped-writes=always"];
+/// Blocks as large as pages, which small file systems do not have otherwise.
+const WHOLE_PAGES: [&str; 2] = ["-b", "4096"];
 /// Longer than the granularity of times of files.
 const JIFFIES: Duration = Duration::from_millis(15);
 
@@ -57,7 +59,7 @@ impl<'a> File<'a> {
 
     /// Writes there until it is done through a mapping: the daemon's system calls write less than that.
     fn warm(self, backend: &Backend, offset: usize, bytes: &[u8]) {
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(120);
         loop {
             let before = bytes_of_calls(backend);
             for _ in 0..8 {
@@ -106,7 +108,7 @@ fn times(path: &Path) -> [(i64, i64); 2] {
 }
 
 fn disks() -> [fn() -> Disk; 3] {
-    [|| Disk::tmpfs(64), || Disk::ext4(64, &[]), Disk::xfs]
+    [|| Disk::tmpfs(64), || Disk::ext4(64, &WHOLE_PAGES), Disk::xfs]
 }
 
 #[test]
@@ -148,10 +150,12 @@ fn many_writers_of_one_file_each_have_their_blocks() {
 #[test]
 fn nothing_is_mapped_by_default_where_overlapping_writes_of_daemons_are_whole() {
     type Case<'a> = (fn() -> Disk, &'a [&'a str], bool);
-    let cases: [Case<'_>; 5] = [
-        (|| Disk::tmpfs(64), &["--cache=never"], true),
-        (|| Disk::ext4(64, &[]), &["--cache=never"], false),
-        (|| Disk::ext4(64, &[]), &["--cache=always", "--parallel-direct-writes=always"], true),
+    let cases: [Case<'_>; 7] = [
+        (|| Disk::tmpfs(64), &["--cache=never"], false),
+        (|| Disk::tmpfs(64), &["--cache=always", "--parallel-direct-writes=always"], true),
+        (|| Disk::ext4(64, &["-b", "1024"]), &["--cache=never", "--mapped-writes=always"], false),
+        (|| Disk::ext4(64, &WHOLE_PAGES), &["--cache=never"], false),
+        (|| Disk::ext4(64, &WHOLE_PAGES), &["--cache=always", "--parallel-direct-writes=always"], true),
         (|| Disk::tmpfs(64), &["--cache=never", "--mapped-writes=never"], false),
         (|| Disk::tmpfs(64), &["--cache=never", "--mapped-writes=always", "--allow-direct-io"], false),
     ];
@@ -164,6 +168,34 @@ fn nothing_is_mapped_by_default_where_overlapping_writes_of_daemons_are_whole() 
         }
         assert_eq!(mapped(&backend, &disk.path) > 0, is_mapped, "{args:?}");
     }
+}
+
+#[test]
+fn a_handle_that_is_not_writable_writes_nothing() {
+    let disk = Disk::tmpfs(64);
+    let (backend, session) = serve(&disk.path, &ALWAYS, 1);
+    let file = File::create(&session, "file", PAGE);
+    file.warm(&backend, 0, &[1; PAGE]);
+    let reader = file.client.open(file.node, libc::O_RDONLY).unwrap();
+    let refused = File { fh: reader.fh, ..file };
+    assert_eq!(refused.refused(0, &[2; PAGE]), libc::EBADF);
+    assert_eq!(fs::read(disk.path.join("file")).unwrap(), [1; PAGE]);
+}
+
+#[test]
+fn a_signal_that_no_page_has_caused_changes_nothing() {
+    let disk = Disk::tmpfs(64);
+    let (backend, session) = serve(&disk.path, &ALWAYS, 1);
+    let file = File::create(&session, "file", PAGE);
+    file.warm(&backend, 0, &[1; PAGE]);
+    let old = backend.worker().unwrap();
+    kill_process(Pid::from_raw(old as i32).unwrap(), Signal::BUS).unwrap();
+    for round in 0..100 {
+        fs::File::options().write(true).open(disk.path.join("file")).unwrap().set_len(0).unwrap();
+        file.write(0, &[round; PAGE]);
+        assert_eq!(fs::read(disk.path.join("file")).unwrap(), [round; PAGE]);
+    }
+    assert_eq!(backend.worker(), Some(old), "the same process");
 }
 
 #[test]
@@ -290,7 +322,7 @@ fn a_file_that_is_truncated_on_the_host_again_and_again() {
 #[test]
 fn holes_on_a_full_disk_are_refused() {
     const BLOCKS: usize = 256;
-    for disk in [|| Disk::tmpfs(16), || Disk::ext4(24, &[])] as [fn() -> Disk; 2] {
+    for disk in [|| Disk::tmpfs(16), || Disk::ext4(24, &WHOLE_PAGES)] as [fn() -> Disk; 2] {
         let disk = disk();
         let (mut backend, session) = serve(&disk.path, &ALWAYS, 1);
         let file = File::create(&session, "file", BLOCKS * PAGE);
@@ -342,7 +374,7 @@ fn holes_on_a_full_disk_are_refused() {
 
 #[test]
 fn a_file_that_becomes_immutable_or_synchronous_is_treated_so() {
-    let disk = Disk::ext4(64, &[]);
+    let disk = Disk::ext4(64, &WHOLE_PAGES);
     let (backend, session) = serve(&disk.path, &ALWAYS, 1);
     let (file, path) = (File::create(&session, "file", PAGE), disk.path.join("file"));
     let chattr = |flag| common::run(Command::new("chattr").arg(flag).arg(&path));
@@ -440,7 +472,7 @@ fn set_id_bits_are_cleared_by_the_next_write() {
 #[test]
 fn what_was_synced_is_in_a_copy_of_the_disk() {
     for (disk, kind) in [(Disk::ext4 as fn(u64, &[&str]) -> Disk, "ext4")] {
-        let disk = disk(64, &[]);
+        let disk = disk(64, &WHOLE_PAGES);
         let (backend, session) = serve(&disk.path, &ALWAYS, 1);
         let file = File::create(&session, "file", 64 * PAGE);
         for round in 1..4 {
@@ -516,7 +548,7 @@ fn windows_are_bounded_and_gone_with_their_use() {
 
 #[test]
 fn a_file_that_was_released_keeps_nothing_busy() {
-    let disk = Disk::ext4(64, &[]);
+    let disk = Disk::ext4(64, &WHOLE_PAGES);
     let (_backend, session) = serve(&disk.path, &ALWAYS, 1);
     let file = File::create(&session, "file", PAGE);
     file.warm(&_backend, 0, &[1; PAGE]);

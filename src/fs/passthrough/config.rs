@@ -156,7 +156,7 @@ pub enum ParallelDirectWrites {
 /// Which files in parallel mode are written through mappings, where that pays (`--mapped-writes`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MappedWrites {
-    /// Those of tmpfs; those of ext4 and XFS only if nobody else changes the share.
+    /// If nobody else changes the share, as [`MappedWrites::Always`]; otherwise none.
     Auto,
     /// Those of tmpfs, ext4 and XFS.
     Always,

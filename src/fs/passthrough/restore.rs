@@ -11,7 +11,6 @@ use rustix::fs::{Mode, OFlags, openat};
 use super::handle_table::{DIRECTORY, Handle};
 use super::host::file::HostFile;
 use super::inode::io_mode::Mode as IoMode;
-use super::inode::mapped::Times as _;
 use super::inode::{Inode, OwnerFile, RestoredOwner, adopt_descriptor};
 use super::state::PassthroughFs;
 use crate::limits::GuestFd;
@@ -54,10 +53,7 @@ impl PassthroughFs {
             return Ok(Handle::new_directory(inode, file, self.handles.restored_listing()));
         }
         inode.restore_opener(IoMode::of_number(entry.inode_mode));
-        if inode.take_unsettled() {
-            // It was written through a mapping, and the process died before it set the times.
-            let _ = inode.touch();
-        }
+        inode.settle_after_death();
         Ok(Handle::new_file(inode, HostFile::restored(fd, flags), IoMode::of_number(entry.mode)))
     }
 

@@ -69,6 +69,8 @@ pub struct Inode {
     mapped: ArcSwapOption<MappedFile>,
     /// Whether it may be, which costs less to read.
     is_mapped: AtomicBool,
+    /// It is, or was: attributes that were read before may have times from before its last write.
+    was_mapped: AtomicBool,
     /// It had a set-group-ID bit without execution by the group when its attributes were last read.
     lone_group_bit: AtomicBool,
     /// It may have set-id bits that the host does not clear.
@@ -91,6 +93,7 @@ impl Inode {
             locks: PosixLocks::default(),
             mapped: ArcSwapOption::const_empty(),
             is_mapped: AtomicBool::new(false),
+            was_mapped: AtomicBool::new(false),
             lone_group_bit: AtomicBool::new(false),
             set_id_bits: AtomicBool::new(leaves_set_id_bits),
             fd,
@@ -171,10 +174,17 @@ impl Inode {
         self.is_mapped.load(Ordering::Acquire)
     }
 
+    /// Whether it is, or was, written through mappings since it is known.
+    pub fn was_mapped(&self) -> bool {
+        self.was_mapped.load(Ordering::Acquire)
+    }
+
     /// From now on it is written through mappings, until the last opener has closed it. If it is already, nothing changes.
     pub fn map(&self, file: MappedFile) {
-        self.mapped.compare_and_swap(std::ptr::null::<MappedFile>(), Some(Arc::new(file)));
-        self.is_mapped.store(true, Ordering::Release);
+        self.was_mapped.store(true, Ordering::Release);
+        if self.mapped.compare_and_swap(std::ptr::null::<MappedFile>(), Some(Arc::new(file))).is_none() {
+            self.is_mapped.store(true, Ordering::Release);
+        }
     }
 
     /// Its last opener has closed it. A write that is still under way finds that it is not mapped any more, after it has
@@ -187,14 +197,13 @@ impl Inode {
         }
     }
 
-    /// Sets the times of a file that was written through mappings since they were set. Returns whether they may have changed.
-    pub fn settle(&self) -> bool {
-        if !self.is_mapped() {
-            return false;
+    /// Sets the times of a file that was written through mappings since they were set.
+    pub fn settle(&self) {
+        if self.is_mapped()
+            && let Some(file) = self.mapped().as_ref().filter(|file| file.is_unsettled())
+        {
+            file.settle_and(self, || ());
         }
-        let mapped = self.mapped();
-        let Some(file) = mapped.as_ref().filter(|file| file.is_unsettled()) else { return false };
-        file.settle_and(self, || true)
     }
 
     /// Does what sets times: those of writes that were acknowledged before do not come later.
@@ -224,14 +233,12 @@ impl Inode {
         self.mapped().as_ref().is_some_and(|file| file.drop_idle(now))
     }
 
-    /// Whether an earlier process has died before it set the times; it is not asked again.
-    pub fn take_unsettled(&self) -> bool {
+    /// Sets the times, if an earlier process has died before it did.
+    pub fn settle_after_death(&self) {
         let records = self.mount().fd_cache().records();
-        let is = records.inode(self.fd.record()).is_unsettled();
-        if is {
+        if records.inode(self.fd.record()).is_unsettled() && self.touch().is_ok() {
             self.note_unsettled(false);
         }
-        is
     }
 
     /// Whether it had a set-group-ID bit without execution by the group when its attributes were last read.

@@ -40,6 +40,8 @@ const VFAT: u32 = 0x4d44;
 const TMPFS: u32 = 0x0102_1994;
 /// `EXT4_SUPER_MAGIC`; ext2 and ext3, which the same code serves, have it too.
 const EXT4: u32 = 0xef53;
+/// Bytes of a page that is no larger than it may be.
+const BLOCK: i64 = 4096;
 /// `XFS_SUPER_MAGIC`.
 const XFS: u32 = 0x5846_5342;
 
@@ -148,10 +150,14 @@ impl Mount {
 
     /// What kind of file system it is; `file` is one of its files.
     pub fn kind(&self, file: impl AsFd) -> Kind {
-        *self.kind.get_or_init(|| match file_system(file) {
-            Some(TMPFS) => Kind::Memory,
-            Some(EXT4 | XFS) => Kind::Disk,
-            _ => Kind::Other,
+        *self.kind.get_or_init(|| {
+            // With smaller blocks, kernels before 2025 may leave a page writable of which a block was taken away.
+            let has_small_blocks = fstatfs(&file).map_or(true, |stat| stat.f_bsize < BLOCK);
+            match file_system(file) {
+                Some(TMPFS) => Kind::Memory,
+                Some(EXT4 | XFS) if !has_small_blocks => Kind::Disk,
+                _ => Kind::Other,
+            }
         })
     }
 

@@ -43,7 +43,6 @@ pub fn statfs(inode: &Inode) -> Result<abi::Kstatfs> {
 
 /// GETATTR.
 pub fn getattr(view: &GuestView<'_>, inode: &Inode) -> Result<Attributes> {
-    inode.settle();
     Ok(view.attributes(inode, &stat(inode.path()?)?))
 }
 

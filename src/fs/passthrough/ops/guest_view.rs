@@ -122,11 +122,12 @@ impl GuestView<'_> {
     }
 }
 
-/// The attributes of an inode, if its times had to be set since they were read.
+/// The attributes of an inode whose times may have been set since they were read, by this thread or by another one.
 fn settled(inode: &Inode) -> Option<Statx> {
-    if !inode.settle() {
+    if !inode.was_mapped() {
         return None;
     }
+    inode.settle();
     stat(inode.path().ok()?).ok()
 }
 

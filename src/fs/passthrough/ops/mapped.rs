@@ -1,9 +1,9 @@
 //! WRITE through a mapping: which files are mapped, and when ([`MappedFile`] says how).
 //!
 //! A file is mapped once it was written a few times in parallel mode, if its file system shows in mappings what its page cache
-//! has and keeps no write from the other hosts or from a FUSE server: tmpfs, ext4 and XFS. On ext4 and XFS the file's lock
-//! in the host's kernel also keeps overlapping writes of several daemons whole. A mapping does not, so there it is up to the
-//! options whether that promise is given up.
+//! has and keeps no write from the other hosts or from a FUSE server: tmpfs, ext4 and XFS. The file's lock in the host's kernel
+//! also keeps overlapping writes of several daemons whole. A mapping does not, so it is up to the options whether that is
+//! given up.
 
 use std::sync::Arc;
 
@@ -34,11 +34,12 @@ pub struct Mapping<'a> {
 impl Mapping<'_> {
     /// Whether files of this kind are mapped; if so, whether they are on a disk.
     fn takes(self, kind: FileSystemKind) -> Option<bool> {
-        match kind {
-            FileSystemKind::Memory => Some(false),
-            FileSystemKind::Disk => (self.policy == MappedWrites::Always || self.is_alone).then_some(true),
-            FileSystemKind::Other => None,
-        }
+        let has_disk = match kind {
+            FileSystemKind::Memory => false,
+            FileSystemKind::Disk => true,
+            FileSystemKind::Other => return None,
+        };
+        (self.policy == MappedWrites::Always || self.is_alone).then_some(has_disk)
     }
 }
 
@@ -52,9 +53,9 @@ pub fn write(
 ) -> Result<usize> {
     let (inode, fd) = (handle.inode(), handle.fd());
     let is_synchronous = handle.file().flags().intersects(OFlags::SYNC | OFlags::DSYNC);
-    let Some(has_disk) =
-        mapping.takes(inode.mount().kind(fd)).filter(|_| !is_synchronous && !data.is_empty())
-    else {
+    // With a handle that is not writable, pwritev2(2) has the error.
+    let is_possible = handle.file().is_writable() && !is_synchronous && !data.is_empty();
+    let Some(has_disk) = mapping.takes(inode.mount().kind(fd)).filter(|_| is_possible) else {
         return plain(data);
     };
     let mapped = inode.mapped();
@@ -70,7 +71,7 @@ pub fn write(
     match file.write(fd, offset, data, &**inode) {
         Ok(()) => {
             data.skip(len);
-            if !inode.is_mapped() {
+            if !inode.mapped().as_ref().is_some_and(|now| Arc::ptr_eq(now, file)) {
                 // The last opener has closed it meanwhile, and nobody will settle it.
                 file.settle_and(&**inode, || ());
             }

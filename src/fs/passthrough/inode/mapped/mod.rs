@@ -42,6 +42,7 @@ use self::payoff::Payoff;
 use super::settler::Settler;
 use crate::fs::Result;
 use crate::limits::GuestFd;
+use crate::logging::warn_limited;
 use crate::sys::clock::monotonic;
 use crate::sys::file_flags;
 use crate::sys::guest_buffers::GuestReader;
@@ -64,6 +65,9 @@ const SETTLED: u8 = 0;
 const UNSETTLED: u8 = 1;
 /// They are being set.
 const SETTLING: u8 = 2;
+
+/// Errors with which times cannot be set later either: somebody on the host has changed the file or its file system.
+const STAYS: [Errno; 5] = [Errno::PERM, Errno::ACCESS, Errno::ROFS, Errno::STALE, Errno::NOENT];
 
 /// Flags of a file (`FS_*_FL` of linux/fs.h) with which it is not mapped: what is written is synchronous, forbidden, or journalled.
 const UNMAPPED_FLAGS: u32 = 0x8 | 0x10 | 0x20 | 0x4000;
@@ -235,13 +239,21 @@ impl MappedFile {
         if self.state.load(Ordering::Relaxed) == UNSETTLED {
             self.state.store(SETTLING, Ordering::Relaxed);
             fence(Ordering::SeqCst);
-            let touched = times.touch();
-            self.state.store(SETTLED, Ordering::Release);
-            times.note_unsettled(false);
-            if let Err(errno) = touched {
-                log::debug!("the times of a file that was written cannot be set any more: {errno}");
-                turn.is_over = true;
-                self.lease.store(0, Ordering::Release);
+            match times.touch() {
+                // Scarce descriptors or memory, an error of the disk: it may work the next time.
+                Err(errno) if !STAYS.contains(&errno) => {
+                    self.state.store(UNSETTLED, Ordering::Release);
+                    self.settler.wake();
+                }
+                touched => {
+                    self.state.store(SETTLED, Ordering::Release);
+                    times.note_unsettled(false);
+                    if let Err(errno) = touched {
+                        warn_limited!("times of a file that was written cannot be set any more: {errno}");
+                        turn.is_over = true;
+                        self.lease.store(0, Ordering::Release);
+                    }
+                }
             }
         }
         and()
