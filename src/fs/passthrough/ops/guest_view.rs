@@ -7,7 +7,7 @@ use rustix::fs::{FileType, Statx};
 use crate::fs::passthrough::caller::identity::{Identity, Owner};
 use crate::fs::passthrough::caller::set_id::has_set_id_bits;
 use crate::fs::passthrough::config::FsConfig;
-use crate::fs::passthrough::host::{kind, stat};
+use crate::fs::passthrough::host::{self, kind};
 use crate::fs::passthrough::inode::Inode;
 use crate::fs::passthrough::session::Session;
 use crate::fs::passthrough::state::PassthroughFs;
@@ -57,8 +57,21 @@ impl GuestView<'_> {
 
     /// The attributes of an inode.
     pub fn attributes(&self, inode: &Inode, stat: &Statx) -> Attributes {
-        let settled = settled(inode);
-        let stat = settled.as_ref().unwrap_or(stat);
+        if inode.was_mapped() {
+            return self.settled_attributes(inode, stat);
+        }
+        self.attributes_of(inode, stat)
+    }
+
+    /// The same of an inode whose times may have been set since they were read, by this thread or by another one.
+    #[cold]
+    fn settled_attributes(&self, inode: &Inode, before: &Statx) -> Attributes {
+        inode.settle();
+        let now = inode.path().and_then(host::stat);
+        self.attributes_of(inode, now.as_ref().unwrap_or(before))
+    }
+
+    fn attributes_of(&self, inode: &Inode, stat: &Statx) -> Attributes {
         let owner = self.owner(stat);
         let attr = abi::Attr {
             ino: self.number(inode, stat.stx_ino),
@@ -120,15 +133,6 @@ impl GuestView<'_> {
             stat.stx_blocks == 0 && self.session().policy.writeback && kind(stat) == FileType::RegularFile;
         if unsent { 1 } else { stat.stx_blocks }
     }
-}
-
-/// The attributes of an inode whose times may have been set since they were read, by this thread or by another one.
-fn settled(inode: &Inode) -> Option<Statx> {
-    if !inode.was_mapped() {
-        return None;
-    }
-    inode.settle();
-    stat(inode.path().ok()?).ok()
 }
 
 /// A device number as the protocol packs it: `new_encode_dev()` of Linux.
