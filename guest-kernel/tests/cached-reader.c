@@ -58,15 +58,11 @@ int main(void)
 
 	memset(content, 'a', sizeof(content));
 	memset(data, 'b', sizeof(data));
-	mount_server(&server);
-	child = fork();
-	if (child < 0)
-		err(1, "fork");
+	child = start_server(&server);
 	if (!child) {
 		serve(&server);
 		return 0;
 	}
-	close(server.device);
 	fd = open(FILE_PATH, O_RDWR);
 	if (fd < 0)
 		err(1, FILE_PATH);

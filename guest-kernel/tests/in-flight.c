@@ -113,17 +113,13 @@ int main(int argc, char **argv)
 
 	if (argc > 1 && !strcmp(argv[1], "--extending"))
 		server.open_flags |= FOPEN_PARALLEL_EXTENDING_WRITES;
-	mount_server(&server);
 	if (pipe(ends))
 		err(1, "pipe");
-	child = fork();
-	if (child < 0)
-		err(1, "fork");
+	child = start_server(&server);
 	if (!child) {
 		serve(&server, ends[1]);
 		return 0;
 	}
-	close(server.device);
 	close(ends[1]);
 	write_together(0, 0);
 	print_most("overwriting", ends[0]);

@@ -104,15 +104,11 @@ int main(int argc, char **argv)
 	create = !strcmp(argv[1], "create");
 	if (argc > 2 && !strcmp(argv[2], "--extending"))
 		server.open_flags |= FOPEN_PARALLEL_EXTENDING_WRITES;
-	mount_server(&server);
-	child = fork();
-	if (child < 0)
-		err(1, "fork");
+	child = start_server(&server);
 	if (!child) {
 		serve(&server, create);
 		return 0;
 	}
-	close(server.device);
 	fd = open(FILE_PATH, O_RDWR);
 	if (fd < 0)
 		err(1, FILE_PATH);

@@ -212,4 +212,18 @@ static inline void mount_server(struct server *server)
 		err(1, "mount");
 }
 
+/* Mounts the server. Returns 0 in the child, which serves; the parent is its client. */
+static inline pid_t start_server(struct server *server)
+{
+	pid_t child;
+
+	mount_server(server);
+	child = fork();
+	if (child < 0)
+		err(1, "fork");
+	if (child)
+		close(server->device);
+	return child;
+}
+
 #endif

@@ -85,15 +85,11 @@ int main(void)
 	pid_t child;
 	int cached, i;
 
-	mount_server(&server);
-	child = fork();
-	if (child < 0)
-		err(1, "fork");
+	child = start_server(&server);
 	if (!child) {
 		serve(&server);
 		return 0;
 	}
-	close(server.device);
 	cached = open(FILE_PATH, O_RDWR);
 	direct = open(FILE_PATH, O_RDWR);
 	if (cached < 0 || direct < 0)

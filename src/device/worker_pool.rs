@@ -337,7 +337,7 @@ impl WorkerPool {
 
     /// Serves a request that may wait, and returns it if it was put back. (That happens to a request of a
     /// queue that runs only if the guest gave its number to another request, too: then the guest waits.)
-    fn serve_blocking(self: &Arc<Self>, request: InFlight) -> Option<Popped> {
+    fn serve_blocking(&self, request: InFlight) -> Option<Popped> {
         let waits = Waits { queue: Arc::clone(&self.queue), head: request.head() };
         let _hook = HookGuard::install(Box::new(waits));
         match request.serve_blocking(&self.server) {

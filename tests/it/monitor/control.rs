@@ -14,10 +14,9 @@ use super::{Watched, answered, ask, connect, http, serve, taken};
 use crate::common;
 use crate::survival::{IMMORTAL, kill_worker};
 
-#[test]
-fn a_request_that_waits_is_seen_with_its_phase() {
-    let watched = Watched::start(&["--posix-lock"]);
-    let session = serve(&watched);
+/// Does this while a SETLKW waits, which is seen, and lets it end.
+fn while_a_lock_is_waited_for(watched: &Watched, work: impl FnOnce()) {
+    let session = serve(watched);
     let client = session.client();
     let (node, fh) = common::create_file(&session);
     let lock = |owner| Lock { owner, pid: 1, kind: libc::F_WRLCK, start: 0, flock: false, end: 9 };
@@ -29,9 +28,16 @@ fn a_request_that_waits_is_seen_with_its_phase() {
         };
         let waiting = || watched.answer("ops")["ops"].as_array().unwrap().iter().any(is_it);
         common::wait_until(waiting, "a request that waits for a lock");
+        work();
         client.setlk(node, fh, Lock { kind: libc::F_UNLCK, ..lock(1) }).unwrap();
         waits.join().unwrap().unwrap();
     });
+}
+
+#[test]
+fn a_request_that_waits_is_seen_with_its_phase() {
+    let watched = Watched::start(&["--posix-lock"]);
+    while_a_lock_is_waited_for(&watched, || {});
     assert!(watched.answer("ops")["ops"].as_array().unwrap().is_empty());
 }
 
@@ -72,20 +78,9 @@ fn each_phase_of_a_request_is_seen() {
 #[test]
 fn the_log_says_what_was_in_flight_when_a_worker_died() {
     let watched = Watched::start(&["--posix-lock", IMMORTAL]);
-    let session = serve(&watched);
-    let client = session.client();
-    let (node, fh) = common::create_file(&session);
-    let lock = |owner| Lock { owner, pid: 1, kind: libc::F_WRLCK, start: 0, flock: false, end: 9 };
-    client.setlk(node, fh, lock(1)).unwrap();
-    std::thread::scope(|scope| {
-        let waits = scope.spawn(|| client.setlkw(node, fh, lock(2)));
-        let waiting =
-            || watched.answer("ops")["ops"].as_array().unwrap().iter().any(|op| op["op"] == "setlkw");
-        common::wait_until(waiting, "a request that waits for a lock");
+    while_a_lock_is_waited_for(&watched, || {
         kill_worker(&watched.backend);
         common::wait_for_words(&watched.backend, "in flight then: setlkw (request ");
-        client.setlk(node, fh, Lock { kind: libc::F_UNLCK, ..lock(1) }).unwrap();
-        waits.join().unwrap().unwrap();
     });
 }
 

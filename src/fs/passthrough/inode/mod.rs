@@ -67,9 +67,7 @@ pub struct Inode {
     locks: PosixLocks,
     /// Set while it is open and written through mappings.
     mapped: ArcSwapOption<MappedFile>,
-    /// Whether it may be, which costs less to read.
-    is_mapped: AtomicBool,
-    /// It is, or was: attributes that were read before may have times from before its last write.
+    /// It was set before, which costs less to read.
     was_mapped: AtomicBool,
     /// It had a set-group-ID bit without execution by the group when its attributes were last read.
     lone_group_bit: AtomicBool,
@@ -92,7 +90,6 @@ impl Inode {
             ranges: RangeLock::default(),
             locks: PosixLocks::default(),
             mapped: ArcSwapOption::const_empty(),
-            is_mapped: AtomicBool::new(false),
             was_mapped: AtomicBool::new(false),
             lone_group_bit: AtomicBool::new(false),
             set_id_bits: AtomicBool::new(leaves_set_id_bits),
@@ -171,7 +168,7 @@ impl Inode {
 
     /// Whether it is written through mappings.
     pub fn is_mapped(&self) -> bool {
-        self.is_mapped.load(Ordering::Acquire)
+        self.was_mapped() && self.mapped().is_some()
     }
 
     /// Whether it is, or was, written through mappings since it is known.
@@ -182,15 +179,13 @@ impl Inode {
     /// From now on it is written through mappings, until the last opener has closed it. If it is already, nothing changes.
     pub fn map(&self, file: MappedFile) {
         self.was_mapped.store(true, Ordering::Release);
-        if self.mapped.compare_and_swap(std::ptr::null::<MappedFile>(), Some(Arc::new(file))).is_none() {
-            self.is_mapped.store(true, Ordering::Release);
-        }
+        self.mapped.compare_and_swap(std::ptr::null::<MappedFile>(), Some(Arc::new(file)));
     }
 
     /// Its last opener has closed it. A write that is still under way finds that it is not mapped any more, after it has
     /// unsettled the file, and settles it itself.
     fn unmap(&self) {
-        if self.is_mapped.swap(false, Ordering::SeqCst)
+        if self.was_mapped()
             && let Some(file) = self.mapped.swap(None)
         {
             file.settle_and(self, || ());
@@ -199,7 +194,7 @@ impl Inode {
 
     /// Sets the times of a file that was written through mappings since they were set.
     pub fn settle(&self) {
-        if self.is_mapped()
+        if self.was_mapped()
             && let Some(file) = self.mapped().as_ref().filter(|file| file.is_unsettled())
         {
             file.settle_and(self, || ());

@@ -22,7 +22,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, OnceLock, Weak};
 
-use rustix::fs::{FileType, Mode, OFlags, fstatfs, openat};
+use rustix::fs::{FileType, Mode, OFlags, StatFs, fstatfs, openat};
 use rustix::io::Errno;
 
 use super::Inode;
@@ -40,7 +40,7 @@ const VFAT: u32 = 0x4d44;
 const TMPFS: u32 = 0x0102_1994;
 /// `EXT4_SUPER_MAGIC`; ext2 and ext3, which the same code serves, have it too.
 const EXT4: u32 = 0xef53;
-/// Bytes of a page that is no larger than it may be.
+/// The page size of most machines, in bytes: of smaller blocks, several share a page.
 const BLOCK: i64 = 4096;
 /// `XFS_SUPER_MAGIC`.
 const XFS: u32 = 0x5846_5342;
@@ -151,11 +151,11 @@ impl Mount {
     /// What kind of file system it is; `file` is one of its files.
     pub fn kind(&self, file: impl AsFd) -> Kind {
         *self.kind.get_or_init(|| {
-            // With smaller blocks, kernels before 2025 may leave a page writable of which a block was taken away.
-            let has_small_blocks = fstatfs(&file).map_or(true, |stat| stat.f_bsize < BLOCK);
-            match file_system(file) {
+            let Ok(stat) = fstatfs(file) else { return Kind::Other };
+            match magic(&stat) {
                 Some(TMPFS) => Kind::Memory,
-                Some(EXT4 | XFS) if !has_small_blocks => Kind::Disk,
+                // With smaller blocks, kernels before 2025 may leave a page writable of which a block was taken away.
+                Some(EXT4 | XFS) if stat.f_bsize >= BLOCK => Kind::Disk,
                 _ => Kind::Other,
             }
         })
@@ -236,8 +236,12 @@ pub(super) fn numbers_alias_on(file_system: Option<u32>) -> bool {
 
 /// The magic number of the file system; `None` if it cannot be had.
 pub(super) fn file_system(fd: impl AsFd) -> Option<u32> {
+    magic(&fstatfs(fd).ok()?)
+}
+
+fn magic(stat: &StatFs) -> Option<u32> {
     // The number has 32 bits, and its type on some machines a sign.
-    u32::try_from(fstatfs(fd).ok()?.f_type & 0xffff_ffff).ok()
+    u32::try_from(stat.f_type & 0xffff_ffff).ok()
 }
 
 fn handles_are_durable(file_system: Option<u32>) -> bool {

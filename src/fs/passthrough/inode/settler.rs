@@ -12,6 +12,8 @@ use std::time::Duration;
 use log::debug;
 
 use super::Inode;
+use crate::logging::Scope;
+use crate::sync::lock;
 use crate::sys::clock::monotonic;
 use crate::sys::memory::ask_for_a_thread;
 
@@ -63,7 +65,7 @@ impl Settler {
     }
 
     fn lock(&self) -> MutexGuard<'_, Files> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.files)
     }
 
     /// Waits until a file is unsettled, or for `limit`; false if the share ends.
@@ -121,10 +123,14 @@ impl MappedFiles {
 
     /// Starts the thread, if it does not run; false if there is none. It has the rights of the calling thread.
     pub fn start(&self) -> bool {
-        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut thread = lock(&self.thread);
         if thread.is_none() && ask_for_a_thread().is_ok() {
-            let settler = Arc::clone(&self.settler);
-            match thread::Builder::new().name("settler".into()).spawn(move || settler.run()) {
+            let (settler, scope) = (Arc::clone(&self.settler), Scope::current());
+            let run = move || {
+                let _scope = scope.enter();
+                settler.run();
+            };
+            match thread::Builder::new().name("settler".into()).spawn(run) {
                 Ok(started) => *thread = Some(started),
                 Err(error) => debug!("files are not mapped, since there is no thread for it: {error}"),
             }
@@ -150,7 +156,7 @@ impl Drop for MappedFiles {
     fn drop(&mut self) {
         self.settler.lock().stops = true;
         self.settler.changed.notify_all();
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = lock(&self.thread).take();
         if let Some(Err(_)) = thread.map(JoinHandle::join) {
             debug!("the thread that sets the times of files has failed");
         }

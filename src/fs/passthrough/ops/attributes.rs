@@ -43,7 +43,8 @@ pub fn statfs(inode: &Inode) -> Result<abi::Kstatfs> {
 
 /// GETATTR.
 pub fn getattr(view: &GuestView<'_>, inode: &Inode) -> Result<Attributes> {
-    Ok(view.attributes(inode, &stat(inode.path()?)?))
+    inode.settle();
+    Ok(view.settled_attributes(inode, &stat(inode.path()?)?))
 }
 
 /// STATX: everything that the host has, without a question to a server. The guest takes of it what it asked for.

@@ -58,20 +58,21 @@ impl GuestView<'_> {
     /// The attributes of an inode.
     pub fn attributes(&self, inode: &Inode, stat: &Statx) -> Attributes {
         if inode.was_mapped() {
-            return self.settled_attributes(inode, stat);
+            return self.attributes_again(inode, stat);
         }
-        self.attributes_of(inode, stat)
+        self.settled_attributes(inode, stat)
     }
 
     /// The same of an inode whose times may have been set since they were read, by this thread or by another one.
     #[cold]
-    fn settled_attributes(&self, inode: &Inode, before: &Statx) -> Attributes {
+    fn attributes_again(&self, inode: &Inode, before: &Statx) -> Attributes {
         inode.settle();
         let now = inode.path().and_then(host::stat);
-        self.attributes_of(inode, now.as_ref().unwrap_or(before))
+        self.settled_attributes(inode, now.as_ref().unwrap_or(before))
     }
 
-    fn attributes_of(&self, inode: &Inode, stat: &Statx) -> Attributes {
+    /// The attributes of an inode, of which `stat` was read after [`Inode::settle`].
+    pub fn settled_attributes(&self, inode: &Inode, stat: &Statx) -> Attributes {
         let owner = self.owner(stat);
         let attr = abi::Attr {
             ino: self.number(inode, stat.stx_ino),

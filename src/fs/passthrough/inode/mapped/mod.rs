@@ -29,12 +29,12 @@ mod payoff;
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use arc_swap::ArcSwapOption;
 use rustix::fs::{
-    AtFlags, Mode, StatVfsMountFlags, StatxAttributes, StatxFlags, Timespec, Timestamps, UTIME_NOW,
-    UTIME_OMIT, fstatvfs, statx,
+    AtFlags, IFlags, Mode, StatVfsMountFlags, Statx, StatxAttributes, StatxFlags, Timespec, Timestamps,
+    UTIME_NOW, UTIME_OMIT, fstatvfs, statx,
 };
 use rustix::io::Errno;
 
@@ -43,6 +43,7 @@ use super::settler::Settler;
 use crate::fs::Result;
 use crate::limits::GuestFd;
 use crate::logging::warn_limited;
+use crate::sync::lock;
 use crate::sys::clock::monotonic;
 use crate::sys::file_flags;
 use crate::sys::guest_buffers::GuestReader;
@@ -69,8 +70,9 @@ const SETTLING: u8 = 2;
 /// Errors with which times cannot be set later either: somebody on the host has changed the file or its file system.
 const STAYS: [Errno; 5] = [Errno::PERM, Errno::ACCESS, Errno::ROFS, Errno::STALE, Errno::NOENT];
 
-/// Flags of a file (`FS_*_FL` of linux/fs.h) with which it is not mapped: what is written is synchronous, forbidden, or journalled.
-const UNMAPPED_FLAGS: u32 = 0x8 | 0x10 | 0x20 | 0x4000;
+/// Flags of a file with which it is not mapped: what is written is synchronous, forbidden, or journalled.
+const UNMAPPED: IFlags =
+    IFlags::SYNC.union(IFlags::IMMUTABLE).union(IFlags::APPEND).union(IFlags::JOURNALING);
 
 /// A file that is written through mappings.
 #[derive(Debug)]
@@ -284,9 +286,7 @@ impl MappedFile {
 
     /// Whether the file had `end` bytes after they were copied, and nothing that pwritev2(2) has to clear.
     fn was_inside(&self, file: BorrowedFd<'_>, end: u64) -> bool {
-        let wanted = StatxFlags::SIZE | StatxFlags::MODE;
-        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-        let Ok(stat) = statx(file, c"", flags, wanted) else { return false };
+        let Ok(stat) = size_and_mode(file) else { return false };
         if stat.stx_size < end {
             self.size.store(stat.stx_size, Ordering::Relaxed);
             return false;
@@ -325,6 +325,9 @@ impl MappedFile {
             _ => {}
         }
         // It is another part of the file, which was not used lately, or none.
+        if self.payoff.is_paused(now) {
+            return;
+        }
         let Ok(window) = open().and_then(|file| Window::new(file, index)) else {
             // There is no descriptor or no room for now.
             return self.payoff.pause(now);
@@ -352,8 +355,7 @@ impl MappedFile {
     }
 
     fn lock(&self) -> MutexGuard<'_, Turn> {
-        // It is right between any two steps that could panic.
-        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.turn)
     }
 }
 
@@ -415,18 +417,23 @@ fn has_set_id_bits(mode: u16) -> bool {
     Mode::from_raw_mode(mode.into()).intersects(Mode::SUID | Mode::SGID)
 }
 
+/// What the host has in memory of them, and of other attributes.
+fn size_and_mode(file: BorrowedFd<'_>) -> Result<Statx> {
+    let wanted = StatxFlags::SIZE | StatxFlags::MODE;
+    statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, wanted)
+}
+
 /// The size of the file, if it may be written through mappings.
 fn check(file: BorrowedFd<'_>) -> Result<u64> {
-    let wanted = StatxFlags::SIZE | StatxFlags::MODE;
-    let stat = statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, wanted)?;
+    let stat = size_and_mode(file)?;
     let forbidden =
         StatxAttributes::IMMUTABLE | StatxAttributes::APPEND | StatxAttributes::VERITY | StatxAttributes::DAX;
     let mount = fstatvfs(file)?.f_flag;
     // Some file systems have none.
-    let flags = file_flags::flags(file).unwrap_or(0);
+    let flags = IFlags::from_bits_retain(file_flags::flags(file).unwrap_or(0));
     if mount.intersects(StatVfsMountFlags::SYNCHRONOUS | StatVfsMountFlags::RDONLY)
         || stat.stx_attributes.intersects(forbidden)
-        || flags & UNMAPPED_FLAGS != 0
+        || flags.intersects(UNMAPPED)
         || has_set_id_bits(stat.stx_mode)
     {
         return Err(Errno::OPNOTSUPP);

@@ -58,8 +58,13 @@ fn class(len: usize) -> usize {
 impl Payoff {
     /// Whether a write of this length is to be mapped.
     pub fn is_worth_it(&self, len: usize, now: u64) -> bool {
-        now >= self.paused_until.load(Ordering::Relaxed)
+        !self.is_paused(now)
             && self.class(len).is_some_and(|class| class.samples.load(Ordering::Relaxed) >= SAMPLES)
+    }
+
+    /// Whether it has not paid lately, or was not possible.
+    pub fn is_paused(&self, now: u64) -> bool {
+        now < self.paused_until.load(Ordering::Relaxed)
     }
 
     /// pwritev2(2) of pages that were written before took so long.

@@ -20,6 +20,7 @@ struct Case {
 struct TimesOf {
     file: File,
     notes: Mutex<Vec<bool>>,
+    fails: Mutex<Option<Errno>>,
 }
 
 impl Times for TimesOf {
@@ -28,6 +29,9 @@ impl Times for TimesOf {
     }
 
     fn touch(&self) -> Result<()> {
+        if let Some(errno) = *self.fails.lock().unwrap() {
+            return Err(errno);
+        }
         rustix::fs::futimens(&self.file, &present())
     }
 }
@@ -35,7 +39,7 @@ impl Times for TimesOf {
 fn case() -> Case {
     let host = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     host.set_len(LEN).unwrap();
-    let times = TimesOf { file: host.try_clone().unwrap(), notes: Mutex::default() };
+    let times = TimesOf { file: host.try_clone().unwrap(), notes: Mutex::default(), fails: Mutex::default() };
     let mapped = MappedFile::new(host.as_fd(), true, &times, Arc::default()).unwrap();
     Case { host, mapped, times }
 }
@@ -173,5 +177,28 @@ proptest! {
         let wanted: std::collections::BTreeSet<u64> =
             if start == end { marked.clone() } else { (start / PAGE..=(end - 1) / PAGE).collect() };
         prop_assert_eq!(marked, wanted);
+    }
+}
+
+#[test]
+fn times_that_cannot_be_set_are_tried_again_unless_that_stays() {
+    for (errno, stays) in
+        [(Errno::MFILE, false), (Errno::IO, false), (Errno::PERM, true), (Errno::ROFS, true)]
+    {
+        let case = case();
+        case.warm(0, &[1; 4096]);
+        case.mapped.settle_and(&case.times, || ());
+        case.warm(0, &[2; 4096]);
+        case.times.notes.lock().unwrap().clear();
+        *case.times.fails.lock().unwrap() = Some(errno);
+        case.mapped.settle_and(&case.times, || ());
+        assert_eq!(case.mapped.is_unsettled(), !stays, "{errno}");
+        assert_eq!(case.times.notes.lock().unwrap().is_empty(), !stays, "{errno}: the record");
+        *case.times.fails.lock().unwrap() = None;
+        case.mapped.settle_and(&case.times, || ());
+        assert!(!case.mapped.is_unsettled());
+        assert_eq!(*case.times.notes.lock().unwrap(), [false]);
+        // Where times cannot be set, no other write is mapped.
+        assert_eq!((0..1000).any(|_| case.write(0, &[3; 4096])), !stays, "{errno}");
     }
 }
