@@ -108,6 +108,12 @@ fn connect(path: &Path) -> UnixStream {
     stream
 }
 
+/// How many requests of a share wait for another one, by its control socket.
+pub(crate) fn waiting_requests(control: &Path) -> usize {
+    let answers = ask(connect(control), b"{\"command\":\"ops\"}\n");
+    answers[0]["ok"]["ops"].as_array().unwrap().iter().filter(|op| op["phase"] == "waiting").count()
+}
+
 /// Sends these bytes and returns the answers that come before the end, or one.
 fn ask(mut stream: UnixStream, bytes: &[u8]) -> Vec<Value> {
     stream.write_all(bytes).unwrap();

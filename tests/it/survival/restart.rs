@@ -1,8 +1,8 @@
 //! The supervisor puts a worker in the place of one that has died, at any moment of the vhost-user protocol.
 
 use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use lanefsd_frontend::backend::Starter;
 use lanefsd_frontend::client::ROOT;
@@ -25,18 +25,26 @@ fn started(starter: Starter) -> Backend {
     backend
 }
 
-/// Kills workers while `work` runs.
-fn killing(backend: &Backend, pause: Duration, work: impl FnOnce()) {
-    let done = AtomicBool::new(false);
+/// Kills workers while so many rounds run, one each `first_pause` at first. Each death within one round doubles the pause,
+/// since a worker may take longer to start than the pause lasts, and the round would never end.
+fn killing(backend: &Backend, first_pause: Duration, rounds: usize, mut round: impl FnMut()) {
+    let (done, ended) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
         scope.spawn(|| {
+            let (mut pause, mut seen) = (first_pause, 0);
             while !done.load(Ordering::Relaxed) {
                 kill_worker(backend);
                 std::thread::sleep(pause);
+                let now = ended.load(Ordering::Relaxed);
+                pause = if now == seen { pause * 2 } else { first_pause };
+                seen = now;
             }
         });
         let _done = common::Done(&done);
-        work();
+        for number in 1..=rounds {
+            round();
+            ended.store(number, Ordering::Relaxed);
+        }
     });
 }
 
@@ -155,17 +163,14 @@ fn every_message_is_answered_once_while_workers_die() {
     for sandbox in SANDBOXES {
         let backend = start(&[sandbox]);
         let session = backend.connect(SessionOptions::default()).unwrap();
-        let until = Instant::now() + Duration::from_secs(2);
-        let mut answered = 0;
-        killing(&backend, Duration::from_millis(20), || {
-            let connection = session.connection();
-            let features = connection.features().unwrap();
-            // On a busy machine few of them are answered between two deaths.
-            while Instant::now() < until || answered < 100 {
+        let connection = session.connection();
+        let features = connection.features().unwrap();
+        killing(&backend, Duration::from_millis(20), 100, || {
+            // So many that a death meets some of them.
+            for _ in 0..10 {
                 assert_eq!(connection.features().unwrap(), features);
                 connection.set_features(session.features()).unwrap();
                 assert_eq!(connection.queue_count().unwrap(), 64);
-                answered += 3;
             }
         });
         serves(&session);
@@ -238,13 +243,11 @@ fn messages_without_a_reply_are_not_lost() {
     let backend = start(&[]);
     let options = SessionOptions { protocol_features: protocol::MQ, ..SessionOptions::default() };
     let session = backend.connect(options).unwrap();
-    killing(&backend, Duration::from_millis(10), || {
-        for _ in 0..100 {
-            session.connection().enable_ring(1, false).unwrap();
-            session.connection().enable_ring(1, true).unwrap();
-            session.queue(1).kick().unwrap();
-            serves(&session);
-        }
+    killing(&backend, Duration::from_millis(10), 100, || {
+        session.connection().enable_ring(1, false).unwrap();
+        session.connection().enable_ring(1, true).unwrap();
+        session.queue(1).kick().unwrap();
+        serves(&session);
     });
 }
 
@@ -252,13 +255,11 @@ fn messages_without_a_reply_are_not_lost() {
 fn a_front_end_is_set_up_while_workers_die() {
     for sandbox in SANDBOXES {
         let backend = start(&[sandbox, "--keep-listening"]);
-        killing(&backend, Duration::from_millis(5), || {
-            for _ in 0..10 {
-                let connection = Connection::connect(backend.socket()).unwrap();
-                let session = Session::start(connection, common::queues(4)).unwrap();
-                session.init().unwrap();
-                serves(&session);
-            }
+        killing(&backend, Duration::from_millis(5), 10, || {
+            let connection = Connection::connect(backend.socket()).unwrap();
+            let session = Session::start(connection, common::queues(4)).unwrap();
+            session.init().unwrap();
+            serves(&session);
         });
         let session = backend.connect(SessionOptions::default()).unwrap();
         serves(&session);
@@ -269,12 +270,10 @@ fn a_front_end_is_set_up_while_workers_die() {
 fn a_queue_is_stopped_while_workers_die() {
     let backend = start(&[]);
     let session = backend.connect(common::queues(2)).unwrap();
-    killing(&backend, Duration::from_millis(10), || {
-        for _ in 0..100 {
-            session.stop_queue(2).unwrap();
-            session.start_queue(2).unwrap();
-            serves(&session);
-        }
+    killing(&backend, Duration::from_millis(10), 100, || {
+        session.stop_queue(2).unwrap();
+        session.start_queue(2).unwrap();
+        serves(&session);
     });
     serves(&session);
 }
@@ -283,12 +282,10 @@ fn a_queue_is_stopped_while_workers_die() {
 fn a_device_is_reset_while_workers_die() {
     let backend = start(&[]);
     let session = backend.connect(common::queues(2)).unwrap();
-    killing(&backend, Duration::from_millis(10), || {
-        for _ in 0..20 {
-            session.reboot().unwrap();
-            session.init().unwrap();
-            serves(&session);
-        }
+    killing(&backend, Duration::from_millis(10), 20, || {
+        session.reboot().unwrap();
+        session.init().unwrap();
+        serves(&session);
     });
 }
 
@@ -298,12 +295,10 @@ fn memory_is_plugged_while_workers_die() {
     let session = backend.connect(SessionOptions::default()).unwrap();
     let more = Memory::with_regions(&[(1 << 40, 2 << 20)]).unwrap();
     let region = &more.regions()[0];
-    killing(&backend, Duration::from_millis(10), || {
-        for _ in 0..100 {
-            session.connection().add_memory(region).unwrap();
-            serves(&session);
-            session.connection().remove_memory(region).unwrap();
-        }
+    killing(&backend, Duration::from_millis(10), 100, || {
+        session.connection().add_memory(region).unwrap();
+        serves(&session);
+        session.connection().remove_memory(region).unwrap();
     });
     serves(&session);
 }
