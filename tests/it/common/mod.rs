@@ -134,7 +134,7 @@ pub fn host_xattr(path: &Path, name: &str) -> Result<Vec<u8>, Errno> {
 }
 
 /// Waits up to 10 s for a condition.
-pub fn wait_until(done: impl Fn() -> bool, what: &str) {
+pub fn wait_until(mut done: impl FnMut() -> bool, what: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !done() {
         assert!(Instant::now() < deadline, "{what} is waited for in vain");

@@ -23,6 +23,23 @@ pub fn worker(backend: &Backend) -> Option<u32> {
     backend.worker()
 }
 
+/// Waits for a process that serves.
+pub fn next_worker(backend: &Backend) -> Pid {
+    let mut found = None;
+    common::wait_until(
+        || {
+            found = worker(backend);
+            found.is_some()
+        },
+        "a worker",
+    );
+    pid(found.unwrap())
+}
+
+pub fn pid(process: u32) -> Pid {
+    Pid::from_raw(process.cast_signed()).unwrap()
+}
+
 /// Kills the process that serves, and returns when another one is there.
 pub fn kill_worker(backend: &Backend) {
     kill_worker_by(backend, Signal::KILL);
@@ -30,11 +47,10 @@ pub fn kill_worker(backend: &Backend) {
 
 /// The same by another signal.
 pub fn kill_worker_by(backend: &Backend, signal: Signal) {
-    common::wait_until(|| worker(backend).is_some(), "a worker");
-    let old = worker(backend).unwrap();
+    let old = next_worker(backend);
     // It may have ended by itself meanwhile.
-    let _ = kill_process(Pid::from_raw(old.cast_signed()).unwrap(), signal);
-    common::wait_until(|| worker(backend).is_some_and(|new| new != old), "another worker");
+    let _ = kill_process(old, signal);
+    common::wait_until(|| worker(backend).is_some_and(|new| pid(new) != old), "another worker");
 }
 
 /// Whether requests are answered, in the session that the guest has begun.

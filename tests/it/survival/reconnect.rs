@@ -14,9 +14,9 @@ use lanefsd_frontend::connection::Connection;
 use lanefsd_frontend::message::{Inflight, protocol};
 use lanefsd_frontend::{Backend, Session, SessionOptions};
 use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 
-use super::{IMMORTAL, SANDBOXES, kill_worker, worker};
+use super::{IMMORTAL, SANDBOXES, kill_worker, next_worker, worker};
 use crate::common;
 
 const END: u64 = i64::MAX as u64;
@@ -77,8 +77,7 @@ fn all_that_a_guest_has_is_there_after_a_reconnect() {
                 0 => come_back(&backend, &session),
                 3 => {
                     // While another worker begins.
-                    common::wait_until(|| worker(&backend).is_some(), "a worker");
-                    let worker = Pid::from_raw(worker(&backend).unwrap().cast_signed()).unwrap();
+                    let worker = next_worker(&backend);
                     kill_process(worker, Signal::KILL).unwrap();
                     come_back(&backend, &session);
                 }

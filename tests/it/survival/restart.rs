@@ -9,9 +9,9 @@ use lanefsd_frontend::client::ROOT;
 use lanefsd_frontend::connection::Connection;
 use lanefsd_frontend::message::{VERSION, code, protocol};
 use lanefsd_frontend::{Backend, Memory, Session, SessionOptions};
-use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
+use rustix::process::{Resource, Signal, getrlimit, kill_process};
 
-use super::{IMMORTAL, SANDBOXES, kill_worker, kill_worker_by, serves, worker};
+use super::{IMMORTAL, SANDBOXES, kill_worker, kill_worker_by, next_worker, pid, serves, worker};
 use crate::common;
 
 fn start(args: &[&str]) -> Backend {
@@ -93,7 +93,7 @@ fn a_worker_does_not_end_for_a_signal_that_ends_the_daemon() {
         let session = backend.connect(SessionOptions::default()).unwrap();
         let before = worker(&backend).unwrap();
         for signal in [Signal::TERM, Signal::INT] {
-            kill_process(Pid::from_raw(before.cast_signed()).unwrap(), signal).unwrap();
+            kill_process(pid(before), signal).unwrap();
             std::thread::sleep(Duration::from_millis(50));
             session.client().getattr(ROOT).unwrap();
         }
@@ -179,8 +179,7 @@ fn every_message_is_answered_once_while_workers_die() {
 
 /// Lets a worker die that has received what `work` sends and has not answered it.
 fn dying_with(backend: &Backend, work: impl FnOnce() + Send) {
-    common::wait_until(|| worker(backend).is_some(), "a worker");
-    let old = Pid::from_raw(worker(backend).unwrap().cast_signed()).unwrap();
+    let old = next_worker(backend);
     kill_process(old, Signal::STOP).unwrap();
     let is_stopped = |task: fs::DirEntry| {
         fs::read_to_string(task.path().join("status")).is_ok_and(|status| status.contains("State:\tT"))
@@ -328,8 +327,7 @@ fn too_many_deaths_end_the_daemon() {
         for _ in 1..deaths {
             kill_worker(&backend);
         }
-        common::wait_until(|| worker(&backend).is_some(), "a worker");
-        let last = Pid::from_raw(worker(&backend).unwrap().cast_signed()).unwrap();
+        let last = next_worker(&backend);
         kill_process(last, Signal::KILL).unwrap();
         assert_eq!(backend.wait(Duration::from_secs(10)).unwrap().code(), Some(1));
         let words = backend.stderr();
@@ -347,7 +345,7 @@ fn without_survival_a_killed_server_ends_the_daemon() {
         session.client().getattr(ROOT).unwrap();
         let serving = common::serving_process(backend.pid());
         assert_eq!(serving == backend.pid(), sandbox == "--sandbox=none");
-        kill_process(Pid::from_raw(serving.cast_signed()).unwrap(), Signal::KILL).unwrap();
+        kill_process(pid(serving), Signal::KILL).unwrap();
         let status = backend.wait(Duration::from_secs(10)).unwrap();
         assert!(
             !status.success() && status.code().is_none_or(|code| code == 128 + libc::SIGKILL),
@@ -362,16 +360,15 @@ fn a_signal_ends_both_processes_also_just_after_a_death() {
         for (connected, killed) in [(false, false), (true, false), (false, true), (true, true)] {
             let mut backend = start(&[sandbox, "--keep-listening"]);
             let session = connected.then(|| backend.connect(SessionOptions::default()).unwrap());
-            common::wait_until(|| worker(&backend).is_some(), "a worker");
-            let serving = worker(&backend).unwrap();
+            let serving = next_worker(&backend);
             if killed {
-                kill_process(Pid::from_raw(serving.cast_signed()).unwrap(), Signal::KILL).unwrap();
+                kill_process(serving, Signal::KILL).unwrap();
             }
             backend.signal(libc::SIGTERM).unwrap();
             let status = backend.wait(Duration::from_secs(10)).unwrap();
             // A worker that has died may have left requests behind.
             assert!(status.success() || connected && killed, "{sandbox} {connected} {killed}: {status}");
-            common::expect_end(serving);
+            common::expect_end(serving.as_raw_nonzero().get().unsigned_abs());
             assert!(!backend.socket().exists());
             drop(session);
         }
@@ -402,7 +399,7 @@ fn a_worker_that_cannot_be_started_is_waited_for() {
     };
     let usual = getrlimit(Resource::Nproc).current.map_or("unlimited".into(), |limit| limit.to_string());
     limit("1");
-    let old = Pid::from_raw(worker(&backend).unwrap().cast_signed()).unwrap();
+    let old = next_worker(&backend);
     kill_process(old, Signal::KILL).unwrap();
     common::wait_for_words(&backend, "cannot start a worker process");
     std::thread::sleep(Duration::from_millis(300));
@@ -410,7 +407,7 @@ fn a_worker_that_cannot_be_started_is_waited_for() {
     serves(&session);
     // And in vain.
     limit("1");
-    let old = Pid::from_raw(worker(&backend).unwrap().cast_signed()).unwrap();
+    let old = next_worker(&backend);
     kill_process(old, Signal::KILL).unwrap();
     assert_eq!(backend.wait(Duration::from_secs(20)).unwrap().code(), Some(1));
     assert!(backend.stderr().contains("no worker process could be started"), "{}", backend.stderr());
