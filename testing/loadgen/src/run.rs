@@ -29,9 +29,13 @@ pub fn run(options: &RunOptions) -> Result<Report> {
     let session = session_options(&options.work);
     match (&options.backend, &options.share, &options.socket, options.pid) {
         (Some(program), Some(share), _, _) => {
-            let backend = Backend::of(program).share(share).args(&options.backend_arg).start()?;
+            let mut backend = Backend::of(program).share(share).args(&options.backend_arg).start()?;
             let session = backend.connect(session)?;
-            measure(&session, backend.pid(), options)
+            let report = measure(&session, backend.pid(), options);
+            drop(session);
+            // By itself, so that the CPU time of its worker counts as its own and not as that of others.
+            let _ = backend.wait(PATIENCE);
+            report
         }
         (None, _, Some(socket), Some(pid)) => measure(&Session::connect(socket, session)?, pid, options),
         _ => Err(LoadError::Options("give --backend and --share, or --socket and --pid".into())),
