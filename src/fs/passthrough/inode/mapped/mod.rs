@@ -44,7 +44,7 @@ use crate::fs::Result;
 use crate::limits::GuestFd;
 use crate::logging::warn_limited;
 use crate::sync::lock;
-use crate::sys::clock::monotonic;
+use crate::sys::clock::{Effort, monotonic};
 use crate::sys::file_flags;
 use crate::sys::guest_buffers::GuestReader;
 use crate::sys::window::{WINDOW, Window};
@@ -109,13 +109,13 @@ struct Slot {
 }
 
 /// A write that was not mapped, and is to be made by pwritev2(2).
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 #[must_use = "the write was not made"]
 pub struct Miss {
     started: u64,
     epoch: Option<u32>,
-    /// All pages had been written before.
-    is_warm: bool,
+    /// What it costs is to be known: all pages had been written before.
+    effort: Option<Effort>,
 }
 
 /// The times of an inode.
@@ -161,25 +161,29 @@ impl MappedFile {
     ) -> std::result::Result<(), Miss> {
         let started = monotonic();
         let len = data.len();
-        let mut miss = Miss { started, epoch: None, is_warm: false };
+        let mut miss = Miss { started, epoch: None, effort: None };
         let end = offset.saturating_add(len as u64);
         let place = self.slot(offset / WINDOW).load();
         let Some(slot) = place.as_deref().filter(|slot| slot.is_warm(offset, end)) else { return Err(miss) };
-        miss.is_warm = true;
-        if end > self.size.load(Ordering::Relaxed) || !self.payoff.is_worth_it(len, started) {
+        if end > self.size.load(Ordering::Relaxed) {
+            return Err(miss);
+        }
+        if !self.payoff.is_worth_it(len, started) {
+            miss.effort = self.payoff.measure_plain(len, started);
             return Err(miss);
         }
         if started >= self.lease.load(Ordering::Acquire) {
             miss.epoch = Some(self.lock().epoch);
             return Err(miss);
         }
+        let effort = Payoff::measure_mapped(len);
         if slot.window.write(offset % WINDOW, data).is_err() {
             slot.forget(offset, end);
-            self.payoff.mapped(len, monotonic().saturating_sub(started), 1, started);
-            return Err(Miss { is_warm: false, ..miss });
+            self.payoff.failed(monotonic().saturating_sub(started), started);
+            return Err(miss);
         }
         if !self.was_inside(file, end) {
-            return Err(Miss { is_warm: false, ..miss });
+            return Err(miss);
         }
         // Pairs with the fence of who settles: either that one's clock is read after the copy, or it is seen here.
         fence(Ordering::SeqCst);
@@ -187,8 +191,8 @@ impl MappedFile {
             self.unsettle(times);
         }
         slot.use_at(started);
-        if let Some(times) = Payoff::sampled() {
-            self.payoff.mapped(len, monotonic().saturating_sub(started), times, started);
+        if let Some(effort) = effort {
+            self.payoff.mapped(len, effort.end(), started);
         }
         Ok(())
     }
@@ -205,8 +209,8 @@ impl MappedFile {
         if done == 0 {
             return;
         }
-        if miss.is_warm {
-            self.payoff.plain(done, monotonic().saturating_sub(miss.started));
+        if let Some(effort) = &miss.effort {
+            self.payoff.plain(done, effort.end());
         }
         let end = offset.saturating_add(done as u64);
         self.size.fetch_max(end, Ordering::Relaxed);

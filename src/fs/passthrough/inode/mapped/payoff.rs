@@ -1,27 +1,38 @@
-//! Whether mapped writes of one file pay, by the times that its own writes take.
+//! Whether mapped writes of one file pay, by what its own writes cost.
 //!
 //! A copy into a page that is mapped and dirty costs less than pwritev2(2), which waits for the file's lock. But the first one into
 //! each page, and again after each time that the page was written back, is a page fault in which the file system is told: many
 //! times the cost of the copy. How often that happens depends on the program, the file system and the host's load, so it is
 //! measured and not assumed.
 //!
-//! For each length (a power of two) the time of pwritev2(2) is known from [`SAMPLES`] writes of pages that were written before.
-//! Of the mapped writes one in [`SAMPLED`] is timed, and what it has saved is added to a balance, with the losses. At
-//! [`LOSS`] the file goes back to pwritev2(2) for a second, the next time for two, up to a minute: so what can be lost is
-//! bounded to a twentieth of the time at first and to a thousandth in the end. Now and then pwritev2(2) is measured again.
+//! A write costs the CPU time that it takes. A mapped one also costs the time that its page faults sleep, for the journal or
+//! for a page that is being written back. That of pwritev2(2), which sleeps for the file's lock, does not count: whether
+//! others wait for it depends on how many there are, and mapping is to pay without that. (Wall time was rejected: with
+//! more threads than CPUs it is mostly that of others, and at 1 MiB a file went back and forth for no reason.)
+//!
+//! For each length (a power of two) the cost of pwritev2(2) is known from [`SAMPLES`] writes of pages that were written before.
+//! Of the mapped writes one in [`SAMPLED`] is measured, of long ones one in [`SAMPLED_LONG`], and what it has saved is added to a
+//! balance, with the losses. At [`LOSS`] the file goes back to pwritev2(2) for a second, the next time for two, up to a
+//! minute: so what can be lost is bounded to a twentieth of the time at first and to a thousandth in the end. Now and then
+//! pwritev2(2) is measured again.
 
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 
-/// Writes by pwritev2(2) of each length whose times are averaged.
+use crate::sys::clock::{Effort, Spent};
+
+/// Writes by pwritev2(2) of each length whose costs are averaged.
 pub const SAMPLES: u32 = 16;
-/// Of so many mapped writes one is timed.
-const SAMPLED: u32 = 8;
-/// Timed mapped writes of one length after which pwritev2(2) is measured again.
-const MEASURE_AGAIN: u32 = 1 << 14;
+/// Of so many mapped writes one is measured: that takes as long as a copy of 4 KiB.
+const SAMPLED: u32 = 64;
+/// The same for those of [`LONG`] bytes and more.
+const SAMPLED_LONG: u32 = 8;
+const LONG: usize = 128 << 10;
+/// Mapped writes of one length after which pwritev2(2) is measured again.
+const MEASURE_AGAIN: u32 = 1 << 17;
 /// Nanoseconds lost after which it does not pay, and most that are saved up against that.
 const LOSS: i64 = 50_000_000;
-/// What one time counts for at most, as a multiple of the average: a thread may lose its CPU in between.
-const OUTLIER: u64 = 32;
+/// What one measurement counts for at most: a single one says little.
+const AT_ONCE: i64 = LOSS / 8;
 /// The first and the longest pause, in nanoseconds.
 const FIRST_PAUSE: u64 = 1_000_000_000;
 const LONGEST_PAUSE: u64 = 64_000_000_000;
@@ -46,8 +57,8 @@ struct Class {
     /// Nanoseconds of pwritev2(2).
     plain: AtomicU64,
     samples: AtomicU32,
-    /// Mapped writes that were timed since.
-    timed: AtomicU32,
+    /// Mapped writes since, by those that were measured.
+    mapped: AtomicU32,
 }
 
 fn class(len: usize) -> usize {
@@ -67,30 +78,58 @@ impl Payoff {
         now < self.paused_until.load(Ordering::Relaxed)
     }
 
-    /// pwritev2(2) of pages that were written before took so long.
-    pub fn plain(&self, len: usize, nanos: u64) {
+    /// Begins to measure pwritev2(2) of pages that were written before, if that is not known yet.
+    pub fn measure_plain(&self, len: usize, now: u64) -> Option<Effort> {
+        let is_known = |class: &Class| class.samples.load(Ordering::Relaxed) >= SAMPLES;
+        (!self.is_paused(now) && !self.class(len).is_some_and(is_known)).then(Effort::begin)
+    }
+
+    /// pwritev2(2) of pages that were written before has cost this.
+    pub fn plain(&self, len: usize, spent: Spent) {
         let Some(class) = self.class(len) else { return };
         let samples = class.samples.load(Ordering::Relaxed);
         if samples >= SAMPLES {
             return;
         }
         let before = class.plain.load(Ordering::Relaxed);
-        let nanos = if before == 0 { nanos } else { nanos.min(before.saturating_mul(4)) };
-        // The average of all so far, at first, and then one that moves.
+        let cost = if before == 0 { spent.cpu } else { spent.cpu.min(before.saturating_mul(4)) };
+        // The average of all so far.
         let weight = u64::from(samples.saturating_add(1));
-        let average = before.saturating_mul(weight - 1).saturating_add(nanos) / weight;
+        let average = before.saturating_mul(weight - 1).saturating_add(cost) / weight;
         class.plain.store(average.max(1), Ordering::Relaxed);
         // Of threads that come at once one counts: there will be others.
         class.samples.store(samples + 1, Ordering::Relaxed);
     }
 
-    /// A mapped write took so long, which stands for `times` of them.
-    pub fn mapped(&self, len: usize, nanos: u64, times: u32, now: u64) {
+    /// Begins to measure the next mapped write of this thread, if it is its turn.
+    pub fn measure_mapped(len: usize) -> Option<Effort> {
+        thread_local!(static TURN: std::cell::Cell<u32> = const { std::cell::Cell::new(0) });
+        let turn = TURN.get().wrapping_add(1);
+        TURN.set(turn);
+        // Both are powers of two.
+        (turn & (stands_for(len) - 1) == 0).then(Effort::begin)
+    }
+
+    /// A mapped write that was measured has cost this.
+    pub fn mapped(&self, len: usize, spent: Spent, now: u64) {
         let Some(class) = self.class(len) else { return };
-        let plain = class.plain.load(Ordering::Relaxed);
-        let nanos = nanos.min(plain.saturating_mul(OUTLIER));
         let signed = |nanos| i64::try_from(nanos).unwrap_or(i64::MAX);
-        let saved = signed(plain).saturating_sub(signed(nanos)).saturating_mul(times.into());
+        let plain = signed(class.plain.load(Ordering::Relaxed));
+        let times = stands_for(len);
+        let cost = signed(spent.cpu).saturating_add(signed(spent.asleep));
+        let saved = plain.saturating_sub(cost).saturating_mul(times.into()).clamp(-AT_ONCE, AT_ONCE);
+        self.save(saved, now);
+        if class.mapped.fetch_add(times, Ordering::Relaxed) >= MEASURE_AGAIN {
+            class.measure_again();
+        }
+    }
+
+    /// A mapped write was not possible after so many nanoseconds.
+    pub fn failed(&self, nanos: u64, now: u64) {
+        self.save(-i64::try_from(nanos).unwrap_or(AT_ONCE).min(AT_ONCE), now);
+    }
+
+    fn save(&self, saved: i64, now: u64) {
         let add = |balance: i64| Some(balance.saturating_add(saved).min(LOSS));
         let before = self.balance.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add).unwrap_or(0);
         let balance = before.saturating_add(saved);
@@ -99,17 +138,6 @@ impl Payoff {
         } else if balance >= LOSS && self.pause.load(Ordering::Relaxed) != 0 {
             self.pause.store(0, Ordering::Relaxed);
         }
-        if class.timed.fetch_add(1, Ordering::Relaxed) >= MEASURE_AGAIN {
-            class.measure_again();
-        }
-    }
-
-    /// Whether the next mapped write of this thread is to be timed, and for how many it stands then.
-    pub fn sampled() -> Option<u32> {
-        thread_local!(static TURN: std::cell::Cell<u32> = const { std::cell::Cell::new(0) });
-        let turn = TURN.get().wrapping_add(1);
-        TURN.set(turn);
-        turn.is_multiple_of(SAMPLED).then_some(SAMPLED)
     }
 
     /// It does not pay for a while, longer each time.
@@ -126,9 +154,14 @@ impl Payoff {
     }
 }
 
+/// For how many mapped writes one that is measured stands.
+fn stands_for(len: usize) -> u32 {
+    if len < LONG { SAMPLED } else { SAMPLED_LONG }
+}
+
 impl Class {
     fn measure_again(&self) {
-        self.timed.store(0, Ordering::Relaxed);
+        self.mapped.store(0, Ordering::Relaxed);
         self.plain.store(0, Ordering::Relaxed);
         self.samples.store(0, Ordering::Relaxed);
     }
@@ -140,6 +173,10 @@ mod tests {
 
     const SECOND: u64 = 1_000_000_000;
 
+    fn cpu(cpu: u64) -> Spent {
+        Spent { cpu, asleep: 0 }
+    }
+
     /// An account that knows that pwritev2(2) of 4 KiB takes a microsecond.
     fn measured() -> Payoff {
         let payoff = Payoff::default();
@@ -149,7 +186,7 @@ mod tests {
 
     fn measure(payoff: &Payoff) {
         for _ in 0..SAMPLES {
-            payoff.plain(4096, 1000);
+            payoff.plain(4096, cpu(1000));
         }
     }
 
@@ -157,9 +194,10 @@ mod tests {
     fn nothing_is_mapped_before_it_can_be_compared() {
         let payoff = Payoff::default();
         for _ in 0..SAMPLES {
-            assert!(!payoff.is_worth_it(4096, 0));
-            payoff.plain(4096, 1000);
+            assert!(!payoff.is_worth_it(4096, 0) && payoff.measure_plain(4096, 0).is_some());
+            payoff.plain(4096, cpu(1000));
         }
+        assert!(payoff.measure_plain(4096, 0).is_none(), "it is known");
         assert!(payoff.is_worth_it(4096, 0) && payoff.is_worth_it(1, 0));
         assert!(!payoff.is_worth_it(4097, 0) && !payoff.is_worth_it(usize::MAX, 0), "other lengths");
     }
@@ -171,10 +209,11 @@ mod tests {
         for _ in 0..8 {
             let mut lost = 0;
             while payoff.is_worth_it(4096, now) {
-                payoff.mapped(4096, 11_000, 8, now);
-                lost += 10_000 * 8;
+                payoff.mapped(4096, cpu(11_000), now);
+                lost += 10_000 * i64::from(SAMPLED);
             }
             assert!((LOSS..2 * LOSS).contains(&lost), "{lost}");
+            assert!(payoff.measure_plain(4096, now).is_none(), "not while it is paused");
             let end = (1..=100)
                 .find(|seconds| now + seconds * SECOND >= payoff.paused_until.load(Ordering::Relaxed));
             pauses.push(end.unwrap());
@@ -184,20 +223,47 @@ mod tests {
         }
         assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 64, 64]);
         // Gains pay for losses, and shorten the next pause.
-        for _ in 0..10_000 {
-            payoff.mapped(4096, 100, 8, now);
+        for _ in 0..2_000 {
+            payoff.mapped(4096, cpu(100), now);
         }
         assert_eq!(payoff.pause.load(Ordering::Relaxed), 0);
-        payoff.mapped(4096, u64::MAX, 8, now);
-        assert!(payoff.is_worth_it(4096, now), "one that took long is an outlier");
+        for _ in 0..17 {
+            assert!(payoff.is_worth_it(4096, now), "few that cost much");
+            payoff.mapped(4096, Spent { cpu: 1, asleep: u64::MAX }, now);
+        }
+        assert!(!payoff.is_worth_it(4096, now), "all cost much");
+    }
+
+    #[test]
+    fn what_mapped_writes_sleep_counts_and_what_others_sleep_does_not() {
+        let payoff = Payoff::default();
+        for _ in 0..SAMPLES {
+            payoff.plain(1 << 20, Spent { cpu: 200_000, asleep: SECOND });
+        }
+        for _ in 0..1000 {
+            payoff.mapped(1 << 20, Spent { cpu: 150_000, asleep: 0 }, 0);
+        }
+        assert!(payoff.is_worth_it(1 << 20, 0), "less CPU time");
+        for _ in 0..1000 {
+            payoff.mapped(1 << 20, Spent { cpu: 150_000, asleep: 100_000 }, 0);
+        }
+        assert!(!payoff.is_worth_it(1 << 20, 0), "they sleep longer than that saves");
+        let payoff = measured();
+        for _ in 0..7 {
+            payoff.failed(u64::MAX, 0);
+        }
+        assert!(payoff.is_worth_it(4096, 0));
+        payoff.failed(u64::MAX, 0);
+        payoff.failed(u64::MAX, 0);
+        assert!(payoff.is_paused(1), "none is possible");
     }
 
     #[test]
     fn pwritev2_is_measured_again_now_and_then() {
         let payoff = measured();
-        for _ in 0..=MEASURE_AGAIN {
+        for _ in 0..=MEASURE_AGAIN / SAMPLED {
             assert!(payoff.is_worth_it(4096, 0));
-            payoff.mapped(4096, 100, 8, 0);
+            payoff.mapped(4096, cpu(100), 0);
         }
         assert!(!payoff.is_worth_it(4096, 0));
     }
