@@ -7,15 +7,17 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use crate::process::tree;
 use crate::tally::Coordinator;
 
 /// How long perf counts.
 const SECONDS: f64 = 0.5;
 
-/// System calls of process `pid` per operation while the threads go on; or why there is no count.
+/// System calls of process `pid` and of those below it per operation while the threads go on; or why there is no count.
 pub fn per_operation(pid: u32, coordinator: &Coordinator) -> Result<f64, String> {
+    let pids: Vec<_> = tree(pid).iter().map(u32::to_string).collect();
     let mut perf = Command::new("perf");
-    perf.args(["stat", "-x,", "-e", "raw_syscalls:sys_enter", "-p", &pid.to_string(), "--", "sleep"]);
+    perf.args(["stat", "-x,", "-e", "raw_syscalls:sys_enter", "-p", &pids.join(","), "--", "sleep"]);
     perf.arg(SECONDS.to_string());
     perf.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
     let child = perf.spawn().map_err(|error| format!("system calls are not counted: perf: {error}"))?;
