@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -14,19 +15,21 @@ from harness import cache
 
 VM = pathlib.Path(cache.__file__).parents[1]
 
-# Makes an entry slowly, and writes a line into a log each time.
+# Makes an entry, for which it needs a file "go", and writes a line into a log each time.
 MAKER = """
-import pathlib, sys, time
+import pathlib, sys
 sys.path.insert(0, sys.argv[1])
 from harness import cache, host
-entry, log, seconds = pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4]
+folder = pathlib.Path(sys.argv[2])
+entry = folder / "entry"
 
 def make(scratch):
     scratch.mkdir()
     (scratch / "first").touch()
-    with open(log, "a") as file:
+    with open(folder / "log", "a") as file:
         file.write("made\\n")
-    host.run(["sleep", seconds])
+    waits = f"touch {folder}/started; until [ -e {folder}/go ]; do sleep 0.05; done"
+    host.run(["timeout", "60", "sh", "-c", waits])
     (scratch / "last").touch()
 
 cache.cached(entry, make)
@@ -34,24 +37,34 @@ assert (entry / "last").exists()
 """
 
 
-def start_maker(folder: pathlib.Path, seconds: float = 0.5) -> subprocess.Popen[str]:
-    words = [str(VM), str(folder / "entry"), str(folder / "log"), str(seconds)]
-    return subprocess.Popen([sys.executable, "-c", MAKER, *words], stderr=subprocess.PIPE, text=True)
+WAITS = "waiting for another command that prepares entry"
 
 
-def wait_for(path: pathlib.Path) -> None:
+class Maker:
+    """A command that makes the entry; what it says is in a file."""
+
+    def __init__(self, folder: pathlib.Path, name: str) -> None:
+        self.messages = folder / f"said-{name}"
+        with open(self.messages, "w") as file:
+            self.process = subprocess.Popen([sys.executable, "-c", MAKER, str(VM), str(folder)], stderr=file)
+
+    def said(self) -> str:
+        return self.messages.read_text()
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} does not appear"
+    while not condition():
+        assert time.monotonic() < deadline, what
         time.sleep(0.01)
 
 
 def test_commands_at_once_make_an_entry_once(tmp_path: pathlib.Path) -> None:
-    makers = [start_maker(tmp_path, 2) for _ in range(3)]
-    said = [maker.communicate(timeout=60)[1] for maker in makers]
-    assert [maker.returncode for maker in makers] == [0, 0, 0], said
+    makers = [Maker(tmp_path, name) for name in ("first", "second", "third")]
+    wait_for(lambda: sum(WAITS in maker.said() for maker in makers) == 2, "two of them wait")
+    (tmp_path / "go").touch()
+    assert [maker.process.wait(60) for maker in makers] == [0, 0, 0], [maker.said() for maker in makers]
     assert (tmp_path / "log").read_text() == "made\n"
-    assert any("waiting for another command that prepares entry" in text for text in said), said
 
 
 def test_threads_at_once_make_an_entry_once(tmp_path: pathlib.Path) -> None:
@@ -71,18 +84,16 @@ def test_threads_at_once_make_an_entry_once(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_a_killed_command_left_is_made_again(tmp_path: pathlib.Path) -> None:
-    maker = start_maker(tmp_path, 6)
-    wait_for(tmp_path / "entry.part/first")
-    wait_for(tmp_path / "log")
-    maker.send_signal(signal.SIGKILL)
-    # Its messages would end only with the program that it had started.
-    maker.wait()
+    maker = Maker(tmp_path, "first")
+    wait_for((tmp_path / "started").exists, "it makes the entry")
+    maker.process.send_signal(signal.SIGKILL)
+    maker.process.wait()
     assert not (tmp_path / "entry").exists()
-    second = start_maker(tmp_path, 0)
-    said = second.communicate(timeout=60)[1]
-    assert second.returncode == 0, said
-    # The program that the killed one had started kept the lock until it ended.
-    assert "waiting for another command that prepares entry" in said, said
+    second = Maker(tmp_path, "second")
+    # The program that the killed one had started keeps the lock until it ends.
+    wait_for(lambda: WAITS in second.said(), "it waits for what the killed one has started")
+    (tmp_path / "go").touch()
+    assert second.process.wait(60) == 0, second.said()
     assert (tmp_path / "log").read_text() == "made\nmade\n"
     assert sorted(path.name for path in (tmp_path / "entry").iterdir()) == ["first", "last"]
 
