@@ -37,6 +37,7 @@ mod failing_host;
 mod failing_host_by_io_uring;
 mod file_flags;
 mod firmware;
+mod frozen_host;
 mod guest_memory;
 mod guest_writeback;
 mod half_made;

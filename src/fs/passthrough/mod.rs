@@ -161,6 +161,7 @@ impl FileSystem for PassthroughFs {
     fn destroy(&self) {
         debug!("the session ends with {} inodes known", self.inodes.len());
         drop(self.collector.take());
+        self.mapped_files.end_session();
         self.handles.clear();
         self.inodes.clear();
         self.inodes.state().clear_saved_locks();
@@ -363,11 +364,10 @@ impl FileSystem for PassthroughFs {
     }
 
     fn syncfs(&self, _ctx: &Context, node: NodeId) -> Result<()> {
-        let settler = self.mapped_files.settler();
-        settler.settle_all();
+        self.mapped_files.settle_all();
         let synced =
             attributes::syncfs(&self.inodes, &self.host, &*self.inode(node)?, !self.session().submounts);
-        settler.synced_all();
+        self.mapped_files.synced_all();
         synced
     }
 
@@ -441,7 +441,7 @@ impl FileSystem for PassthroughFs {
     }
 
     fn save(&self) -> std::result::Result<Snapshot, MigrationError> {
-        self.mapped_files.settler().settle_all();
+        self.mapped_files.settle_soon();
         migrate::save(self)
     }
 

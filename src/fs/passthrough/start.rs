@@ -112,14 +112,14 @@ impl PassthroughFs {
             config,
             collector: Collector::default(),
             growing: Arc::default(),
-            mapped_files: MappedFiles::default(),
+            mapped_files: Arc::default(),
             saved_locks: SavedLocks::default(),
         }
     }
 
     /// What a share that goes on has to do beside requests.
     pub fn background(&self) -> Background {
-        Background(Arc::clone(&self.inodes))
+        Background { inodes: Arc::clone(&self.inodes), mapped_files: Arc::clone(&self.mapped_files) }
     }
 
     /// Whether inodes may be evicted and opened again by file handle, which takes a capability and two system calls.
@@ -136,14 +136,19 @@ impl PassthroughFs {
     }
 }
 
-/// Work that [`PassthroughFs::restore`] has left for a thread: inodes that are not made or not found yet.
+/// Work that [`PassthroughFs::restore`] has left for threads: inodes that are not made or not found yet, and times of files that the
+/// earlier process has written.
 #[derive(Debug)]
-pub struct Background(Arc<InodeTable>);
+pub struct Background {
+    inodes: Arc<InodeTable>,
+    mapped_files: Arc<MappedFiles>,
+}
 
 impl Background {
-    /// Begins it. The thread has the capabilities and the filter of the caller.
+    /// Begins it. The threads have the capabilities and the filter of the caller.
     pub fn begin(self) {
-        migrate::resolve_in_background(&self.0);
+        self.mapped_files.settle_after_death();
+        migrate::resolve_in_background(&self.inodes);
     }
 }
 

@@ -28,7 +28,7 @@ pub struct PassthroughFs {
     pub(super) inodes: Arc<InodeTable>,
     pub(super) handles: HandleTable,
     pub(super) growing: Arc<Growing>,
-    pub(super) mapped_files: MappedFiles,
+    pub(super) mapped_files: Arc<MappedFiles>,
     pub(super) lock_waiters: LockWaiters,
     pub(super) locked_ranges: Arc<LockedRangeQuota>,
     pub(super) owner_records: Arc<OwnerRecords>,

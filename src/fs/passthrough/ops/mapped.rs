@@ -91,9 +91,9 @@ fn map(mapping: Mapping<'_>, handle: &Handle, has_disk: bool) -> Result<()> {
     let (files, inode) = (mapping.files, handle.inode());
     // It may be that the daemon may not read it.
     drop(mapping.opener.for_mapping(handle.fd())?);
-    if files.start() {
-        inode.map(MappedFile::new(handle.fd(), has_disk, &**inode, Arc::clone(files.settler()))?);
-        files.add(inode);
+    if let Some(settler) = files.settler(inode) {
+        inode.map(MappedFile::new(handle.fd(), has_disk, &**inode, Arc::clone(&settler))?);
+        MappedFiles::add(&settler, inode);
     }
     Ok(())
 }

@@ -68,7 +68,7 @@ const UNSETTLED: u8 = 1;
 const SETTLING: u8 = 2;
 
 /// Errors with which times cannot be set later either: somebody on the host has changed the file or its file system.
-const STAYS: [Errno; 5] = [Errno::PERM, Errno::ACCESS, Errno::ROFS, Errno::STALE, Errno::NOENT];
+pub const STAYS: [Errno; 5] = [Errno::PERM, Errno::ACCESS, Errno::ROFS, Errno::STALE, Errno::NOENT];
 
 /// Flags of a file with which it is not mapped: what is written is synchronous, forbidden, or journalled.
 const UNMAPPED: IFlags =
@@ -259,6 +259,11 @@ impl MappedFile {
             }
         }
         and()
+    }
+
+    /// Gives back all windows.
+    pub fn drop_windows(&self) {
+        self.windows.iter().for_each(|place| place.store(None));
     }
 
     /// Gives back windows that were not used for a while; returns whether any are left.
