@@ -13,7 +13,7 @@ use super::inode::settler::MappedFiles;
 use super::inode::{self, FdCache, InodeKey, InodeTable, OwnerRecords, Records};
 use super::lock_waiters::LockWaiters;
 use super::migrate::{self, Collector, SavedLocks};
-use super::ops::{labels, xattr};
+use super::ops::{labels, mapped, xattr};
 use super::start_error::StartError;
 use super::state::PassthroughFs;
 use crate::fs::Agreement;
@@ -107,6 +107,7 @@ impl PassthroughFs {
             owner_records: OwnerRecords::new(state),
             offers_acls,
             offers_labels: false,
+            writes_mapped: mapped::obstacle(&config).is_none(),
             mapped_capability: xattr::mapped_capability(&config),
             agreement: Arc::new(Agreement::of(state)),
             config,
