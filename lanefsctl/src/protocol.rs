@@ -72,6 +72,8 @@ pub(crate) struct Status {
     pub(crate) handles: Option<Handles>,
     /// File descriptors.
     pub(crate) descriptors: Option<Descriptors>,
+    /// Whether files are written through mappings, and why not.
+    pub(crate) mapped_writes: Option<String>,
     /// The log level.
     pub(crate) log_level: Option<String>,
     /// No more requests are taken.

@@ -63,6 +63,7 @@ fn facts(status: &Status) -> Vec<(&'static str, String)> {
     );
     let descriptors = status.descriptors.as_ref();
     add("descriptors", descriptors.map(|found| of_limit(found.used, found.limit)));
+    add("mapped", status.mapped_writes.clone());
     add("limits", Some(limit::summary(&status.limits)));
     add("limit group", status.group_limits.as_ref().map(limit::summary));
     add("log level", status.log_level.clone());
@@ -180,6 +181,7 @@ mod tests {
     fn a_status_names_each_fact() {
         let answer = r#"{"share":"web","directory":"/srv/web","version":"0.2.0","pid":812,"worker_pid":815,
             "uptime_seconds":3725,"front_end":true,"deaths":1,"upgrades":1,"inodes":5231,"log_level":"info",
+            "mapped_writes":"no: --mapped-writes=never",
             "queues":[{"index":1,"size":128,"workers":2,"in_flight":3,"requests":12345,"notifications":7}],
             "handles":{"plain":1,"parallel":2,"directories":0},"descriptors":{"used":90,"limit":1000},
             "limits":{"write-bytes":104857600},"group_limits":{"read-ops":500,"burst":0.1},
@@ -194,6 +196,7 @@ mod tests {
             "  upgrades    1\n",
             "  handles     1 plain, 2 parallel, 0 of directories\n",
             "  descriptors 90 of 1,000 (9.0 %)\n",
+            "  mapped      no: --mapped-writes=never\n",
             "  limits      write-bytes 100 MiB/s\n  limit group read-ops 500/s\n",
             "  QUEUE  SIZE  THREADS  IN FLIGHT  REQUESTS  NOTIFICATIONS\n",
             "      1   128        2          3    12,345              7\n",

@@ -411,9 +411,7 @@ impl Request {
     #[inline(always)]
     fn note(&mut self) {
         let served = &mut self.served;
-        let notes = notes::take();
-        served.notes.waited = served.notes.waited.saturating_add(notes.waited);
-        served.notes.writers = served.notes.writers.max(notes.writers);
+        served.notes.add(notes::take());
         served.errno = self.server.take_errno();
         if served.errno == 0 {
             served.bytes = match Opcode::from_number(served.opcode) {

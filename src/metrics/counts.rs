@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use fuse_protocol::opcode::Opcode;
 
+use super::notes::Mapped;
 use super::slow::Ended;
 use super::{ERRNOS, Metrics, OPS, slow};
 use crate::sys::clock::monotonic;
@@ -50,6 +51,8 @@ pub struct ShardCounts {
     pub(super) waits: AtomicU64,
     pub(super) wait_nanos: AtomicU64,
     pub(super) writers: [AtomicU64; WRITER_BUCKETS],
+    /// Writes that were copied into a window, and those of the same files that were not.
+    pub(super) mapped: [AtomicU64; 2],
     pub(super) ops: [OpCounts; OPS],
 }
 
@@ -237,6 +240,12 @@ impl Shard {
             }
             self.metrics().saw_writers(notes.writers, served.popped.wrapping_add(served.nanos));
         }
+        let [copied, fell_back] = &counts.mapped;
+        match notes.mapped {
+            Mapped::No => {}
+            Mapped::Copied => self.add(copied, 1),
+            Mapped::FellBack => self.add(fell_back, 1),
+        }
     }
 
     #[cold]
@@ -330,7 +339,7 @@ mod tests {
         let metrics = Metrics::create().unwrap();
         let shard = metrics.for_queue(1).shard();
         for writers in [1, 2, 3, 16, 200] {
-            let notes = super::super::notes::Notes { waited: 0, writers };
+            let notes = super::super::notes::Notes { writers, ..Default::default() };
             shard.completed(&Served { opcode: 16, notes, popped: monotonic(), ..Served::default() });
         }
         assert_eq!(metrics.sample().writers, [1, 1, 1, 0, 1, 0, 0, 1]);

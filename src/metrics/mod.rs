@@ -55,7 +55,7 @@ const PROGRESS_STRIDE: usize = 8;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"lanestat");
 /// Version of the layout. A program that finds another one begins to count anew.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// A window for the most writers of a file: some 8.6 seconds.
 const WINDOW_SHIFT: u32 = 33;
 /// Bits of the number of writers beside the number of the window.

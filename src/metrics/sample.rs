@@ -64,6 +64,8 @@ pub struct Sample {
     pub wait_nanos: u64,
     /// Writers of files in parallel mode, by how many wrote that file then.
     pub writers: [u64; WRITER_BUCKETS],
+    /// Writes that were copied into a window of their file, and those of the same files that were not.
+    pub mapped: [u64; 2],
 }
 
 /// The name of an operation: that of its opcode in lower case, or `unknown`.
@@ -103,6 +105,7 @@ impl Metrics {
             sample.wait_nanos += load(&shard.wait_nanos);
             let writers = sample.writers.iter_mut().zip(&shard.writers);
             writers.for_each(|(sum, count)| *sum += load(count));
+            sample.mapped.iter_mut().zip(&shard.mapped).for_each(|(sum, count)| *sum += load(count));
             for (sum, op) in ops.iter_mut().zip(&shard.ops) {
                 sum.nanos += load(&op.nanos);
                 sum.errors += load(&op.errors);

@@ -35,7 +35,10 @@ pub use self::capabilities::{
 use self::config::{IdMaps, Sandbox};
 pub use self::monitor::confine as confine_monitor;
 use self::process::Fork;
-pub use self::process::{KILLED_BY_SECCOMP, Parent, Worker, WorkerEnd, Zombie, exit, run_in_child};
+pub use self::process::{
+    KILLED_BY_SECCOMP, Parent, Worker, WorkerEnd, Zombie, exit, exit_before_workers, run_in_child,
+    workers_linger,
+};
 pub use self::seccomp::{
     SeccompError, Uses, install as install_seccomp, install_on_thread as install_seccomp_on_thread,
 };

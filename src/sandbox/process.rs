@@ -4,6 +4,8 @@
 //! descriptors with its parent ([`clone_worker`]).
 
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd as _, IntoRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use log::error;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -15,6 +17,7 @@ use rustix::process::{
 
 use super::{SandboxError, step};
 use crate::sys::inherited::Shared;
+use crate::sys::lingering;
 
 /// The message for a process that SIGSYS has ended.
 pub const KILLED_BY_SECCOMP: &str = "killed by the seccomp filter; the kernel's log has the number of the system call (type=1326). Unless this is an attack, please report it, and use --seccomp=log meanwhile";
@@ -117,6 +120,11 @@ pub(super) fn fork() -> Result<Option<Pid>, Errno> {
     }
 }
 
+/// How often a process that is waited for is looked at.
+const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
+/// The same of one that cannot be waited for.
+const PAUSE: Duration = Duration::from_millis(10);
+
 /// Whether a process has ended, without a wait and without reaping it.
 const AT_ONCE: WaitIdOptions =
     WaitIdOptions::EXITED.union(WaitIdOptions::NOWAIT).union(WaitIdOptions::NOHANG);
@@ -147,10 +155,13 @@ impl Zombie {
         Pid::from_raw(id).filter(|_| id > 0).map(Zombie)
     }
 
-    /// Takes its status, which is known.
+    /// Takes its status, which is known. One that lingers keeps its place in the kernel's table until the daemon ends.
     pub fn reap(self) {
         // It fails only if nobody is there to be reaped.
-        let _ = waitpid(Some(self.0), WaitOptions::empty());
+        let gone = waitpid(Some(self.0), WaitOptions::NOHANG);
+        if matches!(gone, Ok(None)) && lingering::end_of(self.0).is_none() {
+            let _ = waitpid(Some(self.0), WaitOptions::empty());
+        }
     }
 }
 
@@ -181,8 +192,8 @@ impl Worker {
         let _ = kill_process(self.id, Signal::USR2);
     }
 
-    /// Takes the status of a worker that has ended. Blocks until it has: until then one of its threads may be in a system
-    /// call.
+    /// Takes the status of a worker that has ended. Blocks until it has, or lingers: until then one of its threads may be in a
+    /// system call that changes something.
     pub fn reap(&self) -> Result<WorkerEnd, Errno> {
         self.wait(WaitIdOptions::EXITED)
     }
@@ -192,14 +203,25 @@ impl Worker {
         self.wait(WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)
     }
 
+    /// Whether it has ended but for threads that wait in the kernel to set the times of files.
+    pub fn lingers(&self) -> bool {
+        self.lingering_end().is_some()
+    }
+
+    fn lingering_end(&self) -> Option<WorkerEnd> {
+        let end = lingering::end_of(self.id).map(WorkerEnd::of_status)?;
+        LINGERS.store(true, Ordering::Relaxed);
+        Some(end)
+    }
+
     /// What is left of a worker that has ended.
     pub fn into_zombie(self) -> Zombie {
         Zombie(self.id)
     }
 
-    /// Whether it has ended.
+    /// Whether it has ended, or lingers.
     pub fn has_ended(&self) -> Result<bool, Errno> {
-        waitid(WaitId::Pid(self.id), AT_ONCE).map(|status| status.is_some())
+        Ok(waitid(WaitId::Pid(self.id), AT_ONCE)?.is_some() || self.lingers())
     }
 
     /// Whether the descriptor is what it was. Before it is reaped.
@@ -209,7 +231,9 @@ impl Worker {
 
     fn wait(&self, options: WaitIdOptions) -> Result<WorkerEnd, Errno> {
         loop {
-            match waitid(WaitId::Pid(self.id), options) {
+            // Nothing tells that it lingers.
+            let ended = poll(&mut [PollFd::new(self, PollFlags::IN)], Some(&LOOK));
+            match waitid(WaitId::Pid(self.id), options | WaitIdOptions::NOHANG) {
                 Ok(Some(status)) => {
                     let signal = || WorkerEnd::Killed(status.terminating_signal().unwrap_or(0));
                     return Ok(status.exit_status().map_or_else(signal, WorkerEnd::Exited));
@@ -217,8 +241,39 @@ impl Worker {
                 Ok(None) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno),
             }
+            if let Some(end) = self.lingering_end() {
+                return Ok(end);
+            }
+            if ended.is_ok_and(|ready| ready > 0) {
+                // The worker has put another descriptor in its place.
+                std::thread::sleep(PAUSE);
+            }
         }
     }
+}
+
+impl WorkerEnd {
+    /// Of a status as wait(2) has it.
+    fn of_status(status: i32) -> WorkerEnd {
+        match status & 0x7f {
+            0 => WorkerEnd::Exited(status >> 8 & 0xff),
+            signal => WorkerEnd::Killed(signal),
+        }
+    }
+}
+
+/// Whether a worker of this process was seen that lingers: it has the same table of descriptors, perhaps longer than this process.
+static LINGERS: AtomicBool = AtomicBool::new(false);
+
+/// Ends the process, whose workers may linger: nothing that it has open outlives it.
+pub fn exit_before_workers(status: i32) -> ! {
+    crate::sys::close_all();
+    exit(status)
+}
+
+/// Whether a worker may linger when this process ends.
+pub fn workers_linger() -> bool {
+    LINGERS.load(Ordering::Relaxed)
 }
 
 /// Readable when the worker has ended.

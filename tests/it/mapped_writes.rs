@@ -3,13 +3,11 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use lanefsd_frontend::client::{Change, Client, ROOT};
-use lanefsd_frontend::{Backend, Session};
+use lanefsd_frontend::client::{Change, ROOT};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
@@ -17,103 +15,9 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::common;
 use crate::common::disk::Disk;
-
-const PAGE: usize = 4096;
-const ALWAYS: [&str; 2] = ["--cache=never", "--mapped-writes=always"];
-/// Blocks as large as pages, which small file systems do not have otherwise.
-const WHOLE_PAGES: [&str; 2] = ["-b", "4096"];
-/// Longer than the granularity of times of files.
-const JIFFIES: Duration = Duration::from_millis(15);
-
-fn serve(share: &Path, args: &[&str], queues: usize) -> (Backend, Session) {
-    // With the sandbox that users get: the handler, the mappings and the times have to do with what it allows.
-    let backend = Backend::of(common::program()).args(args).share(share).start().unwrap();
-    let session = backend.connect(common::queues(queues)).unwrap();
-    (backend, session)
-}
-
-/// A file of the guest, open.
-#[derive(Clone, Copy)]
-struct File<'a> {
-    client: Client<'a>,
-    node: u64,
-    fh: u64,
-}
-
-impl<'a> File<'a> {
-    fn create(session: &'a Session, name: &str, len: usize) -> File<'a> {
-        let client = session.client();
-        let (entry, open) = client.create(ROOT, name, libc::O_RDWR, 0o644, 0).unwrap();
-        let file = File { client, node: entry.nodeid, fh: open.fh };
-        for offset in (0..len).step_by(64 * PAGE) {
-            file.write(offset, &vec![0; (64 * PAGE).min(len - offset)]);
-        }
-        file
-    }
-
-    fn write(self, offset: usize, bytes: &[u8]) {
-        assert_eq!(self.client.write(self.node, self.fh, offset as u64, bytes).unwrap(), bytes.len());
-    }
-
-    fn refused(self, offset: usize, bytes: &[u8]) -> i32 {
-        common::errno(self.client.write(self.node, self.fh, offset as u64, bytes))
-    }
-
-    /// Writes there until it is done through a mapping: the daemon's system calls write less than that.
-    fn warm(self, backend: &Backend, offset: usize, bytes: &[u8]) {
-        let deadline = Instant::now() + Duration::from_secs(120);
-        loop {
-            let before = bytes_of_calls(backend);
-            for _ in 0..8 {
-                self.write(offset, bytes);
-            }
-            if bytes_of_calls(backend) - before < 8 * bytes.len() {
-                break;
-            }
-            assert!(Instant::now() < deadline, "no write goes through a mapping");
-        }
-    }
-}
-
-/// Bytes that the process that serves has written by system calls; eight of them for each notification.
-fn bytes_of_calls(backend: &Backend) -> usize {
-    let pid = backend.worker().unwrap();
-    let io = fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
-    io.lines().find_map(|line| line.strip_prefix("wchar: ")).unwrap().parse().unwrap()
-}
-
-/// MiB of shared writable mappings in the process that serves: of a file, or of all files on the file system of a directory.
-/// None may be both shared and executable.
-fn mapped(backend: &Backend, path: &Path) -> usize {
-    let pid = backend.worker().unwrap();
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-    let meta = fs::metadata(path).unwrap();
-    let device = format!("{:02x}:{:02x}", libc::major(meta.dev()), libc::minor(meta.dev()));
-    let inode = meta.ino().to_string();
-    let mut len = 0;
-    for line in maps.lines() {
-        let words: Vec<_> = line.split_whitespace().collect();
-        assert!(!(words[1].contains('x') && words[1].contains('s')), "{line}");
-        if words[1] == "rw-s" && words[3] == device && (meta.is_dir() || words[4] == inode) {
-            let (start, end) = words[0].split_once('-').unwrap();
-            let number = |text| usize::from_str_radix(text, 16).unwrap();
-            len += number(end) - number(start);
-        }
-    }
-    len >> 20
-}
-
-/// mtime and ctime on the host, of which mtime is never the later one.
-fn times(path: &Path) -> [(i64, i64); 2] {
-    let meta = fs::metadata(path).unwrap();
-    let times = [(meta.mtime(), meta.mtime_nsec()), (meta.ctime(), meta.ctime_nsec())];
-    assert!(times[0] <= times[1]);
-    times
-}
-
-fn disks() -> [fn() -> Disk; 3] {
-    [|| Disk::tmpfs(64), || Disk::ext4(64, &WHOLE_PAGES), Disk::xfs]
-}
+use crate::common::mapped_file::{
+    ALWAYS, File, JIFFIES, PAGE, WHOLE_PAGES, bytes_of_calls, disks, mapped, serve, times,
+};
 
 #[test]
 fn many_writers_of_one_file_each_have_their_blocks() {
@@ -500,8 +404,12 @@ fn set_id_bits_are_cleared_by_the_next_write() {
 
 #[test]
 fn what_was_synced_is_in_a_copy_of_the_disk() {
-    for (disk, kind) in [(Disk::ext4 as fn(u64, &[&str]) -> Disk, "ext4")] {
-        let disk = disk(64, &WHOLE_PAGES);
+    // The original of an XFS is mounted as well.
+    for (disk, kind, options) in [
+        ((|| Disk::ext4(64, &WHOLE_PAGES)) as fn() -> Disk, "ext4", "loop"),
+        (Disk::xfs, "xfs", "loop,nouuid"),
+    ] {
+        let disk = disk();
         let (backend, session) = serve(&disk.path, &ALWAYS, 1);
         let file = File::create(&session, "file", 64 * PAGE);
         for round in 1..4 {
@@ -513,7 +421,7 @@ fn what_was_synced_is_in_a_copy_of_the_disk() {
             common::run(Command::new("cp").arg(disk.image()).arg(&copy));
             let place = disk.beside().join("copied");
             fs::create_dir(&place).unwrap();
-            common::run(Command::new("mount").args(["-t", kind, "-o", "loop"]).arg(&copy).arg(&place));
+            common::run(Command::new("mount").args(["-t", kind, "-o", options]).arg(&copy).arg(&place));
             let found = fs::read(place.join("file")).unwrap();
             unmount(&place, UnmountFlags::empty()).unwrap();
             fs::remove_dir(&place).unwrap();

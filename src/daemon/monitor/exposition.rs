@@ -153,7 +153,12 @@ impl Counters {
         let sum = buckets.iter().map(|(bound, count)| lower(*bound) * *count as f64).sum();
         metric.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
         let help = "Most writers of one file at once in the last 9 to 17 seconds";
-        single(encoder, ("most_file_writers", help, Gauge), self.metrics.most_writers())
+        single(encoder, ("most_file_writers", help, Gauge), self.metrics.most_writers())?;
+        let [copied, fell_back] = self.sample.mapped;
+        let writes = [("copied", copied), ("fallback", fell_back)];
+        let writes = writes.map(|(how, count)| ([("how", how)], count));
+        let help = "WRITEs to files that are written through mappings: copied, or by a system call";
+        family(encoder, ("mapped_writes", help, Counter), writes)
     }
 
     fn queues(&self, encoder: &mut DescriptorEncoder<'_>) -> FmtResult {

@@ -38,7 +38,8 @@ pub use self::endpoints::{EndpointError, Endpoints};
 use self::serve::Sources;
 use super::share::pace_of;
 use super::socket::FileId;
-use crate::config::{Config, Seccomp};
+use crate::config::{Config, FsConfig, Seccomp, Store};
+use crate::fs::passthrough::mapped_writes_obstacle;
 use crate::limits::PaceHandle;
 use crate::logging;
 use crate::metrics::Metrics;
@@ -73,6 +74,8 @@ struct Subject {
     cpus: usize,
     /// The rate limits of its group.
     group: Option<PaceHandle>,
+    /// Whether files are written through mappings, and why not.
+    mapped_writes: String,
 }
 
 /// The monitor, as the process sees it that has started it.
@@ -114,6 +117,16 @@ pub struct SocketParts {
     pub descriptor: RawFd,
 }
 
+/// Whether files of the share are written through mappings, in a few words.
+fn mapped_writes(config: &Config) -> String {
+    let fs = FsConfig { readonly: config.readonly, ..config.fs.clone() };
+    match mapped_writes_obstacle(&config.shared_dir, &fs) {
+        _ if config.store != Store::Host => "no: --store=null".into(),
+        Some(why) => format!("no: {why}"),
+        None => "where they pay".into(),
+    }
+}
+
 impl Monitor {
     /// Starts the monitor of a share, unless nobody is to look: then there is none.
     ///
@@ -146,6 +159,7 @@ impl Monitor {
             seccomp: config.seccomp,
             cpus: process::cpus(),
             group: config.device.group.clone(),
+            mapped_writes: mapped_writes(config),
         };
         let (metrics, state) = (Arc::clone(metrics), Arc::clone(state));
         let mut monitor =

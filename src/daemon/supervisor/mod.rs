@@ -183,7 +183,18 @@ where
     }
 
     /// Serves one front end after the other, the first of which may be there already.
-    fn serve_all(mut self, mut first: Option<Relay>, mut worker: Link) -> Result<u8, RunError> {
+    fn serve_all(mut self, first: Option<Relay>, worker: Link) -> Result<u8, RunError> {
+        let status = self.serve_until_end(first, worker)?;
+        if sandbox::workers_linger() {
+            warn!("threads that set times of files wait for a file system that does not answer (frozen?)");
+            drop(self.monitor.take());
+            self.socket.remove_files();
+            sandbox::exit_before_workers(status.into());
+        }
+        Ok(status)
+    }
+
+    fn serve_until_end(&mut self, mut first: Option<Relay>, mut worker: Link) -> Result<u8, RunError> {
         self.known = Known::of(self.own.iter().copied().chain(self.sandbox.descriptors()));
         // It may have died before anybody heard of it.
         self.look_after_monitor();

@@ -44,6 +44,7 @@ use self::inode::Inode;
 pub use self::inode::range_lock;
 use self::ops::data::Writing;
 use self::ops::growing::Change;
+pub use self::ops::mapped::obstacle_in as mapped_writes_obstacle;
 use self::ops::replay::Found;
 use self::ops::xattr::Xattrs;
 use self::ops::{
@@ -161,6 +162,7 @@ impl FileSystem for PassthroughFs {
     fn destroy(&self) {
         debug!("the session ends with {} inodes known", self.inodes.len());
         drop(self.collector.take());
+        self.mapped_files.end_session();
         self.handles.clear();
         self.inodes.clear();
         self.inodes.state().clear_saved_locks();
@@ -363,11 +365,10 @@ impl FileSystem for PassthroughFs {
     }
 
     fn syncfs(&self, _ctx: &Context, node: NodeId) -> Result<()> {
-        let settler = self.mapped_files.settler();
-        settler.settle_all();
+        self.mapped_files.settle_all();
         let synced =
             attributes::syncfs(&self.inodes, &self.host, &*self.inode(node)?, !self.session().submounts);
-        settler.synced_all();
+        self.mapped_files.synced_all();
         synced
     }
 
@@ -441,7 +442,7 @@ impl FileSystem for PassthroughFs {
     }
 
     fn save(&self) -> std::result::Result<Snapshot, MigrationError> {
-        self.mapped_files.settler().settle_all();
+        self.mapped_files.settle_soon();
         migrate::save(self)
     }
 

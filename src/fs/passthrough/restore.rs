@@ -53,7 +53,7 @@ impl PassthroughFs {
             return Ok(Handle::new_directory(inode, file, self.handles.restored_listing()));
         }
         inode.restore_opener(IoMode::of_number(entry.inode_mode));
-        inode.settle_after_death();
+        self.mapped_files.restore(&inode);
         Ok(Handle::new_file(inode, HostFile::restored(fd, flags), IoMode::of_number(entry.mode)))
     }
 

@@ -13,13 +13,14 @@ use super::inode::settler::MappedFiles;
 use super::inode::{self, FdCache, InodeKey, InodeTable, OwnerRecords, Records};
 use super::lock_waiters::LockWaiters;
 use super::migrate::{self, Collector, SavedLocks};
-use super::ops::{labels, xattr};
+use super::ops::{labels, mapped, xattr};
 use super::start_error::StartError;
 use super::state::PassthroughFs;
 use crate::fs::Agreement;
 use crate::fs::passthrough::config::{FsConfig, InodeFileHandles};
 use crate::limits::{FdQuota, Limits};
 use crate::state_file::StateFile;
+use crate::sys::pressure::MemoryPressure;
 use fuse_protocol::ids::NodeId;
 
 impl PassthroughFs {
@@ -107,19 +108,25 @@ impl PassthroughFs {
             owner_records: OwnerRecords::new(state),
             offers_acls,
             offers_labels: false,
+            writes_mapped: mapped::obstacle(&config).is_none(),
             mapped_capability: xattr::mapped_capability(&config),
             agreement: Arc::new(Agreement::of(state)),
             config,
             collector: Collector::default(),
             growing: Arc::default(),
-            mapped_files: MappedFiles::default(),
+            mapped_files: Arc::default(),
             saved_locks: SavedLocks::default(),
         }
     }
 
+    /// Gives memory back when the host is short of it.
+    pub fn watch_memory(&self, pressure: &Arc<MemoryPressure>) {
+        self.mapped_files.watch(pressure);
+    }
+
     /// What a share that goes on has to do beside requests.
     pub fn background(&self) -> Background {
-        Background(Arc::clone(&self.inodes))
+        Background { inodes: Arc::clone(&self.inodes), mapped_files: Arc::clone(&self.mapped_files) }
     }
 
     /// Whether inodes may be evicted and opened again by file handle, which takes a capability and two system calls.
@@ -136,14 +143,19 @@ impl PassthroughFs {
     }
 }
 
-/// Work that [`PassthroughFs::restore`] has left for a thread: inodes that are not made or not found yet.
+/// Work that [`PassthroughFs::restore`] has left for threads: inodes that are not made or not found yet, and times of files that the
+/// earlier process has written.
 #[derive(Debug)]
-pub struct Background(Arc<InodeTable>);
+pub struct Background {
+    inodes: Arc<InodeTable>,
+    mapped_files: Arc<MappedFiles>,
+}
 
 impl Background {
-    /// Begins it. The thread has the capabilities and the filter of the caller.
+    /// Begins it. The threads have the capabilities and the filter of the caller.
     pub fn begin(self) {
-        migrate::resolve_in_background(&self.0);
+        self.mapped_files.settle_after_death();
+        migrate::resolve_in_background(&self.inodes);
     }
 }
 

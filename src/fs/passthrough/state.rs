@@ -15,7 +15,7 @@ use super::migrate::{Collector, SavedLocks};
 use super::ops::growing::Growing;
 use super::ops::mapped::Mapping;
 use super::session::Session;
-use crate::fs::passthrough::config::{CachePolicy, FsConfig, MappedWrites};
+use crate::fs::passthrough::config::{CachePolicy, FsConfig};
 use crate::fs::{Agreement, Result};
 use crate::limits::LockedRangeQuota;
 use fuse_protocol::ids::NodeId;
@@ -28,7 +28,9 @@ pub struct PassthroughFs {
     pub(super) inodes: Arc<InodeTable>,
     pub(super) handles: HandleTable,
     pub(super) growing: Arc<Growing>,
-    pub(super) mapped_files: MappedFiles,
+    pub(super) mapped_files: Arc<MappedFiles>,
+    /// The options do not forbid it: see [`obstacle`](super::ops::mapped::obstacle).
+    pub(super) writes_mapped: bool,
     pub(super) lock_waiters: LockWaiters,
     pub(super) locked_ranges: Arc<LockedRangeQuota>,
     pub(super) owner_records: Arc<OwnerRecords>,
@@ -68,11 +70,7 @@ impl PassthroughFs {
     /// How files are written through mappings; `None` if none is.
     pub(super) fn mapping(&self) -> Option<Mapping<'_>> {
         let config = &self.config;
-        // O_DIRECT on the host does not go together with mappings of the same file. Capabilities under another name are removed
-        // before each write.
-        let is_never = config.mapped_writes == MappedWrites::Never || config.allow_direct_io;
-        let is_possible = !is_never && self.mapped_capability.is_none();
-        is_possible.then(|| Mapping {
+        self.writes_mapped.then(|| Mapping {
             policy: config.mapped_writes,
             is_alone: config.cache == CachePolicy::Always,
             files: &self.mapped_files,

@@ -5,6 +5,7 @@
 
 pub mod disk;
 pub mod fuse_host;
+pub mod mapped_file;
 pub mod store;
 pub mod strace;
 

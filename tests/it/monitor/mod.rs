@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::common;
+use crate::common::disk::Disk;
 use crate::survival::{IMMORTAL, kill_worker};
 
 /// All ways in which what serves may be related to what was started.
@@ -182,6 +183,8 @@ fn counters_are_those_of_the_front_end() {
             ("lanefs_front_end{}", 1.0),
             ("lanefs_restarts_total{}", 0.0),
             ("lanefs_file_writers_count{}", 10.0),
+            ("lanefs_mapped_writes_total{how=\"copied\"}", 0.0),
+            ("lanefs_mapped_writes_total{how=\"fallback\"}", 0.0),
         ] {
             assert_eq!(samples.get(name), Some(&expected), "{way:?} {name} {samples:#?}");
         }
@@ -214,6 +217,58 @@ fn counters_are_those_of_the_front_end() {
         );
         let last = samples_of_file(&watched);
         assert_eq!(last["lanefs_requests_total{op=\"write\"}"], 10.0, "{way:?}");
+    }
+}
+
+#[test]
+fn mapped_writes_are_counted() {
+    let disk = Disk::tmpfs(64);
+    let starter = Backend::of(common::program()).share(&disk.path);
+    let watched = Watched::of(starter, &["--cache=never", "--mapped-writes=always"]);
+    assert_eq!(watched.answer("status")["mapped_writes"], "where they pay");
+    let session = serve(&watched);
+    let (node, fh) = common::create_file(&session);
+    let mut written = 0.0;
+    let counts = || {
+        let samples = watched.samples();
+        ["copied", "fallback"].map(|how| samples[&format!("lanefs_mapped_writes_total{{how=\"{how}\"}}")])
+    };
+    // It is mapped after some writes, of which the first ones are measured.
+    common::wait_until(
+        || {
+            (0..100).for_each(|_| assert_eq!(session.client().write(node, fh, 0, &[7; 4096]).unwrap(), 4096));
+            written += 100.0;
+            counts()[0] >= 100.0
+        },
+        "writes through a mapping",
+    );
+    let [copied, fell_back] = counts();
+    assert!(fell_back >= 1.0 && copied + fell_back < written, "{copied} and {fell_back} of {written}");
+    // Each of those that follow is one or the other.
+    (0..50).for_each(|_| assert_eq!(session.client().write(node, fh, 0, &[8; 4096]).unwrap(), 4096));
+    assert_eq!(counts().iter().sum::<f64>(), copied + fell_back + 50.0);
+    assert_eq!(watched.answer("sample")["mapped_writes"]["copied"].as_f64().unwrap(), counts()[0]);
+}
+
+#[test]
+fn a_share_whose_writes_are_not_mapped_says_why() {
+    let disk = Disk::tmpfs(64);
+    let small = Disk::ext4(64, &["-b", "1024"]);
+    for (disk, args, why) in [
+        (&disk, &["--cache=never"][..], "no: others may write the share (--mapped-writes)"),
+        (&disk, &["--cache=always", "--parallel-direct-writes=always"], "where they pay"),
+        (&disk, &["--mapped-writes=never"], "no: --mapped-writes=never"),
+        (&disk, &["--mapped-writes=always", "--allow-direct-io"], "no: --allow-direct-io"),
+        (&disk, &["--mapped-writes=always", "--readonly"], "no: --readonly"),
+        (
+            &disk,
+            &["--mapped-writes=always", "--parallel-direct-writes=never"],
+            "no: no file has parallel direct writes",
+        ),
+        (&small, &["--mapped-writes=always"], "no: its file system is not mapped"),
+    ] {
+        let watched = Watched::of(Backend::of(common::program()).share(&disk.path), args);
+        assert_eq!(watched.answer("status")["mapped_writes"], why, "{args:?}");
     }
 }
 

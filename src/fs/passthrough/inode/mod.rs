@@ -42,7 +42,7 @@ pub use self::fd_cache::FdCache;
 use self::inode_fd::{InodeFd, PathGuard};
 use self::io_mode::{IoMode, IoPolicy, Mode};
 pub use self::key::{InodeKey, Seen};
-use self::mapped::{MappedFile, Times, present};
+use self::mapped::{MappedFile, STAYS, Times, present};
 pub use self::mount::{Kind as FileSystemKind, Mount};
 pub use self::owner_records::OwnerRecords;
 pub use self::posix_locks::{OwnerFile, PosixLocks, RestoredOwner};
@@ -223,17 +223,49 @@ impl Inode {
         }
     }
 
-    /// Gives back windows that were not used for a while; returns whether it has others.
-    fn drop_idle_windows(&self, now: u64) -> bool {
-        self.mapped().as_ref().is_some_and(|file| file.drop_idle(now))
+    /// Gives back windows that were not used for a while, or all of them since memory is short; returns whether it has others.
+    fn drop_windows(&self, now: u64, memory_is_short: bool) -> bool {
+        let mapped = self.mapped();
+        let Some(file) = &*mapped else { return false };
+        if memory_is_short {
+            file.pause(now);
+        }
+        file.drop_idle(now)
     }
 
-    /// Sets the times, if an earlier process has died before it did.
-    pub fn settle_after_death(&self) {
-        let records = self.mount().fd_cache().records();
-        if records.inode(self.fd.record()).is_unsettled() && self.touch().is_ok() {
-            self.note_unsettled(false);
+    /// Whether writes were acknowledged since the times were set.
+    fn is_unsettled(&self) -> bool {
+        self.was_mapped() && self.mapped().as_ref().is_some_and(|file| file.is_unsettled())
+    }
+
+    /// Is written through mappings no more, if it is unsettled: then its times are all that is left of them.
+    fn leave_unsettled(&self) -> Option<Arc<MappedFile>> {
+        if !self.is_unsettled() {
+            return None;
         }
+        let file = self.mapped.swap(None)?;
+        file.drop_windows();
+        Some(file)
+    }
+
+    /// Whether an earlier process has died before it set the times.
+    fn is_unsettled_after_death(&self) -> bool {
+        self.mount().fd_cache().records().inode(self.fd.record()).is_unsettled()
+    }
+
+    /// Sets the times, if an earlier process has died before it did; false if that has to be tried again.
+    fn settle_after_death(&self) -> bool {
+        // A write that comes meanwhile unsettles it after this.
+        self.settle_and(|| {
+            if !self.is_unsettled_after_death() {
+                return true;
+            }
+            let is_done = self.touch().map_or_else(|errno| STAYS.contains(&errno), |()| true);
+            if is_done {
+                self.note_unsettled(false);
+            }
+            is_done
+        })
     }
 
     /// Whether it had a set-group-ID bit without execution by the group when its attributes were last read.

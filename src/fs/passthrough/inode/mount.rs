@@ -56,6 +56,18 @@ pub enum Kind {
     Other,
 }
 
+impl Kind {
+    /// What fstatfs(2) says of it.
+    pub fn of(stat: &StatFs) -> Kind {
+        match magic(stat) {
+            Some(TMPFS) => Kind::Memory,
+            // With smaller blocks, kernels before 2025 may leave a page writable of which a block was taken away.
+            Some(EXT4 | XFS) if stat.f_bsize >= BLOCK => Kind::Disk,
+            _ => Kind::Other,
+        }
+    }
+}
+
 /// A mount, with what is needed to open its inodes by file handle. Each LOOKUP reads it, and each new inode
 /// changes the count of those who share it: they have cache lines of their own.
 #[derive(Debug)]
@@ -150,15 +162,7 @@ impl Mount {
 
     /// What kind of file system it is; `file` is one of its files.
     pub fn kind(&self, file: impl AsFd) -> Kind {
-        *self.kind.get_or_init(|| {
-            let Ok(stat) = fstatfs(file) else { return Kind::Other };
-            match magic(&stat) {
-                Some(TMPFS) => Kind::Memory,
-                // With smaller blocks, kernels before 2025 may leave a page writable of which a block was taken away.
-                Some(EXT4 | XFS) if stat.f_bsize >= BLOCK => Kind::Disk,
-                _ => Kind::Other,
-            }
-        })
+        *self.kind.get_or_init(|| fstatfs(file).map_or(Kind::Other, |stat| Kind::of(&stat)))
     }
 
     /// Whether a single file is mounted, not a directory.

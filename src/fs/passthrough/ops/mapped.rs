@@ -5,17 +5,20 @@
 //! also keeps overlapping writes of several daemons whole. A mapping does not, so it is up to the options whether that is
 //! given up.
 
+use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, statfs};
 
+use super::xattr::mapped_capability;
 use crate::fs::Result;
-use crate::fs::passthrough::config::MappedWrites;
+use crate::fs::passthrough::config::{CachePolicy, FsConfig, MappedWrites, ParallelDirectWrites};
 use crate::fs::passthrough::handle_table::Handle;
 use crate::fs::passthrough::host::file::Opener;
 use crate::fs::passthrough::inode::FileSystemKind;
 use crate::fs::passthrough::inode::mapped::MappedFile;
 use crate::fs::passthrough::inode::settler::MappedFiles;
+use crate::metrics::notes::{self, Mapped};
 use crate::sys::guest_buffers::GuestReader;
 
 /// How files of a share are mapped.
@@ -29,6 +32,32 @@ pub struct Mapping<'a> {
     pub files: &'a MappedFiles,
     /// Opens files once more.
     pub opener: Opener<'a>,
+}
+
+/// Which option lets no file of a share be written through mappings, or what it lacks.
+pub fn obstacle(config: &FsConfig) -> Option<&'static str> {
+    let is_parallel = config.parallel_direct_writes != ParallelDirectWrites::Never && !config.writeback;
+    Some(match config.mapped_writes {
+        MappedWrites::Never => "--mapped-writes=never",
+        // O_DIRECT on the host does not go together with mappings of the same file.
+        _ if config.allow_direct_io => "--allow-direct-io",
+        // Capabilities under another name are removed before each write.
+        _ if mapped_capability(config).is_some() => "--xattr-map renames file capabilities",
+        _ if config.readonly => "--readonly",
+        _ if !is_parallel => "no file has parallel direct writes",
+        MappedWrites::Auto if config.cache != CachePolicy::Always => {
+            "others may write the share (--mapped-writes)"
+        }
+        MappedWrites::Auto | MappedWrites::Always => return None,
+    })
+}
+
+/// Why no file in this directory is written through mappings; `None` if some are, where that pays.
+pub fn obstacle_in(directory: &Path, config: &FsConfig) -> Option<&'static str> {
+    obstacle(config).or_else(|| {
+        let kind = statfs(directory).map(|stat| FileSystemKind::of(&stat));
+        (kind == Ok(FileSystemKind::Other)).then_some("its file system is not mapped")
+    })
 }
 
 impl Mapping<'_> {
@@ -71,6 +100,7 @@ pub fn write(
     match file.write(fd, offset, data, &**inode) {
         Ok(()) => {
             data.skip(len);
+            notes::wrote_mapped(Mapped::Copied);
             if !inode.mapped().as_ref().is_some_and(|now| Arc::ptr_eq(now, file)) {
                 // The last opener has closed it meanwhile, and nobody will settle it.
                 file.settle_and(&**inode, || ());
@@ -78,6 +108,7 @@ pub fn write(
             Ok(len)
         }
         Err(miss) => {
+            notes::wrote_mapped(Mapped::FellBack);
             let done = plain(data).inspect_err(|_| file.revoke())?;
             file.wrote(fd, miss, offset, done, || mapping.opener.for_mapping(fd));
             Ok(done)
@@ -91,9 +122,9 @@ fn map(mapping: Mapping<'_>, handle: &Handle, has_disk: bool) -> Result<()> {
     let (files, inode) = (mapping.files, handle.inode());
     // It may be that the daemon may not read it.
     drop(mapping.opener.for_mapping(handle.fd())?);
-    if files.start() {
-        inode.map(MappedFile::new(handle.fd(), has_disk, &**inode, Arc::clone(files.settler()))?);
-        files.add(inode);
+    if let Some(settler) = files.settler(inode) {
+        inode.map(MappedFile::new(handle.fd(), has_disk, &**inode, Arc::clone(&settler))?);
+        MappedFiles::add(&settler, inode);
     }
     Ok(())
 }

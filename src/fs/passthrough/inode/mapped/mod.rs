@@ -10,7 +10,7 @@
 //!   copy, pwritev2(2) does all of it again. So a truncation on the host that was complete before the write began is never overlooked.
 //! - **Set-id bits** are in the same answer: if the file has any, pwritev2(2) follows, which clears them.
 //! - **Everything else that is checked at a write** (capabilities of the file, `chattr +S`, a mount that became synchronous, a file system that became
-//!   read-only) is checked every [`LEASE`]: then a write goes through pwritev2(2), and only if it succeeds mapped ones follow.
+//!   read-only, RLIMIT_FSIZE) is checked every [`LEASE`]: then a write goes through pwritev2(2), and only if it succeeds mapped ones follow.
 //! - **Times**: see below.
 //!
 //! ## Times
@@ -37,6 +37,7 @@ use rustix::fs::{
     UTIME_NOW, UTIME_OMIT, fstatvfs, statx,
 };
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
 use self::payoff::Payoff;
 use super::settler::Settler;
@@ -68,7 +69,7 @@ const UNSETTLED: u8 = 1;
 const SETTLING: u8 = 2;
 
 /// Errors with which times cannot be set later either: somebody on the host has changed the file or its file system.
-const STAYS: [Errno; 5] = [Errno::PERM, Errno::ACCESS, Errno::ROFS, Errno::STALE, Errno::NOENT];
+pub const STAYS: [Errno; 5] = [Errno::PERM, Errno::ACCESS, Errno::ROFS, Errno::STALE, Errno::NOENT];
 
 /// Flags of a file with which it is not mapped: what is written is synchronous, forbidden, or journalled.
 const UNMAPPED: IFlags =
@@ -265,6 +266,19 @@ impl MappedFile {
         and()
     }
 
+    /// Gives back all windows.
+    pub fn drop_windows(&self) {
+        self.windows.iter().for_each(|place| place.store(None));
+    }
+
+    /// Gives back all windows, and is not mapped for a while, longer each time.
+    pub fn pause(&self, now: u64) {
+        if self.windows.iter().any(|place| place.load().is_some()) {
+            self.payoff.pause(now);
+            self.drop_windows();
+        }
+    }
+
     /// Gives back windows that were not used for a while; returns whether any are left.
     pub fn drop_idle(&self, now: u64) -> bool {
         let is_idle =
@@ -427,7 +441,7 @@ fn size_and_mode(file: BorrowedFd<'_>) -> Result<Statx> {
     statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, wanted)
 }
 
-/// The size of the file, if it may be written through mappings.
+/// Up to where the file may be written through mappings, if it may: its size, or the limit on the length of files (RLIMIT_FSIZE).
 fn check(file: BorrowedFd<'_>) -> Result<u64> {
     let stat = size_and_mode(file)?;
     let forbidden =
@@ -442,7 +456,8 @@ fn check(file: BorrowedFd<'_>) -> Result<u64> {
     {
         return Err(Errno::OPNOTSUPP);
     }
-    Ok(stat.stx_size)
+    let limit = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX);
+    Ok(stat.stx_size.min(limit))
 }
 
 /// The times by which mtime and ctime are set to the present.
