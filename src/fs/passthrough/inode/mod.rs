@@ -32,8 +32,8 @@ mod table;
 mod unnamed;
 mod unresolved;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwapOption, Guard};
 use rustix::fs::FileType;
@@ -65,10 +65,9 @@ pub struct Inode {
     io_mode: IoMode,
     ranges: RangeLock,
     locks: PosixLocks,
-    /// Set while it is open and written through mappings.
-    mapped: ArcSwapOption<MappedFile>,
-    /// It was set before, which costs less to read.
-    was_mapped: AtomicBool,
+    /// Set while it is open and written through mappings. Few inodes ever are, and an empty one would cost each of them a look at
+    /// all threads when it is dropped.
+    mapped: OnceLock<Box<ArcSwapOption<MappedFile>>>,
     /// It had a set-group-ID bit without execution by the group when its attributes were last read.
     lone_group_bit: AtomicBool,
     /// It may have set-id bits that the host does not clear.
@@ -89,8 +88,7 @@ impl Inode {
             io_mode: IoMode::default(),
             ranges: RangeLock::default(),
             locks: PosixLocks::default(),
-            mapped: ArcSwapOption::const_empty(),
-            was_mapped: AtomicBool::new(false),
+            mapped: OnceLock::new(),
             lone_group_bit: AtomicBool::new(false),
             set_id_bits: AtomicBool::new(leaves_set_id_bits),
             fd,
@@ -163,40 +161,41 @@ impl Inode {
 
     /// How it is written through mappings, if it is.
     pub fn mapped(&self) -> Guard<Option<Arc<MappedFile>>> {
-        self.mapped.load()
+        self.mapped.get().map_or_else(|| Guard::from_inner(None), |place| place.load())
     }
 
     /// Whether it is written through mappings.
     pub fn is_mapped(&self) -> bool {
-        self.was_mapped() && self.mapped().is_some()
+        self.mapped().is_some()
     }
 
     /// Whether it is, or was, written through mappings since it is known.
     pub fn was_mapped(&self) -> bool {
-        self.was_mapped.load(Ordering::Acquire)
+        self.mapped.get().is_some()
     }
 
     /// From now on it is written through mappings, until the last opener has closed it. If it is already, nothing changes.
     pub fn map(&self, file: MappedFile) {
-        self.was_mapped.store(true, Ordering::Release);
-        self.mapped.compare_and_swap(std::ptr::null::<MappedFile>(), Some(Arc::new(file)));
+        let place = self.mapped.get_or_init(|| Box::new(ArcSwapOption::const_empty()));
+        place.compare_and_swap(std::ptr::null::<MappedFile>(), Some(Arc::new(file)));
     }
 
     /// Its last opener has closed it. A write that is still under way finds that it is not mapped any more, after it has
     /// unsettled the file, and settles it itself.
     fn unmap(&self) {
-        if self.was_mapped()
-            && let Some(file) = self.mapped.swap(None)
-        {
+        if let Some(file) = self.take_mapped() {
             file.settle_and(self, || ());
         }
     }
 
+    /// From now on it is not written through mappings.
+    fn take_mapped(&self) -> Option<Arc<MappedFile>> {
+        self.mapped.get()?.swap(None)
+    }
+
     /// Sets the times of a file that was written through mappings since they were set.
     pub fn settle(&self) {
-        if self.was_mapped()
-            && let Some(file) = self.mapped().as_ref().filter(|file| file.is_unsettled())
-        {
+        if let Some(file) = self.mapped().as_ref().filter(|file| file.is_unsettled()) {
             file.settle_and(self, || ());
         }
     }
@@ -235,7 +234,7 @@ impl Inode {
 
     /// Whether writes were acknowledged since the times were set.
     fn is_unsettled(&self) -> bool {
-        self.was_mapped() && self.mapped().as_ref().is_some_and(|file| file.is_unsettled())
+        self.mapped().as_ref().is_some_and(|file| file.is_unsettled())
     }
 
     /// Is written through mappings no more, if it is unsettled: then its times are all that is left of them.
@@ -243,7 +242,7 @@ impl Inode {
         if !self.is_unsettled() {
             return None;
         }
-        let file = self.mapped.swap(None)?;
+        let file = self.take_mapped()?;
         file.drop_windows();
         Some(file)
     }
