@@ -22,7 +22,7 @@ use crate::device::engine::Stations;
 use crate::device::quarantine::Death;
 use crate::fs::FileSystem;
 use crate::fs::null::NullStore;
-use crate::fs::passthrough::{PassthroughFs, StartError};
+use crate::fs::passthrough::{PassthroughFs, StartError, mapped_writes_option};
 use crate::fs::read_only::ReadOnly;
 use crate::limits::{GroupError, Limits, Rates, open_group};
 use crate::logging::{self, Remark, Scope};
@@ -34,6 +34,7 @@ use crate::sandbox::{
 };
 use crate::server::Server;
 use crate::state_file::{StateError, StateFile};
+use crate::sys::pressure::MemoryPressure;
 
 /// Why the daemon did not start, or failed.
 #[derive(Debug, Error)]
@@ -116,6 +117,7 @@ pub fn run(
     }
     let state = StateFile::create()?;
     let name = Share::name_for(config.device.tag.as_deref(), &config.shared_dir);
+    let pressure = memory_pressure(&config);
     let monitor = Monitor::start(&config, &name, endpoints, (&state, &metrics));
     match sandbox::enter(config.sandbox, &config.shared_dir, &config.id_maps)? {
         Role::Supervisor(parent) => supervise(parent),
@@ -125,7 +127,7 @@ pub fn run(
             if sandboxed.forked {
                 socket.keep_path();
             }
-            serve(config, socket, sandboxed, (readiness, state, metrics), wrap)?;
+            serve(config, socket, sandboxed, (readiness, state, metrics, pressure), wrap)?;
             Ok(0)
         }
     }
@@ -144,7 +146,12 @@ fn serve(
     config: Config,
     socket: Socket,
     sandboxed: Sandboxed,
-    (readiness, state, metrics): (Readiness, Arc<StateFile>, Arc<Metrics>),
+    (readiness, state, metrics, pressure): (
+        Readiness,
+        Arc<StateFile>,
+        Arc<Metrics>,
+        Option<Arc<MemoryPressure>>,
+    ),
     wrap: impl FnOnce(Arc<dyn FileSystem>) -> Arc<dyn FileSystem>,
 ) -> Result<(), RunError> {
     let name = Share::name_for(config.device.tag.as_deref(), &config.shared_dir);
@@ -153,7 +160,7 @@ fn serve(
     let (server, stations) = begin(
         &config,
         sandboxed,
-        State { file: &state, metrics: &metrics, death: None, renews: false },
+        State { file: &state, metrics: &metrics, death: None, renews: false, pressure: pressure.as_ref() },
         wrap,
     )?;
     config.remarks.iter().for_each(Remark::log);
@@ -191,6 +198,8 @@ pub(super) struct State<'a> {
     pub death: Option<Death>,
     /// The share is mounted anew since: what the guest knows is opened again.
     pub renews: bool,
+    /// Where to see whether the host is short of memory.
+    pub pressure: Option<&'a Arc<MemoryPressure>>,
 }
 
 /// Begins to serve the share inside the sandbox, up to the seccomp filter: what follows is the guest's.
@@ -275,7 +284,17 @@ fn file_system(
             PassthroughFs::new(root, proc_self_fd, limits, fs_config, state.file)
         }
     };
-    Ok(fs?)
+    let fs = fs?;
+    if let Some(pressure) = state.pressure {
+        fs.watch_memory(pressure);
+    }
+    Ok(fs)
+}
+
+/// Where to see whether the host is short of memory, if any would be given back then. Before the sandbox, which has no such files.
+pub(super) fn memory_pressure(config: &Config) -> Option<Arc<MemoryPressure>> {
+    // Descriptors may be scarce.
+    mapped_writes_option(&config.fs).is_none().then(MemoryPressure::open)?.map(Arc::new)
 }
 
 /// The file system of a share: what its options put around the host's directory.

@@ -17,6 +17,7 @@ pub mod lingering;
 pub mod locks;
 pub mod mapped;
 pub mod memory;
+pub mod pressure;
 pub mod shared_map;
 pub mod signals;
 pub mod umask;

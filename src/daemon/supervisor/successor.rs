@@ -84,7 +84,8 @@ where
         let made = self.sandbox.start();
         if matches!(made, Ok(None)) {
             let Some(wrap) = self.wrap.take() else { sandbox::exit(status::PANICKED) };
-            let state = State { file: &self.state, metrics: &self.metrics, death, renews: false };
+            let state =
+                State { file: &self.state, metrics: &self.metrics, death, renews: false, pressure: None };
             let first = self.sandbox.prepared().is_none();
             let task = Task {
                 config: self.config,

@@ -17,7 +17,7 @@ use super::deaths::status;
 use crate::config::Config;
 use crate::daemon::frontend::{self, Ending, FrontendError};
 use crate::daemon::monitor;
-use crate::daemon::run::{RunError, State, begin};
+use crate::daemon::run::{RunError, State, begin, memory_pressure};
 use crate::daemon::share::pace_of;
 use crate::device::backend::Backend;
 use crate::device::engine::Stations;
@@ -165,10 +165,12 @@ fn start(
     let faults = Userfault::open();
     let faults = faults
         .inspect_err(|errno| debug!("post-copy is not offered, since there is no userfaultfd: {errno}"));
+    let pressure = memory_pressure(config);
     let (sandboxed, entered) = sandbox.enter()?;
     // Before the seccomp filter is there.
     let drain = Signals::catch_drain()?;
-    let (server, stations) = begin(config, sandboxed, State { renews, ..state }, wrap)?;
+    let (server, stations) =
+        begin(config, sandboxed, State { renews, pressure: pressure.as_ref(), ..state }, wrap)?;
     stream.write_all(&entered.to_bytes()).map_err(RunError::Worker)?;
     Ok(Started { stream, server, stations, parent, drain, faults: faults.ok() })
 }

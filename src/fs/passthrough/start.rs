@@ -20,6 +20,7 @@ use crate::fs::Agreement;
 use crate::fs::passthrough::config::{FsConfig, InodeFileHandles};
 use crate::limits::{FdQuota, Limits};
 use crate::state_file::StateFile;
+use crate::sys::pressure::MemoryPressure;
 use fuse_protocol::ids::NodeId;
 
 impl PassthroughFs {
@@ -116,6 +117,11 @@ impl PassthroughFs {
             mapped_files: Arc::default(),
             saved_locks: SavedLocks::default(),
         }
+    }
+
+    /// Gives memory back when the host is short of it.
+    pub fn watch_memory(&self, pressure: &Arc<MemoryPressure>) {
+        self.mapped_files.watch(pressure);
     }
 
     /// What a share that goes on has to do beside requests.

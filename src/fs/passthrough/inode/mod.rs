@@ -223,9 +223,14 @@ impl Inode {
         }
     }
 
-    /// Gives back windows that were not used for a while; returns whether it has others.
-    fn drop_idle_windows(&self, now: u64) -> bool {
-        self.mapped().as_ref().is_some_and(|file| file.drop_idle(now))
+    /// Gives back windows that were not used for a while, or all of them since memory is short; returns whether it has others.
+    fn drop_windows(&self, now: u64, memory_is_short: bool) -> bool {
+        let mapped = self.mapped();
+        let Some(file) = &*mapped else { return false };
+        if memory_is_short {
+            file.pause(now);
+        }
+        file.drop_idle(now)
     }
 
     /// Whether writes were acknowledged since the times were set.

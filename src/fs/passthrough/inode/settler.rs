@@ -9,7 +9,7 @@
 //! the files that were not settled by then are left to their thread, which sets their times when it can.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use crate::sync::lock;
 use crate::sys::clock::monotonic;
 use crate::sys::lingering::SETTLER;
 use crate::sys::memory::ask_for_a_thread;
+use crate::sys::pressure::MemoryPressure;
 
 /// How long a file stays unsettled, at most.
 pub const TICK: Duration = Duration::from_millis(100);
@@ -29,6 +30,10 @@ pub const TICK: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How often windows are looked at that nobody writes to.
 const IDLE_TICK: Duration = Duration::from_secs(5);
+/// Nanoseconds between two looks at the memory that the host has, at least.
+const LOOK: u64 = 1_000_000_000;
+/// The host is short of memory if programs have waited for it for this part of the time.
+const SHORTAGE: u64 = 10;
 /// Threads of a share. With more file systems, several have one.
 const MAX_THREADS: usize = 8;
 
@@ -41,6 +46,29 @@ pub struct Settler {
     /// A round has ended.
     ended: Condvar,
     is_awake: AtomicBool,
+    memory: Option<Arc<MemoryPressure>>,
+}
+
+/// When a thread has last looked at the host's memory, and for how long programs had waited for some by then.
+#[derive(Clone, Copy, Debug, Default)]
+struct Looked {
+    at: u64,
+    stalled: u64,
+}
+
+impl Looked {
+    /// Looks again, if the last time was a while ago; whether memory was short since.
+    fn again(&mut self, now: u64, stalled: impl FnOnce() -> Option<u64>) -> bool {
+        let passed = now.saturating_sub(self.at);
+        if passed < LOOK {
+            return false;
+        }
+        let Some(stalled) = stalled() else { return false };
+        let waited = stalled.saturating_sub(self.stalled);
+        let is_first = self.at == 0;
+        *self = Looked { at: now, stalled };
+        !is_first && waited > passed / SHORTAGE
+    }
 }
 
 #[derive(Debug, Default)]
@@ -122,7 +150,7 @@ impl Settler {
     }
 
     fn run(&self) {
-        let (mut limit, mut goes_on) = (None, true);
+        let (mut limit, mut goes_on, mut looked) = (None, true, Looked::default());
         // The last round is for what was left.
         while goes_on {
             goes_on = self.wait(limit);
@@ -132,19 +160,21 @@ impl Settler {
             // Before the files are looked at.
             self.is_awake.store(false, Ordering::SeqCst);
             let asked = self.lock().asked;
-            limit = self.round().then_some(IDLE_TICK);
+            let stalled = || self.memory.as_ref()?.stalled();
+            let is_short = looked.again(monotonic(), stalled);
+            limit = self.round(is_short).then_some(IDLE_TICK);
             self.lock().ended = asked;
             self.ended.notify_all();
         }
     }
 
-    /// Settles all files; whether any has windows.
-    fn round(&self) -> bool {
+    /// Settles all files; whether any has windows. If memory is short, none has.
+    fn round(&self, memory_is_short: bool) -> bool {
         let now = monotonic();
         let mut has_windows = false;
         for inode in self.inodes() {
             inode.settle();
-            has_windows |= inode.drop_idle_windows(now);
+            has_windows |= inode.drop_windows(now, memory_is_short);
         }
         self.settle_left();
         has_windows
@@ -204,11 +234,17 @@ struct Running {
 #[derive(Debug, Default)]
 pub struct MappedFiles {
     threads: Mutex<Vec<Running>>,
+    memory: OnceLock<Arc<MemoryPressure>>,
     /// Files that an earlier process has not settled.
     after_death: Mutex<Vec<Arc<Inode>>>,
 }
 
 impl MappedFiles {
+    /// Where to see whether the host is short of memory.
+    pub fn watch(&self, memory: &Arc<MemoryPressure>) {
+        let _ = self.memory.set(Arc::clone(memory));
+    }
+
     /// What files on the file system of `inode` share. It starts the thread, if that does not run; `None` if there is none. It has the
     /// rights of the calling thread.
     pub fn settler(&self, inode: &Inode) -> Option<Arc<Settler>> {
@@ -220,7 +256,7 @@ impl MappedFiles {
         if threads.len() >= MAX_THREADS {
             return shared(&mut threads, device);
         }
-        let running = start(device)?;
+        let running = start(device, self.memory.get())?;
         let settler = Arc::clone(&running.settler);
         threads.push(running);
         Some(settler)
@@ -306,9 +342,9 @@ fn shared(threads: &mut [Running], device: (u32, u32)) -> Option<Arc<Settler>> {
     threads.get(index).map(|running| Arc::clone(&running.settler))
 }
 
-fn start(device: (u32, u32)) -> Option<Running> {
+fn start(device: (u32, u32), memory: Option<&Arc<MemoryPressure>>) -> Option<Running> {
     ask_for_a_thread().ok()?;
-    let settler = Arc::new(Settler::default());
+    let settler = Arc::new(Settler { memory: memory.cloned(), ..Settler::default() });
     let (of_thread, scope) = (Arc::clone(&settler), Scope::current());
     let run = move || {
         let _scope = scope.enter();
@@ -343,5 +379,22 @@ impl Drop for MappedFiles {
                 debug!("a thread that sets the times of files has failed");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_short_if_programs_wait_for_it() {
+        let (mut looked, second) = (Looked::default(), 1_000_000_000);
+        assert!(!looked.again(50 * second, || Some(40 * second)), "nobody knows when that was");
+        assert!(!looked.again(50 * second + 1, || unreachable!("it is too early")));
+        assert!(!looked.again(55 * second, || Some(40 * second + second / 2)));
+        assert!(looked.again(60 * second, || Some(41 * second + 1)));
+        assert!(!looked.again(61 * second, || None), "the file is gone");
+        assert!(!looked.again(62 * second, || Some(0)), "it began anew");
+        assert!(looked.again(63 * second, || Some(second)));
     }
 }

@@ -266,6 +266,14 @@ impl MappedFile {
         self.windows.iter().for_each(|place| place.store(None));
     }
 
+    /// Gives back all windows, and is not mapped for a while, longer each time.
+    pub fn pause(&self, now: u64) {
+        if self.windows.iter().any(|place| place.load().is_some()) {
+            self.payoff.pause(now);
+            self.drop_windows();
+        }
+    }
+
     /// Gives back windows that were not used for a while; returns whether any are left.
     pub fn drop_idle(&self, now: u64) -> bool {
         let is_idle =
