@@ -237,6 +237,9 @@ fn restricted() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, BackendError> {
     let controls = file_flags::COMMANDS.iter().chain(&userfault::COMMANDS);
     let controls = controls.map(|command| argument(1, SeccompCmpOp::Eq, *command));
     let own_threads = argument(0, SeccompCmpOp::Eq, std::process::id())?;
+    let none = |number, width| SeccompCondition::new(number, width, SeccompCmpOp::Eq, 0);
+    let own_limits =
+        SeccompRule::new(vec![none(0, SeccompCmpArgLen::Dword)?, none(2, SeccompCmpArgLen::Qword)?])?;
     Ok(BTreeMap::from([
         (libc::SYS_fcntl, commands),
         // Flags of files and, with a descriptor that is there already, post-copy; whatever else ioctl(2) does with
@@ -250,6 +253,8 @@ fn restricted() -> Result<BTreeMap<c_long, Vec<SeccompRule>>, BackendError> {
         // A umask of a thread's own; namespaces are other flags.
         (libc::SYS_unshare, vec![argument(0, SeccompCmpOp::Eq, libc::CLONE_FS.unsigned_abs())?]),
         (libc::SYS_tgkill, vec![own_threads]),
+        // Limits of this process are read, and none is changed.
+        (libc::SYS_prlimit64, vec![own_limits]),
         (
             libc::SYS_prctl,
             vec![

@@ -60,6 +60,7 @@ mod lock_owners;
 mod locks;
 mod manifests;
 mod many_callers;
+mod mapped_on_unreliable_host;
 mod mapped_writes;
 mod migration;
 mod monitor;

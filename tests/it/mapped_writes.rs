@@ -404,8 +404,12 @@ fn set_id_bits_are_cleared_by_the_next_write() {
 
 #[test]
 fn what_was_synced_is_in_a_copy_of_the_disk() {
-    for (disk, kind) in [(Disk::ext4 as fn(u64, &[&str]) -> Disk, "ext4")] {
-        let disk = disk(64, &WHOLE_PAGES);
+    // The original of an XFS is mounted as well.
+    for (disk, kind, options) in [
+        ((|| Disk::ext4(64, &WHOLE_PAGES)) as fn() -> Disk, "ext4", "loop"),
+        (Disk::xfs, "xfs", "loop,nouuid"),
+    ] {
+        let disk = disk();
         let (backend, session) = serve(&disk.path, &ALWAYS, 1);
         let file = File::create(&session, "file", 64 * PAGE);
         for round in 1..4 {
@@ -417,7 +421,7 @@ fn what_was_synced_is_in_a_copy_of_the_disk() {
             common::run(Command::new("cp").arg(disk.image()).arg(&copy));
             let place = disk.beside().join("copied");
             fs::create_dir(&place).unwrap();
-            common::run(Command::new("mount").args(["-t", kind, "-o", "loop"]).arg(&copy).arg(&place));
+            common::run(Command::new("mount").args(["-t", kind, "-o", options]).arg(&copy).arg(&place));
             let found = fs::read(place.join("file")).unwrap();
             unmount(&place, UnmountFlags::empty()).unwrap();
             fs::remove_dir(&place).unwrap();

@@ -95,6 +95,8 @@ fn arguments_are_looked_at() {
         ("mmap", libc::SYS_mmap, [0, 4096, exec, anonymous], Some([0, 4096, read, anonymous])),
         ("mprotect", libc::SYS_mprotect, [0, 0, exec, 0], Some([0, 0, read, 0])),
         ("a process", libc::SYS_clone, [long(libc::SIGCHLD), 0, 0, 0], Some([no_thread, 0, 0, 0])),
+        ("limits of another process", libc::SYS_prlimit64, [1, 0, 0, 0], Some([0, 0, 0, 0])),
+        ("another limit", libc::SYS_prlimit64, [0, 0, 1 << 32, 0], None),
         ("a user namespace", libc::SYS_clone, [thread | long(libc::CLONE_NEWUSER), 0, 0, 0], None),
         ("a mount namespace", libc::SYS_clone, [thread | long(libc::CLONE_NEWNS), 0, 0, 0], None),
         (

@@ -12,25 +12,44 @@ use super::{disk_directory, own_mounts, run};
 /// thread starts: whatever becomes of the test, the mount ends with them, and the device with the mount.
 pub struct Disk {
     pub path: PathBuf,
+    image: PathBuf,
     directory: tempfile::TempDir,
 }
 
 impl Disk {
     /// An ext4 of so many MiB, with these further options for mkfs.ext4.
     pub fn ext4(mebibytes: u64, mkfs: &[&str]) -> Disk {
-        let disk = Disk::image_of(mebibytes);
-        run(Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).args(mkfs).arg(disk.image()));
-        disk.mount();
-        fs::remove_dir(disk.path.join("lost+found")).unwrap();
-        disk
+        Disk::empty().with_ext4(mebibytes, mkfs)
+    }
+
+    /// The same with its image on another file system.
+    pub fn ext4_on(store: &Disk, mebibytes: u64, mkfs: &[&str]) -> Disk {
+        Disk::on(store).with_ext4(mebibytes, mkfs)
+    }
+
+    fn with_ext4(self, mebibytes: u64, mkfs: &[&str]) -> Disk {
+        self.make_image(mebibytes);
+        run(Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).args(mkfs).arg(self.image()));
+        self.mount();
+        fs::remove_dir(self.path.join("lost+found")).unwrap();
+        self
     }
 
     /// An XFS of the least size that there is.
     pub fn xfs() -> Disk {
-        let disk = Disk::image_of(320);
-        run(Command::new("mkfs.xfs").arg("-q").arg(disk.image()));
-        disk.mount();
-        disk
+        Disk::empty().with_xfs()
+    }
+
+    /// The same with its image on another file system.
+    pub fn xfs_on(store: &Disk) -> Disk {
+        Disk::on(store).with_xfs()
+    }
+
+    fn with_xfs(self) -> Disk {
+        self.make_image(320);
+        run(Command::new("mkfs.xfs").arg("-q").arg(self.image()));
+        self.mount();
+        self
     }
 
     /// A tmpfs of so many MiB.
@@ -46,13 +65,17 @@ impl Disk {
         let directory = disk_directory();
         let path = directory.path().join("mount");
         fs::create_dir(&path).unwrap();
-        Disk { path, directory }
+        Disk { path, image: directory.path().join("image"), directory }
     }
 
-    fn image_of(mebibytes: u64) -> Disk {
-        let disk = Disk::empty();
-        fs::File::create(disk.image()).unwrap().set_len(mebibytes << 20).unwrap();
+    fn on(store: &Disk) -> Disk {
+        let mut disk = Disk::empty();
+        disk.image = store.path.join("image");
         disk
+    }
+
+    fn make_image(&self, mebibytes: u64) {
+        fs::File::create(&self.image).unwrap().set_len(mebibytes << 20).unwrap();
     }
 
     fn mount(&self) {
@@ -60,8 +83,8 @@ impl Disk {
     }
 
     /// The file that the loop device is on.
-    pub fn image(&self) -> PathBuf {
-        self.directory.path().join("image")
+    pub fn image(&self) -> &Path {
+        &self.image
     }
 
     /// A directory beside it.

@@ -10,7 +10,7 @@
 //!   copy, pwritev2(2) does all of it again. So a truncation on the host that was complete before the write began is never overlooked.
 //! - **Set-id bits** are in the same answer: if the file has any, pwritev2(2) follows, which clears them.
 //! - **Everything else that is checked at a write** (capabilities of the file, `chattr +S`, a mount that became synchronous, a file system that became
-//!   read-only) is checked every [`LEASE`]: then a write goes through pwritev2(2), and only if it succeeds mapped ones follow.
+//!   read-only, RLIMIT_FSIZE) is checked every [`LEASE`]: then a write goes through pwritev2(2), and only if it succeeds mapped ones follow.
 //! - **Times**: see below.
 //!
 //! ## Times
@@ -37,6 +37,7 @@ use rustix::fs::{
     UTIME_NOW, UTIME_OMIT, fstatvfs, statx,
 };
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
 use self::payoff::Payoff;
 use super::settler::Settler;
@@ -436,7 +437,7 @@ fn size_and_mode(file: BorrowedFd<'_>) -> Result<Statx> {
     statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, wanted)
 }
 
-/// The size of the file, if it may be written through mappings.
+/// Up to where the file may be written through mappings, if it may: its size, or the limit on the length of files (RLIMIT_FSIZE).
 fn check(file: BorrowedFd<'_>) -> Result<u64> {
     let stat = size_and_mode(file)?;
     let forbidden =
@@ -451,7 +452,8 @@ fn check(file: BorrowedFd<'_>) -> Result<u64> {
     {
         return Err(Errno::OPNOTSUPP);
     }
-    Ok(stat.stx_size)
+    let limit = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX);
+    Ok(stat.stx_size.min(limit))
 }
 
 /// The times by which mtime and ctime are set to the present.
