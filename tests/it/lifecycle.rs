@@ -9,6 +9,7 @@ use lanefsd_frontend::session::Pending;
 use lanefsd_frontend::{Backend, Client, Session, SessionOptions};
 
 use crate::common;
+use crate::monitor::waiting_requests;
 
 /// How long the null store takes for a write in these tests.
 const LATENCY: Duration = Duration::from_millis(100);
@@ -263,7 +264,10 @@ fn sessions_that_end_among_requests_leave_nothing() {
 #[test]
 fn destroy_ends_waits_for_locks() {
     for queue in [0, 1, 2] {
-        let (_backend, session) = common::serve_with(&["--posix-lock"], common::queues(2));
+        let folder = tempfile::tempdir().unwrap();
+        let control = folder.path().join("ctl");
+        let socket = format!("--control-socket={}", control.display());
+        let (_backend, session) = common::serve_with(&["--posix-lock", &socket], common::queues(2));
         let client = session.client();
         let (entry, open) = client.create(ROOT, "file", libc::O_RDWR, 0o600, 0).unwrap();
         let lock = |owner| Lock::posix(owner, libc::F_WRLCK, 0, 9);
@@ -273,7 +277,7 @@ fn destroy_ends_waits_for_locks() {
                 client.on(queue).send(lock(1 + queue as u64).waiting_request(entry.nodeid, open.fh)).unwrap()
             })
             .collect();
-        std::thread::sleep(Duration::from_millis(50));
+        common::wait_until(|| waiting_requests(&control) == 2, "both wait for the lock");
         client.on(queue).destroy().unwrap();
         for sent in waiting {
             assert_eq!(common::errno(session.finish(sent)), libc::EINTR);
