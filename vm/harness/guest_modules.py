@@ -13,9 +13,9 @@ from .paths import CACHE, REPO
 
 ROOM = REPO / "guest-kernel"
 # Kernel series that there are patches for, and the suite that has their sources.
-SERIES = {"5.10": "bullseye", "6.1": "bookworm", "6.12": "trixie"}
+SERIES = {"5.10": "bullseye", "6.1": "bookworm", "6.12": "trixie", "7.2": "sid"}
 # Series whose kernels have FUSE built in: one module for all, and the boot option that keeps FUSE of the kernel off.
-BUILT_IN = ("6.12",)
+BUILT_IN = ("6.12", "7.2")
 BOOT_OPTION = "initcall_blacklist=fuse_init,virtio_fs_init"
 LOADER = pathlib.Path("/lib64/ld-linux-x86-64.so.2")
 BUILD_TOOLS = ["make", "gcc", "patch", "xz:xz-utils", "/usr/lib/x86_64-linux-gnu/libelf.so.1:libelf1"]
