@@ -10,7 +10,7 @@ from .host import log, require, run
 from .paths import CACHE
 
 # The series whose sources have the newest checkpatch.pl.
-SOURCE = "6.12"
+SOURCE = "7.2"
 FILES = ("checkpatch.pl", "spelling.txt", "const_structs.checkpatch")
 # The sign-off is added by the person who sends a patch.
 OPTIONS = ("--no-tree", "--strict", "--no-signoff")

@@ -35,7 +35,7 @@ CLEAN="make clean"
 BUILT_MODULE_LOCATION[0]="build"
 DEST_MODULE_LOCATION[0]="/updates/dkms"
 case "$kernelver" in
-@BUILT_IN@.*)
+@BUILT_IN_PATTERN@)
     BUILT_MODULE_NAME[0]="lanefs"
     ;;
 *)
@@ -113,7 +113,8 @@ def fill(root: pathlib.Path, version: str) -> None:
         "@MODULE_VERSION@": guest_modules.version(),
         "@SERIES@": "|".join(re.escape(series) for series in guest_modules.SERIES),
         "@SERIES_WORDS@": ", ".join(guest_modules.SERIES),
-        "@BUILT_IN@": guest_modules.BUILT_IN[0],
+        "@BUILT_IN@": " ".join(guest_modules.BUILT_IN),
+        "@BUILT_IN_PATTERN@": " | ".join(f"{series}.*" for series in guest_modules.BUILT_IN),
     }
     for path, text, mode in (
         (source / "Makefile", MAKEFILE, 0o644),

@@ -13,10 +13,11 @@ from .paths import CACHE, REPO
 
 ROOM = REPO / "guest-kernel"
 # Kernel series that there are patches for, and the suite that has their sources.
-SERIES = {"5.10": "bullseye", "6.1": "bookworm", "6.12": "trixie"}
+SERIES = {"5.10": "bullseye", "6.1": "bookworm", "6.12": "trixie", "7.2": "sid"}
 # Series whose kernels have FUSE built in: one module for all, and the boot option that keeps FUSE of the kernel off.
-BUILT_IN = ("6.12",)
+BUILT_IN = ("6.12", "7.2")
 BOOT_OPTION = "initcall_blacklist=fuse_init,virtio_fs_init"
+LOADER = pathlib.Path("/lib64/ld-linux-x86-64.so.2")
 BUILD_TOOLS = ["make", "gcc", "patch", "xz:xz-utils", "/usr/lib/x86_64-linux-gnu/libelf.so.1:libelf1"]
 
 
@@ -146,26 +147,46 @@ def patched_source(series: str, into: pathlib.Path) -> None:
             ) from None
 
 
-def needs_other_tools(home: pathlib.Path) -> bool:
-    """Whether the build tools in unpacked headers are for a newer C library than the host's."""
-    tool = next(home.glob("usr/lib/linux-kbuild-*/tools/objtool/objtool.real-x86"), None)
-    if tool is None:
+def lacks_libraries(path: pathlib.Path) -> bool:
+    """Whether a file is a program that the host's libraries are too old for."""
+    if path.is_symlink() or not path.is_file() or not os.access(path, os.X_OK):
         return False
-    answer = subprocess.run([tool, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    return "GLIBC_" in answer.stderr
+    with open(path, "rb") as file:
+        if file.read(4) != b"\x7fELF" or str(LOADER).encode() not in file.read():
+            return False
+    # It fails for a library that is missing, and only complains about versions that a library lacks.
+    answer = subprocess.run([LOADER, "--list", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return answer.returncode != 0 or "not found" in answer.stdout
 
 
-def replace_tools(home: pathlib.Path) -> None:
-    """Replaces the build tools in the headers of Debian 13 by those of the same series for Debian 12."""
-    source = apt.Apt("bookworm-backports")
-    source.update()
-    meta = source.depends("linux-headers-cloud-amd64")
-    package = next(name for name in source.depends(meta[0]) if name.startswith("linux-kbuild-"))
-    log.info("fetching %s, whose tools run on this host", package)
-    place = next(home.glob("usr/lib/linux-kbuild-*"))
-    cache.remove(place)
-    source.unpack([package], home)
-    (home / "usr/lib" / package).rename(place)
+def libraries_of(source: apt.Apt, packages: list[str]) -> list[str]:
+    """The libraries that packages depend on, and those that these depend on."""
+    found: list[str] = []
+    wanted = list(packages)
+    while wanted:
+        depends = [name for name in source.depends(wanted.pop()) if re.match(r"lib|zlib", name)]
+        new = [name for name in depends if name not in found]
+        found += new
+        wanted += new
+    return found
+
+
+def adapt_tools(source: apt.Apt, packages: list[str], home: pathlib.Path, place: pathlib.Path) -> None:
+    """Lets the build tools of unpacked packages run with the libraries of their own suite where the host's are older.
+
+    `place` is where `home` will be.
+    """
+    tools = [path for path in home.rglob("*") if lacks_libraries(path)]
+    if not tools:
+        return
+    log.info("fetching libraries of %s for the tools in its headers", source.suite)
+    source.unpack(libraries_of(source, packages), home / "libraries")
+    libraries = place / "libraries/usr/lib/x86_64-linux-gnu"
+    for tool in tools:
+        real = tool.rename(tool.with_name(f"{tool.name}.elf"))
+        command = f'{libraries / LOADER.name} --library-path {libraries} {place / real.relative_to(home)} "$@"'
+        tool.write_text(f"#!/bin/sh\nexec {command}\n")
+        tool.chmod(0o755)
 
 
 def headers(release: str) -> pathlib.Path:
@@ -182,9 +203,9 @@ def headers(release: str) -> pathlib.Path:
             # They depend on a compiler as well, and some on the image.
             depends = source.depends(f"linux-headers-{release}")
             parts = [part for part in depends if re.match(r"linux-(headers|kbuild)-", part)]
-            source.unpack([f"linux-headers-{release}", *parts], scratch)
-            if needs_other_tools(scratch):
-                replace_tools(scratch)
+            packages = [f"linux-headers-{release}", *parts]
+            source.unpack(packages, scratch)
+            adapt_tools(source, packages, scratch, home)
         except HarnessError as error:
             raise HarnessError(
                 f"the headers of {release} cannot be had from {suite}, which keeps those of its newest kernels; "

@@ -11,8 +11,16 @@ from harness.kernels import Kernel
 
 from .config import TestConfig
 
-# Kernel, queues and CPUs of a run with --full.
-FULL = [("6.1", 1, 2), ("6.1", 4, 4), ("7.2", 4, 4), ("7.2", 2, 2), ("6.12", 4, 4), ("5.10", 1, 2), ("5.10", 4, 4)]
+# Kernel, queues, CPUs, and whether the modules are the distribution's, of a run with --full.
+FULL = [
+    ("6.1", 1, 2, False),
+    ("6.1", 4, 4, False),
+    ("7.2", 4, 4, False),
+    ("7.2", 2, 2, True),
+    ("6.12", 4, 4, False),
+    ("5.10", 1, 2, False),
+    ("5.10", 4, 4, False),
+]
 # A TestConfig as plain data, which pytest-xdist can send to its workers.
 Prepared = tuple[str, str, str, str, int, int, bool]
 PREPARED = pytest.StashKey[list[Prepared]]()
@@ -26,11 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--stock-modules", action="store_true", help="the modules of the distribution")
 
 
-def wanted(kernel: str | None, queues: int, full: bool) -> list[tuple[str, int, int]]:
-    """Kernel, queues and CPUs of each configuration."""
+def wanted(kernel: str | None, queues: int, full: bool, stock: bool) -> list[tuple[str, int, int, bool]]:
+    """Kernel, queues, CPUs, and whether the modules are the distribution's, of each configuration."""
     if not full:
-        return [(kernel or kernels.DEFAULT, queues, max(2, queues))]
-    return [(kernel, 1, 2), (kernel, 4, 4)] if kernel else FULL
+        return [(kernel or kernels.DEFAULT, queues, max(2, queues), stock)]
+    if kernel:
+        return [(kernel, 1, 2, stock), (kernel, 4, 4, stock)]
+    return [(name, queues, cpus, stock or theirs) for name, queues, cpus, theirs in FULL]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,8 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # The main process prepares everything, once.
     option = config.option
     prepared: list[Prepared] = []
-    for name, queues, cpus in wanted(option.kernel, option.queues, option.full):
-        kernel, image = cli.prepare(name, option.stock_modules)
+    for name, queues, cpus, stock in wanted(option.kernel, option.queues, option.full, option.stock_modules):
+        kernel, image = cli.prepare(name, stock)
         prepared.append((kernel.name, str(kernel.root), kernel.release, str(image), queues, cpus, option.full))
     config.stash[PREPARED] = prepared
 
