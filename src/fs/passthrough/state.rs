@@ -27,7 +27,7 @@ pub struct PassthroughFs {
     pub(super) host: Host,
     pub(super) inodes: Arc<InodeTable>,
     pub(super) handles: HandleTable,
-    pub(super) growing: Arc<Growing>,
+    pub(super) growing: Growing,
     pub(super) mapped_files: MappedFiles,
     pub(super) lock_waiters: LockWaiters,
     pub(super) locked_ranges: Arc<LockedRangeQuota>,

@@ -165,7 +165,15 @@ impl HostFile {
 
     /// A descriptor that takes requests of any length.
     pub fn buffered(&self, open: Opener<'_>) -> Result<BorrowedFd<'_>> {
-        if !self.is_direct() || self.takes_any_length() {
+        if self.takes_any_length() {
+            return Ok(self.fd());
+        }
+        self.without_direct(open)
+    }
+
+    /// A descriptor without O_DIRECT, whatever requests use.
+    pub fn without_direct(&self, open: Opener<'_>) -> Result<BorrowedFd<'_>> {
+        if !self.is_direct() {
             return Ok(self.fd());
         }
         if let Some(file) = self.buffered.get() {

@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, statx};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
+use super::growing::Growing;
 use super::mapped::{self, Mapping};
 use super::replay::{self, begin_append};
 use crate::fs::passthrough::caller::set_id::KillPriv;
@@ -58,6 +59,8 @@ pub fn read(opener: Opener<'_>, handle: &Handle, read: &Read, data: &mut GuestWr
 pub struct Writing<'a> {
     /// Opens files once more.
     pub opener: Opener<'a>,
+    /// Files that grow.
+    pub growing: &'a Growing,
     /// What it does to set-id bits.
     pub kill_priv: KillPriv<'a>,
     /// The guest writes back its cache.
@@ -74,7 +77,7 @@ pub fn write(
     write: &Write,
     data: &mut GuestReader<'_>,
 ) -> Result<usize> {
-    let Writing { opener, kill_priv, writeback, mapping } = writing;
+    let Writing { opener, growing, kill_priv, writeback, mapping } = writing;
     let mode = handle.mode().ok_or(Errno::ISDIR)?;
     let from_cache = write.write_flags.contains(WriteFlags::CACHE);
     let appends = !from_cache && appends(handle, write.flags, writeback);
@@ -113,6 +116,7 @@ pub fn write(
             write_all(handle, file, write.offset, 0, data)
         })
     } else {
+        growing.make_room(handle, opener, write.offset.saturating_add(write.size.into()))?;
         write_all(handle, file, write.offset, flags, data)
     }
 }

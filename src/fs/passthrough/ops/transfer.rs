@@ -10,7 +10,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::data::{appends, is_end, sync_flags};
-use super::growing::{Change, Growing, cached_size};
+use super::growing::{Growing, cached_size};
 use crate::fs::passthrough::caller::credentials::{SetIdBits, set_id_bits};
 use crate::fs::passthrough::caller::set_id::KillPriv;
 use crate::fs::passthrough::config::IoEngine;
@@ -37,7 +37,7 @@ pub struct Engine<'a> {
     /// Opens files once more.
     pub opener: Opener<'a>,
     /// Files that grow.
-    pub growing: &'a Arc<Growing>,
+    pub growing: &'a Growing,
 }
 
 impl Engine<'_> {
@@ -64,8 +64,6 @@ fn is_direct(flags: u32) -> bool {
 
 /// A READ or WRITE that is under way.
 struct Submitted {
-    /// A file of a FUSE server that may grow by it. Ends before the range is unlocked.
-    change: Option<Change>,
     handle: Arc<Handle>,
     /// `None` for a READ of a cached file, and after the end.
     range: Option<Ticket>,
@@ -95,7 +93,6 @@ pub fn read(engine: Engine<'_>, handle: Arc<Handle>, read: &Read) -> Result<Begu
     let range =
         (mode != Mode::Cached).then(|| ranges.read(read.offset, read.size.into())).map(RangeGuard::keep);
     Ok(Some(Box::new(Submitted {
-        change: None,
         handle,
         range,
         flags: read.flags,
@@ -133,24 +130,14 @@ pub fn write(
     let range = handle.inode().ranges().write(write.offset, write.size.into());
     notes::saw_writers(range.writers());
     kill_priv.drop_mapped_capability(handle.inode())?;
-    let change = if handle.inode().mount().is_fuse() {
+    if handle.inode().mount().is_fuse() {
         set_id_bits(bits)?;
-        engine.growing.write(&handle, write.offset.saturating_add(write.size.into()))?
-    } else {
-        None
-    };
+        let end = write.offset.saturating_add(write.size.into());
+        engine.growing.make_room(&handle, engine.opener, end)?;
+    }
     let range = Some(range.keep());
     let (flags, offset) = (write.flags, write.offset);
-    Ok(Some(Box::new(Submitted {
-        change,
-        handle,
-        range,
-        flags,
-        offset,
-        done: 0,
-        is_here: false,
-        bits: Some(bits),
-    })))
+    Ok(Some(Box::new(Submitted { handle, range, flags, offset, done: 0, is_here: false, bits: Some(bits) })))
 }
 
 impl Transfer for Submitted {
@@ -180,9 +167,6 @@ impl Transfer for Submitted {
             Ok(count) => {
                 self.done += count;
                 let end = self.offset.saturating_add(self.done as u64);
-                if let Some(change) = &mut self.change {
-                    change.set_written(end);
-                }
                 let is_over = left == 0
                     || self.bits.is_none()
                         && is_end(&self.handle, self.handle.file().opened_for(self.flags), end);
@@ -204,7 +188,6 @@ impl Transfer for Submitted {
 
 impl Drop for Submitted {
     fn drop(&mut self) {
-        drop(self.change.take());
         if let Some(range) = self.range.take() {
             self.handle.inode().ranges().unlock(range);
         }
