@@ -342,6 +342,21 @@ fn a_file_grows_on_a_server_that_takes_whole_blocks() {
         let end = host.store.contents().len() as u64;
         assert_eq!(host.session.client().write(host.node, host.fh, end + 10, &[5; 100]).unwrap(), 100);
         assert_eq!(host.store.contents()[end as usize + 10..], [5; 100]);
+        // Within the file, many at once: all that come later find that it was refused.
+        host.store.delay(Duration::from_millis(5));
+        let mut sent = Vec::new();
+        for number in 0..8 {
+            let bytes = [byte(number); 100];
+            let (offset, none) = (100 * number, WriteFlags::empty());
+            let write = data::write_request(host.node, host.fh, offset, &bytes, none, libc::O_RDWR);
+            sent.push(host.session.client().on(1).send(write).unwrap());
+        }
+        for sent in sent {
+            host.session.finish(sent).unwrap();
+        }
+        for number in 0..8 {
+            assert_eq!(host.store.contents()[100 * number..][..100], [byte(number as u64); 100]);
+        }
         assert_eq!(host.block(END as usize + 1), [9; BLOCK]);
     });
 }

@@ -214,7 +214,8 @@ impl FaultFs {
         self.controls.is_cached.store(true, Ordering::SeqCst);
     }
 
-    /// Refuses writes with O_DIRECT that are not of whole blocks of 512 bytes (EINVAL) from now on.
+    /// Refuses writes to files that were opened with O_DIRECT and are not of whole blocks of 512 bytes (EINVAL) from now
+    /// on.
     pub fn insist_on_blocks(&self) {
         self.controls.takes_blocks.store(true, Ordering::SeqCst);
     }
@@ -402,10 +403,11 @@ impl Filesystem for Store {
         });
     }
 
-    fn open(&mut self, _: &Request<'_>, _inode: u64, _flags: i32, reply: ReplyOpen) {
+    fn open(&mut self, _: &Request<'_>, _inode: u64, how: i32, reply: ReplyOpen) {
         let flags = if self.controls.is_cached.load(Ordering::SeqCst) { 0 } else { DIRECT_IO };
         self.later(Call::Open, move |result| match result {
-            Ok(()) => reply.opened(0, flags),
+            // As a number, whether it is open with O_DIRECT.
+            Ok(()) => reply.opened(u64::from(how & libc::O_DIRECT != 0), flags),
             Err(errno) => reply.error(errno),
         });
     }
@@ -439,7 +441,7 @@ impl Filesystem for Store {
         &mut self,
         _: &Request<'_>,
         _inode: u64,
-        _handle: u64,
+        handle: u64,
         offset: i64,
         data: &[u8],
         _write_flags: u32,
@@ -452,7 +454,7 @@ impl Filesystem for Store {
         }
         let (contents, data) = (Arc::clone(&self.contents), data.to_vec());
         let is_growing = self.controls.is_growing.load(Ordering::SeqCst);
-        let is_odd = flags & libc::O_DIRECT != 0 && !(offset as usize | data.len()).is_multiple_of(512);
+        let is_odd = handle == 1 && !(offset as usize | data.len()).is_multiple_of(512);
         let is_refused = is_odd && self.controls.takes_blocks.load(Ordering::SeqCst);
         self.later_with(Call::Write, data.len(), move |result| match result {
             Ok(()) if is_refused => reply.error(libc::EINVAL),

@@ -73,6 +73,8 @@ struct Submitted {
     done: usize,
     /// The kernel was asked on a thread.
     is_here: bool,
+    /// The server has refused it with O_DIRECT.
+    is_refused: bool,
     /// What a WRITE does to set-id bits; `None` for a READ.
     bits: Option<SetIdBits>,
 }
@@ -83,6 +85,7 @@ pub fn read(engine: Engine<'_>, handle: Arc<Handle>, read: &Read) -> Result<Begu
         return Ok(None);
     };
     // A second descriptor, if it takes one.
+    handle.file().prepare_for(read.offset, read.size, engine.opener)?;
     let file = handle.file().for_flags(read.flags, engine.opener)?;
     let end = read.offset.saturating_add(read.size.into());
     if handle.inode().mount().is_fuse() && cached_size(file)? < end {
@@ -99,6 +102,7 @@ pub fn read(engine: Engine<'_>, handle: Arc<Handle>, read: &Read) -> Result<Begu
         offset: read.offset,
         done: 0,
         is_here: false,
+        is_refused: false,
         bits: None,
     })))
 }
@@ -126,6 +130,7 @@ pub fn write(
         // The caller's group counts, which is a thread's, or bits are to be cleared that the host leaves.
         return Ok(None);
     }
+    handle.file().prepare_for(write.offset, write.size, engine.opener)?;
     handle.file().for_flags(write.flags, engine.opener)?;
     let range = handle.inode().ranges().write(write.offset, write.size.into());
     notes::saw_writers(range.writers());
@@ -137,13 +142,25 @@ pub fn write(
     }
     let range = Some(range.keep());
     let (flags, offset) = (write.flags, write.offset);
-    Ok(Some(Box::new(Submitted { handle, range, flags, offset, done: 0, is_here: false, bits: Some(bits) })))
+    Ok(Some(Box::new(Submitted {
+        handle,
+        range,
+        flags,
+        offset,
+        done: 0,
+        is_here: false,
+        is_refused: false,
+        bits: Some(bits),
+    })))
 }
 
 impl Transfer for Submitted {
     fn call(&self) -> Call<'_> {
         Call {
-            file: self.handle.file().opened_for(self.flags),
+            file: match self.is_refused {
+                true => self.handle.file().after_refusal(),
+                false => self.handle.file().opened_for(self.flags),
+            },
             offset: self.offset.saturating_add(self.done as u64),
             flags: if self.bits.is_some() { sync_flags(self.flags) } else { 0 },
         }
@@ -179,7 +196,10 @@ impl Transfer for Submitted {
                 self.is_here = true;
                 Progress::Here
             }
-            Err(Errno::INVAL) if self.handle.file().refuse_any_length() => Progress::Here,
+            Err(Errno::INVAL) if !self.is_refused && self.handle.file().refuse_any_length() => {
+                self.is_refused = true;
+                Progress::Here
+            }
             Err(_) if self.done > 0 => Progress::Over(Ok(self.done)),
             Err(errno) => Progress::Over(Err(errno)),
         }
