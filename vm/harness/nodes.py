@@ -35,7 +35,10 @@ class Node:
         for folder in own_folders:
             os.makedirs(folder, exist_ok=True)
             script += f" && mount -t tmpfs tmpfs {folder}"
-        script += " && echo ready && exec sleep infinity"
+        # Like init(8), a shell takes leave of processes whose parents have gone; by a pid that stays, a program that was
+        # killed seems to run.
+        rest = "while :; do sleep 1000 & wait; done" if own_processes else "exec sleep infinity"
+        script += f" && echo ready && {rest}"
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", *kinds, "sh", "-c", script]
         self.keeper = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         assert self.keeper.stdout is not None

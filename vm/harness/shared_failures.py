@@ -18,6 +18,8 @@ BLOCK = 64 << 10
 BEFORE, AFTER = 2.0, 1.0
 # Longer than file systems wait for a host.
 CUT = 8
+# What fails, as it is named on the command line.
+NAMES = ("worker", "node", "cut", "server", "unmount", "daemon")
 
 
 class Writing:
@@ -93,12 +95,18 @@ class Failures:
         self.checks, self.network, self.machine, self.options = checks, network, machine, options
         self.volume: Volume = checks.volume
 
-    def run(self, vms: list[Vm]) -> None:
-        """Those that VMs live through."""
-        self.meet(vms, "a worker of lanefsd killed", self.kill_worker)
-        self.meet(vms, "a storage node killed", self.kill_node)
-        self.meet(vms, f"a VM host cut off for {CUT} s", self.cut_off)
-        self.meet(vms, "the volume unmounted and mounted again", self.remount)
+    def run(self, vms: list[Vm], names: Sequence[str]) -> None:
+        """Those of these names that VMs live through."""
+        failures: dict[str, tuple[str, Callable[[list[Vm]], object]]] = {
+            "worker": ("a worker of each lanefsd killed", self.kill_worker),
+            "node": ("a storage node killed, and started again", self.kill_node),
+            "cut": (f"a VM host cut off for {CUT} s", self.cut_off),
+            "server": ("the mount's server killed, mounted again, reopen", self.replace_server),
+            "unmount": ("unmounted in use, mounted again, reopen", self.remount),
+        }
+        for name, (what, fail) in failures.items():
+            if name in names:
+                self.meet(vms, what, fail)
 
     def meet(self, vms: list[Vm], what: str, fail: Callable[[list[Vm]], object]) -> None:
         log.info("%s, while %d writers work", what, WRITERS * len(vms))
@@ -134,13 +142,21 @@ class Failures:
         with self.network.cut(vms[0].host):
             time.sleep(CUT)
 
-    def remount(self, vms: list[Vm]) -> None:
+    def replace_server(self, vms: list[Vm]) -> None:
         """The program behind the mount of one host dies; an administrator mounts again, and says so to the daemon."""
+        self.volume.kill_client(vms[0].host)
+        self.remount(vms)
+
+    def remount(self, vms: list[Vm]) -> None:
+        """An administrator unmounts what is in use on one host, mounts again, and says so to the daemon."""
         vm = vms[0]
-        self.volume.kill_client(vm.host)
+        before = self.volume.clients.get(vm.host.name)
         self.volume.unmount(vm.host)
         self.volume.mount(vm.host)
         reopen(vm)
+        if before is not None:
+            # It serves until nobody has anything open there.
+            wait_until(lambda: before.poll() is not None, "the end of the old mount")
 
     def kill_daemon(self, hosts: Sequence[Node]) -> None:
         """The whole daemon of one VM is killed, which ends the VM; it boots again with another daemon."""

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
 from typing import ClassVar
 
 from . import disk
@@ -265,6 +264,3 @@ class Moose(Volume):
     def describe(self) -> str:
         version = run(["dpkg-query", "-W", "-f", "${Version}", "moosefs-client"]).strip()
         return f"MooseFS {version}, goal 2, no delay, caches of the client off"
-
-
-VOLUMES: Sequence[type[Volume]] = (Gluster, Moose)

@@ -35,6 +35,16 @@ def test_nothing_of_a_node_stays() -> None:
     wait_until(lambda: not pathlib.Path(f"/proc/{node.pid}").exists(), "the end of the node")
 
 
+def test_a_killed_program_whose_parent_is_gone_is_no_process_any_more() -> None:
+    with Node("alone", own_processes=True) as node:
+        node.run("sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $! >/tmp/orphan-$(hostname)-test")
+        path = pathlib.Path("/tmp/orphan-alone-test")
+        orphan = path.read_text().strip()
+        path.unlink()
+        node.run("kill", "-KILL", orphan)
+        wait_until(lambda: not node.succeeds("test", "-e", f"/proc/{orphan}"), "the end of the process")
+
+
 def test_a_wait_in_vain_is_an_error() -> None:
     with pytest.raises(HarnessError, match=r"nothing is waited for in vain"):
         wait_until(lambda: False, "nothing", 0.2)

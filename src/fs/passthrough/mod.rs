@@ -39,11 +39,9 @@ use log::debug;
 use rustix::io::Errno;
 
 use self::config::{FeatureMode, IoEngine};
-use self::handle_table::Handle;
 use self::inode::Inode;
 pub use self::inode::range_lock;
 use self::ops::data::Writing;
-use self::ops::growing::Change;
 pub use self::ops::mapped::{obstacle as mapped_writes_option, obstacle_in as mapped_writes_obstacle};
 use self::ops::replay::Found;
 use self::ops::xattr::Xattrs;
@@ -83,20 +81,8 @@ impl PassthroughFs {
         changed
     }
 
-    /// Begins a change of a file that may make it longer.
-    fn disturb(&self, handle: &Arc<Handle>) -> Result<Option<Change>> {
-        self.grows_ahead(handle.inode()).then(|| self.growing.disturb(handle)).transpose()
-    }
-
-    /// The size of this file changes otherwise than by a request with a handle that is writable.
-    fn disturb_size(&self, inode: &Inode) {
-        if self.grows_ahead(inode) {
-            self.growing.disturb_node(inode.node());
-        }
-    }
-
-    /// Whether an engine serves writers of the file, and sets its size ahead of them.
-    fn grows_ahead(&self, inode: &Inode) -> bool {
+    /// Whether an engine serves many writers of the file, for which it is open with O_DIRECT.
+    fn writes_directly(&self, inode: &Inode) -> bool {
         self.config.io_engine != IoEngine::Threads && inode.mount().is_fuse()
     }
 
@@ -259,9 +245,9 @@ impl FileSystem for PassthroughFs {
         let session = self.session();
         let (kill_priv, writeback) = (self.kill_priv(&session), session.policy.writeback);
         let handle = self.handles.get(node, write.handle)?;
-        let _change = self.disturb(&handle)?;
-        let (opener, mapping) = (self.opener(), self.mapping());
-        data::write(Writing { opener, kill_priv, writeback, mapping }, ctx, &handle, write, data)
+        let (opener, growing, mapping) = (self.opener(), &self.growing, self.mapping());
+        let writing = Writing { opener, growing, kill_priv, writeback, mapping };
+        data::write(writing, ctx, &handle, write, data)
     }
 
     fn may_begin(&self) -> bool {
@@ -346,7 +332,6 @@ impl FileSystem for PassthroughFs {
     fn fallocate(&self, ctx: &Context, node: NodeId, fallocate: &Fallocate) -> Result<()> {
         let Fallocate { handle, offset, length, mode } = *fallocate;
         let handle = self.handles.get(node, handle)?;
-        let _change = self.disturb(&handle)?;
         let fallocate = || data::fallocate(&handle, mode, offset, length);
         self.kill_priv(&self.session()).change(ctx, handle.inode(), fallocate)
     }
@@ -359,7 +344,6 @@ impl FileSystem for PassthroughFs {
     fn copy_file_range(&self, ctx: &Context, node: NodeId, copy: &CopyFileRange) -> Result<u64> {
         let source = self.handles.get(node, copy.handle_in)?;
         let target = self.handles.get(copy.node_out, copy.handle_out)?;
-        let _change = self.disturb(&target)?;
         let copy = || data::copy_file_range(self.opener(), &source, &target, copy);
         self.kill_priv(&self.session()).change(ctx, target.inode(), copy)
     }

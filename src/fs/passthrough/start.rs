@@ -13,7 +13,7 @@ use super::inode::settler::MappedFiles;
 use super::inode::{self, FdCache, InodeKey, InodeTable, OwnerRecords, Records};
 use super::lock_waiters::LockWaiters;
 use super::migrate::{self, Collector, SavedLocks};
-use super::ops::{labels, mapped, xattr};
+use super::ops::{growing, labels, mapped, xattr};
 use super::start_error::StartError;
 use super::state::PassthroughFs;
 use crate::fs::Agreement;
@@ -113,7 +113,7 @@ impl PassthroughFs {
             agreement: Arc::new(Agreement::of(state)),
             config,
             collector: Collector::default(),
-            growing: Arc::default(),
+            growing: growing::Growing::default(),
             mapped_files: Arc::default(),
             saved_locks: SavedLocks::default(),
         }

@@ -27,7 +27,7 @@ pub struct PassthroughFs {
     pub(super) host: Host,
     pub(super) inodes: Arc<InodeTable>,
     pub(super) handles: HandleTable,
-    pub(super) growing: Arc<Growing>,
+    pub(super) growing: Growing,
     pub(super) mapped_files: Arc<MappedFiles>,
     /// The options do not forbid it: see [`obstacle`](super::ops::mapped::obstacle).
     pub(super) writes_mapped: bool,

@@ -73,6 +73,10 @@ struct Controls {
     most_under_way: [AtomicU64; CALLS],
     /// The file can grow and shrink.
     is_growing: AtomicBool,
+    /// Files are opened for the kernel's page cache.
+    is_cached: AtomicBool,
+    /// Writes with O_DIRECT have to be of whole blocks.
+    takes_blocks: AtomicBool,
     /// Most bytes of a read; 0 for any number.
     longest_read: AtomicU64,
     delay_in_ms: AtomicU64,
@@ -203,6 +207,27 @@ impl FaultFs {
     /// Lets the file grow and shrink from now on; until then it has one length.
     pub fn let_grow(&self) {
         self.controls.is_growing.store(true, Ordering::SeqCst);
+    }
+
+    /// Lets the kernel have files in its page cache, if they are opened from now on, and not O_DIRECT.
+    pub fn let_cache(&self) {
+        self.controls.is_cached.store(true, Ordering::SeqCst);
+    }
+
+    /// Refuses writes to files that were opened with O_DIRECT and are not of whole blocks of 512 bytes (EINVAL) from now
+    /// on.
+    pub fn insist_on_blocks(&self) {
+        self.controls.takes_blocks.store(true, Ordering::SeqCst);
+    }
+
+    /// Writes as another host does, of which this one's kernel learns nothing.
+    pub fn write_elsewhere(&self, offset: usize, data: &[u8]) {
+        let mut contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        let end = offset + data.len();
+        if end > contents.len() {
+            contents.resize(end, 0);
+        }
+        contents[offset..end].copy_from_slice(data);
     }
 
     /// What the file holds.
@@ -378,9 +403,11 @@ impl Filesystem for Store {
         });
     }
 
-    fn open(&mut self, _: &Request<'_>, _inode: u64, _flags: i32, reply: ReplyOpen) {
+    fn open(&mut self, _: &Request<'_>, _inode: u64, how: i32, reply: ReplyOpen) {
+        let flags = if self.controls.is_cached.load(Ordering::SeqCst) { 0 } else { DIRECT_IO };
         self.later(Call::Open, move |result| match result {
-            Ok(()) => reply.opened(0, DIRECT_IO),
+            // As a number, whether it is open with O_DIRECT.
+            Ok(()) => reply.opened(u64::from(how & libc::O_DIRECT != 0), flags),
             Err(errno) => reply.error(errno),
         });
     }
@@ -414,7 +441,7 @@ impl Filesystem for Store {
         &mut self,
         _: &Request<'_>,
         _inode: u64,
-        _handle: u64,
+        handle: u64,
         offset: i64,
         data: &[u8],
         _write_flags: u32,
@@ -427,7 +454,10 @@ impl Filesystem for Store {
         }
         let (contents, data) = (Arc::clone(&self.contents), data.to_vec());
         let is_growing = self.controls.is_growing.load(Ordering::SeqCst);
+        let is_odd = handle == 1 && !(offset as usize | data.len()).is_multiple_of(512);
+        let is_refused = is_odd && self.controls.takes_blocks.load(Ordering::SeqCst);
         self.later_with(Call::Write, data.len(), move |result| match result {
+            Ok(()) if is_refused => reply.error(libc::EINVAL),
             Ok(()) => {
                 let mut contents = contents.lock().unwrap_or_else(PoisonError::into_inner);
                 let end = usize::try_from(offset).unwrap_or(0) + data.len();

@@ -20,6 +20,8 @@ use super::Host;
 use crate::fs::Result;
 use crate::limits::{FdQuota, GuestFd};
 
+/// Requests of whole blocks of this many bytes are taken by all servers that take O_DIRECT.
+const BLOCK: u64 = 4096;
 /// Flags that the second descriptor shares with the first.
 const SHARED: OFlags =
     OFlags::RWMODE.union(OFlags::SYNC).union(OFlags::DSYNC).union(OFlags::APPEND).union(OFlags::NOATIME);
@@ -93,9 +95,9 @@ impl HostFile {
         std::iter::once(&self.file).chain(self.buffered.get()).chain(self.appender.get()).map(AsFd::as_fd)
     }
 
-    /// The descriptor that was appended through, if there is one besides the first.
-    pub fn appended(&self) -> Option<BorrowedFd<'_>> {
-        self.appender.get().map(AsFd::as_fd)
+    /// The descriptors besides the first that may have been written through.
+    pub fn others(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.all().skip(1)
     }
 
     /// A descriptor that is open with O_APPEND.
@@ -131,7 +133,26 @@ impl HostFile {
     /// A request was refused for its length or its place. Returns whether it is to be tried again, through the host's page
     /// cache, and so are all that come.
     pub fn refuse_any_length(&self) -> bool {
-        self.takes_any_length() && self.give_up_direct(Errno::INVAL).is_ok()
+        if self.flags.contains(OFlags::DIRECT) {
+            return false;
+        }
+        if self.buffered.get().is_some() {
+            self.direct.store(false, Ordering::Release);
+            return true;
+        }
+        self.is_direct() && self.give_up_direct(Errno::INVAL).is_ok()
+    }
+
+    /// The descriptor for requests after that.
+    pub fn after_refusal(&self) -> BorrowedFd<'_> {
+        self.buffered.get().unwrap_or(&self.file).as_fd()
+    }
+
+    /// Makes sure of a descriptor without O_DIRECT before a request that a server may refuse for its length or its place.
+    /// Clearing O_DIRECT would not do: GlusterFS goes by the flags of the open.
+    pub fn prepare_for(&self, offset: u64, size: u32, open: Opener<'_>) -> Result<()> {
+        let is_whole = (offset | u64::from(size)).is_multiple_of(BLOCK);
+        if !is_whole && self.takes_any_length() { self.without_direct(open).map(drop) } else { Ok(()) }
     }
 
     /// Whether it can be read.
@@ -154,22 +175,31 @@ impl HostFile {
     ///
     /// O_DIRECT that is set after the open has no effect on the host.
     pub fn for_flags(&self, now: u32, open: Opener<'_>) -> Result<BorrowedFd<'_>> {
-        if now & OFlags::DIRECT.bits() != 0 { Ok(self.fd()) } else { self.buffered(open) }
+        let is_first = now & OFlags::DIRECT.bits() != 0 && self.is_direct();
+        if is_first { Ok(self.fd()) } else { self.buffered(open) }
     }
 
     /// The same, after [`HostFile::for_flags`].
     pub fn opened_for(&self, now: u32) -> BorrowedFd<'_> {
-        let is_first = now & OFlags::DIRECT.bits() != 0 || !self.is_direct() || self.takes_any_length();
+        let is_first = now & OFlags::DIRECT.bits() != 0 && self.is_direct() || self.takes_any_length();
         self.buffered.get().filter(|_| !is_first).unwrap_or(&self.file).as_fd()
     }
 
     /// A descriptor that takes requests of any length.
     pub fn buffered(&self, open: Opener<'_>) -> Result<BorrowedFd<'_>> {
-        if !self.is_direct() || self.takes_any_length() {
+        if self.takes_any_length() {
             return Ok(self.fd());
         }
+        self.without_direct(open)
+    }
+
+    /// A descriptor without O_DIRECT, whatever requests use.
+    pub fn without_direct(&self, open: Opener<'_>) -> Result<BorrowedFd<'_>> {
         if let Some(file) = self.buffered.get() {
             return Ok(file.as_fd());
+        }
+        if !self.is_direct() {
+            return Ok(self.fd());
         }
         match open.again(self.fd(), self.flags & SHARED) {
             Ok(file) => Ok(self.buffered.get_or_init(|| file).as_fd()),

@@ -134,7 +134,6 @@ fn set_size(
         _ => return Err(Errno::INVAL),
     }
     let _guard = inode.ranges().write_from(size.min(stat(inode.path()?)?.stx_size));
-    fs.disturb_size(inode);
     let kill_priv = fs.kill_priv(&fs.session());
     let _member = kill_priv.begin(ctx, inode, kill_priv.bits_after(ctx, kill_suidgid, true))?;
     let handle = handle.and_then(|handle| fs.handles.get(inode.node(), handle).ok());

@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, statx};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
+use super::growing::Growing;
 use super::mapped::{self, Mapping};
 use super::replay::{self, begin_append};
 use crate::fs::passthrough::caller::set_id::KillPriv;
@@ -27,7 +28,8 @@ const COPY_PIECE: u64 = 64 << 20;
 /// READ. In direct mode it waits for writes to the same bytes, so that it never sees a part of one.
 pub fn read(opener: Opener<'_>, handle: &Handle, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize> {
     let mode = handle.mode().ok_or(Errno::ISDIR)?;
-    let file = handle.file().for_flags(read.flags, opener)?;
+    handle.file().prepare_for(read.offset, read.size, opener)?;
+    let (mut file, mut refused) = (handle.file().for_flags(read.flags, opener)?, false);
     let ranges = handle.inode().ranges();
     let _guard = (mode != Mode::Cached).then(|| ranges.read(read.offset, u64::from(read.size)));
     let mut done = 0;
@@ -44,7 +46,9 @@ pub fn read(opener: Opener<'_>, handle: &Handle, read: &Read, data: &mut GuestWr
                 }
             }
             Err(Errno::INTR) => {}
-            Err(Errno::INVAL) if handle.file().refuse_any_length() => {}
+            Err(Errno::INVAL) if !refused && handle.file().refuse_any_length() => {
+                (file, refused) = (handle.file().after_refusal(), true);
+            }
             // What was read before an error is valid; the next read meets the error again.
             Err(_) if done > 0 => break,
             Err(errno) => return Err(errno),
@@ -58,6 +62,8 @@ pub fn read(opener: Opener<'_>, handle: &Handle, read: &Read, data: &mut GuestWr
 pub struct Writing<'a> {
     /// Opens files once more.
     pub opener: Opener<'a>,
+    /// Files that grow.
+    pub growing: &'a Growing,
     /// What it does to set-id bits.
     pub kill_priv: KillPriv<'a>,
     /// The guest writes back its cache.
@@ -74,7 +80,7 @@ pub fn write(
     write: &Write,
     data: &mut GuestReader<'_>,
 ) -> Result<usize> {
-    let Writing { opener, kill_priv, writeback, mapping } = writing;
+    let Writing { opener, growing, kill_priv, writeback, mapping } = writing;
     let mode = handle.mode().ok_or(Errno::ISDIR)?;
     let from_cache = write.write_flags.contains(WriteFlags::CACHE);
     let appends = !from_cache && appends(handle, write.flags, writeback);
@@ -88,6 +94,7 @@ pub fn write(
     } else if appends && handle.inode().mount().server_appends() {
         handle.file().appender(opener)?
     } else {
+        handle.file().prepare_for(write.offset, write.size, opener)?;
         handle.file().for_flags(write.flags, opener)?
     };
     let ranges = handle.inode().ranges();
@@ -113,6 +120,7 @@ pub fn write(
             write_all(handle, file, write.offset, 0, data)
         })
     } else {
+        growing.make_room(handle, opener, write.offset.saturating_add(write.size.into()))?;
         write_all(handle, file, write.offset, flags, data)
     }
 }
@@ -254,13 +262,15 @@ fn write_all(
     flags: i32,
     data: &mut GuestReader<'_>,
 ) -> Result<usize> {
-    let mut done = 0;
+    let (mut done, mut file, mut refused) = (0, file, false);
     while !data.is_empty() {
         match data.write_to(file, offset.saturating_add(done as u64), flags) {
             Ok(0) => break,
             Ok(count) => done += count,
             Err(Errno::INTR) => {}
-            Err(Errno::INVAL) if handle.file().refuse_any_length() => {}
+            Err(Errno::INVAL) if !refused && handle.file().refuse_any_length() => {
+                (file, refused) = (handle.file().after_refusal(), true);
+            }
             Err(_) if done > 0 => break,
             Err(errno) => return Err(errno),
         }
@@ -281,7 +291,7 @@ pub fn fsync(opener: Opener<'_>, effects: Effects<'_>, handle: &Handle, flags: F
     replay::sync(effects, opener, handle, sync)?;
     handle.inode().synced();
     // A server may keep what was written through each of its open files apart.
-    handle.file().appended().map_or(Ok(()), sync)
+    if handle.inode().mount().is_fuse() { handle.file().others().try_for_each(sync) } else { Ok(()) }
 }
 
 /// FALLOCATE. Modes that move data exclude all writes behind the range.

@@ -50,9 +50,6 @@ pub fn open(
     let bits = kill_priv.bits_after(ctx, open_flags.contains(OpenRequestFlags::KILL_SUIDGID), false);
     let _member = truncates.then(|| kill_priv.begin(ctx, &inode, bits)).transpose()?;
     let permit = fs.inodes.acquire_fd()?;
-    if truncates {
-        fs.disturb_size(&inode);
-    }
     let (file, host_flags) = open_with_fallback(fs, &inode, host_flags, flags)?;
     add_handle(fs, ctx, &session, &inode, HostFile::new(permit.wrap(file), host_flags), flags)
 }
@@ -244,7 +241,7 @@ fn add_handle(
 
 /// The file, opened as this mode needs it.
 pub fn for_mode(fs: &PassthroughFs, inode: &Inode, file: HostFile, mode: io_mode::Mode) -> Result<HostFile> {
-    if mode == io_mode::Mode::Parallel && fs.grows_ahead(inode) {
+    if mode == io_mode::Mode::Parallel && fs.writes_directly(inode) {
         file.for_parallel(fs.opener())
     } else {
         Ok(file)

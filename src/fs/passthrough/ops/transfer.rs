@@ -10,7 +10,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::data::{appends, is_end, sync_flags};
-use super::growing::{Change, Growing, cached_size};
+use super::growing::{Growing, cached_size};
 use crate::fs::passthrough::caller::credentials::{SetIdBits, set_id_bits};
 use crate::fs::passthrough::caller::set_id::KillPriv;
 use crate::fs::passthrough::config::IoEngine;
@@ -37,7 +37,7 @@ pub struct Engine<'a> {
     /// Opens files once more.
     pub opener: Opener<'a>,
     /// Files that grow.
-    pub growing: &'a Arc<Growing>,
+    pub growing: &'a Growing,
 }
 
 impl Engine<'_> {
@@ -64,8 +64,6 @@ fn is_direct(flags: u32) -> bool {
 
 /// A READ or WRITE that is under way.
 struct Submitted {
-    /// A file of a FUSE server that may grow by it. Ends before the range is unlocked.
-    change: Option<Change>,
     handle: Arc<Handle>,
     /// `None` for a READ of a cached file, and after the end.
     range: Option<Ticket>,
@@ -75,6 +73,8 @@ struct Submitted {
     done: usize,
     /// The kernel was asked on a thread.
     is_here: bool,
+    /// The server has refused it with O_DIRECT.
+    is_refused: bool,
     /// What a WRITE does to set-id bits; `None` for a READ.
     bits: Option<SetIdBits>,
 }
@@ -85,6 +85,7 @@ pub fn read(engine: Engine<'_>, handle: Arc<Handle>, read: &Read) -> Result<Begu
         return Ok(None);
     };
     // A second descriptor, if it takes one.
+    handle.file().prepare_for(read.offset, read.size, engine.opener)?;
     let file = handle.file().for_flags(read.flags, engine.opener)?;
     let end = read.offset.saturating_add(read.size.into());
     if handle.inode().mount().is_fuse() && cached_size(file)? < end {
@@ -95,13 +96,13 @@ pub fn read(engine: Engine<'_>, handle: Arc<Handle>, read: &Read) -> Result<Begu
     let range =
         (mode != Mode::Cached).then(|| ranges.read(read.offset, read.size.into())).map(RangeGuard::keep);
     Ok(Some(Box::new(Submitted {
-        change: None,
         handle,
         range,
         flags: read.flags,
         offset: read.offset,
         done: 0,
         is_here: false,
+        is_refused: false,
         bits: None,
     })))
 }
@@ -129,26 +130,26 @@ pub fn write(
         // The caller's group counts, which is a thread's, or bits are to be cleared that the host leaves.
         return Ok(None);
     }
+    handle.file().prepare_for(write.offset, write.size, engine.opener)?;
     handle.file().for_flags(write.flags, engine.opener)?;
     let range = handle.inode().ranges().write(write.offset, write.size.into());
     notes::saw_writers(range.writers());
     kill_priv.drop_mapped_capability(handle.inode())?;
-    let change = if handle.inode().mount().is_fuse() {
+    if handle.inode().mount().is_fuse() {
         set_id_bits(bits)?;
-        engine.growing.write(&handle, write.offset.saturating_add(write.size.into()))?
-    } else {
-        None
-    };
+        let end = write.offset.saturating_add(write.size.into());
+        engine.growing.make_room(&handle, engine.opener, end)?;
+    }
     let range = Some(range.keep());
     let (flags, offset) = (write.flags, write.offset);
     Ok(Some(Box::new(Submitted {
-        change,
         handle,
         range,
         flags,
         offset,
         done: 0,
         is_here: false,
+        is_refused: false,
         bits: Some(bits),
     })))
 }
@@ -156,7 +157,10 @@ pub fn write(
 impl Transfer for Submitted {
     fn call(&self) -> Call<'_> {
         Call {
-            file: self.handle.file().opened_for(self.flags),
+            file: match self.is_refused {
+                true => self.handle.file().after_refusal(),
+                false => self.handle.file().opened_for(self.flags),
+            },
             offset: self.offset.saturating_add(self.done as u64),
             flags: if self.bits.is_some() { sync_flags(self.flags) } else { 0 },
         }
@@ -180,9 +184,6 @@ impl Transfer for Submitted {
             Ok(count) => {
                 self.done += count;
                 let end = self.offset.saturating_add(self.done as u64);
-                if let Some(change) = &mut self.change {
-                    change.set_written(end);
-                }
                 let is_over = left == 0
                     || self.bits.is_none()
                         && is_end(&self.handle, self.handle.file().opened_for(self.flags), end);
@@ -195,7 +196,10 @@ impl Transfer for Submitted {
                 self.is_here = true;
                 Progress::Here
             }
-            Err(Errno::INVAL) if self.handle.file().refuse_any_length() => Progress::Here,
+            Err(Errno::INVAL) if !self.is_refused && self.handle.file().refuse_any_length() => {
+                self.is_refused = true;
+                Progress::Here
+            }
             Err(_) if self.done > 0 => Progress::Over(Ok(self.done)),
             Err(errno) => Progress::Over(Err(errno)),
         }
@@ -204,7 +208,6 @@ impl Transfer for Submitted {
 
 impl Drop for Submitted {
     fn drop(&mut self) {
-        drop(self.change.take());
         if let Some(range) = self.range.take() {
             self.handle.inode().ranges().unlock(range);
         }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use lanefsd_guest_tools::{fill, pattern};
 
@@ -134,7 +134,11 @@ fn offset(options: &Options, writer: u64, block: u64) -> Result<u64> {
 }
 
 fn print_counts(options: &Options) -> Result<()> {
-    let bytes = std::fs::read(&options.counts)?;
+    // None, if the writers have not begun.
+    let bytes = match std::fs::read(&options.counts) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        bytes => bytes?,
+    };
     let word = |chunk: &[u8]| chunk.first_chunk().map_or(0, |word| u64::from_le_bytes(*word));
     let mut counts: Vec<u64> = bytes.chunks(8).map(word).collect();
     counts.resize(usize::try_from(options.here)?, 0);
@@ -146,7 +150,7 @@ fn verify(options: &Options) -> Result<()> {
     let file = File::open(&options.file)?;
     let size = file.metadata()?.len();
     let mut data = vec![0; usize::try_from(options.block)?];
-    let mut checked = 0_u64;
+    let (mut checked, mut wrong) = (0_u64, Vec::new());
     for number in 0..size.div_ceil(options.block) {
         let (writer, block) = (number % options.writers, number / options.writers);
         let at = number * options.block;
@@ -154,17 +158,20 @@ fn verify(options: &Options) -> Result<()> {
         let bytes = data.get_mut(..len).context("a block is too long")?;
         file.read_exact_at(bytes, at).with_context(|| format!("reading {len} bytes at {at} failed"))?;
         let durable = options.durable.get(usize::try_from(writer)?).copied().unwrap_or_default();
-        for (at, byte) in (at..).zip(bytes.iter()) {
-            let right = pattern(writer, at);
-            // What was not acknowledged may be there, wholly or in part, and is nothing else.
-            if *byte != right && (block < durable || *byte != 0) {
-                bail!(
-                    "byte {at}, block {block} of writer {writer} with {durable} durable, is {byte:#x} instead of {right:#x}"
-                );
-            }
+        // What was not acknowledged may be there, wholly or in part, and is nothing else.
+        let is_wrong =
+            |(at, byte): &(u64, &u8)| **byte != pattern(writer, *at) && (block < durable || **byte != 0);
+        let found: Vec<_> = (at..).zip(bytes.iter()).filter(is_wrong).collect();
+        if let [(first, byte), ..] = *found {
+            let last = found.last().map_or(first, |(last, _)| *last);
+            wrong.push(format!(
+                "block {block} of writer {writer} with {durable} durable: {} bytes from {first} to {last}, the first is {byte:#x}",
+                found.len()
+            ));
         }
         checked += u64::from(block < durable);
     }
+    ensure!(wrong.is_empty(), "{} wrong blocks in {size} bytes: {}", wrong.len(), wrong.join("; "));
     let all: u64 = options.durable.iter().sum();
     ensure!(checked == all, "{checked} durable blocks are there of {all}; the file has {size} bytes");
     println!("verified {checked} durable blocks");
