@@ -56,7 +56,17 @@ impl Shortage {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        Some(Shortage { programs, group })
+        let mut shortage = Shortage { programs, group };
+        loop {
+            if fs::read_to_string(shortage.group.join("cgroup.procs")).is_ok_and(|ids| !ids.is_empty()) {
+                return Some(shortage);
+            }
+            // It may not be in the group.
+            if shortage.programs.try_wait().is_ok_and(|ended| ended.is_some()) {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 

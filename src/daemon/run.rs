@@ -22,7 +22,7 @@ use crate::device::engine::Stations;
 use crate::device::quarantine::Death;
 use crate::fs::FileSystem;
 use crate::fs::null::NullStore;
-use crate::fs::passthrough::{PassthroughFs, StartError, mapped_writes_option};
+use crate::fs::passthrough::{PassthroughFs, StartError, mapped_writes_obstacle};
 use crate::fs::read_only::ReadOnly;
 use crate::limits::{GroupError, Limits, Rates, open_group};
 use crate::logging::{self, Remark, Scope};
@@ -294,7 +294,7 @@ fn file_system(
 /// Where to see whether the host is short of memory, if any would be given back then. Before the sandbox, which has no such files.
 pub(super) fn memory_pressure(config: &Config) -> Option<Arc<MemoryPressure>> {
     // Descriptors may be scarce.
-    mapped_writes_option(&config.fs).is_none().then(MemoryPressure::open)?.map(Arc::new)
+    mapped_writes_obstacle(&config.fs).is_none().then(MemoryPressure::open)?.map(Arc::new)
 }
 
 /// The file system of a share: what its options put around the host's directory.

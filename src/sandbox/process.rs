@@ -4,8 +4,8 @@
 //! descriptors with its parent ([`clone_worker`]).
 
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd as _, IntoRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use log::error;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -16,6 +16,7 @@ use rustix::process::{
 };
 
 use super::{SandboxError, step};
+use crate::sync::lock;
 use crate::sys::inherited::Shared;
 use crate::sys::lingering;
 
@@ -125,6 +126,9 @@ const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
 /// The same of one that cannot be waited for.
 const PAUSE: Duration = Duration::from_millis(10);
 
+/// The longest that the kernel's last work for a process is waited for.
+const LAST_WORK: Duration = Duration::from_secs(1);
+
 /// Whether a process has ended, without a wait and without reaping it.
 const AT_ONCE: WaitIdOptions =
     WaitIdOptions::EXITED.union(WaitIdOptions::NOWAIT).union(WaitIdOptions::NOHANG);
@@ -155,12 +159,15 @@ impl Zombie {
         Pid::from_raw(id).filter(|_| id > 0).map(Zombie)
     }
 
-    /// Takes its status, which is known. One that lingers keeps its place in the kernel's table until the daemon ends.
+    /// Takes its status, which is known. One that lingers keeps its place in the kernel's table.
     pub fn reap(self) {
+        let deadline = Instant::now() + LAST_WORK;
         // It fails only if nobody is there to be reaped.
-        let gone = waitpid(Some(self.0), WaitOptions::NOHANG);
-        if matches!(gone, Ok(None)) && lingering::end_of(self.0).is_none() {
-            let _ = waitpid(Some(self.0), WaitOptions::empty());
+        while matches!(waitpid(Some(self.0), WaitOptions::NOHANG), Ok(None)) {
+            if lingering::end_of(self.0).is_some() || Instant::now() > deadline {
+                return;
+            }
+            std::thread::sleep(PAUSE);
         }
     }
 }
@@ -209,8 +216,14 @@ impl Worker {
     }
 
     fn lingering_end(&self) -> Option<WorkerEnd> {
+        lingering::end_of(self.id)?;
+        // Its first thread may have ended alone: after this, no other one runs an instruction of the program.
+        self.kill();
         let end = lingering::end_of(self.id).map(WorkerEnd::of_status)?;
-        LINGERS.store(true, Ordering::Relaxed);
+        let mut lingering = lock(&LINGERING);
+        if !lingering.contains(&self.id) {
+            lingering.push(self.id);
+        }
         Some(end)
     }
 
@@ -262,8 +275,8 @@ impl WorkerEnd {
     }
 }
 
-/// Whether a worker of this process was seen that lingers: it has the same table of descriptors, perhaps longer than this process.
-static LINGERS: AtomicBool = AtomicBool::new(false);
+/// Workers of this process that were seen to linger: they have the same table of descriptors, perhaps longer than this process.
+static LINGERING: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
 /// Ends the process, whose workers may linger: nothing that it has open outlives it.
 pub fn exit_before_workers(status: i32) -> ! {
@@ -271,9 +284,11 @@ pub fn exit_before_workers(status: i32) -> ! {
     exit(status)
 }
 
-/// Whether a worker may linger when this process ends.
+/// Whether a worker lingers that was there before the present one. Takes the status of those that have ended since.
 pub fn workers_linger() -> bool {
-    LINGERS.load(Ordering::Relaxed)
+    let mut lingering = lock(&LINGERING);
+    lingering.retain(|id| matches!(waitpid(Some(*id), WaitOptions::NOHANG), Ok(None)));
+    !lingering.is_empty()
 }
 
 /// Readable when the worker has ended.

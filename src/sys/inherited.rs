@@ -45,12 +45,12 @@ pub fn close_all_but(mut kept: Vec<RawFd>) -> io::Result<()> {
 }
 
 /// Closes the descriptors from `first` to `last`.
-fn close_range(first: RawFd, last: RawFd) -> io::Result<()> {
+pub(super) fn close_range(first: RawFd, last: RawFd) -> io::Result<()> {
     let (Ok(from), Ok(to)) = (c_uint::try_from(first), c_uint::try_from(last)) else { return Ok(()) };
     if from > to {
         return Ok(());
     }
-    // SAFETY: no code uses the descriptors that are closed: this process has opened nothing yet, or its caller knows.
+    // SAFETY: no code uses the descriptors that are closed: this process has opened nothing yet, or ends, or its caller knows.
     let result = unsafe { libc::syscall(libc::SYS_close_range, from, to, 0) };
     if result == 0 {
         return Ok(());

@@ -1,8 +1,9 @@
 //! Processes that have ended but for threads that the kernel does not let go.
 //!
 //! A thread that waits for a frozen file system cannot be killed, and as long as one is there nobody can wait for the process. All its
-//! other threads are gone then, and this one runs no instruction of the program any more. Threads that set the times of files are
-//! known by their name: what they do late harms nobody. Any other one may be about to write.
+//! other threads are gone then, and this one runs no instruction of the program any more, once the process was killed. Threads that set
+//! the times of files are known by their name: what they still do is to set times to the present. Any other one may be about to
+//! write.
 
 use std::fs;
 

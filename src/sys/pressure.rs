@@ -52,10 +52,9 @@ fn file_of(root: &str, group: &str) -> PathBuf {
     Path::new(root).join(group).join("memory.pressure")
 }
 
-/// The cgroup of version 2, below their root; `None` for the root, whose file is that of the host.
+/// The cgroup of version 2, below their root. In a container, whose root is its own group, that is mostly the empty name.
 fn own_group(text: &str) -> Option<String> {
-    let group = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    (!group.is_empty()).then(|| group.to_owned())
+    text.lines().find_map(|line| line.strip_prefix("0::/")).map(str::to_owned)
 }
 
 /// The microseconds of `some`, in nanoseconds.
@@ -84,7 +83,8 @@ mod tests {
             own_group("4:memory:/old\n0::/system.slice/a.service\n").as_deref(),
             Some("system.slice/a.service")
         );
-        assert_eq!(own_group("0::/\n"), None);
+        assert_eq!(own_group("0::/\n").as_deref(), Some(""));
+        assert_eq!(file_of(CGROUPS[0], "").to_str(), Some("/sys/fs/cgroup/memory.pressure"));
         assert_eq!(own_group("4:memory:/old\n"), None);
         assert_eq!(file_of(CGROUPS[1], "a/b").to_str(), Some("/sys/fs/cgroup/unified/a/b/memory.pressure"));
     }

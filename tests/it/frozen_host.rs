@@ -65,7 +65,7 @@ impl Share {
     /// Freezes the disk after a write to its file, before the file's times are set.
     fn freeze(&self, backend: &Backend, file: File<'_>) -> Frozen {
         let path = self.inner.join("file");
-        for byte in 0.. {
+        for byte in (0..).map(|round: u32| round as u8 & 0x7f) {
             file.warm(backend, 0, &[byte; PAGE]);
             file.client.getattr(file.node).unwrap();
             // One that lets mapped ones follow.
@@ -74,7 +74,7 @@ impl Share {
             file.client.getattr(file.node).unwrap();
             let before = times(&path);
             std::thread::sleep(JIFFIES);
-            file.write(0, &[byte + 100; PAGE]);
+            file.write(0, &[byte ^ 0x80; PAGE]);
             let frozen = Frozen::new(&self.inner);
             if times(&path) == before {
                 common::wait_until(|| waits_for_it(backend), "a thread that waits for the frozen disk");
@@ -129,7 +129,7 @@ fn times_of_other_file_systems_are_set() {
 }
 
 /// Attack: the process that serves is killed while a file system of the share is frozen.
-/// Outcome: another one serves files of other file systems, and the times are set when it is thawed.
+/// Outcome: another one serves files of other file systems, and the times are set when it is thawed. An upgrade waits for that.
 #[test]
 fn another_process_goes_on() {
     let share = Share::new();
@@ -145,11 +145,17 @@ fn another_process_goes_on() {
     }
     outer.warm(&backend, 0, &[7; PAGE]);
     assert!(inner.client.lookup(ROOT, "inner").is_ok());
+    backend.signal(libc::SIGHUP).unwrap();
+    common::wait_for_words(&backend, "thaw it first");
+    outer.write(0, &[11; PAGE]);
     assert_eq!(times(&share.inner.join("file")), before, "it was thawed meanwhile");
     drop(frozen);
     newer(&share.inner.join("file"), before);
     inner.warm(&backend, 0, &[8; PAGE]);
     assert_eq!(fs::read(share.inner.join("file")).unwrap(), [8; PAGE]);
+    backend.upgrade().unwrap();
+    inner.write(0, &[9; PAGE]);
+    assert_eq!(fs::read(share.inner.join("file")).unwrap(), [9; PAGE]);
     drop(session);
     backend.expect_success().unwrap();
 }

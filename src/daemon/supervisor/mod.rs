@@ -184,14 +184,18 @@ where
 
     /// Serves one front end after the other, the first of which may be there already.
     fn serve_all(mut self, first: Option<Relay>, worker: Link) -> Result<u8, RunError> {
-        let status = self.serve_until_end(first, worker)?;
-        if sandbox::workers_linger() {
-            warn!("threads that set times of files wait for a file system that does not answer (frozen?)");
-            drop(self.monitor.take());
-            self.socket.remove_files();
-            sandbox::exit_before_workers(status.into());
+        let ended = self.serve_until_end(first, worker);
+        if !sandbox::workers_linger() {
+            return ended;
         }
-        Ok(status)
+        warn!("threads that set times of files wait for a file system that does not answer (frozen?)");
+        drop(self.monitor.take());
+        self.socket.remove_files();
+        let status = ended.unwrap_or_else(|why| {
+            error!("{why}");
+            1
+        });
+        sandbox::exit_before_workers(status.into())
     }
 
     fn serve_until_end(&mut self, mut first: Option<Relay>, mut worker: Link) -> Result<u8, RunError> {

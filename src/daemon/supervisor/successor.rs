@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use super::deaths::{death_of, status};
+use super::intact::INTERVAL;
 use super::link::Link;
 use super::reconnect::Parked;
 use super::relay::Relay;
@@ -112,7 +113,8 @@ where
             let mut watched = [worker.end(), PollFd::new(worker.stream(), PollFlags::IN)];
             // Storage that hangs may keep it from opening the share.
             let patience = self.sandbox.renews().then_some(PATIENCE);
-            if poll_for(&mut watched, patience)? == 0 && patience.is_some() {
+            // Nothing tells that it lingers.
+            if poll_for(&mut watched, Some(patience.unwrap_or(INTERVAL)))? == 0 && patience.is_some() {
                 worker.kill();
             }
             self.check(worker, None)?;

@@ -42,7 +42,7 @@ use self::config::{FeatureMode, IoEngine};
 use self::inode::Inode;
 pub use self::inode::range_lock;
 use self::ops::data::Writing;
-pub use self::ops::mapped::{obstacle as mapped_writes_option, obstacle_in as mapped_writes_obstacle};
+pub use self::ops::mapped::obstacle as mapped_writes_obstacle;
 use self::ops::replay::Found;
 use self::ops::xattr::Xattrs;
 use self::ops::{

@@ -50,6 +50,9 @@ use crate::sys::hangup::{Hangup, Hangups};
 use crate::sys::inherited::{adopt, copy};
 use crate::sys::signals;
 
+/// Why there is no upgrade while an earlier worker lingers.
+const LINGERS: &str = "a worker waits for a file system that does not answer (frozen?); thaw it first";
+
 /// The version of this program.
 pub(super) const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// How long a worker may finish what it serves. All requests wait meanwhile, so it is short: what takes longer is cut
@@ -114,6 +117,10 @@ impl Upgrade {
     pub(super) fn advance(&mut self, state: &StateFile) -> Result<Step, RunError> {
         match self.hangups.take() {
             Some(Hangup::Terminal) => return Ok(Step::End),
+            // They would keep the table of descriptors that the new program leaves.
+            Some(Hangup::Sent) if sandbox::workers_linger() => {
+                self.refuse(LINGERS);
+            }
             Some(Hangup::Sent) if self.candidate.is_none() => {
                 match Candidate::start(&self.program, &self.arguments, state, &self.reports) {
                     Ok(candidate) => self.candidate = Some(candidate),
@@ -204,6 +211,8 @@ where
         process::hold_signals();
         let signalled = poll_for(&mut [PollFd::new(&self.signals, PollFlags::IN)], Some(Duration::ZERO));
         let why = match signalled {
+            // The one that has just ended, too.
+            Ok(0) if sandbox::workers_linger() => LINGERS.into(),
             Ok(0) => self.hand_over(served, since),
             _ => "the daemon was told to end".into(),
         };

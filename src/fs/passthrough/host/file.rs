@@ -140,7 +140,8 @@ impl HostFile {
             self.direct.store(false, Ordering::Release);
             return true;
         }
-        self.is_direct() && self.give_up_direct(Errno::INVAL).is_ok()
+        // Another request may have done so.
+        !self.is_direct() || self.give_up_direct(Errno::INVAL).is_ok()
     }
 
     /// The descriptor for requests after that.
@@ -150,9 +151,26 @@ impl HostFile {
 
     /// Makes sure of a descriptor without O_DIRECT before a request that a server may refuse for its length or its place.
     /// Clearing O_DIRECT would not do: GlusterFS goes by the flags of the open.
-    pub fn prepare_for(&self, offset: u64, size: u32, open: Opener<'_>) -> Result<()> {
+    pub fn prepare_for(&self, offset: u64, size: u32, open: Opener<'_>) {
         let is_whole = (offset | u64::from(size)).is_multiple_of(BLOCK);
-        if !is_whole && self.takes_any_length() { self.without_direct(open).map(drop) } else { Ok(()) }
+        if !is_whole && self.takes_any_length() {
+            // Without it the server may refuse the request, and others go on past the cache.
+            let _ = self.second(open);
+        }
+    }
+
+    /// A second descriptor, without O_DIRECT.
+    fn second(&self, open: Opener<'_>) -> Result<BorrowedFd<'_>> {
+        if let Some(file) = self.buffered.get() {
+            return Ok(file.as_fd());
+        }
+        let file = open.again(self.fd(), self.flags & SHARED)?;
+        Ok(self.buffered.get_or_init(|| file).as_fd())
+    }
+
+    /// A descriptor without O_DIRECT, or the first one if it cannot be had.
+    pub fn for_growing(&self, open: Opener<'_>) -> BorrowedFd<'_> {
+        self.second(open).unwrap_or(self.file.as_fd())
     }
 
     /// Whether it can be read.
@@ -187,24 +205,10 @@ impl HostFile {
 
     /// A descriptor that takes requests of any length.
     pub fn buffered(&self, open: Opener<'_>) -> Result<BorrowedFd<'_>> {
-        if self.takes_any_length() {
+        if self.takes_any_length() || !self.is_direct() && self.buffered.get().is_none() {
             return Ok(self.fd());
         }
-        self.without_direct(open)
-    }
-
-    /// A descriptor without O_DIRECT, whatever requests use.
-    pub fn without_direct(&self, open: Opener<'_>) -> Result<BorrowedFd<'_>> {
-        if let Some(file) = self.buffered.get() {
-            return Ok(file.as_fd());
-        }
-        if !self.is_direct() {
-            return Ok(self.fd());
-        }
-        match open.again(self.fd(), self.flags & SHARED) {
-            Ok(file) => Ok(self.buffered.get_or_init(|| file).as_fd()),
-            Err(errno) => self.give_up_direct(errno).map(|()| self.fd()),
-        }
+        self.second(open).or_else(|errno| self.give_up_direct(errno).map(|()| self.fd()))
     }
 
     /// Clears O_DIRECT of the first descriptor, where a second one cannot be had: no descriptor is

@@ -369,7 +369,10 @@ fn warn_of(left: usize) {
 
 impl Drop for MappedFiles {
     fn drop(&mut self) {
-        self.end_session();
+        // What the end of the session has left was waited for.
+        if self.all().iter().any(|settler| settler.inodes().iter().any(|inode| inode.is_unsettled())) {
+            self.end_session();
+        }
         for Running { settler, thread, .. } in lock(&self.threads).drain(..) {
             let is_late = settler.has_unsettled();
             settler.lock().stops = true;

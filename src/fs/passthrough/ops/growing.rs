@@ -53,7 +53,7 @@ impl Growing {
         {
             return Ok(());
         }
-        let file = handle.file().without_direct(opener)?;
+        let file = handle.file().for_growing(opener);
         let node = handle.inode().node();
         block_in_place(|| {
             let mut files = self.files();

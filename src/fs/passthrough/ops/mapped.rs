@@ -5,10 +5,9 @@
 //! also keeps overlapping writes of several daemons whole. A mapping does not, so it is up to the options whether that is
 //! given up.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::{OFlags, statfs};
+use rustix::fs::OFlags;
 
 use super::xattr::mapped_capability;
 use crate::fs::Result;
@@ -49,14 +48,6 @@ pub fn obstacle(config: &FsConfig) -> Option<&'static str> {
             "others may write the share (--mapped-writes)"
         }
         MappedWrites::Auto | MappedWrites::Always => return None,
-    })
-}
-
-/// Why no file in this directory is written through mappings; `None` if some are, where that pays.
-pub fn obstacle_in(directory: &Path, config: &FsConfig) -> Option<&'static str> {
-    obstacle(config).or_else(|| {
-        let kind = statfs(directory).map(|stat| FileSystemKind::of(&stat));
-        (kind == Ok(FileSystemKind::Other)).then_some("its file system is not mapped")
     })
 }
 

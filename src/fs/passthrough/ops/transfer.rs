@@ -85,7 +85,7 @@ pub fn read(engine: Engine<'_>, handle: Arc<Handle>, read: &Read) -> Result<Begu
         return Ok(None);
     };
     // A second descriptor, if it takes one.
-    handle.file().prepare_for(read.offset, read.size, engine.opener)?;
+    handle.file().prepare_for(read.offset, read.size, engine.opener);
     let file = handle.file().for_flags(read.flags, engine.opener)?;
     let end = read.offset.saturating_add(read.size.into());
     if handle.inode().mount().is_fuse() && cached_size(file)? < end {
@@ -130,7 +130,7 @@ pub fn write(
         // The caller's group counts, which is a thread's, or bits are to be cleared that the host leaves.
         return Ok(None);
     }
-    handle.file().prepare_for(write.offset, write.size, engine.opener)?;
+    handle.file().prepare_for(write.offset, write.size, engine.opener);
     handle.file().for_flags(write.flags, engine.opener)?;
     let range = handle.inode().ranges().write(write.offset, write.size.into());
     notes::saw_writers(range.writers());

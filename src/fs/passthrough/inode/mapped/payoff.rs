@@ -103,8 +103,12 @@ impl Payoff {
 
     /// Begins to measure the next mapped write of this thread, if it is its turn.
     pub fn measure_mapped(len: usize) -> Option<Effort> {
-        thread_local!(static TURN: std::cell::Cell<u32> = const { std::cell::Cell::new(0) });
-        let turn = TURN.get().wrapping_add(1);
+        // At random (xorshift): a program that writes two files in turns would let one of them never be measured.
+        thread_local!(static TURN: std::cell::Cell<u32> = const { std::cell::Cell::new(1) });
+        let mut turn = TURN.get();
+        turn ^= turn << 13;
+        turn ^= turn >> 17;
+        turn ^= turn << 5;
         TURN.set(turn);
         // Both are powers of two.
         (turn & (stands_for(len) - 1) == 0).then(Effort::begin)
@@ -142,6 +146,10 @@ impl Payoff {
 
     /// It does not pay for a while, longer each time.
     pub fn pause(&self, now: u64) {
+        // Another thread was faster.
+        if self.is_paused(now) {
+            return;
+        }
         let pause = self.pause.load(Ordering::Relaxed).saturating_mul(2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
         self.pause.store(pause, Ordering::Relaxed);
         self.paused_until.store(now.saturating_add(pause), Ordering::Relaxed);
