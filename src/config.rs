@@ -83,6 +83,13 @@ pub enum Listen {
     Fd(RawFd),
 }
 
+impl Config {
+    /// The options of the file system, with that of the share which it has to know.
+    pub fn fs_config(&self) -> FsConfig {
+        FsConfig { readonly: self.readonly, ..self.fs.clone() }
+    }
+}
+
 impl Listen {
     /// The descriptor that the daemon was started with, if it listens on one.
     pub fn inherited(&self) -> Option<RawFd> {

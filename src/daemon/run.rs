@@ -268,7 +268,7 @@ fn file_system(
 ) -> Result<PassthroughFs, RunError> {
     let Sandboxed { root, proc_self_fd, proc_self_fdinfo, .. } = sandboxed;
     let io_engine = if has_engines { config.fs.io_engine } else { IoEngine::Threads };
-    let fs_config = FsConfig { readonly: config.readonly, io_engine, ..config.fs.clone() };
+    let fs_config = FsConfig { io_engine, ..config.fs_config() };
     let own = state.file.own_descriptors();
     let fs = match (state.death, own.load(Ordering::Relaxed)) {
         (Some(_), own) if own > 0 => {
@@ -294,7 +294,7 @@ fn file_system(
 /// Where to see whether the host is short of memory, if any would be given back then. Before the sandbox, which has no such files.
 pub(super) fn memory_pressure(config: &Config) -> Option<Arc<MemoryPressure>> {
     // Descriptors may be scarce.
-    mapped_writes_obstacle(&config.fs).is_none().then(MemoryPressure::open)?.map(Arc::new)
+    mapped_writes_obstacle(&config.fs_config()).is_none().then(MemoryPressure::open)?.map(Arc::new)
 }
 
 /// The file system of a share: what its options put around the host's directory.

@@ -25,7 +25,7 @@ pub struct Spent {
 }
 
 impl Effort {
-    /// Takes about a microsecond, together with [`Effort::end`].
+    /// Takes some two microseconds, together with [`Effort::end`].
     pub fn begin() -> Effort {
         Effort { started: monotonic(), sleeps: sleeps(), cpu: nanoseconds(libc::CLOCK_THREAD_CPUTIME_ID) }
     }

@@ -72,7 +72,7 @@ fn byte(number: u64) -> u8 {
 
 #[test]
 fn writes_of_one_file_are_under_way_at_once_on_a_host_that_lets_one_thread_write() {
-    for args in [&[][..], &["--io-engine=io-uring"], &["--sandbox=namespace"], &["--no-survive"]] {
+    for args in [&[][..], &["--io-engine=io-uring"], &["--sandbox=none"], &["--no-survive"]] {
         let host = serve(args);
         let gate = host.store.hold(Call::Write);
         let sent: Vec<_> = (0..16).map(|number| host.send_block(number, byte(number))).collect();
@@ -149,7 +149,7 @@ fn a_write_of_a_dead_worker_never_lands_after_its_replay() {
 
 #[test]
 fn a_worker_may_die_again_while_the_next_one_waits() {
-    let host = serve(&["--sandbox=namespace", IMMORTAL]);
+    let host = serve(&[IMMORTAL]);
     let gate = host.store.hold(Call::Write);
     let sent: Vec<_> = (0..8).map(|number| host.send_block(number, byte(number))).collect();
     host.wait_for_writes(8);
@@ -167,7 +167,7 @@ fn a_worker_may_die_again_while_the_next_one_waits() {
 
 #[test]
 fn the_end_of_a_queue_or_a_session_waits_for_what_is_in_flight() {
-    let host = serve(&["--keep-listening", "--sandbox=namespace"]);
+    let host = serve(&["--keep-listening"]);
     let session = &host.session;
     // A queue stops.
     let (sent, ()) = host.meet_a_write(1, || session.stop_queue(2).map(drop).unwrap());
@@ -201,7 +201,7 @@ fn the_end_of_a_queue_or_a_session_waits_for_what_is_in_flight() {
 
 #[test]
 fn a_worker_that_makes_room_for_another_program_leaves_nothing_behind() {
-    let host = serve(&["--sandbox=namespace"]);
+    let host = serve(&[]);
     // For longer than a worker has for what it serves: the rest is cut off.
     let gate = host.store.hold(Call::Write);
     let sent: Vec<_> = (0..16).map(|number| host.send_block(number, byte(number))).collect();
@@ -238,7 +238,7 @@ fn errors_and_short_reads_reach_the_guest_as_by_threads() {
 /// A handle with O_DIRECT on a disk, many writes at once.
 #[test]
 fn a_local_disk_is_written_by_the_engine_where_many_write() {
-    for args in [&["--io-engine=auto"][..], &["--io-engine=io-uring"], &["--sandbox=namespace"]] {
+    for args in [&["--io-engine=auto"][..], &["--io-engine=io-uring"], &["--sandbox=none"]] {
         let args = [&["--allow-direct-io", IMMORTAL], args].concat();
         let (directory, backend, session) =
             common::serve_on(common::disk_directory(), common::starter().args(args), common::queues(1));
@@ -308,7 +308,7 @@ fn what_the_hosts_disk_does_not_take_is_refused_as_by_threads() {
 fn without_io_uring_threads_read_and_write() {
     for (errno, engine) in [(libc::ENOSYS, "auto"), (libc::EPERM, "io-uring")] {
         let engine = format!("--io-engine={engine}");
-        let args = [&engine, "--allow-direct-io", "--sandbox=namespace"];
+        let args = [&engine, "--allow-direct-io"];
         let share = common::disk_directory();
         let backend = without_io_uring(errno, || common::starter().args(args).share(share.path()).start());
         let backend = backend.unwrap();

@@ -38,7 +38,7 @@ pub use self::endpoints::{EndpointError, Endpoints};
 use self::serve::Sources;
 use super::share::pace_of;
 use super::socket::FileId;
-use crate::config::{Config, FsConfig, Seccomp, Store};
+use crate::config::{Config, Seccomp, Store};
 use crate::fs::passthrough::mapped_writes_obstacle;
 use crate::limits::PaceHandle;
 use crate::logging;
@@ -119,9 +119,8 @@ pub struct SocketParts {
 
 /// Whether files of the share are written through mappings, in a few words.
 fn mapped_writes(config: &Config) -> String {
-    let fs = FsConfig { readonly: config.readonly, ..config.fs.clone() };
     // Which file systems there are is not asked: one that hangs would hold the daemon up.
-    match mapped_writes_obstacle(&fs) {
+    match mapped_writes_obstacle(&config.fs_config()) {
         _ if config.store != Store::Host => "no: --store=null".into(),
         Some(why) => format!("no: {why}"),
         None => "on tmpfs, ext4 and XFS, where they pay".into(),

@@ -349,10 +349,13 @@ impl FileSystem for PassthroughFs {
     }
 
     fn syncfs(&self, _ctx: &Context, node: NodeId) -> Result<()> {
-        self.mapped_files.settle_all();
-        let synced =
-            attributes::syncfs(&self.inodes, &self.host, &*self.inode(node)?, !self.session().submounts);
-        self.mapped_files.synced_all();
+        let inode = self.inode(node)?;
+        let is_one = self.session().submounts;
+        // Another one may be frozen.
+        let only = is_one.then(|| inode.key().device);
+        self.mapped_files.settle_all(only);
+        let synced = attributes::syncfs(&self.inodes, &self.host, &inode, !is_one);
+        self.mapped_files.synced_all(only);
         synced
     }
 

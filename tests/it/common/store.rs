@@ -21,7 +21,7 @@ impl Host {
         super::own_mounts();
         let directory = super::disk_directory();
         let store = FaultFs::mount(directory.path()).unwrap();
-        let backend = super::starter().args(args).share(directory.path()).start().unwrap();
+        let backend = Backend::of(super::program()).args(args).share(directory.path()).start().unwrap();
         let session = backend.connect(super::queues(2)).unwrap();
         let node = session.client().lookup(ROOT, FILE).unwrap().nodeid;
         let fh = session.client().open(node, libc::O_RDWR).unwrap().fh;

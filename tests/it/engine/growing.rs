@@ -17,7 +17,7 @@ const END: u64 = (faultfs::LENGTH / BLOCK) as u64;
 
 #[test]
 fn a_file_grows_under_many_writers_at_once() {
-    for args in [&[][..], &["--sandbox=namespace", "--io-engine=io-uring"]] {
+    for args in [&[][..], &["--io-engine=io-uring"]] {
         let folder = tempfile::tempdir().unwrap();
         let control = folder.path().join("ctl");
         let socket = format!("--control-socket={}", control.display());
@@ -167,7 +167,7 @@ fn a_size_that_is_set_ahead_never_ends_in_a_write_that_is_under_way() {
 
 #[test]
 fn a_file_that_grows_survives_a_death() {
-    let host = serve(&["--sandbox=namespace", IMMORTAL]);
+    let host = serve(&[IMMORTAL]);
     host.store.let_grow();
     for round in 0..4u64 {
         let begin = END + round * 16;

@@ -149,16 +149,6 @@ impl HostFile {
         self.buffered.get().unwrap_or(&self.file).as_fd()
     }
 
-    /// Makes sure of a descriptor without O_DIRECT before a request that a server may refuse for its length or its place.
-    /// Clearing O_DIRECT would not do: GlusterFS goes by the flags of the open.
-    pub fn prepare_for(&self, offset: u64, size: u32, open: Opener<'_>) {
-        let is_whole = (offset | u64::from(size)).is_multiple_of(BLOCK);
-        if !is_whole && self.takes_any_length() {
-            // Without it the server may refuse the request, and others go on past the cache.
-            let _ = self.second(open);
-        }
-    }
-
     /// A second descriptor, without O_DIRECT.
     fn second(&self, open: Opener<'_>) -> Result<BorrowedFd<'_>> {
         if let Some(file) = self.buffered.get() {
@@ -189,15 +179,22 @@ impl HostFile {
         self.flags.contains(OFlags::APPEND)
     }
 
-    /// The descriptor for a request whose program has its file open with the `O_*` flags `now`.
+    /// The descriptor for a request of these bytes by a program whose file flags are `now`.
     ///
-    /// O_DIRECT that is set after the open has no effect on the host.
-    pub fn for_flags(&self, now: u32, open: Opener<'_>) -> Result<BorrowedFd<'_>> {
+    /// O_DIRECT that is set after the open has no effect on the host. A server may refuse a request for its length or its
+    /// place, and clearing O_DIRECT then would not do: GlusterFS goes by the flags of the open. So a second descriptor is
+    /// there before.
+    pub fn for_request(&self, offset: u64, size: u32, now: u32, open: Opener<'_>) -> Result<BorrowedFd<'_>> {
+        let is_whole = (offset | u64::from(size)).is_multiple_of(BLOCK);
+        if !is_whole && self.takes_any_length() {
+            // Without it the server may refuse the request, and others go on past the cache.
+            let _ = self.second(open);
+        }
         let is_first = now & OFlags::DIRECT.bits() != 0 && self.is_direct();
         if is_first { Ok(self.fd()) } else { self.buffered(open) }
     }
 
-    /// The same, after [`HostFile::for_flags`].
+    /// The same, after [`HostFile::for_request`].
     pub fn opened_for(&self, now: u32) -> BorrowedFd<'_> {
         let is_first = now & OFlags::DIRECT.bits() != 0 && self.is_direct() || self.takes_any_length();
         self.buffered.get().filter(|_| !is_first).unwrap_or(&self.file).as_fd()

@@ -58,7 +58,7 @@ pub enum Kind {
 
 impl Kind {
     /// What fstatfs(2) says of it.
-    pub fn of(stat: &StatFs) -> Kind {
+    fn of(stat: &StatFs) -> Kind {
         match magic(stat) {
             Some(TMPFS) => Kind::Memory,
             // With smaller blocks, kernels before 2025 may leave a page writable of which a block was taken away.

@@ -119,7 +119,12 @@ impl Settler {
     }
 
     fn has_unsettled(&self) -> bool {
-        self.inodes().iter().any(|inode| inode.is_unsettled()) || !self.lock().left.is_empty()
+        self.has_unsettled_file() || !self.lock().left.is_empty()
+    }
+
+    /// The same without those that were left.
+    fn has_unsettled_file(&self) -> bool {
+        self.inodes().iter().any(|inode| inode.is_unsettled())
     }
 
     fn lock(&self) -> MutexGuard<'_, Files> {
@@ -221,11 +226,13 @@ impl Settler {
     }
 }
 
+/// The file system of an inode, as its [`InodeKey`](super::InodeKey) has it.
+type Device = (u32, u32);
+
 /// The thread of one file system.
 #[derive(Debug)]
 struct Running {
-    /// See [`super::InodeKey`].
-    device: (u32, u32),
+    device: Device,
     settler: Arc<Settler>,
     thread: JoinHandle<()>,
 }
@@ -275,9 +282,9 @@ impl MappedFiles {
         settler.wake();
     }
 
-    /// Settles all files.
-    pub fn settle_all(&self) {
-        self.all().iter().flat_map(|settler| settler.inodes()).for_each(|inode| inode.settle());
+    /// Settles all files, or those on the file system of this device.
+    pub fn settle_all(&self, only: Option<Device>) {
+        self.inodes(only).for_each(|inode| inode.settle());
     }
 
     /// Settles all files whose file systems answer soon.
@@ -288,9 +295,14 @@ impl MappedFiles {
         }
     }
 
-    /// All of a file system was made durable.
-    pub fn synced_all(&self) {
-        self.all().iter().flat_map(|settler| settler.inodes()).for_each(|inode| inode.synced());
+    /// The same files were made durable.
+    pub fn synced_all(&self, only: Option<Device>) {
+        self.inodes(only).for_each(|inode| inode.synced());
+    }
+
+    fn inodes(&self, only: Option<Device>) -> impl Iterator<Item = Arc<Inode>> {
+        let all = self.all().into_iter().flat_map(|settler| settler.inodes());
+        all.filter(move |inode| only.is_none_or(|device| inode.key().device == device))
     }
 
     /// The session ends: settles all files, or leaves them to the threads whose file systems do not answer soon.
@@ -332,7 +344,7 @@ impl MappedFiles {
 }
 
 /// One of those that there are.
-fn shared(threads: &mut [Running], device: (u32, u32)) -> Option<Arc<Settler>> {
+fn shared(threads: &mut [Running], device: Device) -> Option<Arc<Settler>> {
     let is_free = |running: &Running| !running.settler.has_unsettled() && running.settler.inodes().is_empty();
     if let Some(running) = threads.iter_mut().find(|running| is_free(running)) {
         running.device = device;
@@ -342,7 +354,7 @@ fn shared(threads: &mut [Running], device: (u32, u32)) -> Option<Arc<Settler>> {
     threads.get(index).map(|running| Arc::clone(&running.settler))
 }
 
-fn start(device: (u32, u32), memory: Option<&Arc<MemoryPressure>>) -> Option<Running> {
+fn start(device: Device, memory: Option<&Arc<MemoryPressure>>) -> Option<Running> {
     ask_for_a_thread().ok()?;
     let settler = Arc::new(Settler { memory: memory.cloned(), ..Settler::default() });
     let (of_thread, scope) = (Arc::clone(&settler), Scope::current());
@@ -370,7 +382,7 @@ fn warn_of(left: usize) {
 impl Drop for MappedFiles {
     fn drop(&mut self) {
         // What the end of the session has left was waited for.
-        if self.all().iter().any(|settler| settler.inodes().iter().any(|inode| inode.is_unsettled())) {
+        if self.all().iter().any(|settler| settler.has_unsettled_file()) {
             self.end_session();
         }
         for Running { settler, thread, .. } in lock(&self.threads).drain(..) {

@@ -28,8 +28,8 @@ const COPY_PIECE: u64 = 64 << 20;
 /// READ. In direct mode it waits for writes to the same bytes, so that it never sees a part of one.
 pub fn read(opener: Opener<'_>, handle: &Handle, read: &Read, data: &mut GuestWriter<'_>) -> Result<usize> {
     let mode = handle.mode().ok_or(Errno::ISDIR)?;
-    handle.file().prepare_for(read.offset, read.size, opener);
-    let (mut file, mut refused) = (handle.file().for_flags(read.flags, opener)?, false);
+    let mut file = handle.file().for_request(read.offset, read.size, read.flags, opener)?;
+    let mut refused = false;
     let ranges = handle.inode().ranges();
     let _guard = (mode != Mode::Cached).then(|| ranges.read(read.offset, u64::from(read.size)));
     let mut done = 0;
@@ -94,8 +94,7 @@ pub fn write(
     } else if appends && handle.inode().mount().server_appends() {
         handle.file().appender(opener)?
     } else {
-        handle.file().prepare_for(write.offset, write.size, opener);
-        handle.file().for_flags(write.flags, opener)?
+        handle.file().for_request(write.offset, write.size, write.flags, opener)?
     };
     let ranges = handle.inode().ranges();
     let guard = if appends || append_only {

@@ -25,7 +25,7 @@ use rustix::io::{Errno, ReadWriteFlags, pwritev2};
 use crate::fs::Result;
 use crate::fs::passthrough::handle_table::Handle;
 use crate::fs::passthrough::host::file::Opener;
-use crate::sync::blocking::block_in_place;
+use crate::sync::{block_in_place, lock};
 use fuse_protocol::ids::NodeId;
 
 /// Files that grow just now, of one share.
@@ -100,7 +100,7 @@ impl Growing {
     }
 
     fn files(&self) -> Files<'_> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.files)
     }
 }
 

@@ -85,8 +85,7 @@ pub fn read(engine: Engine<'_>, handle: Arc<Handle>, read: &Read) -> Result<Begu
         return Ok(None);
     };
     // A second descriptor, if it takes one.
-    handle.file().prepare_for(read.offset, read.size, engine.opener);
-    let file = handle.file().for_flags(read.flags, engine.opener)?;
+    let file = handle.file().for_request(read.offset, read.size, read.flags, engine.opener)?;
     let end = read.offset.saturating_add(read.size.into());
     if handle.inode().mount().is_fuse() && cached_size(file)? < end {
         // Another host may have made the file longer, for which the kernel asks the server only if a thread waits.
@@ -130,8 +129,7 @@ pub fn write(
         // The caller's group counts, which is a thread's, or bits are to be cleared that the host leaves.
         return Ok(None);
     }
-    handle.file().prepare_for(write.offset, write.size, engine.opener);
-    handle.file().for_flags(write.flags, engine.opener)?;
+    handle.file().for_request(write.offset, write.size, write.flags, engine.opener)?;
     let range = handle.inode().ranges().write(write.offset, write.size.into());
     notes::saw_writers(range.writers());
     kill_priv.drop_mapped_capability(handle.inode())?;
@@ -157,9 +155,10 @@ pub fn write(
 impl Transfer for Submitted {
     fn call(&self) -> Call<'_> {
         Call {
-            file: match self.is_refused {
-                true => self.handle.file().after_refusal(),
-                false => self.handle.file().opened_for(self.flags),
+            file: if self.is_refused {
+                self.handle.file().after_refusal()
+            } else {
+                self.handle.file().opened_for(self.flags)
             },
             offset: self.offset.saturating_add(self.done as u64),
             flags: if self.bits.is_some() { sync_flags(self.flags) } else { 0 },

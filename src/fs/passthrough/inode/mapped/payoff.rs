@@ -22,7 +22,7 @@ use crate::sys::clock::{Effort, Spent};
 
 /// Writes by pwritev2(2) of each length whose costs are averaged.
 pub const SAMPLES: u32 = 16;
-/// Of so many mapped writes one is measured: that takes as long as a copy of 4 KiB.
+/// Of so many mapped writes one is measured: that takes some two microseconds, and a copy of 4 KiB less than one.
 const SAMPLED: u32 = 64;
 /// The same for those of [`LONG`] bytes and more.
 const SAMPLED_LONG: u32 = 8;
@@ -114,23 +114,23 @@ impl Payoff {
         (turn & (stands_for(len) - 1) == 0).then(Effort::begin)
     }
 
-    /// A mapped write that was measured has cost this.
-    pub fn mapped(&self, len: usize, spent: Spent, now: u64) {
+    /// A mapped write that was measured has cost this; it has begun at `started`.
+    pub fn mapped(&self, len: usize, spent: Spent, started: u64) {
         let Some(class) = self.class(len) else { return };
         let signed = |nanos| i64::try_from(nanos).unwrap_or(i64::MAX);
         let plain = signed(class.plain.load(Ordering::Relaxed));
         let times = stands_for(len);
         let cost = signed(spent.cpu).saturating_add(signed(spent.asleep));
         let saved = plain.saturating_sub(cost).saturating_mul(times.into()).clamp(-AT_ONCE, AT_ONCE);
-        self.save(saved, now);
+        self.save(saved, started.saturating_add(spent.cpu).saturating_add(spent.asleep));
         if class.mapped.fetch_add(times, Ordering::Relaxed) >= MEASURE_AGAIN {
             class.measure_again();
         }
     }
 
-    /// A mapped write was not possible after so many nanoseconds.
-    pub fn failed(&self, nanos: u64, now: u64) {
-        self.save(-i64::try_from(nanos).unwrap_or(AT_ONCE).min(AT_ONCE), now);
+    /// A mapped write that has begun at `started` was not possible after so many nanoseconds.
+    pub fn failed(&self, nanos: u64, started: u64) {
+        self.save(-i64::try_from(nanos).unwrap_or(AT_ONCE).min(AT_ONCE), started.saturating_add(nanos));
     }
 
     fn save(&self, saved: i64, now: u64) {
@@ -222,10 +222,12 @@ mod tests {
             }
             assert!((LOSS..2 * LOSS).contains(&lost), "{lost}");
             assert!(payoff.measure_plain(4096, now).is_none(), "not while it is paused");
-            let end = (1..=100)
-                .find(|seconds| now + seconds * SECOND >= payoff.paused_until.load(Ordering::Relaxed));
-            pauses.push(end.unwrap());
-            now += end.unwrap() * SECOND;
+            let end = payoff.paused_until.load(Ordering::Relaxed);
+            assert!(!payoff.is_worth_it(4096, end - 1));
+            // It begins when the write that was too much has ended.
+            pauses.push((end - now - 11_000) / SECOND);
+            assert!((end - now - 11_000).is_multiple_of(SECOND));
+            now = end;
             assert!(!payoff.is_worth_it(4096, now), "it is measured again first");
             measure(&payoff);
         }
